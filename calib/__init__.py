@@ -1,0 +1,1 @@
+"""Calibration: prompts in, a CalibratedModel out."""

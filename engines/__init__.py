@@ -1,0 +1,1 @@
+"""Engines: an ExportedGraph in, an Engine and its Runner out, per backend."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: the reference backend of every parity check."""

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX, which share one Python API."""

@@ -1,0 +1,1 @@
+"""Export: a CalibratedModel in, one QDQ ONNX graph (an ExportedGraph) out."""

@@ -1,0 +1,1 @@
+"""Lowerings: how a timestep-dependent scale becomes ONNX, one file per form."""

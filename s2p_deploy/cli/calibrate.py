@@ -1,0 +1,42 @@
+"""``s2p-deploy calibrate``: prompts to a CalibratedModel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from s2p_deploy.cli.options import (
+    ForceOption,
+    JsonOption,
+    OutFolder,
+    PromptsOption,
+    SettingsOption,
+    overrides_from_settings,
+    prompts_from_option,
+)
+from s2p_deploy.cli.outcome import artifact_outcome, show
+from s2p_deploy.cli.progress_bars import progress_bars
+
+
+def calibrate(  # noqa: PLR0913 - its options
+    model: Annotated[str, typer.Argument(help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled).")],
+    *,
+    recipe: Annotated[str, typer.Option(help="fp, w8a8, w4a8, or the path of a YAML file.")],
+    prompts: PromptsOption,
+    out: OutFolder,
+    settings: SettingsOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Train weights and timestep-indexed scales from prompts alone. A killed run goes on where it was."""
+    from s2p_deploy.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides_from_settings(settings))
+    chosen = prompts_from_option(prompts)
+    from s2p_deploy.calib import calibrate as calibrate_pipeline
+    from s2p_deploy.families import resolve_base
+
+    with progress_bars() as progress:
+        made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, replace=force, progress=progress)
+    return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

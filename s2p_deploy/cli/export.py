@@ -1,0 +1,34 @@
+"""``s2p-deploy export``: a CalibratedModel to an ExportedGraph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from s2p_deploy.cli.options import ForceOption, JsonOption, OutFolder
+from s2p_deploy.cli.outcome import artifact_outcome, show
+from s2p_deploy.cli.progress_bars import progress_bars
+
+
+def export(  # noqa: PLR0913 - its options
+    calibrated: Annotated[Path, typer.Argument(metavar="CALIB", help="What calibrate wrote.")],
+    *,
+    out: OutFolder,
+    dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="fp32 for CPU engines and parity, fp16 for TensorRT.")] = "fp32",
+    time_table: Annotated[
+        Literal["constant", "input"], typer.Option(help="Where the projected time features are: in the graph, or an input.")
+    ] = "constant",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Write one QDQ ONNX graph whose activation scales are a timestep-indexed input."""
+    from s2p_deploy.records import CalibratedModel
+
+    opened = CalibratedModel.open(calibrated)
+    from s2p_deploy.export import export_graph
+
+    with progress_bars() as progress:
+        made = export_graph(opened, out, dtype=dtype, time_table=time_table, replace=force, progress=progress)
+    return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

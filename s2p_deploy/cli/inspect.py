@@ -1,0 +1,123 @@
+"""``s2p-deploy inspect``: verifies any artifact and prints what it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2p_deploy.cli.options import JsonOption
+from s2p_deploy.cli.outcome import Outcome, show, table, two_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
+    from s2p_deploy.records import Manifest, PrecisionPlan, TimestepTable
+
+
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="A folder that another command wrote.")],
+    *,
+    as_json: JsonOption = False,
+) -> int:
+    """Verify an artifact and print what it is, what it was made from and what is in it."""
+    from s2p_deploy.records import read_manifest, verify_files
+
+    manifest = read_manifest(artifact)
+    verify_files(artifact, manifest)
+    details = _DETAILS.get(manifest.kind, _no_details)(artifact, manifest)
+    data = {
+        "kind": manifest.kind,
+        "digest": manifest.digest,
+        "verified": True,
+        "tool": manifest.tool,
+        "base": {"source": manifest.base.source, "digest": manifest.base.digest},
+        "parents": {name: {"digest": p.digest, "path": p.path} for name, p in manifest.parents.items()},
+        "recipe": manifest.recipe,
+        "files": {name: (artifact / name).stat().st_size for name in manifest.files},
+        "content": manifest.content,
+    }
+    head = two_columns(_head(artifact, manifest))
+    files = table("Files", ("file", "bytes", "sha-256"), ((n, size, manifest.files[n][:16]) for n, size in data["files"].items()))
+    return show(Outcome(data, (head, *details, files)), as_json=as_json)
+
+
+def _head(folder: Path, manifest: Manifest) -> Iterable[tuple[str, object]]:
+    yield "kind", manifest.kind
+    yield "digest", manifest.digest
+    yield "verified", "every file matches the manifest"
+    yield "written by", manifest.tool
+    yield "base", f"{manifest.base.source} ({manifest.base.digest[:16]})"
+    for name, parent in manifest.parents.items():
+        found = "" if (folder / parent.path).exists() else ", not there now"
+        yield f"parent {name}", f"{parent.path} ({parent.digest[:16]}{found})"
+    yield from ((f"recipe {key}", value) for key, value in manifest.recipe.items())
+    yield from ((key, value) for key, value in manifest.content.items() if isinstance(value, str | int | float))
+
+
+def _calibrated(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+    from s2p_deploy.records import CalibratedModel
+
+    model = CalibratedModel.open(folder)
+    return (_rows(model.timesteps), *_plan(model.plan))
+
+
+def _graph(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+    from s2p_deploy.records import ExportedGraph
+
+    graph = ExportedGraph.open(folder)
+    tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [("out", t.name, t.dtype, t.shape) for t in graph.outputs]
+    return (_rows(graph.timesteps), table("Inputs and outputs", ("", "name", "type", "shape"), tensors), *_plan(graph.plan))
+
+
+def _engine(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+    from s2p_deploy.records import Engine
+
+    engine = Engine.open(folder)
+    columns = ("site", "op", "lowering", "weight bits stored", "activation bits", "compute")
+    sites = [(s.site, s.op, s.lowering, s.weight_storage_bits, s.activation_bits, s.compute) for s in engine.sites]
+    kinds = Counter((op, *rest) for _, op, *rest in sites)
+    return (
+        _rows(engine.timesteps),
+        two_columns((f"environment {name}", value) for name, value in engine.environment.items()),
+        table("Precision as the backend reports it", (*columns[1:], "sites"), ((*kind, n) for kind, n in kinds.items())),
+        table("Sites", columns, sites),
+    )
+
+
+def _report(_folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
+    gates: list[dict[str, Any]] = manifest.content.get("gates", [])
+    columns = tuple(gates[0]) if gates else ()
+    return (table("Gates", columns, (tuple(gate.values()) for gate in gates)),)
+
+
+def _no_details(_folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+    return ()
+
+
+def _rows(timesteps: TimestepTable) -> RenderableType:
+    first, last = timesteps.covered
+    return two_columns(
+        [
+            ("scheduler", f"{timesteps.scheduler_class}, {timesteps.steps} steps"),
+            ("rows", f"{timesteps.rows}, {len(timesteps.calibrated)} calibrated, usable from {first} to {last}"),
+        ]
+    )
+
+
+def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
+    formats = {point.name: point.activations for point in plan.act_points}
+    varies = {point.name: point.timestep_dependent for point in plan.act_points}
+    columns = ("site", "op", "weights", "activations", "varies with the timestep", "act point", "rule")
+    rows = [
+        (s.site, s.op, s.weights, formats.get(s.act_point or "", "none"), varies.get(s.act_point or "", ""), s.act_point or "", s.rule)
+        for s in plan.sites
+    ]
+    return (table(f"Plan: {len(plan.sites)} sites, {len(plan.act_points)} act points", columns, rows),)
+
+
+_DETAILS = {"CalibratedModel": _calibrated, "ExportedGraph": _graph, "Engine": _engine, "ValidationReport": _report}

@@ -1,0 +1,74 @@
+"""Options that several commands share, and what their text means."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2p_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from s2p_deploy.records import PromptSet
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what stands at --out, once the new one is whole.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder of the artifact to write.")]
+PromptsOption = Annotated[
+    str,
+    typer.Option("--prompts", metavar="FILE", help="One prompt per line, or JSON lines {id, text, negative}; shapes:train and shapes:held_out are bundled."),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.iterations=20."),
+]
+
+_BUNDLED = "shapes:"
+
+
+def prompts_from_option(value: str) -> PromptSet:
+    """The prompts of a file, or of ``shapes:NAME``, a prompt file that ships with the bundled pipeline.
+
+    Raises:
+        InputError: there is no such file, or it is no prompt file.
+    """
+    from s2p_deploy.records import read_prompts
+
+    if not value.startswith(_BUNDLED):
+        return read_prompts(Path(value))
+    folder = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline" / "prompts"))
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    name = value.removeprefix(_BUNDLED)
+    if name not in names:
+        known = ", ".join(_BUNDLED + known for known in names) or "none"
+        raise InputError(f"there is no bundled prompt file {value!r}: there are {known}")
+    return read_prompts(folder / f"{name}.jsonl")
+
+
+def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
+    """Nested recipe values from ``["training.iterations=20", ...]``; values are read as YAML scalars or lists.
+
+    Raises:
+        InputError: a setting is not KEY=VALUE, its value is not YAML, or two settings contradict each other.
+    """
+    import yaml
+
+    result: dict[str, Any] = {}
+    for setting in settings or ():
+        key, equals, text = setting.partition("=")
+        *path, last = key.strip().split(".")
+        if not equals or not all((*path, last)):
+            raise InputError(f"--set {setting!r} must be KEY=VALUE, e.g. training.iterations=20")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {setting!r}: the value is not valid YAML") from error
+        place = result
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set {setting!r} contradicts an earlier --set of {part!r}")
+        place[last] = value
+    return result

@@ -1,0 +1,55 @@
+"""Closed-form starting scales: least squares for weights, the MSE-best clip for activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2p_deploy.numerics.fake_quantize import dequantize, quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from s2p_deploy.numerics.formats import IntegerFormat
+
+_FLOOR = torch.finfo(torch.float32).tiny ** 0.5  # keeps the scale of an all-zero tensor positive and invertible
+
+
+def weight_scale_shape(weight: Tensor) -> tuple[int, ...]:
+    """Shape of a per-output-channel scale that broadcasts: [out, 1, ...]."""
+    return (weight.shape[0],) + (1,) * (weight.dim() - 1)
+
+
+def least_squares_weight_scale(weight: Tensor, fmt: IntegerFormat, rounds: int = 10) -> Tensor:
+    """Per-output-channel scale float32 [out, 1, ...] by alternating least squares (BitsFusion, arXiv 2406.04333).
+
+    Each round takes the codes q of the present scale and solves ``min |w - s q|^2`` for s, from several starting clips;
+    the start with the smallest error wins, so that no channel ends in a poor local minimum.
+    """
+    flat = weight.detach().float().flatten(1)
+    peak = flat.abs().amax(1, keepdim=True).clamp_min(_FLOOR * fmt.qmax)
+    best_scale, best_error = peak / fmt.qmax, torch.full_like(peak, torch.inf)
+    for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        scale = clip * peak / fmt.qmax
+        for _ in range(rounds):
+            codes = quantize(flat, scale, fmt)
+            power = (codes * codes).sum(1, keepdim=True)
+            scale = torch.where(power > 0, (flat * codes).sum(1, keepdim=True) / power.clamp_min(1), scale)
+            scale = scale.clamp_min(_FLOOR)
+        error = (dequantize(quantize(flat, scale, fmt), scale) - flat).square().sum(1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return best_scale.view(weight_scale_shape(weight))
+
+
+def mse_best_scale(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: float = 0.3) -> Tensor:
+    """The per-tensor scale (float32 scalar) whose clip minimises the mean squared error over ``x``.
+
+    Candidates are evenly spaced fractions of ``max|x| / qmax`` from ``lowest`` to 1.
+    """
+    flat = x.detach().float().flatten()
+    peak = flat.abs().max().clamp_min(_FLOOR * fmt.qmax) / fmt.qmax
+    scales = peak * torch.linspace(lowest, 1.0, candidates)
+    errors = torch.stack([(dequantize(quantize(flat, s, fmt), s) - flat).square().mean() for s in scales])
+    return scales[int(errors.argmin())]

@@ -1,0 +1,228 @@
+"""The engine as a component of a stock diffusers pipeline: it stands where the UNet stood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, ModelMixin, PNDMScheduler, StableDiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.timesteps import rows_of_timesteps
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from s2p_deploy.engines import Runner
+    from s2p_deploy.records import Engine, Prompt, TimestepTable
+
+OUTPUT = "noise_pred"
+# What a name of the command line stands for. Latents are no pictures: x0 must not be clipped to [-1, 1].
+_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to sample: a scheduler by name (None: the pipeline's own) and a number of steps."""
+
+    steps: int
+    scheduler: str | None = None
+
+
+class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
+    """A denoiser that a stock pipeline calls like its UNet, and that asks a runner.
+
+    A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
+    It holds no weights; its device and dtype are those of the tensors around it, the runner's are its own affair.
+    """
+
+    placement: Tensor
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: Mapping[str, Any],
+        timesteps: TimestepTable,
+        numpy_dtype: type[np.float32 | np.float16] = np.float32,
+    ) -> None:
+        super().__init__()
+        self.runner = runner
+        self.timesteps = timesteps
+        self.numpy_dtype = numpy_dtype
+        self._config = FrozenDict(config)
+        self.register_buffer("placement", torch.empty(0), persistent=False)
+
+    @property
+    def config(self) -> FrozenDict:
+        """The denoiser's diffusers configuration."""
+        return self._config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the pipeline works in."""
+        return self.placement.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline's tensors are."""
+        return self.placement.device
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """The network's raw output, in new memory, on the device and in the dtype of ``sample``.
+
+        Args:
+            sample: [batch, C, H, W] latents after ``scale_model_input``.
+            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
+            encoder_hidden_states: [batch, tokens, D] text states.
+            return_dict: a record with ``sample``, or a tuple of one.
+            conditions: everything else that a UNet takes; accepted only where it asks for nothing.
+
+        Raises:
+            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
+                the table or fractional, or the latents have another size than the engine's.
+        """
+        asked = [name for name, value in conditions.items() if value is not None and value != {}]
+        if asked:
+            raise InputError(f"an engine's network is fixed, it cannot take {asked[0]}: build from a pipeline that has it merged")
+        self._check_size(sample)
+        outputs = self.runner.infer(
+            {
+                "sample": self._array(sample),
+                "step_index": self._rows(timestep, len(sample)),
+                "encoder_hidden_states": self._array(encoder_hidden_states),
+            }
+        )
+        result = torch.tensor(outputs[OUTPUT]).to(sample.device, sample.dtype)  # a copy: the runner may reuse its buffer
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _rows(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
+        values = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
+        rows = rows_of_timesteps(values, self.timesteps)
+        if len(rows) not in {1, batch}:
+            raise InputError(f"{len(rows)} timesteps for a batch of {batch}: give one, or one for each sample")
+        return np.ascontiguousarray(np.broadcast_to(rows, (batch,)))
+
+    def _array(self, tensor: Tensor) -> NDArray[np.float32 | np.float16]:
+        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(self.numpy_dtype))
+
+    def _check_size(self, sample: Tensor) -> None:
+        size = self.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        wanted = (self.config["in_channels"], height, width)
+        if tuple(sample.shape[1:]) != wanted:
+            raise InputError(f"this engine takes latents of {wanted}, got {tuple(sample.shape[1:])}: leave height and width out")
+
+    def save_pretrained(self, *_args: object, **_options: object) -> NoReturn:
+        """Refuses: an engine is an artifact of its own.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("an engine is not saved with a pipeline: keep its folder, and save the base pipeline")
+
+    def load_lora_adapter(self, *_args: object, **_options: object) -> NoReturn:
+        """Refuses: an engine's weights are fixed.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("an engine's weights are fixed, no LoRA can be loaded: fuse it into the pipeline, then calibrate")
+
+    def _load_ip_adapter_weights(self, *_args: object, **_options: object) -> NoReturn:
+        raise InputError("an engine's network is fixed, no IP-Adapter can be loaded")
+
+    def enable_freeu(self, *_args: object, **_options: object) -> NoReturn:
+        """Refuses: an engine's network is fixed.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("an engine's network is fixed, FreeU cannot be switched on")
+
+
+def denoiser_from_engine(engine: Engine, runner: Runner) -> EngineDenoiser:
+    """The denoiser of a loaded engine; ``runner`` takes sample, step_index and encoder_hidden_states."""
+    numpy_dtype = np.float16 if engine.dtype == "fp16" else np.float32
+    return EngineDenoiser(runner, engine.denoiser_config, engine.timesteps, numpy_dtype)
+
+
+def pipeline_with_denoiser(base: StableDiffusionPipeline, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
+    """A stock pipeline that shares every component of ``base`` but the denoiser and the scheduler, which has a state."""
+    scheduler = type(base.scheduler).from_config(base.scheduler.config)
+    components = base.components | {"unet": denoiser, "scheduler": scheduler}
+    pipe = StableDiffusionPipeline(**components, requires_safety_checker=base.config.requires_safety_checker)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_with_engine(base: StableDiffusionPipeline, engine: Engine, runner: Runner) -> StableDiffusionPipeline:
+    """``base`` with a loaded engine as its denoiser. ``base`` stays as it is."""
+    return pipeline_with_denoiser(base, denoiser_from_engine(engine, runner))
+
+
+def scheduler_names() -> tuple[str, ...]:
+    """Names of the schedulers that can be asked for."""
+    return tuple(_SCHEDULERS)
+
+
+def with_schedule(pipe: StableDiffusionPipeline, schedule: Schedule) -> StableDiffusionPipeline:
+    """``pipe`` with a fresh scheduler of the asked kind, made from the noise schedule of its own.
+
+    Raises:
+        InputError: there is no scheduler of that name.
+    """
+    other = pipeline_with_denoiser(pipe, pipe.unet)
+    if schedule.scheduler is None:
+        return other
+    if schedule.scheduler not in _SCHEDULERS:
+        raise InputError(f"unknown scheduler {schedule.scheduler!r}: use one of {', '.join(_SCHEDULERS)}")
+    kind, options = _SCHEDULERS[schedule.scheduler]
+    other.scheduler = kind.from_config(pipe.scheduler.config, **options)  # type: ignore[attr-defined]  # diffusers is not typed
+    return other
+
+
+def initial_noise(seeds: Sequence[int], denoiser_config: Mapping[str, Any]) -> Tensor:
+    """Standard normal noise float32 [n, C, H, W]; each sample depends on its own seed alone."""
+    size = denoiser_config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, denoiser_config["in_channels"], height, width)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def generate(
+    pipe: StableDiffusionPipeline, prompt: Prompt, *, schedule: Schedule, guidance_scale: float, seed: int | None = None
+) -> Image:
+    """One picture; its noise comes from ``seed``, or from the prompt's id.
+
+    Raises:
+        InputError: no such scheduler, or the engine's table does not cover the schedule.
+    """
+    noise = initial_noise([prompt.noise_seed if seed is None else seed], pipe.unet.config)
+    result = with_schedule(pipe, schedule)(
+        prompt.text,
+        negative_prompt=prompt.negative,
+        latents=noise.to(pipe.unet.dtype),
+        num_inference_steps=schedule.steps,
+        guidance_scale=guidance_scale,
+    )
+    picture: Image = result.images[0]
+    return picture

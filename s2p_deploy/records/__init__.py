@@ -1,0 +1,50 @@
+"""The nouns that pass between stages: frozen, typed, on disk with a manifest. Nothing else crosses a stage's border."""
+
+from s2p_deploy.records.calibrated_model import CalibratedModel, TimeTable
+from s2p_deploy.records.engine import Engine, SitePrecision
+from s2p_deploy.records.exported_graph import ExportedGraph, GraphBlock, GraphSite, TensorSpec
+from s2p_deploy.records.latent_dataset import LatentDataset
+from s2p_deploy.records.manifest import (
+    Base,
+    Manifest,
+    Parent,
+    file_digest,
+    open_artifact,
+    parent_folder,
+    read_manifest,
+    verify_files,
+    write_artifact,
+)
+from s2p_deploy.records.precision_plan import ActPoint, PrecisionPlan, SitePlan
+from s2p_deploy.records.prompts import Prompt, PromptSet, read_prompts
+from s2p_deploy.records.scale_table import ScaleTable
+from s2p_deploy.records.timestep_table import TimestepTable
+
+__all__ = [
+    "ActPoint",
+    "Base",
+    "CalibratedModel",
+    "Engine",
+    "ExportedGraph",
+    "GraphBlock",
+    "GraphSite",
+    "LatentDataset",
+    "Manifest",
+    "Parent",
+    "PrecisionPlan",
+    "Prompt",
+    "PromptSet",
+    "ScaleTable",
+    "SitePlan",
+    "SitePrecision",
+    "TensorSpec",
+    "TimeTable",
+    "TimestepTable",
+    "file_digest",
+    "open_artifact",
+    "parent_folder",
+    "read_manifest",
+    "read_prompts",
+    "verify_files",
+    "write_artifact",
+]

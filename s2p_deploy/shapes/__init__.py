@@ -1,0 +1,1 @@
+"""The bundled ``shapes`` pipeline: its caption grammar, pictures, checker and feature classifier."""

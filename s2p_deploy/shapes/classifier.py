@@ -1,0 +1,52 @@
+"""The feature classifier of the ``shapes`` pictures: the offline stand-in for Inception's features."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from s2p_deploy.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+FEATURES = 64
+ANSWERS = (len(COLOURS) + 1, len(SHAPES), len(SIZES)) * len(PLACES) + (len(BACKGROUNDS),)
+
+
+class SceneClassifier(torch.nn.Module):
+    """Pictures [n, 3, 64, 64] in [0, 1] to 64 features and to logits of every attribute of the scene."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 48, FEATURES)
+        stages: list[torch.nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            stages += [
+                torch.nn.Conv2d(before, after, 4, stride=2, padding=1),
+                torch.nn.GroupNorm(8, after),
+                torch.nn.SiLU(),
+            ]
+        self.stem = torch.nn.Sequential(*stages)
+        self.project = torch.nn.Linear(FEATURES * 16, FEATURES)
+        self.answers = torch.nn.Linear(FEATURES, sum(ANSWERS))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features float32 [n, 64] of pictures float32 [n, 3, 64, 64] in [0, 1]."""
+        return torch.nn.functional.silu(self.project(self.stem(pictures * 2 - 1).flatten(1)))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the attributes in the order of :data:`ANSWERS`."""
+        return self.answers(self.features(pictures)).split(ANSWERS, dim=1)
+
+
+def load_classifier(file: Path) -> SceneClassifier:
+    """The trained classifier from a safetensors file."""
+    classifier = SceneClassifier()
+    classifier.load_state_dict(load_file(file))
+    return classifier.eval()

@@ -1,0 +1,1 @@
+"""Validation: an engine against its floating-point pipeline, in numbers, pictures and a verdict."""
