@@ -1,1 +1,25 @@
-"""Calibration: prompts in, a CalibratedModel out."""
+"""Calibration: prompts, a pipeline and a recipe give a CalibratedModel (S2P, arXiv 2412.06661)."""
+
+from s2p_deploy.calib.calibrate import calibrate
+from s2p_deploy.calib.dataset import generate_dataset
+from s2p_deploy.calib.plan import plan_from_recipe
+from s2p_deploy.calib.quantized_denoiser import (
+    FakeQuantDenoiser,
+    QuantizedConv2d,
+    QuantizedDenoiser,
+    QuantizedLinear,
+    fake_quant_denoiser,
+    fp_denoiser,
+)
+
+__all__ = [
+    "FakeQuantDenoiser",
+    "QuantizedConv2d",
+    "QuantizedDenoiser",
+    "QuantizedLinear",
+    "calibrate",
+    "fake_quant_denoiser",
+    "fp_denoiser",
+    "generate_dataset",
+    "plan_from_recipe",
+]

@@ -1,1 +1,34 @@
-"""Engines: an ExportedGraph in, an Engine and its Runner out, per backend."""
+"""Engines: ExportedGraph -> Engine -> Runner, for every backend through the same four verbs."""
+
+from s2p_deploy.engines.backend import (
+    Backend,
+    Capabilities,
+    ShapeProfile,
+    backend_by_name,
+    backend_names,
+    check_hint,
+    usable_backend,
+)
+from s2p_deploy.engines.build import build_engine
+from s2p_deploy.engines.load import check_scales, load_engine
+from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
+from s2p_deploy.engines.site_report import sites_not_int8
+from s2p_deploy.engines.subgraph import runner_for_subgraph
+
+__all__ = [
+    "Backend",
+    "BoundRunner",
+    "Capabilities",
+    "Runner",
+    "ShapeProfile",
+    "TorchRunner",
+    "backend_by_name",
+    "backend_names",
+    "build_engine",
+    "check_hint",
+    "check_scales",
+    "load_engine",
+    "runner_for_subgraph",
+    "sites_not_int8",
+    "usable_backend",
+]

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, ModelMixin, PNDMScheduler, StableDiffusionP
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from s2p_deploy.engines.runner import OUTPUT
 from s2p_deploy.errors import InputError
 from s2p_deploy.timesteps import rows_of_timesteps
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import Runner
     from s2p_deploy.records import Engine, Prompt, TimestepTable
 
-OUTPUT = "noise_pred"
 # What a name of the command line stands for. Latents are no pictures: x0 must not be clipped to [-1, 1].
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
@@ -49,17 +49,10 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
 
     placement: Tensor
 
-    def __init__(
-        self,
-        runner: Runner,
-        config: Mapping[str, Any],
-        timesteps: TimestepTable,
-        numpy_dtype: type[np.float32 | np.float16] = np.float32,
-    ) -> None:
+    def __init__(self, runner: Runner, config: Mapping[str, Any], timesteps: TimestepTable) -> None:
         super().__init__()
         self.runner = runner
         self.timesteps = timesteps
-        self.numpy_dtype = numpy_dtype
         self._config = FrozenDict(config)
         self.register_buffer("placement", torch.empty(0), persistent=False)
 
@@ -102,16 +95,16 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         """
         asked = [name for name, value in conditions.items() if value is not None and value != {}]
         if asked:
-            raise InputError(f"an engine's network is fixed, it cannot take {asked[0]}: build from a pipeline that has it merged")
+            raise InputError(f"an engine's network is fixed, it cannot take {asked[0]}: merge it before you calibrate")
         self._check_size(sample)
         outputs = self.runner.infer(
             {
-                "sample": self._array(sample),
+                "sample": sample.detach().float().cpu().numpy(),
                 "step_index": self._rows(timestep, len(sample)),
-                "encoder_hidden_states": self._array(encoder_hidden_states),
+                "encoder_hidden_states": encoder_hidden_states.detach().float().cpu().numpy(),
             }
         )
-        result = torch.tensor(outputs[OUTPUT]).to(sample.device, sample.dtype)  # a copy: the runner may reuse its buffer
+        result = torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def _rows(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
@@ -121,15 +114,12 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
             raise InputError(f"{len(rows)} timesteps for a batch of {batch}: give one, or one for each sample")
         return np.ascontiguousarray(np.broadcast_to(rows, (batch,)))
 
-    def _array(self, tensor: Tensor) -> NDArray[np.float32 | np.float16]:
-        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(self.numpy_dtype))
-
     def _check_size(self, sample: Tensor) -> None:
         size = self.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        wanted = (self.config["in_channels"], height, width)
-        if tuple(sample.shape[1:]) != wanted:
-            raise InputError(f"this engine takes latents of {wanted}, got {tuple(sample.shape[1:])}: leave height and width out")
+        wanted, given = (self.config["in_channels"], height, width), tuple(sample.shape[1:])
+        if given != wanted:
+            raise InputError(f"this engine takes latents of {wanted}, got {given}: leave height and width out")
 
     def save_pretrained(self, *_args: object, **_options: object) -> NoReturn:
         """Refuses: an engine is an artifact of its own.
@@ -145,7 +135,7 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         Raises:
             InputError: always.
         """
-        raise InputError("an engine's weights are fixed, no LoRA can be loaded: fuse it into the pipeline, then calibrate")
+        raise InputError("an engine's weights are fixed, no LoRA can be loaded: fuse it before you calibrate")
 
     def _load_ip_adapter_weights(self, *_args: object, **_options: object) -> NoReturn:
         raise InputError("an engine's network is fixed, no IP-Adapter can be loaded")
@@ -161,12 +151,11 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
 
 def denoiser_from_engine(engine: Engine, runner: Runner) -> EngineDenoiser:
     """The denoiser of a loaded engine; ``runner`` takes sample, step_index and encoder_hidden_states."""
-    numpy_dtype = np.float16 if engine.dtype == "fp16" else np.float32
-    return EngineDenoiser(runner, engine.denoiser_config, engine.timesteps, numpy_dtype)
+    return EngineDenoiser(runner, engine.denoiser_config, engine.timesteps)
 
 
 def pipeline_with_denoiser(base: StableDiffusionPipeline, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
-    """A stock pipeline that shares every component of ``base`` but the denoiser and the scheduler, which has a state."""
+    """A stock pipeline that shares all of ``base`` but the denoiser and the scheduler (it has a state)."""
     scheduler = type(base.scheduler).from_config(base.scheduler.config)
     components = base.components | {"unet": denoiser, "scheduler": scheduler}
     pipe = StableDiffusionPipeline(**components, requires_safety_checker=base.config.requires_safety_checker)

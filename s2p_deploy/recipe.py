@@ -17,7 +17,7 @@ FormatName = Literal["int8", "int4", "none"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Rule(_Section):
@@ -156,7 +156,10 @@ def _read(name_or_path: str) -> tuple[str, str]:
         raise InputError(
             f"unknown recipe {name_or_path!r}: use one of {', '.join(preset_names())}, or the path of a YAML file"
         )
-    return path.read_text(encoding="utf-8"), str(path)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {path} is not UTF-8 text") from error
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

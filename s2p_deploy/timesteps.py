@@ -45,7 +45,7 @@ def rows_of_timesteps(
     outside = (rows < first) | (rows > last)
     if outside.any():
         raise InputError(
-            f"timestep {int(rows[outside][0])} is outside the calibrated table ({first} to {last}): calibrate for it"
+            f"timestep {rows[outside][0]:.0f} is outside the calibrated table ({first} to {last}): calibrate for it"
         )
     return rows.astype(np.int64)
 

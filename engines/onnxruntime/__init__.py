@@ -1,1 +1,8 @@
-"""ONNX Runtime: the reference backend of every parity check."""
+"""ONNX Runtime on the CPU: the reference for parity."""
+
+from s2p_deploy.engines.onnxruntime.backend import OnnxRuntimeBackend
+
+
+def backend(name: str) -> OnnxRuntimeBackend:
+    """The backend of this folder."""
+    return OnnxRuntimeBackend(name)

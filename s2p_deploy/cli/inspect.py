@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="A folder that another command wrote.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that another command wrote.")],
     *,
     as_json: JsonOption = False,
 ) -> int:
@@ -55,8 +55,17 @@ def _head(folder: Path, manifest: Manifest) -> Iterable[tuple[str, object]]:
     for name, parent in manifest.parents.items():
         found = "" if (folder / parent.path).exists() else ", not there now"
         yield f"parent {name}", f"{parent.path} ({parent.digest[:16]}{found})"
-    yield from ((f"recipe {key}", value) for key, value in manifest.recipe.items())
+    yield from _flat("recipe ", manifest.recipe)
     yield from ((key, value) for key, value in manifest.content.items() if isinstance(value, str | int | float))
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, object]]:
+    """Nested values under dotted names, as ``--set`` takes them."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value
 
 
 def _calibrated(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:

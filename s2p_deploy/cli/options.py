@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from s2p_deploy.records import PromptSet
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.records import Manifest, PromptSet
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what stands at --out, once the new one is whole.")]
@@ -23,6 +24,9 @@ PromptsOption = Annotated[
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.iterations=20."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Where the floating-point pipeline is now, where it was moved.")
 ]
 
 _BUNDLED = "shapes:"
@@ -72,3 +76,17 @@ def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
                 raise InputError(f"--set {setting!r} contradicts an earlier --set of {part!r}")
         place[last] = value
     return result
+
+
+def base_of(manifest: Manifest, given: str | None) -> BasePipeline:
+    """The floating-point pipeline that an artifact was made from: where ``given`` says, or where it was.
+
+    Raises:
+        InputError: there is none. IntegrityError: it is another one, or was changed.
+    """
+    from s2p_deploy.families import resolve_base
+
+    base = resolve_base(given or manifest.base.source)
+    if base.base.digest != manifest.base.digest:
+        raise IntegrityError(f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model")
+    return base

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.records import Manifest
 
-_PIPE_WIDTH = 160  # columns where stdout is no terminal, so that tables are not cut at rich's 80
+_PIPE_WIDTH = 400  # columns where stdout is no terminal, so that rows stay on one line
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[object, ...
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(*columns, title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    result = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        result.add_column(column, overflow="fold")
     for row in rows:
         result.add_row(*(Text(str(cell)) for cell in row))
     return result

@@ -19,6 +19,7 @@ from s2p_deploy.records.precision_plan import ActPoint, PrecisionPlan, SitePlan
 from s2p_deploy.records.prompts import Prompt, PromptSet, read_prompts
 from s2p_deploy.records.scale_table import ScaleTable
 from s2p_deploy.records.timestep_table import TimestepTable
+from s2p_deploy.records.validation_report import GateResult, ValidationReport
 
 __all__ = [
     "ActPoint",
@@ -26,6 +27,7 @@ __all__ = [
     "CalibratedModel",
     "Engine",
     "ExportedGraph",
+    "GateResult",
     "GraphBlock",
     "GraphSite",
     "LatentDataset",
@@ -40,6 +42,7 @@ __all__ = [
     "TensorSpec",
     "TimeTable",
     "TimestepTable",
+    "ValidationReport",
     "file_digest",
     "open_artifact",
     "parent_folder",

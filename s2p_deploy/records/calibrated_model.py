@@ -54,6 +54,11 @@ class CalibratedModel:
             read_timestep_table(folder / "timesteps.json"),
         )
 
+    @property
+    def tokens(self) -> int:
+        """Number of text tokens that the denoiser was calibrated with: the sequence length of the text states."""
+        return int(self.manifest.content["tokens"])
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """All parameters and buffers of the hot denoiser but the time table."""
         return load_file(self.folder / "weights.safetensors")

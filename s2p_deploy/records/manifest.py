@@ -91,8 +91,7 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
         }
         files = {path.relative_to(temporary).as_posix(): file_digest(path, sync=True) for path in _own_files(temporary)}
         manifest = Manifest(kind=kind, base=base, recipe=recipe, files=files, parents=hints, content=content)
-        sealed = asdict(manifest) | {"seal": _seal(asdict(manifest))}
-        _write_synced(temporary / MANIFEST, json.dumps(sealed, indent=1, sort_keys=True) + "\n")
+        _write_synced(temporary / MANIFEST, _sealed_text(asdict(manifest)))
         _swap_in(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,8 +109,10 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
     if not file.is_file():
         raise InputError(f"{folder} is no artifact of s2p-deploy: it has no {MANIFEST} (an unfinished run leaves none)")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        intact = data.pop("seal") == _seal(data)
+        text = file.read_bytes().decode()
+        data = json.loads(text)
+        data.pop("seal")
+        intact = text == _sealed_text(data)  # byte for byte, white space too
         data["base"] = Base(**data["base"])
         data["parents"] = {name: Parent(**parent) for name, parent in data["parents"].items()}
         manifest = Manifest(**data)
@@ -175,8 +176,10 @@ def file_digest(path: Path, *, sync: bool = False) -> str:
     return digest
 
 
-def _seal(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def _sealed_text(data: dict[str, Any]) -> str:
+    """The text of ``manifest.json``: ``data`` and the SHA-256 of it."""
+    seal = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return json.dumps(data | {"seal": seal}, indent=1, sort_keys=True) + "\n"
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
@@ -188,7 +191,7 @@ def _own_files(folder: Path) -> Iterator[Path]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as opened:
+    with path.open("w", encoding="utf-8", newline="\n") as opened:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())

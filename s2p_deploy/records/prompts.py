@@ -53,7 +53,7 @@ def read_prompts(path: Path) -> PromptSet:
     if not path.is_file():
         raise InputError(f"prompt file {path} does not exist")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 inside a text
     except UnicodeDecodeError as error:
         raise InputError(f"prompt file {path} is not UTF-8 text") from error
     parse = _from_json if path.suffix == ".jsonl" else _from_text

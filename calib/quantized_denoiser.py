@@ -1,0 +1,266 @@
+"""The fake-quantized denoiser in PyTorch: what is trained, and what every engine is compared with.
+
+A sample's row is data. Its scales go to the sites as arguments of the call (``torch.func.functional_call``), so samples
+of one batch sit on different rows and nothing is left behind in a module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.families import (
+    HotDenoiser,
+    hot_denoiser_from_unet,
+    load_pipeline,
+    new_hot_denoiser,
+    time_table_from_unet,
+)
+from s2p_deploy.numerics import IntegerFormat, fake_quantize, format_by_name, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.records import CalibratedModel, PrecisionPlan, SitePlan
+
+
+class InputQuantizer(nn.Module):
+    """Fake-quantizes a site's input, one scale per sample; ``act_scale`` float32 [batch] exists only during a call."""
+
+    act_scale: Tensor | None
+
+    def __init__(self, site: str, fmt: IntegerFormat) -> None:
+        super().__init__()
+        self.site, self.fmt = site, fmt
+        self.register_buffer("act_scale", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [batch, ...] on its own sample's grid. Raises S2PError where the call brought no scale."""
+        if self.act_scale is None:
+            raise S2PError(
+                f"site {self.site} was reached without an activation scale: call the QuantizedDenoiser, not its parts"
+            )
+        return fake_quantize(x, _per_sample(self.act_scale, x), self.fmt)
+
+    def codes(self, x: Tensor, act_scale: Tensor) -> Tensor:
+        """Integer codes (as floats) of ``x`` [batch, ...] under the scales ``act_scale`` float32 [batch]."""
+        return quantize(x, _per_sample(act_scale, x), self.fmt)
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a weight with one trained scale per output channel, kept as its logarithm [out, 1, ...]."""
+
+    def __init__(self, scale: Tensor, fmt: IntegerFormat) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.log_scale = nn.Parameter(scale.log())
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [out, 1, ...]."""
+        return self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its grid."""
+        return fake_quantize(weight, self.scale, self.fmt)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose input and weight pass a quantizer (``nn.Identity`` where they stay in floating point)."""
+
+    def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            _pair(conv.kernel_size),
+            _pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            _pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution of the quantized input with the quantized weight."""
+        output: Tensor = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return output
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose input and weight pass a quantizer (``nn.Identity`` where they stay in floating point)."""
+
+    def __init__(self, linear: nn.Linear, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Product of the quantized input with the quantized weight."""
+        return nn.functional.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedDenoiser(nn.Module):
+    """A hot denoiser (changed in place) whose planned sites are quantized.
+
+    ``weight_scales`` float32 [out, 1, ...] by site. With ``bake`` the weights are put on their grid once, for a model
+    that is not trained any more: the same values, faster.
+    """
+
+    def __init__(
+        self, hot: HotDenoiser, plan: PrecisionPlan, weight_scales: Mapping[str, Tensor], *, bake: bool = False
+    ) -> None:
+        super().__init__()
+        self.hot, self.plan = hot, plan
+        for site in plan.sites:
+            _replace(
+                hot,
+                site,
+                _quantized(hot.unet.get_submodule(site.site), site, plan, weight_scales.get(site.site), bake=bake),
+            )
+        self._columns = {
+            f"unet.{name}.input_quantizer.act_scale": column
+            for column, point in enumerate(plan.act_points)
+            for name in point.sites
+        }
+
+    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, act_scales: Tensor) -> Tensor:
+        """The network's raw output [batch, C, H, W].
+
+        Args:
+            sample: float32 [batch, C, H, W] latents after ``scale_model_input``.
+            step_index: int64 [batch] row of each sample.
+            encoder_hidden_states: float32 [batch, tokens, D] text states.
+            act_scales: float32 [rows, points].
+        """
+        return self.with_sample_scales(sample, step_index, encoder_hidden_states, act_scales[step_index])
+
+    def with_sample_scales(
+        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, sample_scales: Tensor
+    ) -> Tensor:
+        """As ``forward``, with the scales of each sample, float32 [batch, points], already looked up."""
+        arguments = {name: sample_scales[:, column] for name, column in self._columns.items()}
+        output: Tensor = torch.func.functional_call(self.hot, arguments, (sample, step_index, encoder_hidden_states))
+        return output
+
+    def site(self, name: str) -> nn.Module:
+        """The module of a site; its forward input is the activation before quantization."""
+        module: nn.Module = self.hot.unet.get_submodule(name)
+        return module
+
+    def hot_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the hot denoiser's own names, without the quantizers'."""
+        return {
+            name: value
+            for name, value in self.hot.state_dict().items()
+            if not name.endswith("weight_quantizer.log_scale")
+        }
+
+    def weight_scales(self) -> dict[str, Tensor]:
+        """The scales float32 [out, 1, ...] of the sites whose weights are still being trained."""
+        found = {site.site: self.site(site.site).weight_quantizer for site in self.plan.sites if site.weights != "none"}
+        return {
+            name: quantizer.scale.detach()
+            for name, quantizer in found.items()
+            if isinstance(quantizer, WeightQuantizer)
+        }
+
+
+class FakeQuantDenoiser(nn.Module):
+    """A finished quantized denoiser with its scale table bound: the reference that engines are compared with."""
+
+    act_scales: Tensor
+
+    def __init__(self, denoiser: QuantizedDenoiser, act_scales: Tensor) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.register_buffer("act_scales", act_scales, persistent=False)
+
+    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """The network's raw output [batch, C, H, W]; arguments as :meth:`HotDenoiser.forward`."""
+        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, self.act_scales)
+        return output
+
+    def site(self, name: str) -> nn.Module:
+        """The module of a site; its forward input is the activation before quantization."""
+        return self.denoiser.site(name)
+
+    def site_scale(self, name: str, step_index: Tensor) -> Tensor | None:
+        """The activation scales float32 [batch] of a site on some rows, or None where it stays in floating point."""
+        plan = self.denoiser.plan
+        point = next(site.act_point for site in plan.sites if site.site == name)
+        return None if point is None else self.act_scales[step_index, plan.point_names().index(point)]
+
+
+def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
+    """The fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU; the FP model for fp."""
+    import json
+
+    config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
+    hot = new_hot_denoiser(config, calibrated.time_table())
+    hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
+    scales = {name: torch.from_numpy(value) for name, value in calibrated.weight_scales().items()}
+    denoiser = QuantizedDenoiser(hot, calibrated.plan, scales, bake=True)
+    return (
+        FakeQuantDenoiser(denoiser, torch.from_numpy(calibrated.scales.scales))
+        .eval()
+        .requires_grad_(requires_grad=False)
+    )
+
+
+def fp_denoiser(base: BasePipeline) -> HotDenoiser:
+    """The floating-point hot denoiser of a pipeline, in evaluation mode, float32 on the CPU."""
+    pipe = load_pipeline(base)
+    table = time_table_from_unet(pipe.unet, pipe.scheduler.config.num_train_timesteps)
+    return hot_denoiser_from_unet(pipe.unet, table).eval().requires_grad_(requires_grad=False)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
+
+
+def _per_sample(scale: Tensor, x: Tensor) -> Tensor:
+    return scale.view(-1, *(1,) * (x.dim() - 1))
+
+
+def _quantized(
+    module: nn.Module, site: SitePlan, plan: PrecisionPlan, scale: Tensor | None, *, bake: bool
+) -> nn.Module:
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        kind = type(module).__name__
+        raise InputError(f"site {site.site} is a {kind}, not a Conv2d or Linear: the plan is of another denoiser")
+    inputs = _input_quantizer(site, plan)
+    weights: nn.Module = nn.Identity()
+    fmt = format_by_name(site.weights)
+    if fmt is not None:
+        if scale is None:
+            raise InputError(f"site {site.site} has {site.weights} weights in the plan and no weight scale")
+        if bake:
+            module.weight = nn.Parameter(fake_quantize(module.weight.detach(), scale, fmt))
+        else:
+            weights = WeightQuantizer(scale, fmt)
+    if isinstance(module, nn.Conv2d):
+        return QuantizedConv2d(module, inputs, weights)
+    return QuantizedLinear(module, inputs, weights)
+
+
+def _input_quantizer(site: SitePlan, plan: PrecisionPlan) -> nn.Module:
+    if site.act_point is None:
+        return nn.Identity()
+    fmt = format_by_name(plan.point(site.act_point).activations)
+    return nn.Identity() if fmt is None else InputQuantizer(site.site, fmt)
+
+
+def _replace(hot: HotDenoiser, site: SitePlan, module: nn.Module) -> None:
+    parent, _, leaf = site.site.rpartition(".")
+    hot.unet.get_submodule(parent).register_module(leaf, module)

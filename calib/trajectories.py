@@ -1,0 +1,182 @@
+"""Algorithm 1 of the paper (arXiv 2412.06661): the floating-point denoiser's own trajectories, walked side by side.
+
+Every forward pass has the same number of samples, and a prompt always walks in the same slot of it, whatever its
+neighbours are: so a run that was killed and continued gives the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import inspect
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2p_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from torch import Tensor
+
+    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.records import Prompt
+
+
+@dataclass(frozen=True)
+class StoredPoint:
+    """One call of the denoiser on one row: float16 [C, H, W] what it was given, what it answered for each branch."""
+
+    latents: Tensor
+    row: int
+    cond: Tensor
+    uncond: Tensor
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """What one prompt asks for: which of the scheduler's calls are stored (ascending), and its two text states."""
+
+    prompt: Prompt
+    calls: tuple[int, ...]
+    cond_text: Tensor
+    uncond_text: Tensor
+
+    @property
+    def length(self) -> int:
+        """Calls of the denoiser until the last stored one, which is where the walk stops."""
+        return self.calls[-1] + 1
+
+
+def choose_calls(prompt: Prompt, calls: int, count: int) -> tuple[int, ...]:
+    """``count`` of ``calls`` calls (all, where there are fewer), ascending, drawn from the prompt's own seed."""
+    return tuple(sorted(random.Random(prompt.noise_seed).sample(range(calls), min(count, calls))))
+
+
+def call_rows(scheduler: Any) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
+    """The row of every call of a scheduler whose timesteps are set: PNDM's 50 steps are 51 calls on 50 rows.
+
+    Raises:
+        InputError: a timestep is fractional, so that it names no row of a constant time table.
+    """
+    timesteps = [float(timestep) for timestep in scheduler.timesteps]
+    for timestep in timesteps:
+        if timestep != round(timestep):
+            name = type(scheduler).__name__
+            raise InputError(
+                f"{name} asks for the fractional timestep {timestep:g}: use a schedule of integer timesteps"
+            )
+    return tuple(int(timestep) for timestep in timesteps)
+
+
+def slot_queues(lengths: Sequence[int], width: int) -> tuple[tuple[int, ...], ...]:
+    """Which prompts walk in which slot, in order: each next prompt goes where a slot is free first.
+
+    Known before the walk, because a prompt's length is; so a continued run gives every prompt the same slot.
+    """
+    queues: list[list[int]] = [[] for _ in range(width)]
+    free = [(0, slot) for slot in range(width)]
+    for prompt, length in enumerate(lengths):
+        when, slot = heapq.heappop(free)
+        queues[slot].append(prompt)
+        heapq.heappush(free, (when + length, slot))
+    return tuple(tuple(queue) for queue in queues)
+
+
+@torch.no_grad()
+def walk(
+    teacher: HotDenoiser,
+    scheduler: Any,  # noqa: ANN401 - as above
+    itineraries: Sequence[Itinerary],
+    *,
+    guidance_scale: float,
+    width: int,
+    skip: Collection[int] = (),
+) -> Iterator[tuple[int, list[StoredPoint] | None]]:
+    """Walks all itineraries but those in ``skip``, ``width`` at a time.
+
+    ``scheduler`` has its timesteps set and is copied for every walk. Yields (index, None) after each call of the
+    denoiser that a prompt took part in, and (index, points) in place of the last.
+    """
+    queues = [deque(i for i in queue if i not in skip) for queue in slot_queues([i.length for i in itineraries], width)]
+    slots: list[_Walk | None] = [None] * width
+    while True:
+        for slot, queue in enumerate(queues):
+            if slots[slot] is None and queue:
+                index = queue.popleft()
+                slots[slot] = _Walk(index, itineraries[index], scheduler, _latent_shape(teacher))
+        if not any(slots):
+            return
+        inputs = [None if active is None else active.net_input() for active in slots]
+        answers = _answer(teacher, slots, inputs)
+        for slot, active in enumerate(slots):
+            taken = inputs[slot]
+            if active is None or taken is None:
+                continue
+            active.advance(taken, answers[0, slot], answers[1, slot], guidance_scale)
+            if active.finished:
+                slots[slot] = None
+            yield active.index, active.points if active.finished else None
+
+
+class _Walk:
+    """One prompt on its way down the schedule."""
+
+    def __init__(self, index: int, itinerary: Itinerary, scheduler: Any, shape: tuple[int, ...]) -> None:  # noqa: ANN401 - as above
+        self.index = index
+        self.itinerary = itinerary
+        self.scheduler = copy.deepcopy(scheduler)
+        self.rows = call_rows(scheduler)
+        self.generator = torch.Generator().manual_seed(itinerary.prompt.noise_seed)
+        self.latents = torch.randn((1, *shape), generator=self.generator) * self.scheduler.init_noise_sigma
+        self.call = 0
+        self.points: list[StoredPoint] = []
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters
+        self.step_arguments: dict[str, Any] = {"generator": self.generator} if draws else {}
+
+    @property
+    def row(self) -> int:
+        return self.rows[self.call]
+
+    @property
+    def finished(self) -> bool:
+        return self.call > self.itinerary.calls[-1]
+
+    def net_input(self) -> Tensor:
+        """float32 [C, H, W], rounded to float16, so that the stored answer belongs to the stored input exactly."""
+        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.scheduler.timesteps[self.call])
+        return scaled[0].half().float()
+
+    def advance(self, net_input: Tensor, uncond: Tensor, cond: Tensor, guidance_scale: float) -> None:
+        """Takes the answers, float32 [C, H, W]; stores the call if it was chosen, and steps unless it is the last."""
+        if self.call in self.itinerary.calls:
+            self.points.append(StoredPoint(net_input.half(), self.row, cond.half(), uncond.half()))
+        if self.call < self.itinerary.calls[-1]:
+            guided = (uncond + guidance_scale * (cond - uncond)).unsqueeze(0)
+            timestep = self.scheduler.timesteps[self.call]
+            self.latents = self.scheduler.step(
+                guided, timestep, self.latents, return_dict=False, **self.step_arguments
+            )[0]
+        self.call += 1
+
+
+def _latent_shape(teacher: HotDenoiser) -> tuple[int, int, int]:
+    config = teacher.unet.config
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+def _answer(teacher: HotDenoiser, slots: Sequence[_Walk | None], inputs: Sequence[Tensor | None]) -> Tensor:
+    """One forward pass of 2 * width samples: [2, width, C, H, W], uncond first; idle slots repeat a busy one."""
+    busy = next(slot for slot, active in enumerate(slots) if active is not None)
+    filled = [slot if active is not None else busy for slot, active in enumerate(slots)]
+    active = [walk for walk in (slots[slot] for slot in filled) if walk is not None]
+    sample = torch.stack([taken for taken in (inputs[slot] for slot in filled) if taken is not None])
+    rows = torch.tensor([walk.row for walk in active])
+    texts = [walk.itinerary.uncond_text for walk in active] + [walk.itinerary.cond_text for walk in active]
+    output = teacher(torch.cat([sample, sample]), torch.cat([rows, rows]), torch.stack(texts))
+    both: Tensor = output.unflatten(0, (2, len(slots)))
+    return both

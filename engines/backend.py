@@ -1,0 +1,163 @@
+"""What every backend offers: four verbs over one set of small records, found by name."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from s2p_deploy.errors import InputError, MissingEnvironmentError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import onnx
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from s2p_deploy.engines.runner import Runner
+    from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
+
+_MODULES = {
+    "onnxruntime": "s2p_deploy.engines.onnxruntime",
+    "openvino": "s2p_deploy.engines.openvino",
+    "tensorrt_rtx": "s2p_deploy.engines.tensorrt",
+    "tensorrt": "s2p_deploy.engines.tensorrt",
+}
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """Batch sizes that an engine takes: the smallest, the one it is tuned for, the largest. TensorRT engines refuse
+    others; the CPU backends take any."""
+
+    minimum: int = 1
+    optimum: int = 2
+    maximum: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise InputError(f"batch profile {self.minimum}/{self.optimum}/{self.maximum} must be ascending from 1")
+
+    def shape(self, spec: TensorSpec, batch: int) -> tuple[int, ...]:
+        """The sizes of a tensor at a batch size. Raises InputError where another size than ``batch`` is dynamic."""
+        other = [size for size in spec.shape if isinstance(size, str) and size != "batch"]
+        if other:
+            raise InputError(f"input {spec.name} has the dynamic size {other[0]!r}: only 'batch' may be dynamic")
+        return tuple(batch if isinstance(size, str) else size for size in spec.shape)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do here. ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also
+    run what it builds; the first of ``hints`` is the default."""
+
+    backend: str
+    version: str | None
+    missing: str | None
+    executes: bool
+    dtypes: tuple[str, ...]
+    hints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What ``compile`` needs: the prepared graph, its inputs, the folder that becomes the engine, a scratch folder, and
+    ``example`` inputs for one trial run where the backend can run here."""
+
+    onnx_path: Path
+    inputs: tuple[TensorSpec, ...]
+    profile: ShapeProfile
+    hint: str
+    folder: Path
+    scratch: Path
+    example: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ``compile`` made: names of its files, what must match to load them, the compute type that the backend reports
+    of ONNX nodes (int8, fp32, ...; nodes that it does not report are left out), and anything else worth recording."""
+
+    files: tuple[str, ...]
+    environment: dict[str, str]
+    compute: dict[str, str]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One way to turn an exported graph into something that runs."""
+
+    name: str
+
+    def capabilities(self) -> Capabilities:
+        """What it can do on this machine; never raises for a missing library."""
+
+    def prepare(self, graph: ExportedGraph, folder: Path) -> Path:
+        """Derives the backend's ONNX file from the canonical graph, into ``folder``."""
+
+    def prepare_model(self, model: ir.Model) -> None:
+        """The passes of ``prepare`` alone, in place: what validation applies to a block's subgraph."""
+
+    def compile(self, request: CompileRequest) -> Compiled:
+        """Builds the engine's files. May crash: :func:`s2p_deploy.engines.build_engine` calls it in a child process."""
+
+    def environment(self) -> dict[str, str]:
+        """What must equal an engine's record for it to be loaded here."""
+
+    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
+        """A runner from bytes that were already verified; ``bound`` inputs are set once and never given to ``infer``."""
+
+    def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
+        """Compiles a small in-memory model that was prepared, as ``compile`` does, and runs it here."""
+
+
+def backend_by_name(name: str) -> Backend:
+    """The backend of a name. Raises InputError for an unknown one; the library behind it is not imported."""
+    if name not in _MODULES:
+        raise InputError(f"unknown backend {name!r}: use one of {', '.join(_MODULES)}")
+    backend: Backend = importlib.import_module(_MODULES[name]).backend(name)
+    return backend
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all backends."""
+    return tuple(_MODULES)
+
+
+def usable_backend(name: str) -> Backend:
+    """The backend of a name, whose library is installed.
+
+    Raises:
+        InputError: there is none of that name. MissingEnvironmentError: its library is missing.
+    """
+    backend = backend_by_name(name)
+    missing = backend.capabilities().missing
+    if missing is not None:
+        raise MissingEnvironmentError(missing)
+    return backend
+
+
+def check_hint(backend: Backend, hint: str | None) -> str:
+    """The precision hint to use: the given one, or the backend's default. Raises InputError for an unknown one."""
+    hints = backend.capabilities().hints
+    if hint is not None and hint not in hints:
+        raise InputError(f"{backend.name} knows no hint {hint!r}: use one of {', '.join(hints)}")
+    return hint or hints[0]
+
+
+def example_inputs(graph: ExportedGraph, batch: int) -> dict[str, NDArray[Any]]:
+    """Inputs for a trial run: zeros, a calibrated row, and the graph's own scales."""
+    profile = ShapeProfile(1, batch, batch)
+    row = graph.timesteps.calibrated[0]
+    values: dict[str, NDArray[Any]] = {}
+    for spec in graph.inputs:
+        if spec.name == "act_scales":
+            values[spec.name] = graph.scales.scales
+        else:
+            fill = row if spec.name == "step_index" else 0
+            values[spec.name] = np.full(profile.shape(spec, batch), fill, dtype=spec.dtype)
+    return values

@@ -1,0 +1,67 @@
+"""The child process of a build: ``python -m s2p_deploy.engines.child request.json result.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from s2p_deploy.engines.backend import CompileRequest, ShapeProfile, example_inputs, usable_backend
+from s2p_deploy.engines.site_report import site_precisions, storage_bits
+from s2p_deploy.errors import S2PError
+from s2p_deploy.records import ExportedGraph
+
+
+def build(request: dict[str, Any]) -> dict[str, Any]:
+    """Prepares and compiles: writes the backend's files to ``request["folder"]`` and returns what it learned."""
+    started = time.monotonic()
+    backend = usable_backend(request["backend"])
+    graph = ExportedGraph.open(Path(request["graph"]))
+    scratch = Path(request["scratch"])
+    prepared = backend.prepare(graph, scratch)
+    storage = storage_bits(prepared)  # before compile, which may move the file
+    profile = ShapeProfile(*request["profile"])
+    compiled = backend.compile(
+        CompileRequest(
+            onnx_path=prepared,
+            inputs=graph.inputs,
+            profile=profile,
+            hint=request["hint"],
+            folder=Path(request["folder"]),
+            scratch=scratch,
+            example=example_inputs(graph, profile.optimum),
+        )
+    )
+    return {
+        "engine_files": list(compiled.files),
+        "environment": compiled.environment,
+        "sites": [asdict(site) for site in site_precisions(graph, storage, compiled.compute)],
+        "notes": compiled.notes,
+        "build_seconds": round(time.monotonic() - started, 3),
+        "peak_rss_bytes": peak_rss(),
+    }
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process in bytes (getrusage would count the parent's too, from before exec)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def main(request_file: str, result_file: str) -> None:
+    """Reads the request, builds, writes the result; an expected error is a result too."""
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    try:
+        result = build(request)
+    except S2PError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,55 @@
+"""Per site: how its weights are stored, its activations coded, and what the backend reports to compute it in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.records import SitePrecision
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from s2p_deploy.records import Engine, ExportedGraph, GraphSite, PrecisionPlan
+
+UNKNOWN = "unknown"
+_BITS = {"int8": 8, "int4": 4}
+
+
+def storage_bits(prepared: Path) -> dict[str, int]:
+    """Bits per value of every weight tensor of a prepared graph."""
+    tensors = read_onnx(prepared).graph.initializers.items()
+    return {name: value.const_value.dtype.bitwidth for name, value in tensors if value.const_value is not None}
+
+
+def site_precisions(
+    graph: ExportedGraph, storage: Mapping[str, int], compute: Mapping[str, str]
+) -> tuple[SitePrecision, ...]:
+    """One entry per site. ``storage`` maps the prepared graph's tensors to bits, ``compute`` ONNX nodes to types."""
+    floating = 32 if graph.dtype == "fp32" else 16
+    return tuple(
+        SitePrecision(
+            site=site.site,
+            op=site.op,
+            lowering=_lowering(site),
+            weight_storage_bits=floating if site.weight is None else storage[site.weight],
+            activation_bits=_BITS.get(site.activations, floating),
+            compute=compute.get(site.node, UNKNOWN),
+        )
+        for site in graph.sites
+    )
+
+
+def sites_not_int8(engine: Engine, plan: PrecisionPlan) -> tuple[str, ...]:
+    """Sites that the plan wants computed in integers (quantized weights and activations) and that the engine's backend
+    does not report as int8."""
+    compute = {site.site: site.compute for site in engine.sites}
+    planned = (site.site for site in plan.sites if site.act_point is not None and site.weights != "none")
+    return tuple(site for site in planned if compute.get(site, UNKNOWN) != "int8")
+
+
+def _lowering(site: GraphSite) -> str:
+    if site.codes is not None:
+        return "rescale"
+    return "float" if site.weight is None else "weight_only"

@@ -1,0 +1,59 @@
+"""Gives every parameter its data, to be read from safetensors when the graph is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from s2p_deploy.export.scopes import parameter_name
+from s2p_deploy.export.tensors import lazy, read_tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class FillWeights(ir.passes.InPlacePass):
+    """Parameters ``unet.conv_in.weight`` become lazy initializers ``conv_in.weight`` in the graph's dtype.
+
+    Matrices [out, in] that a graph transposes before MatMul are stored [in, out], and the Transpose goes.
+
+    Requires: an initializer without data is a parameter of the hot denoiser. Ensures: every initializer has data.
+    """
+
+    def __init__(self, file: Path, dtype: ir.DataType) -> None:
+        super().__init__()
+        self.file, self.dtype = file, dtype
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replaces the parameters."""
+        graph = model.graph
+        for traced in [value for value in graph.initializers.values() if value.const_value is None]:
+            readers = [node for node, _ in traced.uses()]
+            if len(readers) == 1 and readers[0].op_type == "Transpose":
+                transpose = readers[0]
+                filled = self._initializer(traced, transposed=True)
+                ir.convenience.replace_all_uses_with(transpose.outputs[0], filled)
+                graph.remove(transpose, safe=True)
+            else:
+                filled = self._initializer(traced, transposed=False)
+                ir.convenience.replace_all_uses_with(traced, filled)
+            del graph.initializers[traced.name or ""]
+            graph.initializers.add(filled)
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Checks that every initializer has data."""
+        empty = [name for name, value in model.graph.initializers.items() if value.const_value is None]
+        if empty:
+            raise ir.passes.PostconditionError(f"{empty[0]} has no data")
+
+    def _initializer(self, traced: ir.Value, *, transposed: bool) -> ir.Value:
+        key = traced.name or ""
+        assert traced.shape is not None  # parameters are traced with their shapes
+        shape = traced.shape.numpy()[::-1] if transposed else traced.shape.numpy()
+        name = key.removeprefix(parameter_name(""))
+        file = self.file
+        if transposed:
+            return lazy(name, shape, self.dtype, lambda: read_tensor(file, key).T)
+        return lazy(name, shape, self.dtype, lambda: read_tensor(file, key))

@@ -1,0 +1,89 @@
+"""Initializers that read their data when they are written: one tensor at a time goes from safetensors to the graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors import safe_open
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.numerics import INT4, IntegerFormat, quantize, weight_scale_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+_SMALLEST_HALF = 2.0**-24  # a scale must stay above zero after it is rounded to FP16
+
+
+def lazy(
+    name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], NDArray[np.generic]]
+) -> ir.Value:
+    """An initializer whose data ``make`` returns when the file is written; it is not kept afterwards.
+
+    Raises (when written):
+        InputError: a value is not finite in ``dtype``.
+    """
+
+    def data() -> ir.Tensor:
+        return ir.Tensor(_cast(make(), dtype, name), dtype=dtype, name=name)
+
+    tensor = ir.LazyTensor(data, dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+
+
+def constant(name: str, array: NDArray[np.generic]) -> ir.Value:
+    """An initializer with its data."""
+    tensor = ir.Tensor(array, name=name)
+    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def reshaped(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """A lazy initializer of the same name and data in another shape; it takes the place of ``value``."""
+    assert value.const_value is not None and value.dtype is not None and value.name is not None  # an initializer
+    tensor = value.const_value
+    return lazy(value.name, shape, value.dtype, lambda: tensor.numpy().reshape(shape))
+
+
+def read_tensor(file: Path, name: str) -> NDArray[np.float32]:
+    """One tensor of a safetensors file; the others are not read.
+
+    Raises:
+        InputError: the file does not hold it.
+    """
+    with safe_open(file, "numpy") as opened:
+        if name not in opened.keys():  # noqa: SIM118 - a safetensors file is no dictionary
+            raise InputError(f"{file} lacks {name}: make the calibrated model again")
+        tensor: NDArray[np.float32] = opened.get_tensor(name)
+        return tensor
+
+
+def usable_weight_scale(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
+    """Weight scales that stay above zero when rounded to ``dtype`` (channels of zeros have scales near 1e-19)."""
+    return scale if dtype == ir.DataType.FLOAT else np.maximum(scale, np.float32(_SMALLEST_HALF))
+
+
+def weight_codes(
+    weight: NDArray[np.float32], scale: NDArray[np.float32], fmt: IntegerFormat
+) -> NDArray[np.generic]:
+    """Integer codes of a weight [out, ...] by its scale [out, 1, ...], as training quantizes it."""
+    tensor = torch.from_numpy(weight)
+    codes = quantize(tensor, torch.from_numpy(scale).view(weight_scale_shape(tensor)), fmt)
+    return codes.numpy().astype(ml_dtypes.int4 if fmt == INT4 else np.int8)
+
+
+def _cast(array: NDArray[np.generic], dtype: ir.DataType, name: str) -> NDArray[np.generic]:
+    if not dtype.is_floating_point():
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(array.astype(dtype.numpy()))
+    if not np.isfinite(cast).all():
+        raise InputError(f"{name} has a value that is not finite in {dtype}: export with --dtype fp32")
+    return cast

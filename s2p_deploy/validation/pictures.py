@@ -1,0 +1,194 @@
+"""Question 3: are the pictures the same? Two pipelines draw the same prompts from the same noise."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from s2p_deploy.pipeline import Schedule, initial_noise, pipeline_with_denoiser, with_schedule
+from s2p_deploy.progress import silent
+from s2p_deploy.shapes.checker import AttributeScore, score_picture
+from s2p_deploy.shapes.grammar import parse
+from s2p_deploy.validation.measurements import PictureComparison, Similarity
+from s2p_deploy.validation.metrics import frechet_distance, haarpsi, psnr_db, relative_error, shifted, ssim
+from s2p_deploy.validation.numbers import Number, Skipped, ratio_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diffusers import StableDiffusionPipeline
+    from numpy.typing import NDArray
+
+    from s2p_deploy.progress import Progress
+    from s2p_deploy.records import Prompt, PromptSet
+
+BATCH = 16
+_SIDE = 64  # of the pictures that the checker and the classifier read
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a pipeline drew, and how it came there.
+
+    ``pictures`` float32 [n, H, W, 3] in [0, 1]; ``trajectory`` float32 [calls, n, C, H, W], the latents after each call
+    of the denoiser; the scheduler's ``timesteps`` [calls]; wall ``seconds`` for all.
+    """
+
+    pictures: NDArray[np.float32]
+    trajectory: NDArray[np.float32]
+    timesteps: tuple[float, ...]
+    seconds: float
+
+
+def draw(
+    pipe: StableDiffusionPipeline,
+    prompts: PromptSet,
+    schedule: Schedule,
+    guidance_scale: float,
+    *,
+    stage: str = "pictures",
+    progress: Progress = silent,
+) -> Drawing:
+    """Draws every prompt from its own noise, in batches of :data:`BATCH`. ``pipe`` is left as it is.
+
+    Raises:
+        InputError: no such scheduler, or an engine's table does not cover the schedule.
+    """
+    scheduled = with_schedule(pipe, schedule)
+    total, parts = len(prompts.prompts), []
+    start = time.perf_counter()
+    for first in range(0, total, BATCH):
+        parts.append(_draw_batch(scheduled, prompts.prompts[first : first + BATCH], schedule.steps, guidance_scale))
+        progress(stage, sum(len(pictures) for pictures, _ in parts), total)
+    return Drawing(
+        np.concatenate([pictures for pictures, _ in parts]),
+        np.concatenate([trajectory for _, trajectory in parts], axis=1),
+        tuple(float(timestep) for timestep in scheduled.scheduler.timesteps),
+        time.perf_counter() - start,
+    )
+
+
+def compare_drawings(
+    reference: Drawing,
+    candidate: Drawing,
+    prompts: PromptSet,
+    schedule: Schedule,
+    guidance_scale: float,
+    classifier: Path | None = None,
+) -> PictureComparison:
+    """All that two drawings of the same prompts say about each other; ``classifier``: weights of the features."""
+    pairs = list(zip(reference.trajectory, candidate.trajectory, strict=True))
+    count = len(prompts.prompts)
+    return PictureComparison(
+        schedule=schedule,
+        guidance_scale=guidance_scale,
+        similarity=similarity(reference.pictures, candidate.pictures),
+        pixel_shift=pixel_shift(reference.pictures),
+        timesteps=reference.timesteps,
+        step_error=np.stack([relative_error(first, second) for first, second in pairs]),
+        accuracy=accuracies(reference.pictures, candidate.pictures, prompts),
+        feature_distance=feature_distance(reference.pictures, candidate.pictures, classifier),
+        seconds=(reference.seconds / count, candidate.seconds / count),
+    )
+
+
+def picture_psnr(
+    base: StableDiffusionPipeline,
+    reference: torch.nn.Module,
+    candidate: torch.nn.Module,
+    prompts: PromptSet,
+    schedule: Schedule,
+    guidance_scale: float,
+) -> NDArray[np.float64]:
+    """PSNR float64 [n] in dB between the pictures of two denoisers (as diffusers calls them) in the same pipeline."""
+    pipes = [pipeline_with_denoiser(base, denoiser) for denoiser in (reference, candidate)]
+    first, second = (draw(pipe, prompts, schedule, guidance_scale).pictures for pipe in pipes)
+    return psnr_db(first, second)
+
+
+def similarity(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Similarity:
+    """Picture metrics of pictures [n, H, W, 3]."""
+    return Similarity(psnr_db(reference, candidate), ssim(reference, candidate), haarpsi(reference, candidate))
+
+
+def pixel_shift(pictures: NDArray[np.float32]) -> Similarity:
+    """What pictures score against themselves moved by one pixel, mean of the four directions: a yardstick."""
+    found = [similarity(pictures, shifted(pictures, down, right)) for down, right in _DIRECTIONS]
+    return Similarity(*(np.mean([getattr(one, name) for one in found], axis=0) for name in ("psnr", "ssim", "haarpsi")))
+
+
+def accuracies(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], prompts: PromptSet
+) -> tuple[Number, Number] | Skipped:
+    """Attribute accuracy of both, where every prompt is a caption of the shapes grammar."""
+    try:
+        scenes = [parse(prompt.text) for prompt in prompts.prompts]
+    except ValueError:
+        return Skipped("the prompts are no captions of the shapes grammar")
+    if reference.shape[1:3] != (_SIDE, _SIDE):
+        return Skipped(f"the checker reads pictures of {_SIDE}×{_SIDE}")
+    both = [
+        [score_picture(picture, scene) for picture, scene in zip(to_bytes(pictures), scenes, strict=True)]
+        for pictures in (reference, candidate)
+    ]
+    return _accuracy(both[0]), _accuracy(both[1])
+
+
+def feature_distance(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], classifier: Path | None
+) -> Number | Skipped:
+    """Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
+    if classifier is None or not classifier.is_file():
+        return Skipped("no classifier of the shapes pictures is given")
+    if reference.shape[1:3] != (_SIDE, _SIDE):
+        return Skipped(f"the classifier reads pictures of {_SIDE}×{_SIDE}")
+    if len(reference) < 2:
+        return Skipped("a distance of distributions needs at least two pictures")
+    from s2p_deploy.shapes.classifier import load_classifier
+
+    network = load_classifier(classifier)
+    with torch.no_grad():
+        features = [
+            network.features(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))).double().numpy()
+            for pictures in (reference, candidate)
+        ]
+    return Number(frechet_distance(features[0], features[1]), len(reference))
+
+
+def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Pictures uint8 [n, H, W, 3], rounded as diffusers does."""
+    rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+def _draw_batch(
+    pipe: StableDiffusionPipeline, prompts: Sequence[Prompt], steps: int, guidance_scale: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    latents: list[NDArray[np.float32]] = []
+
+    def keep(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents.append(tensors["latents"].float().cpu().numpy().copy())
+        return tensors
+
+    noise = initial_noise([prompt.noise_seed for prompt in prompts], pipe.unet.config)
+    result = pipe(
+        [prompt.text for prompt in prompts],
+        negative_prompt=[prompt.negative for prompt in prompts],
+        latents=noise.to(pipe.device, pipe.unet.dtype),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        callback_on_step_end=keep,
+        output_type="np",
+    )
+    return result.images.astype(np.float32), np.stack(latents)
+
+
+def _accuracy(scores: Sequence[AttributeScore]) -> Number:
+    right, asked = (np.array([getattr(score, name) for score in scores]) for name in ("right", "asked"))
+    return ratio_of(right, asked)

@@ -1,0 +1,95 @@
+"""A Stable Diffusion pipeline whose UNet runs in a millisecond: the bundled text encoder, random weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from s2p_deploy.families import (
+    BasePipeline,
+    HotDenoiser,
+    hot_denoiser_from_unet,
+    load_pipeline,
+    resolve_base,
+    time_table_from_unet,
+)
+from s2p_deploy.recipe import Recipe, recipe_from_data
+from s2p_deploy.records import LatentDataset, Prompt, PromptSet
+
+TEXTS = ("a large red circle", "a small blue square", "a large green triangle", "two circles", "a red square", "a disc")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    shutil.copytree(resolve_base("shapes").folder, folder, ignore=shutil.ignore_patterns("unet"))
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+    return resolve_base(str(folder))
+
+
+@pytest.fixture
+def pipe(base: BasePipeline) -> StableDiffusionPipeline:
+    return load_pipeline(base)
+
+
+@pytest.fixture
+def hot(pipe: StableDiffusionPipeline) -> HotDenoiser:
+    return hot_denoiser_from_unet(pipe.unet, time_table_from_unet(pipe.unet, 1000)).eval()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> PromptSet:
+    return PromptSet(tuple(Prompt(f"p{index}", text) for index, text in enumerate(TEXTS)))
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    return tiny_recipe()
+
+
+@pytest.fixture(scope="session")
+def dataset(
+    base: BasePipeline, prompts: PromptSet, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> LatentDataset:
+    from s2p_deploy.calib import generate_dataset
+
+    loaded = load_pipeline(base)
+    teacher = hot_denoiser_from_unet(loaded.unet, time_table_from_unet(loaded.unet, 1000)).eval()
+    out = tmp_path_factory.mktemp("latents") / "dataset"
+    return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    """W4A8 at the smallest size that still has several shards, slots and checkpoints: PNDM's 6 steps are 7 calls."""
+    data: dict[str, object] = {
+        "name": "tiny",
+        "weights": "int4",
+        "activations": "int8",
+        "rules": [
+            {"match": "conv_in", "weights": "int8", "activations": "none"},
+            {"match": "text", "activations": "none"},
+        ],
+        "sampling": {"steps": 6, "guidance_scale": 2.5},
+        "dataset": {"prompts": 6, "points_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
+        "training": {"iterations": 6, "batch": 4, "save_every": 2, "scale_latents": 8},
+    }
+    return recipe_from_data(data | changes, "test")
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,209 @@
+"""Whatever is wrong: the right exit code, one line on stderr, no traceback, and earlier artifacts as they were."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from s2p_deploy.records import read_manifest, write_artifact
+from tests.cli.commands import Chain, Finished, Run, quick_settings
+
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+def assert_refused(finished: Finished, code: int, *words: str) -> None:
+    assert finished.code == code, finished.err
+    assert finished.out == ""
+    lines = finished.err.splitlines()
+    assert len(lines) == 1, finished.err
+    assert lines[0].startswith("s2p-deploy: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def calibrate(run: Run, out: Path, prompts: Path, *, model: object = "shapes", recipe: str = "w8a8", more: tuple[str, ...] = ()) -> Finished:
+    return run("calibrate", model, "--recipe", recipe, "--prompts", prompts, "--out", out, *quick_settings(*more))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["Missing command"]),
+        (["paint"], ["No such command"]),
+        (["calibrate"], ["MODEL"]),
+        (["calibrate", "shapes", "--out", "x", "--prompts", "y"], ["--recipe"]),
+        (["export", "x", "--out", "y", "--dtype", "fp8"], ["fp8", "fp32", "fp16"]),
+        (["generate", "x", "--prompt", "p", "--out", "y.png", "--steps", "0"], ["--steps"]),
+        (["generate", "x", "--prompt", "p", "--out", "y.gif"], ["y.gif", ".png"]),
+        (["inspect", "no-such-folder"], ["no-such-folder", "manifest.json"]),
+        (["export", "no-such-folder", "--out", "y"], ["no-such-folder"]),
+        (["calibrate", "shapes", "--recipe", "fp", "--prompts", "shapes:nowhere", "--out", "x"], ["shapes:nowhere", "shapes:train"]),
+        (["calibrate", "shapes", "--recipe", "fp", "--prompts", "no.txt", "--out", "x"], ["no.txt", "does not exist"]),
+        (["calibrate", "shapes", "--recipe", "w2a2", "--prompts", "no.txt", "--out", "x"], ["w2a2", "w4a8"]),
+    ],
+)
+def test_usage(run: Run, arguments: list[str], words: list[str]) -> None:
+    assert_refused(run(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("training", ["KEY=VALUE"]),
+        ("=3", ["KEY=VALUE"]),
+        ("training.iterations=[", ["not valid YAML"]),
+        ("training.iteration=3", ["training.iteration"]),
+        ("training.iterations=many", ["training.iterations", "integer"]),
+        ("training=3", ["contradicts"]),
+    ],
+)
+def test_settings(run: Run, tmp_path: Path, prompts_file: Path, setting: str, words: list[str]) -> None:
+    arguments = ("--set", "training.iterations=3", "--set", setting) if setting == "training=3" else ("--set", setting)
+    if setting == "training=3":
+        words = ["training", "input should be"]
+    finished = run("calibrate", "shapes", "--recipe", "w8a8", "--prompts", prompts_file, "--out", tmp_path / "x", *arguments)
+    assert_refused(finished, 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there(run: Run, tmp_path: Path, prompts_file: Path) -> None:
+    assert_refused(calibrate(run, tmp_path / "x", prompts_file, model=tmp_path / "none"), 2, "does not exist", "diffusers")
+
+
+def test_a_folder_that_is_no_pipeline(run: Run, tmp_path: Path, prompts_file: Path) -> None:
+    assert_refused(calibrate(run, tmp_path / "x", prompts_file, model=tmp_path), 2, "model_index.json")
+
+
+def test_a_hub_id_without_network(run: Run, tmp_path: Path, prompts_file: Path) -> None:
+    assert_refused(calibrate(run, tmp_path / "x", prompts_file, model="nobody/nothing"), 2, "nobody/nothing", "hub")
+
+
+def test_a_rule_that_matches_no_site_blocks_no_later_start(run: Run, tmp_path: Path, prompts_file: Path) -> None:
+    rule = "rules=[{match: 'conv_inn', weights: none}]"
+    assert_refused(calibrate(run, tmp_path / "x", prompts_file, more=(rule,)), 2, "conv_inn")
+    assert calibrate(run, tmp_path / "x", prompts_file, recipe="fp").code == 0
+
+
+def test_an_empty_prompt_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    assert_refused(calibrate(run, tmp_path / "x", tmp_path / "empty.txt"), 2, "empty.txt", "at least one")
+
+
+def test_an_out_of_another_request(run: Run, chain: Chain, snapshot: Snapshot) -> None:
+    before = snapshot(chain.calib.parent)
+    assert_refused(calibrate(run, chain.calib, chain.prompts, more=("training.seed=7",)), 2, "--force")
+    assert_refused(run("export", chain.calib, "--out", chain.graph), 2, "--force")
+    assert_refused(run("build", chain.graph, "--backend", "onnxruntime", "--out", chain.engine), 2, "--force")
+    assert snapshot(chain.calib.parent) == before
+
+
+def test_a_timestep_outside_the_table(run: Run, chain: Chain, tmp_path: Path) -> None:
+    options = ("--prompt", "x", "--scheduler", "ddim", "--steps", "50", "--out", tmp_path / "p.png")
+    assert_refused(run("generate", chain.engine, *options), 2, "timestep", "outside the calibrated table")
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_scale_that_is_no_scale(run: Run, chain: Chain, tmp_path: Path, value: float) -> None:
+    manifest = read_manifest(chain.calib)
+    spoiled = tmp_path / "spoiled"
+
+    def fill(folder: Path) -> dict[str, object]:
+        for name in manifest.files:
+            shutil.copyfile(chain.calib / name, folder / name)
+        table = load_file(folder / "act_scales.safetensors")
+        table["act_scales"][1, 0] = value
+        points = (chain.calib / "act_scales.safetensors").read_bytes()
+        header = json.loads(points[8 : 8 + int.from_bytes(points[:8], "little")])
+        save_file(table, folder / "act_scales.safetensors", metadata=header["__metadata__"])
+        return manifest.content
+
+    write_artifact(spoiled, kind=manifest.kind, base=manifest.base, recipe=manifest.recipe, fill=fill)
+    assert_refused(run("export", spoiled, "--out", tmp_path / "graph"), 2, "row 1", "above zero")
+    assert not (tmp_path / "graph").exists()
+
+
+@pytest.mark.parametrize("kind", ["calib", "dataset", "graph", "engine"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_changed_byte(run: Run, chain: Chain, kind: str, largest: bool) -> None:  # noqa: FBT001 - a parameter
+    folder = chain.folder_of(kind)
+    name = max(read_manifest(folder).files, key=lambda name: (folder / name).stat().st_size) if largest else "manifest.json"
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    assert_refused(run("inspect", folder), 5, folder.name)
+    next_stage: dict[str, list[object]] = {
+        "calib": ["export", folder, "--out", folder.parent / "new"],
+        "graph": ["build", folder, "--backend", "onnxruntime", "--out", folder.parent / "new"],
+        "engine": ["generate", folder, "--prompt", "x", "--out", folder.parent / "p.png"],
+    }
+    if kind in next_stage:
+        assert_refused(run(*next_stage[kind]), 5, folder.name)
+    assert not (folder.parent / "new").exists()
+
+
+def test_an_engine_of_another_graph(run: Run, chain: Chain, tmp_path: Path) -> None:
+    assert run("export", chain.calib, "--out", tmp_path / "other", "--dtype", "fp16").code == 0
+    options = ("--prompts", chain.prompts, "--out", tmp_path / "report", "--graph", tmp_path / "other")
+    assert_refused(run("validate", chain.engine, *options), 5, "other", "digest differs")
+
+
+def test_another_pipeline_than_the_engines(run: Run, chain: Chain, tmp_path: Path) -> None:
+    from s2p_deploy.families import resolve_base
+
+    shutil.copytree(resolve_base("shapes").folder, tmp_path / "fine-tuned")
+    config = tmp_path / "fine-tuned" / "unet" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    options = ("--prompt", "x", "--out", tmp_path / "p.png", "--model", tmp_path / "fine-tuned")
+    assert_refused(run("generate", chain.engine, *options), 5, "fine-tuned", "--model")
+
+
+def test_an_unknown_backend(run: Run, chain: Chain, tmp_path: Path) -> None:
+    finished = run("build", chain.graph, "--backend", "abacus", "--out", tmp_path / "x")
+    assert_refused(finished, 2, "abacus", "onnxruntime")
+
+
+def test_an_unknown_hint(run: Run, chain: Chain, tmp_path: Path) -> None:
+    finished = run("build", chain.graph, "--backend", "onnxruntime", "--hint", "int1", "--out", tmp_path / "x")
+    assert_refused(finished, 2, "int1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+def test_a_backend_whose_library_is_missing(run: Run, chain: Chain, tmp_path: Path) -> None:
+    finished = run("build", chain.graph, "--backend", "tensorrt", "--out", tmp_path / "x")
+    assert_refused(finished, 4, "tensorrt", "install")
+    assert list(tmp_path.glob("*x*")) == []
+
+
+def test_failures_are_json_too(run: Run, tmp_path: Path) -> None:
+    for arguments, code in ((["inspect", tmp_path, "--json"], 2), (["calibrate", "--json"], 2)):
+        finished = run(*arguments)
+        assert finished.code == code
+        assert set(finished.data) == {"error"}
+        assert finished.data["error"]["exit_code"] == code
+        assert finished.data["error"]["message"] in finished.err
+
+
+def test_an_unexpected_exception_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_args: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("s2p_deploy.records.read_manifest", explode)
+    assert_refused(run("inspect", tmp_path), 1, "RuntimeError", "first line second line", "--debug")
+    debugged = run("--debug", "inspect", tmp_path)
+    assert debugged.code == 1
+    assert "Traceback" in debugged.err
+
+
+def test_an_interrupt_is_130(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2p_deploy.records.read_manifest", interrupt)
+    assert_refused(run("inspect", tmp_path), 130, "interrupted")

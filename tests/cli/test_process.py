@@ -1,0 +1,89 @@
+"""What only a real process shows: start-up time, streams, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s2p_deploy import __version__
+from tests.cli.commands import quick_settings
+
+COMMAND = [sys.executable, "-c", "import sys; from s2p_deploy.cli import main; sys.exit(main())"]
+LOADED = "import sys; from s2p_deploy.cli import main; main(['--help']); print([m for m in sys.argv[1:] if m in sys.modules])"
+
+
+def finished(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"NO_COLOR": "1"} | environment
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, env=env)
+
+
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        start = time.process_time_ns(), os.times()
+        assert finished("--help").returncode == 0
+        end = os.times()
+        times.append(end.children_user + end.children_system - start[1].children_user - start[1].children_system)
+    assert min(times) < 0.5, "seconds of processor time"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "numpy", "diffusers", "onnx", "onnxruntime", "openvino", "pydantic", "yaml", "rich"]
+    run = subprocess.run([sys.executable, "-c", LOADED, *heavy], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_and_help_of_every_command() -> None:
+    assert finished("--version").stdout == f"s2p-deploy {__version__}\n"
+    for command in ("calibrate", "export", "build", "validate", "generate", "inspect", "doctor", "demo"):
+        shown = finished(command, "--help")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert "--json" in shown.stdout
+
+
+def test_json_goes_to_stdout_and_progress_to_stderr(tmp_path: Path, prompts_file: Path) -> None:
+    run = finished(
+        "calibrate", "shapes", "--recipe", "w8a8", "--prompts", str(prompts_file), "--out", str(tmp_path / "calib"), *quick_settings(), "--json"
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["kind"] == "CalibratedModel"
+    assert run.stdout.count("\n") == 1
+    assert "dataset" in run.stderr
+    assert "\x1b" not in run.stderr
+    words = ("Warning", "deprecated", "it/s", "torchvision")
+    assert not any(word in run.stderr for word in words), run.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_calibrate_and_a_second_start(tmp_path: Path, prompts_file: Path) -> None:
+    out = tmp_path / "calib"
+    settings = quick_settings("training.iterations=200", "training.save_every=5")
+    command = [*COMMAND, "calibrate", "shapes", "--recipe", "w4a8", "--prompts", str(prompts_file), "--out", str(out), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    seen = ""
+    while "starting error" not in seen:  # training is next
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    stdout, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert stdout == ""
+    assert [line for line in rest.splitlines() if line.startswith("s2p-deploy: ")] == [rest.splitlines()[-1]]
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert not out.exists()
+    again = finished(*command[len(COMMAND) :])
+    assert again.returncode == 0, again.stderr
+    assert finished("inspect", str(out)).returncode == 0
+    assert "dataset 2/" not in again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["calib"]

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2p_deploy.errors import InputError, IntegrityError, S2PError
+from s2p_deploy.records import Base, Manifest, open_artifact, parent_folder, read_manifest, verify_files, write_artifact
+
+BASE = Base("somewhere", "b" * 64)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def write(out: Path, files: dict[str, bytes] | None = None, **options: Any) -> Manifest:  # noqa: ANN401 - passed on
+    def fill(folder: Path) -> dict[str, Any]:
+        for name, data in (files or {"a.bin": b"abc", "deep/b.txt": b"xyz"}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        return {"answer": 42}
+
+    return write_artifact(out, **{"kind": "Thing", "base": BASE, "recipe": {"name": "r"}, "fill": fill} | options)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written = write(tmp_path / "a")
+    read = open_artifact(tmp_path / "a", "Thing")
+    assert read == written
+    assert read.content == {"answer": 42}
+    assert set(read.files) == {"a.bin", "deep/b.txt"}
+    # sha-256 of b"abc", FIPS 180-2's first example
+    assert read.files["a.bin"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "no temporary folder is left"
+
+
+@given(content=st.dictionaries(st.text(), JSON_VALUES, max_size=3))
+@settings(max_examples=25)
+def test_any_content_comes_back_with_the_same_digest(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> None:
+    out = tmp_path_factory.mktemp("artifact") / "a"
+    written = write(out, fill=lambda _folder: content)
+    assert read_manifest(out).content == content
+    assert read_manifest(out).digest == written.digest
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_any_changed_byte_of_any_file_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    out = tmp_path_factory.getbasetemp() / "sealed"
+    if not out.exists():
+        write(out)
+    path = data.draw(st.sampled_from(sorted(p for p in out.rglob("*") if p.is_file())))
+    original = path.read_bytes()
+    place = data.draw(st.integers(0, len(original) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != original[place]))
+    path.write_bytes(original[:place] + bytes([value]) + original[place + 1 :])
+    try:
+        with pytest.raises(IntegrityError):
+            open_artifact(out, "Thing")
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "{", '{"seal": 1}', "\xff"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(IntegrityError, match="manifest.json"):
+        read_manifest(tmp_path / "a")
+
+
+def test_missing_extra_and_linked_files_are_found(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    write(out)
+    (out / "extra").write_text("x")
+    with pytest.raises(IntegrityError, match="extra is not in the manifest"):
+        open_artifact(out, "Thing")
+    (out / "extra").unlink()
+    (out / "a.bin").rename(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="missing"):
+        open_artifact(out, "Thing")
+    (out / "a.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="link"):
+        open_artifact(out, "Thing")
+
+
+def test_a_file_left_to_its_reader_is_not_hashed_but_must_be_there(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    manifest = write(out)
+    (out / "a.bin").write_bytes(b"abd")
+    verify_files(out, manifest, leave_out=frozenset({"a.bin"}))
+    (out / "a.bin").unlink()
+    with pytest.raises(IntegrityError, match="missing"):
+        verify_files(out, manifest, leave_out=frozenset({"a.bin"}))
+
+
+def test_a_file_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"abc")
+    out = tmp_path / "a"
+    manifest = write(out, {"a.bin": b"abc"})
+    escaping = Manifest(manifest.kind, BASE, {}, {"../secret": manifest.files["a.bin"]})
+    with pytest.raises(IntegrityError):
+        verify_files(out, escaping)
+
+
+def test_an_artifact_kept_inside_is_not_part_of_the_outer_one(tmp_path: Path) -> None:
+    out = tmp_path / "outer"
+    before = write(out)
+    write(out / "inner")
+    assert open_artifact(out, "Thing") == before
+
+
+def test_refuses_to_overwrite_unless_told(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    first = write(out)
+    with pytest.raises(InputError, match="--force"):
+        write(out, {"a.bin": b"new"})
+    assert open_artifact(out, "Thing") == first
+    second = write(out, {"a.bin": b"new"}, replace=True)
+    assert open_artifact(out, "Thing") == second != first
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failing_fill_leaves_the_old_artifact_and_no_rest(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    first = write(out)
+
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("x")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write(out, fill=fail, replace=True)
+    assert open_artifact(out, "Thing") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def fill_slowly(folder: Path) -> dict[str, Any]:
+    for number in range(200):
+        (folder / f"{number}.bin").write_bytes(os.urandom(1000))
+        time.sleep(0.01)
+    return {}
+
+
+def write_slowly(out: Path) -> None:
+    write(out, fill=fill_slowly, replace=True)
+
+
+def test_a_kill_between_writes_leaves_the_old_artifact_whole(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    first = write(out)
+    child = multiprocessing.get_context("fork").Process(target=write_slowly, args=(out,))
+    child.start()
+    half_done = tmp_path / f".a.writing-{child.pid}" / "5.bin"
+    deadline = time.monotonic() + 20
+    while not half_done.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert child.pid
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert half_done.exists(), "the kill must hit it in the middle"
+    assert open_artifact(out, "Thing") == first
+    with pytest.raises(InputError, match="unfinished"):
+        open_artifact(half_done.parent, "Thing")
+
+
+def test_kind_and_presence_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        read_manifest(tmp_path)
+    write(tmp_path / "a")
+    with pytest.raises(InputError, match="of kind Thing, expected Engine"):
+        open_artifact(tmp_path / "a", "Engine")
+
+
+def test_the_digest_follows_content_and_parents_but_not_places(tmp_path: Path) -> None:
+    parent = write(tmp_path / "p")
+    child = write(tmp_path / "c", parents={"p": (tmp_path / "p", parent)})
+    (tmp_path / "far").mkdir()
+    moved = write(tmp_path / "far" / "c", parents={"p": (tmp_path / "p", parent)}, base=Base("another name", BASE.digest))
+    assert child.parents["p"].path == "../p"
+    assert moved.parents["p"].path == "../../p"
+    assert child.digest == moved.digest
+    for other in ({"recipe": {"name": "s"}}, {"kind": "Other"}, {"base": Base("somewhere", "c" * 64)}, {"parents": {}}):
+        options = {"parents": {"p": (tmp_path / "p", parent)}, "replace": True} | other
+        assert write(tmp_path / "d", **options).digest != child.digest
+
+
+def test_a_parent_is_found_by_hint_or_by_what_is_given(tmp_path: Path) -> None:
+    parent = write(tmp_path / "p")
+    child = write(tmp_path / "c", parents={"graph": (tmp_path / "p", parent)})
+    assert parent_folder(tmp_path / "c", child, "graph").resolve() == tmp_path / "p"
+    (tmp_path / "p").rename(tmp_path / "q")
+    with pytest.raises(InputError, match="--graph"):
+        parent_folder(tmp_path / "c", child, "graph")
+    assert parent_folder(tmp_path / "c", child, "graph", tmp_path / "q") == tmp_path / "q"
+    write(tmp_path / "r", {"a.bin": b"other"})
+    with pytest.raises(IntegrityError, match="digest differs"):
+        parent_folder(tmp_path / "c", child, "graph", tmp_path / "r")
+
+
+def test_another_schema_is_refused_with_its_number(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from s2p_deploy.records.manifest import _sealed_text
+
+    manifest = write(tmp_path / "a")
+    text = _sealed_text(asdict(manifest) | {"schema": 99})
+    (tmp_path / "a" / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match="schema 99"):
+        read_manifest(tmp_path / "a")
+
+
+def test_every_error_of_a_manifest_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({"seal": "x\ny"}))
+    with pytest.raises(S2PError) as caught:
+        read_manifest(tmp_path / "a")
+    assert "\n" not in str(caught.value)
