@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import LatentDataset, PrecisionPlan, PromptSet, TimeTable
 
 _KIND = "CalibratedModel"
+_REQUEST = "request.json"
 _DATASET = "dataset"
 _SCALES = "starting_scales.safetensors"
 _ACT_SCALES = "act_scales"
@@ -135,14 +136,23 @@ def _finished(job: _Job) -> CalibratedModel:
             f"{job.out} was made from another recipe, prompts or pipeline:"
             " choose another --out, or pass --force to replace it"
         )
+    if _left_behind(job) == job.request():
+        shutil.rmtree(job.partial)  # killed between the last rename and the clearing away
     return CalibratedModel.open(job.out)
+
+
+def _left_behind(job: _Job) -> dict[str, Any]:
+    """The request of the work folder that stands there, or nothing."""
+    file = job.partial / _REQUEST
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def _claim(job: _Job) -> None:
     """Makes the work folder of a request, or finds the one that was left behind."""
-    request, file = job.request(), job.partial / "request.json"
+    request = job.request()
     if job.partial.exists():
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        found = _left_behind(job)
         if found == request:
             return
         if found and not job.replace:
@@ -153,7 +163,7 @@ def _claim(job: _Job) -> None:
             )
         shutil.rmtree(job.partial)
     job.partial.mkdir(parents=True)
-    write_text(file, json.dumps(request, indent=1) + "\n")
+    write_text(job.partial / _REQUEST, json.dumps(request, indent=1) + "\n")
 
 
 def _start(job: _Job) -> _Start:

@@ -6,6 +6,7 @@ of one batch sit on different rows and nothing is left behind in a module.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -203,8 +204,6 @@ class FakeQuantDenoiser(nn.Module):
 
 def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
     """The fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU; the FP model for fp."""
-    import json
-
     config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
     hot = new_hot_denoiser(config, calibrated.time_table())
     hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})

@@ -55,6 +55,7 @@ def train(state: TrainingState, dataset: LatentDataset, training: Training, work
     Raises:
         S2PError: the loss is no finite number any more.
     """
+    work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / _CHECKPOINT
     if checkpoint.exists():
         load_state(state, checkpoint)

@@ -31,8 +31,10 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class ShapeProfile:
-    """Batch sizes that an engine takes: the smallest, the one it is tuned for, the largest. TensorRT engines refuse
-    others; the CPU backends take any."""
+    """Batch sizes of an engine: the smallest, the one it is tuned for, the largest.
+
+    TensorRT engines refuse others; the CPU backends take any.
+    """
 
     minimum: int = 1
     optimum: int = 2
@@ -52,8 +54,11 @@ class ShapeProfile:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do here. ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also
-    run what it builds; the first of ``hints`` is the default."""
+    """What a backend can do here.
+
+    ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
+    first of ``hints`` is the default.
+    """
 
     backend: str
     version: str | None
@@ -65,8 +70,11 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What ``compile`` needs: the prepared graph, its inputs, the folder that becomes the engine, a scratch folder, and
-    ``example`` inputs for one trial run where the backend can run here."""
+    """What ``compile`` needs.
+
+    The prepared graph and its inputs, the folder that becomes the engine, a scratch folder, and ``example`` inputs for
+    one trial run where the backend can run here.
+    """
 
     onnx_path: Path
     inputs: tuple[TensorSpec, ...]
@@ -79,8 +87,11 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ``compile`` made: names of its files, what must match to load them, the compute type that the backend reports
-    of ONNX nodes (int8, fp32, ...; nodes that it does not report are left out), and anything else worth recording."""
+    """What ``compile`` made.
+
+    Names of its files, what must match to load them, the compute type that the backend reports of ONNX nodes (int8,
+    fp32, ...; nodes that it does not report are left out), and anything else worth recording.
+    """
 
     files: tuple[str, ...]
     environment: dict[str, str]
@@ -109,7 +120,7 @@ class Backend(Protocol):
         """What must equal an engine's record for it to be loaded here."""
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
-        """A runner from bytes that were already verified; ``bound`` inputs are set once and never given to ``infer``."""
+        """A runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
 
     def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
         """Compiles a small in-memory model that was prepared, as ``compile`` does, and runs it here."""

@@ -55,7 +55,9 @@ def build_engine(  # noqa: PLR0913 - a build has these options, all but three by
     chosen = usable_backend(backend)
     dtypes = chosen.capabilities().dtypes
     if graph.dtype not in dtypes:
-        raise InputError(f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again")
+        raise InputError(
+            f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
+        )
     chosen_hint, shapes = check_hint(chosen, hint), profile or ShapeProfile()
     check_resources(estimate(graph), out.parent, memory_limit)
     limits = Limits(timeout_s, memory_limit)
@@ -81,7 +83,7 @@ def build_engine(  # noqa: PLR0913 - a build has these options, all but three by
     return Engine.open(out)
 
 
-def _built_in_child(  # noqa: PLR0913 - the parts of the request
+def _built_in_child(
     graph: ExportedGraph, backend: str, folder: Path, hint: str, profile: ShapeProfile, limits: Limits
 ) -> dict[str, Any]:
     # beside the artifact: what the backend keeps of the prepared graph is renamed, not copied

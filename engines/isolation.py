@@ -18,7 +18,7 @@ from s2p_deploy.errors import EngineBuildError, S2PError
 if TYPE_CHECKING:
     from pathlib import Path
 
-TAIL_LINES = 20
+TAIL_LINES = 40
 _MEMORY_WORDS = ("MemoryError", "bad_alloc", "Cannot allocate memory", "out of memory", "can't allocate memory")
 
 
@@ -31,7 +31,7 @@ class Limits:
 
 
 def run_child(module: str, request: dict[str, Any], scratch: Path, limits: Limits) -> dict[str, Any]:
-    """Runs ``python -m module request.json result.json`` in its own process and returns what it wrote to the result.
+    """Runs ``python -m module request.json result.json`` in its own process and returns the result.
 
     The module writes a JSON object: its answer, or ``{"error": class name, "message": text}`` for an expected error.
     ``scratch`` receives the two files and the log.
@@ -98,5 +98,7 @@ def _with_tail(summary: str, tail: str) -> str:
 def _answer(data: dict[str, Any]) -> dict[str, Any]:
     if "error" not in data:
         return data
-    kind = getattr(errors, data["error"], EngineBuildError)
-    raise kind(data["message"]) if issubclass(kind, S2PError) else EngineBuildError(data["message"])
+    kind = getattr(errors, data["error"], None)
+    if isinstance(kind, type) and issubclass(kind, S2PError):
+        raise kind(data["message"])
+    raise EngineBuildError(data["message"])

@@ -60,8 +60,10 @@ def check_environment(engine: Engine, backend: Backend) -> None:
 
 
 def check_scales(engine: Engine, table: ScaleTable) -> None:
-    """Whether a scale table may be bound: same points, as many rows as the engine takes, every scale finite, positive and
-    within the range that export checked.
+    """Whether a scale table may be bound.
+
+    It must have the same points, as many rows as the engine takes, and every scale finite, positive and within the
+    range that export checked.
 
     Raises:
         InputError: it may not; the message names the first point at fault.

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no stubs
 
 from s2p_deploy.errors import IntegrityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+_NOT_ONNX = (DecodeError, ir.serde.SerdeError, ValueError, TypeError)
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -24,7 +26,7 @@ def read_onnx(path: Path) -> ir.Model:
     """
     try:
         model = ir.from_proto(onnx.load_model(path, load_external_data=False))
-    except (OSError, DecodeError, ValueError, TypeError) as error:
+    except (OSError, *_NOT_ONNX) as error:
         raise IntegrityError(f"{path} is no ONNX model ({type(error).__name__})") from error
     check_external_data(model, path.parent)
     ir.external_data.set_base_dir(model.graph, path.parent)
@@ -37,8 +39,9 @@ def write_onnx(model: ir.Model, path: Path) -> None:
 
 
 def check_external_data(model: ir.Model, folder: Path) -> None:
-    """Every external tensor must name a plain file of ``folder`` (relative, no way out, a regular file with one link) and
-    lie inside it, at its full length.
+    """Checks that every external tensor names a plain file of ``folder`` and lies inside it, at its full length.
+
+    A plain file: relative, no way out of the folder, regular, with one link.
 
     Raises:
         IntegrityError: one does not.
@@ -55,11 +58,13 @@ def check_external_bytes(model_bytes: bytes | bytearray, sizes: Mapping[str, int
     """
     try:
         model = ir.from_proto(onnx.load_model_from_string(bytes(model_bytes)))
-    except (DecodeError, ValueError, TypeError) as error:
+    except _NOT_ONNX as error:
         raise IntegrityError(f"the engine holds no ONNX model ({type(error).__name__}): build it again") from error
     for tensor in _external_tensors(model):
         if str(tensor.location) not in sizes:
-            raise IntegrityError(f"tensor {tensor.name} keeps its data at {str(tensor.location)!r}, which is no file of the engine")
+            raise IntegrityError(
+                f"tensor {tensor.name} keeps its data at {str(tensor.location)!r}, which is no file of the engine"
+            )
         _check_bounds(tensor, sizes[str(tensor.location)])
 
 
@@ -83,7 +88,9 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         tensors += [a.value for node in graph for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR]
         for tensor in tensors:
             if isinstance(tensor, ir.ExternalTensor):
-                raise IntegrityError(f"tensor {tensor.name} is external data outside the main graph's initializers: refused")
+                raise IntegrityError(
+                    f"tensor {tensor.name} is external data outside the main graph's initializers: refused"
+                )
 
 
 def _size_of_plain_file(folder: Path, location: str, tensor: str) -> int:
@@ -95,5 +102,7 @@ def _size_of_plain_file(folder: Path, location: str, tensor: str) -> int:
     except OSError as error:
         raise IntegrityError(f"tensor {tensor} keeps its data in {location}, which is not in {folder}") from error
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise IntegrityError(f"{folder / location} must be a regular file with one link: it is a link or a special file")
+        raise IntegrityError(
+            f"{folder / location} must be a regular file with one link: it is a link or a special file"
+        )
     return status.st_size

@@ -19,8 +19,11 @@ DISK_PER_WEIGHT_BYTE = 2.0  # the prepared graph and the engine, side by side un
 
 @dataclass(frozen=True)
 class Estimate:
-    """The least that a build needs, in bytes. A build may need several times as much memory (3.4 times its weights for
-    an SD v1-4 in fp16 on TensorRT-RTX), so this refuses only what cannot work."""
+    """The least that a build needs, in bytes.
+
+    A build may take several times as much memory (3.4 times its weights for an SD v1-4 in fp16 on TensorRT-RTX), so
+    this refuses only what cannot work.
+    """
 
     memory: int
     disk: int
@@ -40,13 +43,19 @@ def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) ->
         MissingEnvironmentError: the machine has too little memory or disk available.
     """
     if memory_limit is not None and memory_limit < needed.memory:
-        raise InputError(f"a memory limit of {_size(memory_limit)} is too small: this build needs at least {_size(needed.memory)}")
+        raise InputError(
+            f"a memory limit of {_size(memory_limit)} is too small: this build needs at least {_size(needed.memory)}"
+        )
     memory = available_memory()
     if memory is not None and memory < needed.memory:
-        raise MissingEnvironmentError(f"the build needs at least {_size(needed.memory)} of memory, {_size(memory)} are available")
+        raise MissingEnvironmentError(
+            f"the build needs at least {_size(needed.memory)} of memory, {_size(memory)} are available"
+        )
     disk = shutil.disk_usage(_existing(folder)).free
     if disk < needed.disk:
-        raise MissingEnvironmentError(f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free")
+        raise MissingEnvironmentError(
+            f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free"
+        )
 
 
 def available_memory() -> int | None:

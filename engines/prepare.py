@@ -32,7 +32,7 @@ def prepare_graph(graph: ExportedGraph, folder: Path, passes: Callable[[ir.Model
 
 
 def weight_only(use: Int4Use) -> bool:
-    """Keeps INT4 packed where the activation is floating point: the weight is dequantized before the operator anyway."""
+    """Keeps INT4 packed where the activation is floating point: it is dequantized before the operator anyway."""
     return not use.quantized_activation
 
 

@@ -53,8 +53,11 @@ class ClosingRunner:
 
 
 class TorchRunner(ClosingRunner):
-    """A PyTorch denoiser, floating point or fake-quant, called with ``sample`` [batch, C, H, W], ``step_index`` int64
-    [batch] and ``encoder_hidden_states`` [batch, tokens, D]. Floating-point inputs are cast to ``dtype``."""
+    """A PyTorch denoiser, floating point or fake-quant.
+
+    It is called with ``sample`` [batch, C, H, W], ``step_index`` int64 [batch] and ``encoder_hidden_states`` [batch,
+    tokens, D]. Floating-point inputs are cast to ``dtype`` (None: float32).
+    """
 
     def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
         import torch

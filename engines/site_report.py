@@ -42,8 +42,10 @@ def site_precisions(
 
 
 def sites_not_int8(engine: Engine, plan: PrecisionPlan) -> tuple[str, ...]:
-    """Sites that the plan wants computed in integers (quantized weights and activations) and that the engine's backend
-    does not report as int8."""
+    """Sites that the plan wants computed in integers and that the engine's backend does not report as int8.
+
+    Integers are wanted where both weights and activations are quantized.
+    """
     compute = {site.site: site.compute for site in engine.sites}
     planned = (site.site for site in plan.sites if site.act_point is not None and site.weights != "none")
     return tuple(site for site in planned if compute.get(site, UNKNOWN) != "int8")

@@ -1,2 +1,251 @@
-"""The contract of the canonical graph, executable."""
-def check_graph(path, plan): pass
+"""The contract of the canonical graph, executable: what export may emit, and what every backend may rely on.
+
+Rules, each one function:
+
+1. interface: names, element types and dynamic dimensions of inputs and outputs; opset; ONNX's own operators only
+2. names: every node has one, no two share one
+3. weighted nodes: every Conv and MatMul with a stored weight is a planned site, and every planned site is there; hence
+   no time embedding and no time projection is left
+4. quantizers: scales and zero points are constants, scales finite and positive, zero points zero
+5. act points: one QuantizeLinear and one DequantizeLinear each, with one scale; nothing else is quantized
+6. sites: each reads its act point's values (or plain ones) and its weight in the planned type with one scale per output
+   channel, and scales its result back
+7. types: one floating-point type everywhere but in the part that takes ratios of scales
+8. data: external data lies in one file beside the graph
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from s2p_deploy.errors import GraphContractError
+from s2p_deploy.export.passes.scale_rows import ACT_SCALES
+from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
+from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from s2p_deploy.records import PrecisionPlan, SitePlan
+
+_OPS = {"conv": "Conv", "linear": "MatMul"}
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+_STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+
+
+def check_graph(path: Path, plan: PrecisionPlan) -> None:
+    """Checks the graph in a file (its data beside it) against the contract and its plan.
+
+    Raises:
+        GraphContractError: a rule is broken; the message names the rule's subject and the node, tensor or site.
+    """
+    model = ir.load(path)
+    dtype = _check_interface(model, plan)
+    _check_names(model.graph)
+    _check_weighted_nodes(model.graph, plan)
+    _check_quantizers(model.graph)
+    _check_act_points(model.graph, plan)
+    nodes = {str(node.name): node for node in model.graph}
+    for site in plan.sites:
+        _check_site(nodes[f"{site.site}/{_OPS[site.op]}"], site)
+    _check_types(model.graph, dtype)
+    _check_external_data(model.graph, path)
+
+
+def _check_interface(model: ir.Model, plan: PrecisionPlan) -> ir.DataType:
+    """Rule 1; returns the graph's floating-point type."""
+    if set(model.opset_imports) != {""} or model.opset_imports[""] < OPSET or model.functions:
+        raise GraphContractError(
+            f"opsets are {dict(model.opset_imports)}: the contract is plain ONNX, opset {OPSET} or later"
+        )
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    expected = [*INPUTS, *([ACT_SCALES] if plan.act_points else [])]
+    if [name for name in inputs if name != TIME_PROJECTIONS] != expected:
+        raise GraphContractError(
+            f"inputs are {', '.join(map(str, inputs))}: expected {', '.join(expected)} in this order"
+        )
+    dtype = inputs["sample"].dtype
+    if dtype is None or dtype not in _FLOATS:
+        raise GraphContractError(f"input sample is {dtype}: expected FLOAT or FLOAT16")
+    types = {"step_index": ir.DataType.INT64, ACT_SCALES: ir.DataType.FLOAT}
+    for name, value in inputs.items():
+        wanted = types.get(str(name), dtype)
+        if value.dtype != wanted:
+            raise GraphContractError(f"input {name} is {value.dtype}: expected {wanted}")
+        if name != ACT_SCALES and _first_dimension(value) != "batch":
+            raise GraphContractError(f"input {name} has first dimension {_first_dimension(value)}: expected batch")
+    if plan.act_points and _sizes(inputs[ACT_SCALES])[1:] != (len(plan.act_points),):
+        raise GraphContractError(
+            f"input {ACT_SCALES} is {inputs[ACT_SCALES].shape}: the plan has {len(plan.act_points)} act points"
+        )
+    if [value.name for value in graph.outputs] != [OUTPUT] or graph.outputs[0].dtype != dtype:
+        raise GraphContractError(
+            f"outputs are {[value.name for value in graph.outputs]}: expected {OUTPUT} alone, of type {dtype}"
+        )
+    return dtype
+
+
+def _sizes(value: ir.Value | None) -> tuple[object, ...]:
+    return tuple(value.shape) if value is not None and value.shape is not None else ()
+
+
+def _first_dimension(value: ir.Value) -> str:
+    return str(next(iter(_sizes(value)), "missing"))
+
+
+def _check_names(graph: ir.Graph) -> None:
+    """Rule 2. That values have distinct names is ONNX's own rule."""
+    counts = Counter(node.name or "" for node in graph)
+    name, count = max(counts.items(), key=lambda item: (not item[0], item[1]))
+    if not name or count > 1:
+        raise GraphContractError(f"node name {name!r} occurs {count} times: names must be there and distinct")
+
+
+def _check_weighted_nodes(graph: ir.Graph, plan: PrecisionPlan) -> None:
+    """Rule 3."""
+    expected = {f"{site.site}/{_OPS[site.op]}" for site in plan.sites}
+    found = {str(node.name) for node in graph if node.op_type in _WEIGHTED and _stored_weight(node) is not None}
+    for name in sorted(expected - found):
+        raise GraphContractError(f"planned site {name} is not in the graph, or its weight is not stored in it")
+    for name in sorted(found - expected):
+        raise GraphContractError(f"{name} has a stored weight and is no planned site")
+
+
+def _stored_weight(node: ir.Node) -> ir.Value | None:
+    """The initializer behind a node's second input, directly or through a DequantizeLinear."""
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        value = producer.inputs[0]
+    return value if value is not None and value.is_initializer() else None
+
+
+def _quantizer_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"})
+
+
+def _check_quantizers(graph: ir.Graph) -> None:
+    """Rule 4. A scale that is computed at run time on a DequantizeLinear before a Conv kills TensorRT-RTX's builder."""
+    for node in _quantizer_nodes(graph):
+        scale = _constant(node, 1)
+        if scale is None:
+            raise GraphContractError(f"{node.name}: its scale is not a constant")
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise GraphContractError(f"{node.name}: its scale must be finite and above zero, got {float(scale.min())}")
+        if len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        zero_point = _constant(node, 2)
+        if zero_point is None or zero_point.any():
+            raise GraphContractError(f"{node.name}: its zero point must be the constant zero")
+
+
+def _constant(node: ir.Node, index: int) -> NDArray[np.float32] | None:
+    value = node.inputs[index]
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    array: NDArray[np.float32] = value.const_value.numpy().astype(np.float32)
+    return array
+
+
+def _check_act_points(graph: ir.Graph, plan: PrecisionPlan) -> None:
+    """Rule 5."""
+    quantizes = {str(node.name): node for node in graph if node.op_type == "QuantizeLinear"}
+    expected = {f"{point.name}/input_quantizer/codes" for point in plan.act_points}
+    if set(quantizes) != expected:
+        name = sorted(set(quantizes) ^ expected)[0]
+        raise GraphContractError(f"{name}: every act point has one QuantizeLinear, and nothing else has")
+    for name, node in quantizes.items():
+        codes = node.outputs[0]
+        readers = [reader for reader, _ in codes.uses()]
+        if len(readers) != 1 or readers[0].op_type != "DequantizeLinear" or readers[0].inputs[1] is not node.inputs[1]:
+            raise GraphContractError(f"{name}: its codes must go to one DequantizeLinear with the same scale")
+        if codes.dtype != ir.DataType.INT8 or _sizes(node.inputs[1]) != ():
+            raise GraphContractError(f"{name}: activations are quantized to INT8 with one scale")
+    points = {point.name: point.activations for point in plan.act_points}
+    for name, activations in points.items():
+        source = quantizes[f"{name}/input_quantizer/codes"].inputs[0]
+        clipped = source is not None and _made_by(source, "Clip")
+        if clipped != (activations != "int8"):
+            raise GraphContractError(
+                f"act point {name}: {activations} and {'a' if clipped else 'no'} Clip before its quantizer"
+            )
+
+
+def _check_site(node: ir.Node, site: SitePlan) -> None:
+    """Rule 6; rule 3 saw the node and its weight."""
+    source, weight, stored = node.inputs[0], node.inputs[1], _stored_weight(node)
+    assert source is not None
+    assert weight is not None
+    assert stored is not None
+    read = f"{site.act_point}/input_quantizer/dequantized" if site.act_point else None
+    wrong = source.name != read if read else _made_by(source, "DequantizeLinear")
+    if wrong:
+        raise GraphContractError(f"site {site.site} reads {source.name}: its act point is {site.act_point}")
+    if (site.weights != "none") != _made_by(weight, "DequantizeLinear"):
+        raise GraphContractError(f"site {site.site}: weights are planned {site.weights}, stored {stored.dtype}")
+    if site.weights != "none":
+        _check_weight(site, weight, stored)
+    if site.act_point is not None:
+        _check_scaled_back(site, node)
+
+
+def _check_weight(site: SitePlan, weight: ir.Value, stored: ir.Value) -> None:
+    if stored.dtype != _STORED[site.weights]:
+        raise GraphContractError(f"site {site.site}: weights are planned {site.weights}, stored {stored.dtype}")
+    dequantize = weight.producer()
+    assert dequantize is not None  # the caller saw it
+    axis = 0 if site.op == "conv" else 1
+    shape, channels = _sizes(dequantize.inputs[1]), _sizes(stored)[axis : axis + 1]
+    if dequantize.attributes.get_int("axis", 1) != axis or shape != channels:
+        raise GraphContractError(
+            f"site {site.site}: weights need one scale per output channel on axis {axis}, got {shape}"
+        )
+
+
+def _check_scaled_back(site: SitePlan, node: ir.Node) -> None:
+    """The result of quantized operands is multiplied by s/c before anything else, so a bias comes after."""
+    readers = [reader for reader, _ in node.outputs[0].uses()]
+    factor = f"{site.act_point}/input_quantizer/from_centre"
+    scaled = len(readers) == 1 and readers[0].op_type == "Mul" and factor in [v.name for v in readers[0].inputs if v]
+    if len(node.inputs) > 2 or not scaled:
+        raise GraphContractError(f"site {site.site}: its result must be multiplied by {factor} before a bias is added")
+
+
+def _check_types(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Rule 7. ONNX itself wants the factors of a Resize in float32."""
+    for value in _values(graph):
+        ratio = str(value.name).startswith(ACT_SCALES) or all(node.op_type == "Resize" for node in value.consumers())
+        if value.dtype in _FLOATS and value.dtype != dtype and not ratio:
+            raise GraphContractError(f"{value.name} is {value.dtype} in a graph of {dtype}")
+
+
+def _check_external_data(graph: ir.Graph, path: Path) -> None:
+    """Rule 8."""
+    wanted = f"{path.name}.data"
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != wanted:
+            raise GraphContractError(
+                f"{name} lies in {tensor.location}: external data belongs in {wanted} beside the graph"
+            )
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _made_by(value: ir.Value, op_type: str) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == op_type

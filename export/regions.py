@@ -23,8 +23,10 @@ _CONDITIONS = frozenset({"step_index", "act_scales", "encoder_hidden_states", "t
 
 @dataclass(frozen=True)
 class SiteNode:
-    """A planned site in the graph: its Conv or MatMul, and the Add of a linear site's bias (a Conv has it as its third
-    input). What the node reads is asked anew each time: lowering one site changes what the next one reads."""
+    """A planned site in the graph: its Conv or MatMul, and the Add of a linear site's bias (a Conv has it as an input).
+
+    What the node reads is asked anew each time: lowering one site changes what the next one reads.
+    """
 
     plan: SitePlan
     node: ir.Node
@@ -66,7 +68,9 @@ def locate_sites(graph: ir.Graph, plans: Sequence[SitePlan]) -> tuple[SiteNode, 
 def _site_node(plan: SitePlan, nodes: dict[tuple[str, str], list[ir.Node]]) -> SiteNode:
     found = nodes.get((plan.site, _OPS[plan.op]), [])
     if len(found) != 1:
-        raise GraphContractError(f"site {plan.site} has {len(found)} {_OPS[plan.op]} nodes in the traced graph, expected one")
+        raise GraphContractError(
+            f"site {plan.site} has {len(found)} {_OPS[plan.op]} nodes in the traced graph, not one"
+        )
     site = SiteNode(plan, found[0], _bias_node(plan, found[0]))
     if not site.weight.is_initializer():
         raise GraphContractError(f"site {plan.site}: {site.node.name} does not read its weight from an initializer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -10,14 +11,13 @@ from s2p_deploy.errors import GraphContractError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import onnx
 
-    from s2p_deploy.records import ExportedGraph, GraphBlock, GraphSite
+    from s2p_deploy.records import ExportedGraph
 
 
-def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = None) -> onnx.ModelProto:
+def block_subgraph(graph: ExportedGraph, block: str, source: Path | ir.Model | None = None) -> onnx.ModelProto:
     """One block with its weights inside.
 
     Inputs: the block's activation under its own name, then those graph inputs that it needs (``step_index``,
@@ -26,39 +26,37 @@ def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = No
     Args:
         graph: says where the block is.
         block: a name of ``graph.blocks``.
-        onnx_file: another file with the same tensor names, such as a backend's prepared graph.
+        source: another file with the same tensor names, such as a backend's prepared graph; or a model that was read
+            already, where many parts are cut from one (it is not changed).
 
     Raises:
         InputError: there is no such block. GraphContractError: the file does not hold the block's tensors.
     """
-    found = _named(graph.blocks, block)
-    return _extract(onnx_file or graph.onnx_file, found.input, [found.output])
+    found = next((item for item in graph.blocks if item.block == block), None)
+    if found is None:
+        raise InputError(f"no block {block}: use one of {', '.join(item.block for item in graph.blocks)}")
+    return _extract(source or graph.onnx_file, found.input, [found.output])
 
 
-def site_subgraph(graph: ExportedGraph, site: str, onnx_file: Path | None = None) -> onnx.ModelProto:
-    """One site with its quantizers and weights: as :func:`block_subgraph`, with the codes of its activation (INT8) as a
-    second output where its activation is quantized."""
+def site_subgraph(graph: ExportedGraph, site: str, source: Path | ir.Model | None = None) -> onnx.ModelProto:
+    """One site with its quantizers and weights, otherwise as :func:`block_subgraph`.
+
+    Where the site's activation is quantized, its codes (INT8) are a second output.
+    """
     found = next((item for item in graph.sites if item.site == site), None)
     if found is None:
-        raise InputError(f"{graph.folder} has no site {site}")
+        raise InputError(f"no site {site} in the plan of {graph.folder}")
     outputs = [found.output, found.codes] if found.codes else [found.output]
-    return _extract(onnx_file or graph.onnx_file, found.input, outputs)
+    return _extract(source or graph.onnx_file, found.input, outputs)
 
 
-def _named(blocks: Sequence[GraphBlock], name: str) -> GraphBlock:
-    found = next((item for item in blocks if item.block == name), None)
-    if found is None:
-        raise InputError(f"no block {name}: use one of {', '.join(item.block for item in blocks)}")
-    return found
-
-
-def _extract(file: Path, entry: str, outputs: Sequence[str]) -> onnx.ModelProto:
+def _extract(source: Path | ir.Model, entry: str, outputs: Sequence[str]) -> onnx.ModelProto:
     """The nodes between ``entry`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
-    model = ir.load(file)
+    model = source if isinstance(source, ir.Model) else ir.load(source)
     values = ir.convenience.create_value_mapping(model.graph)
     missing = [name for name in (entry, *outputs) if name not in values]
     if missing:
-        raise GraphContractError(f"{file} has no tensor {missing[0]}")
+        raise GraphContractError(f"{source if isinstance(source, Path) else 'the graph'} has no tensor {missing[0]}")
     start, ends = values[entry], [values[name] for name in outputs]
     inputs = [start, *(v for v in _reached_inputs(model.graph, start, ends) if v is not start)]
     part = ir.convenience.extract(model.graph, inputs, ends)

@@ -23,16 +23,14 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 _SMALLEST_HALF = 2.0**-24  # a scale must stay above zero after it is rounded to FP16
 
 
-def lazy(
-    name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], NDArray[np.generic]]
-) -> ir.Value:
+def lazy(name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
     """An initializer whose data ``make`` returns when the file is written; it is not kept afterwards.
 
     Raises (when written):
         InputError: a value is not finite in ``dtype``.
     """
 
-    def data() -> ir.Tensor:
+    def data() -> ir.TensorProtocol:
         return ir.Tensor(_cast(make(), dtype, name), dtype=dtype, name=name)
 
     tensor = ir.LazyTensor(data, dtype=dtype, shape=ir.Shape(shape), name=name)
@@ -47,9 +45,9 @@ def constant(name: str, array: NDArray[np.generic]) -> ir.Value:
 
 def reshaped(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     """A lazy initializer of the same name and data in another shape; it takes the place of ``value``."""
-    assert value.const_value is not None and value.dtype is not None and value.name is not None  # an initializer
     tensor = value.const_value
-    return lazy(value.name, shape, value.dtype, lambda: tensor.numpy().reshape(shape))
+    assert tensor is not None  # it is an initializer
+    return lazy(str(value.name), shape, tensor.dtype, lambda: tensor.numpy().reshape(shape))
 
 
 def read_tensor(file: Path, name: str) -> NDArray[np.float32]:
@@ -70,9 +68,7 @@ def usable_weight_scale(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArr
     return scale if dtype == ir.DataType.FLOAT else np.maximum(scale, np.float32(_SMALLEST_HALF))
 
 
-def weight_codes(
-    weight: NDArray[np.float32], scale: NDArray[np.float32], fmt: IntegerFormat
-) -> NDArray[np.generic]:
+def weight_codes(weight: NDArray[np.float32], scale: NDArray[np.float32], fmt: IntegerFormat) -> NDArray[np.generic]:
     """Integer codes of a weight [out, ...] by its scale [out, 1, ...], as training quantizes it."""
     tensor = torch.from_numpy(weight)
     codes = quantize(tensor, torch.from_numpy(scale).view(weight_scale_shape(tensor)), fmt)

@@ -112,7 +112,7 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         rows = rows_of_timesteps(values, self.timesteps)
         if len(rows) not in {1, batch}:
             raise InputError(f"{len(rows)} timesteps for a batch of {batch}: give one, or one for each sample")
-        return np.ascontiguousarray(np.broadcast_to(rows, (batch,)))
+        return np.broadcast_to(rows, (batch,)).copy()
 
     def _check_size(self, sample: Tensor) -> None:
         size = self.config["sample_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,10 +61,10 @@ def tiny_config() -> dict[str, Any]:
     }
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, config: dict[str, Any] | None = None) -> UNet2DConditionModel:
     """Random weights that keep signals near unit size, so that every layer is exercised and none saturates."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_config(tiny_config()).eval()
+    unet = UNet2DConditionModel.from_config(config or tiny_config()).eval()
     with torch.no_grad():
         for module in unet.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
@@ -71,25 +72,31 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     return unet
 
 
-def tiny_inputs(batch: int = 2, seed: int = 1) -> dict[str, np.ndarray]:
-    """``sample``, ``step_index`` (mixed rows) and ``encoder_hidden_states`` for the tiny denoiser, float32."""
+def tiny_inputs(batch: int = 2, seed: int = 1, width: int = 48) -> dict[str, np.ndarray]:
+    """``sample``, ``step_index`` (mixed rows) and ``encoder_hidden_states`` [batch, 6, width], float32."""
     generator = np.random.default_rng(seed)
     return {
         "sample": generator.standard_normal((batch, 4, 8, 8)).astype(np.float32),
         "step_index": np.asarray([CALIBRATED[(3 * i + 1) % len(CALIBRATED)] for i in range(batch)], dtype=np.int64),
-        "encoder_hidden_states": generator.standard_normal((batch, TOKENS, 48)).astype(np.float32),
+        "encoder_hidden_states": generator.standard_normal((batch, TOKENS, width)).astype(np.float32),
     }
 
 
 def tiny_calibrated(
-    folder: Path, weights: str = "int8", activations: str = "int8", *, seed: int = 0, recipe: str = "w8a8"
+    folder: Path,
+    weights: str = "int8",
+    activations: str = "int8",
+    *,
+    seed: int = 0,
+    recipe: str = "w8a8",
+    config: dict[str, Any] | None = None,
 ) -> CalibratedModel:
-    """A calibrated tiny denoiser with closed-form scales, written to ``folder``.
+    """A calibrated tiny denoiser (or one of another ``config``) with closed-form scales, written to ``folder``.
 
     ``conv_in`` and ``conv_out`` are W8A16, text sites keep A16, as in the presets. ``weights`` and ``activations`` are
     int8, int4 or none; both ``none`` gives what recipe ``fp`` gives.
     """
-    unet = tiny_unet(seed)
+    unet = tiny_unet(seed, config)
     table = time_table_from_unet(unet, ROWS)
     config = dict(unet.config)
     denoiser = hot_denoiser_from_unet(unet, table)
@@ -148,7 +155,7 @@ def _scales(denoiser: HotDenoiser, plan: PrecisionPlan, timesteps: TimestepTable
         for name in names
     ]
     for index, row in enumerate(CALIBRATED):
-        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(4, seed=index).items()}
+        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, denoiser.unet.config.cross_attention_dim).items()}
         inputs["step_index"] = torch.full((4,), row)
         denoiser(**inputs)
         stretch = 0.8 + 0.5 * index / len(CALIBRATED)
@@ -176,7 +183,6 @@ def _slices(table: TimeTable) -> dict[str, list[int]]:
 
 
 def _write_config(config: dict[str, Any], out: Path) -> None:
-    import json
-
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    (out / "denoiser_config.json").write_text(json.dumps(plain, indent=1, sort_keys=True, default=list), encoding="utf-8")
+    text = json.dumps(plain, indent=1, sort_keys=True, default=list)
+    (out / "denoiser_config.json").write_text(text, encoding="utf-8")

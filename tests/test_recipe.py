@@ -64,7 +64,10 @@ def test_a_recipe_is_frozen() -> None:
         ({"training": {"iterations": "many"}}, "training.iterations: input should be a valid integer"),
         ({"weights": "int3"}, "weights: input should be 'int8', 'int4' or 'none'"),
         ({"rules": [{"match": "x", "weight": "int8"}]}, "rules.0.weight: extra inputs"),
-        ({"validation": {"gates": {"block_sqnr": float("nan")}}}, "validation.gates.block_sqnr: input should be a finite"),
+        (
+            {"validation": {"gates": {"block_sqnr": float("nan")}}},
+            "validation.gates.block_sqnr: input should be a finite",
+        ),
         ({"dataset": {"prompts": 0}}, "dataset.prompts: input should be greater"),
         ({"dataset": 3}, "dataset: input should be"),
     ],
@@ -80,7 +83,9 @@ def test_an_unknown_recipe_names_the_known_ones() -> None:
         load_recipe("w2a2")
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"a: [", "not valid YAML"), (b"- 1", "mapping"), (b"", "mapping"), (b"\xff", "UTF-8")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"a: [", "not valid YAML"), (b"- 1", "mapping"), (b"", "mapping"), (b"\xff", "UTF-8")]
+)
 def test_a_file_that_is_no_recipe(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(data)

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Int4Use:
-    """How the graph uses an INT4 weight: the operator behind its DequantizeLinear (``Conv``, ``MatMul``, ...), and
-    whether that operator's other operand is dequantized too (W4A8) or floating point (weight-only, W4A16)."""
+    """How the graph uses an INT4 weight.
+
+    The operator behind its DequantizeLinear (``Conv``, ``MatMul``, ...), and whether that operator's other operand is
+    dequantized too (W4A8) or floating point (weight-only, W4A16).
+    """
 
     op: str
     quantized_activation: bool
@@ -30,7 +33,7 @@ class ExpandInt4(ir.passes.InPlacePass):
     so results do not change by a bit; only the storage does (one byte per weight instead of half of one). Data is read
     when the model is written, one tensor at a time.
 
-    Requires: INT4 initializers are read by DequantizeLinear alone. Ensures: what is still INT4 is what ``keep`` accepts.
+    Requires: INT4 initializers are read by DequantizeLinear alone. Ensures: what is still INT4, ``keep`` accepts.
     """
 
     def __init__(self, keep: Callable[[Int4Use], bool]) -> None:
@@ -70,11 +73,12 @@ def _expand(weight: ir.Value) -> None:
     packed = weight.const_value
     assert packed is not None  # _int4_weights gives no others
     name = weight.name or ""
-    weight.const_value = ir.LazyTensor(partial(_as_int8, packed, name), ir.DataType.INT8, ir.Shape(packed.shape), name=name)
+    shape = ir.Shape(packed.shape.numpy())
+    weight.const_value = ir.LazyTensor(partial(_as_int8, packed, name), ir.DataType.INT8, shape, name=name)
     weight.type = ir.TensorType(ir.DataType.INT8)
 
 
-def _as_int8(packed: ir.TensorProtocol, name: str) -> ir.Tensor:
+def _as_int8(packed: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.Tensor(packed.numpy().astype(np.int8), name=name)
 
 

@@ -1,5 +1,8 @@
-"""TensorRT 10/11 (``tensorrt``: builds on the GPU that it is for) and TensorRT-RTX (``tensorrt_rtx``: builds ahead of time,
-without a GPU). The engine is one file, ``denoiser.plan``, from an fp16 graph that carries every type."""
+"""TensorRT 10/11 (``tensorrt``) and TensorRT-RTX (``tensorrt_rtx``).
+
+The first builds on the GPU that the engine is for, the second ahead of time, without a GPU. The engine is one file,
+``denoiser.plan``, from an fp16 graph that carries every type.
+"""
 
 from __future__ import annotations
 
@@ -106,14 +109,21 @@ class TensorRtBackend:
     def _bound_to(self, capability: tuple[int, int] | None) -> dict[str, str]:
         if self.name == RTX:
             return {}  # portable between GPUs and between Linux and Windows, not between releases
-        return {"compute_capability": f"{capability[0]}.{capability[1]}" if capability else "none", "platform": platform_name()}
+        return {
+            "compute_capability": f"{capability[0]}.{capability[1]}" if capability else "none",
+            "platform": platform_name(),
+        }
 
     def _require_gpu(self, what: str) -> None:
         capability = _compute_capability()
         if capability is None:
-            raise MissingEnvironmentError(f"{what} needs a CUDA GPU to run, and there is none here: load it on a machine with one")
+            raise MissingEnvironmentError(
+                f"{what} needs a CUDA GPU to run, and there is none here: load it on a machine with one"
+            )
         if self.name == RTX and capability == _NOT_ON_RTX:
-            raise MissingEnvironmentError(f"{what}: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt")
+            raise MissingEnvironmentError(
+                f"{what}: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
+            )
 
 
 def _compute_capability() -> tuple[int, int] | None:

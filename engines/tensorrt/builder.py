@@ -1,5 +1,8 @@
-"""Builds a plan from an ONNX file, with Polygraphy. Its compiler can crash, so it only ever runs in a child process:
-``python -m s2p_deploy.engines.tensorrt.builder request.json result.json``, or inside a build's own child."""
+"""Builds a plan from an ONNX file, with Polygraphy.
+
+The compiler can crash, so this only ever runs in a child process: inside a build's own, or as
+``python -m s2p_deploy.engines.tensorrt.builder request.json result.json``.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path) -> None
 def main(request_file: str, result_file: str) -> None:
     """Reads the request, builds, writes an empty result."""
     request: dict[str, Any] = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    shapes = {name: tuple(tuple(shape) for shape in three) for name, three in request["shapes"].items()}
+    shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in request["shapes"].items()}
     build_plan(request["library"], Path(request["onnx"]), shapes, Path(request["out"]))
     Path(result_file).write_text("{}", encoding="utf-8")
 

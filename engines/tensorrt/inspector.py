@@ -7,7 +7,14 @@ import re
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]\x1e]+)\]")
 _PRODUCT = re.compile(r"/(?:Conv|MatMul|Gemm)(?:_\d+)?$")
-_TYPES = (("Int8", "int8"), ("Half", "fp16"), ("FP16", "fp16"), ("BFloat16", "bf16"), ("Float", "fp32"), ("FP32", "fp32"))
+_TYPES = (
+    ("Int8", "int8"),
+    ("Half", "fp16"),
+    ("FP16", "fp16"),
+    ("BFloat16", "bf16"),
+    ("Float", "fp32"),
+    ("FP32", "fp32"),
+)
 
 
 def compute_types(information: str) -> dict[str, str]:

@@ -27,7 +27,9 @@ class TensorRtRunner(ClosingRunner):
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise MissingEnvironmentError(f"{library} cannot open this engine on {torch.cuda.get_device_name()}: build it for this GPU")
+            raise MissingEnvironmentError(
+                f"{library} cannot open this engine on {torch.cuda.get_device_name()}: build it for this GPU"
+            )
         self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -79,7 +81,10 @@ class TensorRtRunner(ClosingRunner):
 
     def _upload(self, name: str, value: torch.Tensor) -> None:
         if value.dim() and value.shape[0] > self._buffers[name].shape[0]:
-            raise InputError(f"batch {value.shape[0]} is above this engine's {self._buffers[name].shape[0]}: build with a larger profile")
+            raise InputError(
+                f"batch {value.shape[0]} is above this engine's {self._buffers[name].shape[0]}: "
+                "build with a larger profile"
+            )
         if not self._context.set_input_shape(name, tuple(value.shape)):
             raise InputError(f"input {name} has shape {list(value.shape)}, which is outside the engine's profile")
         self._front(name, tuple(value.shape)).copy_(value, non_blocking=True)

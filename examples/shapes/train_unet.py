@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SCENES, BATCH = 60_000, 64
-SCHEDULE = Schedule(iterations=8_000, peak=1e-3, warmup=300, ema=0.9995, weight_decay=0.01)
+SCHEDULE = Schedule(iterations=6_000, peak=1e-3, warmup=300, ema=0.9995, weight_decay=0.01)
 DROPPED_CAPTIONS = 0.1
 MAX_WEIGHT = 60.0
 

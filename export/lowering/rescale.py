@@ -24,7 +24,7 @@ ZERO_POINT = "input_quantizer/zero_point"
 def lower_rescale(
     graph: ir.Graph, point: str, fmt: IntegerFormat, sites: Sequence[SiteNode], scales: PointScales
 ) -> None:
-    """Quantizes the tensor x that all ``sites`` read, with s the row's scale and c the point's constant:
+    """Quantizes the tensor x that all ``sites`` read, with s the row's scale and c the point's constant.
 
         x·(c/s) → [Clip to c·qmin, c·qmax] → Q(c) → DQ(c) → op → ·(s/c) → + bias
 
@@ -39,17 +39,18 @@ def lower_rescale(
     """
     source = sites[0].input
     if any(site.input is not source for site in sites):
-        raise GraphContractError(f"act point {point}: its sites do not read one tensor ({', '.join(s.plan.site for s in sites)})")
+        raise GraphContractError(f"act point {point}: {', '.join(s.plan.site for s in sites)} do not read one tensor")
     dtype = source.dtype
     assert dtype is not None  # traced values have types
     prefix = f"{point}/input_quantizer"
     nodes = [_node("Mul", [source, scales.to_centre], f"{prefix}/scaled", like=source)]
     if fmt != INT8:
-        limits = [_scalar(graph, f"{prefix}/{n}", q * scales.centre, dtype) for n, q in (("lowest", fmt.qmin), ("highest", fmt.qmax))]
-        nodes.append(_node("Clip", [nodes[-1].outputs[0], *limits], f"{prefix}/clipped", like=source))
+        lowest = _scalar(graph, f"{prefix}/lowest", fmt.qmin * scales.centre, dtype)
+        highest = _scalar(graph, f"{prefix}/highest", fmt.qmax * scales.centre, dtype)
+        nodes.append(_node("Clip", [nodes[-1].outputs[0], lowest, highest], f"{prefix}/clipped", like=source))
     quantizer = [_scalar(graph, f"{prefix}/scale", scales.centre, dtype), _zero_point(graph)]
     nodes.append(_node("QuantizeLinear", [nodes[-1].outputs[0], *quantizer], f"{prefix}/codes", like=source))
-    nodes[-1].outputs[0].dtype = ir.DataType.INT8
+    nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.INT8)
     nodes.append(_node("DequantizeLinear", [nodes[-1].outputs[0], *quantizer], f"{prefix}/dequantized", like=source))
     members = {site.node for site in sites}
     graph.insert_before(next(node for node in graph if node in members), nodes)
@@ -65,7 +66,8 @@ def _scale_back(graph: ir.Graph, site: SiteNode, from_centre: ir.Value) -> None:
     nodes = [_node("Mul", [raw, from_centre], f"{name}/rescaled", like=raw)]
     bias = site.node.inputs[2] if len(site.node.inputs) > 2 else None
     if bias is not None:
-        nodes.append(_node("Add", [nodes[-1].outputs[0], _after_rescale(graph, site, bias)], f"{name}/biased", like=raw))
+        moved = _after_rescale(graph, site, bias)
+        nodes.append(_node("Add", [nodes[-1].outputs[0], moved], f"{name}/biased", like=raw))
     end = nodes[-1].outputs[0]
     graph.insert_after(site.node, nodes)
     for reader, index in readers:
@@ -106,5 +108,5 @@ def _node(op_type: str, inputs: Sequence[ir.Value], name: str, *, like: ir.Value
     """A node whose value has its name, and the type and shape of ``like``."""
     node = ir.node(op_type, inputs, name=name)
     output = node.outputs[0]
-    output.name, output.dtype, output.shape = name, like.dtype, like.shape
+    output.name, output.type, output.shape = name, like.type, like.shape
     return node

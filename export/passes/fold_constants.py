@@ -11,10 +11,10 @@ _FOLD_UP_TO = 1024  # elements; what is folded is shapes, axes and scalars
 
 
 class FoldConstants(ir.passes.InPlacePass):
-    """Runs onnxscript's optimizer while the weights stand among the graph's inputs, so that it cannot ask for their data.
+    """Runs onnxscript's optimizer while the weights stand among the graph's inputs, where it cannot ask for their data.
 
-    Ensures: (1) no Identity, Constant or Cast of shapes is left; (2) weights are initializers again, in their old order,
-    with ``const_value`` None; (3) every node has name scopes: one that folding made takes those of its first reader.
+    Ensures: (1) no Identity and no Constant is left; (2) weights are initializers again, in their old order, with
+    ``const_value`` None; (3) every node has name scopes: one that folding made takes those of its first reader.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

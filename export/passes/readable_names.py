@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 class ReadableNames(ir.passes.InPlacePass):
-    """A node becomes ``<module path>/<Op>``, with ``_1``, ``_2`` where a module has more of the kind; its value gets the
-    node's name (``.0``, ``.1`` appended where a node has several). Folded constants become ``constants/<n>``.
+    """A node becomes ``<module path>/<Op>``, with ``_1``, ``_2`` where a module has more of the kind.
+
+    Its value gets the node's name (``.0``, ``.1`` appended where it has several). Folded constants become
+    ``constants/<n>``.
 
     Requires: parameters have their names already. Ensures: names are unique; graph inputs and outputs keep theirs.
     """

@@ -20,8 +20,10 @@ ACT_SCALES = "act_scales"
 
 @dataclass(frozen=True)
 class PointScales:
-    """What a lowering needs of one act point: the centre c (a number of the graph's dtype), and the ratios c/s and s/c of
-    each sample's row, in the graph's dtype, [batch, 1, 1, 1] or [batch, 1, 1] as the point's tensor asks."""
+    """What a lowering needs of one act point: the centre c (a number of the graph's dtype) and two ratios.
+
+    c/s and s/c of each sample's row, in the graph's dtype: [batch, 1, 1, 1] or [batch, 1, 1], as the tensor asks.
+    """
 
     centre: float
     to_centre: ir.Value
@@ -38,7 +40,7 @@ class PointSpec:
 
 
 class ScaleRows(ir.passes.InPlacePass):
-    """For all points at once, in float32, cast to the graph's dtype once:
+    """Ratios for all points at once, in float32, cast to the graph's dtype once.
 
         s = Gather(act_scales [rows, points], step_index)        [batch, points]
         to_centre = Cast(c / s),  from_centre = Cast(s / c)      then one Split each into columns

@@ -25,7 +25,9 @@ class TimeProjections(ir.passes.InPlacePass):
     Requires: exactly one Gather of module ``time_proj``, reading ``step_index``.
     """
 
-    def __init__(self, projections: NDArray[np.float32], form: Literal["constant", "input"], dtype: ir.DataType) -> None:
+    def __init__(
+        self, projections: NDArray[np.float32], form: Literal["constant", "input"], dtype: ir.DataType
+    ) -> None:
         super().__init__()
         self.projections, self.form, self.dtype = projections, form, dtype
 

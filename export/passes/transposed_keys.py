@@ -20,12 +20,13 @@ class TransposedKeys(ir.passes.InPlacePass):
         graph = model.graph
         found = [match for node in graph if (match := _match(node)) is not None]
         for keys, last in found:
-            batch, heads, tokens, size = keys.shape or ()
+            assert keys.shape is not None  # the pattern asks for four dimensions
+            batch, heads, tokens, size = keys.shape
             transpose = ir.node(
                 "Transpose", [keys], {"perm": [0, 1, 3, 2]}, name=last.name, metadata_props=dict(last.metadata_props)
             )
             turned = transpose.outputs[0]
-            turned.name, turned.dtype = last.outputs[0].name, keys.dtype
+            turned.name, turned.type = last.outputs[0].name, keys.type
             turned.shape = ir.Shape([batch, heads, size, tokens])
             graph.insert_before(last, transpose)
             ir.convenience.replace_all_uses_with(last.outputs[0], turned)

@@ -24,9 +24,9 @@ class WeightQuantizers(ir.passes.InPlacePass):
 
         W ~ codes * scale      codes = clamp(round(W / scale), qmin, qmax), INT8 or INT4
 
-    Conv weights [out, in, kh, kw] have their channels on axis 0, MatMul weights [in, out] on axis 1. Codes come from the
-    float32 scale, so that a graph of any dtype has the same codes; the stored scale is rounded to the graph's dtype, as
-    ONNX asks that it be of the type that DequantizeLinear gives.
+    Conv weights [out, in, kh, kw] have their channels on axis 0, MatMul weights [in, out] on axis 1. Codes come from
+    the float32 scale, so that a graph of any dtype has the same codes; the stored scale is rounded to the graph's
+    dtype, because ONNX gives DequantizeLinear's result the type of its scale.
 
     Ensures: every site whose plan says int8 or int4 reads its weight from a DequantizeLinear of that type.
     """
@@ -55,7 +55,8 @@ class WeightQuantizers(ir.passes.InPlacePass):
         name, conv = site.plan.site, site.plan.op == "conv"
         fmt = format_by_name(site.plan.weights)
         floating = site.weight
-        assert fmt is not None and floating.shape is not None  # planned sites have a format, parameters a shape
+        assert fmt is not None  # the caller took the sites whose weights have a format
+        assert floating.shape is not None  # parameters have shapes
         scale = usable_weight_scale(self.scales[name], self.dtype)
         file = self.weights
 

@@ -12,7 +12,7 @@ from s2p_deploy.cli.outcome import artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
 
 
-def build(  # noqa: PLR0913 - its options
+def build(
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="What export wrote.")],
     *,
     backend: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.")],

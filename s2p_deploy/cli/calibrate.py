@@ -20,7 +20,12 @@ from s2p_deploy.cli.progress_bars import progress_bars
 
 
 def calibrate(  # noqa: PLR0913 - its options
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled).")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."
+        ),
+    ],
     *,
     recipe: Annotated[str, typer.Option(help="fp, w8a8, w4a8, or the path of a YAML file.")],
     prompts: PromptsOption,

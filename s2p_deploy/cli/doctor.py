@@ -16,7 +16,17 @@ from s2p_deploy.cli.outcome import Outcome, show, table, two_columns
 if TYPE_CHECKING:
     from s2p_deploy.engines import Capabilities
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "safetensors")
+_LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "tensorrt",
+    "safetensors",
+)
 _CPU_FLAGS = {
     "avx2": "vectors of 256 bits",
     "avx512f": "vectors of 512 bits",
@@ -44,11 +54,22 @@ def doctor(*, as_json: JsonOption = False) -> int:
         "cpu_flags": {flag: flag in cpu_has for flag in _CPU_FLAGS},
         "backends": [asdict(backend) for backend in backends],
     }
-    head = [("s2p_deploy", __version__), ("python", data["python"]), ("platform", data["platform"]), ("cores", data["cores"])]
+    head = [
+        ("s2p_deploy", __version__),
+        ("python", data["python"]),
+        ("platform", data["platform"]),
+        ("cores", data["cores"]),
+    ]
     text = (
         two_columns(head),
-        table("Libraries", ("library", "version"), ((name, found or "not installed") for name, found in libraries.items())),
-        table("CPU", ("flag", "here", "what for"), ((f, "yes" if f in cpu_has else "no", why) for f, why in _CPU_FLAGS.items())),
+        table(
+            "Libraries", ("library", "version"), ((name, found or "not installed") for name, found in libraries.items())
+        ),
+        table(
+            "CPU",
+            ("flag", "here", "what for"),
+            ((f, "yes" if f in cpu_has else "no", why) for f, why in _CPU_FLAGS.items()),
+        ),
         table("Backends", ("backend", "version", "builds", "runs", "hints", "what to do"), map(_backend_row, backends)),
     )
     return show(Outcome(data, text), as_json=as_json)

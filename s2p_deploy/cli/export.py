@@ -12,13 +12,16 @@ from s2p_deploy.cli.outcome import artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
 
 
-def export(  # noqa: PLR0913 - its options
+def export(
     calibrated: Annotated[Path, typer.Argument(metavar="CALIB", help="What calibrate wrote.")],
     *,
     out: OutFolder,
-    dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="fp32 for CPU engines and parity, fp16 for TensorRT.")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="fp32 for CPU engines and parity, fp16 for TensorRT.")
+    ] = "fp32",
     time_table: Annotated[
-        Literal["constant", "input"], typer.Option(help="Where the projected time features are: in the graph, or an input.")
+        Literal["constant", "input"],
+        typer.Option(help="Where the projected time features are: in the graph, or an input."),
     ] = "constant",
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -19,8 +19,12 @@ def generate(  # noqa: PLR0913 - its options
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="ddim or pndm; the pipeline's own where left out.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; those of the recipe where left out.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=1.0, help="The recipe's or pipeline's where left out.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of steps; those of the recipe where left out.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1.0, help="The recipe's or pipeline's where left out.")
+    ] = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -45,4 +49,7 @@ def generate(  # noqa: PLR0913 - its options
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     data = {"picture": str(out), "prompt": prompt, "seed": seed, "steps": schedule.steps, "guidance_scale": guidance}
-    return show(Outcome(data, (f"{out}: {picture.width}x{picture.height} pixels, {schedule.steps} steps, seed {seed}",)), as_json=as_json)
+    return show(
+        Outcome(data, (f"{out}: {picture.width}x{picture.height} pixels, {schedule.steps} steps, seed {seed}",)),
+        as_json=as_json,
+    )

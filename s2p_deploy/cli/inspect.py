@@ -10,6 +10,7 @@ import typer
 
 from s2p_deploy.cli.options import JsonOption
 from s2p_deploy.cli.outcome import Outcome, show, table, two_columns
+from s2p_deploy.cli.validate import gate_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +31,7 @@ def inspect(
     manifest = read_manifest(artifact)
     verify_files(artifact, manifest)
     details = _DETAILS.get(manifest.kind, _no_details)(artifact, manifest)
+    sizes = {name: (artifact / name).stat().st_size for name in manifest.files}
     data = {
         "kind": manifest.kind,
         "digest": manifest.digest,
@@ -38,11 +40,13 @@ def inspect(
         "base": {"source": manifest.base.source, "digest": manifest.base.digest},
         "parents": {name: {"digest": p.digest, "path": p.path} for name, p in manifest.parents.items()},
         "recipe": manifest.recipe,
-        "files": {name: (artifact / name).stat().st_size for name in manifest.files},
+        "files": sizes,
         "content": manifest.content,
     }
     head = two_columns(_head(artifact, manifest))
-    files = table("Files", ("file", "bytes", "sha-256"), ((n, size, manifest.files[n][:16]) for n, size in data["files"].items()))
+    files = table(
+        "Files", ("file", "bytes", "sha-256"), ((n, size, manifest.files[n][:16]) for n, size in sizes.items())
+    )
     return show(Outcome(data, (head, *details, files)), as_json=as_json)
 
 
@@ -79,8 +83,14 @@ def _graph(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
     from s2p_deploy.records import ExportedGraph
 
     graph = ExportedGraph.open(folder)
-    tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [("out", t.name, t.dtype, t.shape) for t in graph.outputs]
-    return (_rows(graph.timesteps), table("Inputs and outputs", ("", "name", "type", "shape"), tensors), *_plan(graph.plan))
+    tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [
+        ("out", t.name, t.dtype, t.shape) for t in graph.outputs
+    ]
+    return (
+        _rows(graph.timesteps),
+        table("Inputs and outputs", ("", "name", "type", "shape"), tensors),
+        *_plan(graph.plan),
+    )
 
 
 def _engine(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
@@ -93,15 +103,17 @@ def _engine(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
     return (
         _rows(engine.timesteps),
         two_columns((f"environment {name}", value) for name, value in engine.environment.items()),
-        table("Precision as the backend reports it", (*columns[1:], "sites"), ((*kind, n) for kind, n in kinds.items())),
+        table(
+            "Precision as the backend reports it", (*columns[1:], "sites"), ((*kind, n) for kind, n in kinds.items())
+        ),
         table("Sites", columns, sites),
     )
 
 
-def _report(_folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
-    gates: list[dict[str, Any]] = manifest.content.get("gates", [])
-    columns = tuple(gates[0]) if gates else ()
-    return (table("Gates", columns, (tuple(gate.values()) for gate in gates)),)
+def _report(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+    from s2p_deploy.records import ValidationReport
+
+    return (gate_table(ValidationReport.open(folder).gates),)
 
 
 def _no_details(_folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
@@ -123,7 +135,15 @@ def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
     varies = {point.name: point.timestep_dependent for point in plan.act_points}
     columns = ("site", "op", "weights", "activations", "varies with the timestep", "act point", "rule")
     rows = [
-        (s.site, s.op, s.weights, formats.get(s.act_point or "", "none"), varies.get(s.act_point or "", ""), s.act_point or "", s.rule)
+        (
+            s.site,
+            s.op,
+            s.weights,
+            formats.get(s.act_point or "", "none"),
+            varies.get(s.act_point or "", ""),
+            s.act_point or "",
+            s.rule,
+        )
         for s in plan.sites
     ]
     return (table(f"Plan: {len(plan.sites)} sites, {len(plan.act_points)} act points", columns, rows),)

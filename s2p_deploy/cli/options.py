@@ -19,7 +19,11 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace what stands 
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder of the artifact to write.")]
 PromptsOption = Annotated[
     str,
-    typer.Option("--prompts", metavar="FILE", help="One prompt per line, or JSON lines {id, text, negative}; shapes:train and shapes:held_out are bundled."),
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="One prompt per line, or JSON lines {id, text, negative}; shapes:train and shapes:held_out are bundled.",
+    ),
 ]
 SettingsOption = Annotated[
     list[str] | None,
@@ -88,5 +92,7 @@ def base_of(manifest: Manifest, given: str | None) -> BasePipeline:
 
     base = resolve_base(given or manifest.base.source)
     if base.base.digest != manifest.base.digest:
-        raise IntegrityError(f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model")
+        raise IntegrityError(
+            f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model"
+        )
     return base

@@ -23,8 +23,10 @@ _PIPE_WIDTH = 400  # columns where stdout is no terminal, so that rows stay on o
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found: ``data`` for ``--json``, ``text`` for people. ``failure`` is a result that is not good enough
-    (a gate), as opposed to an error that left no result."""
+    """What a command found: ``data`` for ``--json``, ``text`` for people.
+
+    ``failure`` is a result that is not good enough (a gate), as opposed to an error that left no result.
+    """
 
     data: dict[str, Any]
     text: tuple[RenderableType, ...]

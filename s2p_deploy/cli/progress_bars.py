@@ -46,8 +46,9 @@ class _PlainLines:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        started = self.started.setdefault(stage, now)
+        if stage not in self.started:
+            self.started[stage] = self.last_line = now
         if done < total and now - self.last_line < _SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        sys.stderr.write(f"{stage} {done}/{total} ({now - started:.0f} s)\n")
+        sys.stderr.write(f"{stage} {done}/{total} ({now - self.started[stage]:.0f} s)\n")

@@ -15,7 +15,16 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",  # for child processes
 }
-_LOGGERS = ("torch", "torchvision", "transformers", "diffusers", "huggingface_hub", "accelerate", "onnxscript", "onnx_ir")
+_LOGGERS = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "diffusers",
+    "huggingface_hub",
+    "accelerate",
+    "onnxscript",
+    "onnx_ir",
+)
 
 
 def quiet_libraries() -> None:

@@ -110,6 +110,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _digest(folder: Path) -> str:
     """SHA-256 over the names and digests of the files that make the pipeline what it is."""
-    parts = [folder / "model_index.json", folder / "sampling.json", *sorted(p for p in folder.glob("*/*") if p.suffix in _ALLOWED_SUFFIXES)]
+    parts = [
+        folder / "model_index.json",
+        folder / "sampling.json",
+        *sorted(p for p in folder.glob("*/*") if p.suffix in _ALLOWED_SUFFIXES),
+    ]
     lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in parts if path.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

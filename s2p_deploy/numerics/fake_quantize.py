@@ -31,7 +31,7 @@ def fake_quantize(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
     d/d scale is ``round(x/s) - x/s`` inside the range and ``qmin`` or ``qmax`` outside, times ``1 / sqrt(n * qmax)``
     where ``n`` is the number of values that share one scale.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, fmt)
+    result: Tensor = _FakeQuantize.apply(x, scale, fmt)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 

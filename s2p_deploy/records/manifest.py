@@ -77,8 +77,7 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     Raises:
         InputError: ``out`` exists and ``replace`` is not set. What stood at ``out`` stays until the new one is whole.
     """
-    if out.exists() and not replace:
-        raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
+    check_vacant(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -96,6 +95,12 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def check_vacant(out: Path, *, replace: bool) -> None:
+    """Raises InputError where ``out`` exists and may not be replaced: for stages whose work before writing is long."""
+    if out.exists() and not replace:
+        raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
 
 
 def read_manifest(folder: Path, kind: str | None = None) -> Manifest:

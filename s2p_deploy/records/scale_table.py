@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -45,12 +45,13 @@ class ScaleTable:
         """The constant c of every column, float32 [points]: sqrt(min * max) over the rows."""
         if not len(self.points):
             return np.ones(0, np.float32)
-        return np.sqrt(self.scales.min(0).astype(np.float64) * self.scales.max(0)).astype(np.float32)
+        products: NDArray[np.float64] = self.scales.min(0).astype(np.float64) * self.scales.max(0)
+        return np.sqrt(products).astype(np.float32)
 
 
 def write_scale_table(table: ScaleTable, path: Path) -> None:
     """Writes ``act_scales.safetensors``."""
-    tensors = {"act_scales": table.scales, "trained": np.asarray(table.trained, dtype=np.int64)}
+    tensors: dict[str, NDArray[Any]] = {"act_scales": table.scales, "trained": np.asarray(table.trained, dtype=np.int64)}
     save_file(tensors, path, metadata={"points": "\n".join(table.points)})
 
 

@@ -42,7 +42,8 @@ class SceneClassifier(torch.nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Logits of the attributes in the order of :data:`ANSWERS`."""
-        return self.answers(self.features(pictures)).split(ANSWERS, dim=1)
+        logits: tuple[Tensor, ...] = self.answers(self.features(pictures)).split(ANSWERS, dim=1)
+        return logits
 
 
 def load_classifier(file: Path) -> SceneClassifier:

@@ -43,7 +43,8 @@ def coverage(shape: str, radius: float, centre: tuple[float, float]) -> NDArray[
     else:
         planes = [nx * x + ny * y for nx, ny in _TRIANGLE_NORMALS]
         distance = np.maximum.reduce(np.broadcast_arrays(*planes)) - _TRIANGLE_INRADIUS * radius
-    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    covered: NDArray[np.float32] = np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+    return covered
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> NDArray[np.uint8]:

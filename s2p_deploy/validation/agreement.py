@@ -1,4 +1,4 @@
-"""Teacher-forced comparison: parts of the graph, fed what the fake-quant denoiser fed its own, so that no error piles up.
+"""Teacher-forced comparison: parts of the graph, fed what the fake-quant denoiser fed its own; no error piles up.
 
 Codes per act point say whether quantizers agree; blocks say whether everything between them does.
 """
@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from s2p_deploy.engines import runner_for_subgraph
+from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.export import block_subgraph, site_subgraph
 from s2p_deploy.export.regions import block_modules
 from s2p_deploy.progress import silent
 from s2p_deploy.validation.measurements import BlockAgreement, PointCodes
-from s2p_deploy.validation.metrics import SQNR_CEILING
+from s2p_deploy.validation.metrics import pooled_sqnr_db
 from s2p_deploy.validation.reference import Border, reference_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import onnx
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
@@ -47,7 +47,8 @@ class Part:
     def infer(self, call: ReferenceCall, activation: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[Any]:
         """The part's output for one call of the reference."""
         given = {**call.latents.inputs(), "act_scales": scales, self.entry: activation}
-        return self.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in self.types.items()})[self.output]
+        cast = {name: given[name].astype(kind, copy=False) for name, kind in self.types.items()}
+        return self.runner.infer(cast)[self.output]
 
 
 def code_agreement(
@@ -55,7 +56,8 @@ def code_agreement(
 ) -> tuple[PointCodes, ...]:
     """Integer codes of every act point, the graph's (ONNX Runtime, optimization off) against fake-quant's."""
     points = {point.name: point for point in graph.plan.act_points}
-    parts = {name: _site_part(graph, point) for name, point in points.items()}
+    model = read_onnx(graph.onnx_file)
+    parts = {name: _site_part(graph, point, model) for name, point in points.items()}
     differing, largest, counts = (dict.fromkeys(points, 0) for _ in range(3))
     borders = {name: Border(point.sites[0], point.sites[0]) for name, point in points.items()}
     done = 0
@@ -74,7 +76,7 @@ def code_agreement(
     return tuple(PointCodes(name, differing[name] / counts[name], largest[name], counts[name]) for name in points)
 
 
-def block_agreement(  # noqa: PLR0913 - the reference, the graph, and through which backend
+def block_agreement(
     fake_quant: FakeQuantDenoiser,
     graph: ExportedGraph,
     latents: ValidationLatents,
@@ -85,8 +87,9 @@ def block_agreement(  # noqa: PLR0913 - the reference, the graph, and through wh
     """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same input."""
     modules = block_modules([block.block for block in graph.blocks])
     borders = {block.block: Border(modules[block.block][0], modules[block.block][-1]) for block in graph.blocks}
+    model = read_onnx(graph.onnx_file)
     parts = {
-        block.block: _part(block_subgraph(graph, block.block), block.input, block.output, backend, hint)
+        block.block: _part(block_subgraph(graph, block.block, model), block.input, block.output, backend, hint)
         for block in graph.blocks
     }
     signal, noise = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
@@ -99,13 +102,13 @@ def block_agreement(  # noqa: PLR0913 - the reference, the graph, and through wh
             noise[name] += float(np.square(found - expected).sum())
         done += len(call.latents)
         progress(f"blocks, {backend}", done, len(latents))
-    return tuple(BlockAgreement(name, _pooled_sqnr(signal[name], noise[name]), len(latents)) for name in parts)
+    return tuple(BlockAgreement(name, pooled_sqnr_db(signal[name], noise[name]), len(latents)) for name in parts)
 
 
-def _site_part(graph: ExportedGraph, point: ActPoint) -> Part:
+def _site_part(graph: ExportedGraph, point: ActPoint, model: ir.Model) -> Part:
     site = next(site for site in graph.sites if site.site == point.sites[0])
     assert site.codes is not None  # a site of an act point has codes
-    return _part(site_subgraph(graph, site.site), site.input, site.codes, *REFERENCE)
+    return _part(site_subgraph(graph, site.site, model), site.input, site.codes, *REFERENCE)
 
 
 def _part(model: onnx.ModelProto, entry: str, output: str, backend: str, hint: str) -> Part:
@@ -123,9 +126,3 @@ def _reference_codes(
     codes = fake_quant.site(site).get_submodule("input_quantizer").codes(torch.from_numpy(activation), scale)
     found: NDArray[np.int16] = codes.numpy().astype(np.int16)
     return found
-
-
-def _pooled_sqnr(signal: float, noise: float) -> float:
-    if noise == 0:
-        return SQNR_CEILING
-    return min(SQNR_CEILING, float(10 * np.log10(signal / noise)))

@@ -31,7 +31,7 @@ def psnr_figure(comparison: PictureComparison) -> str:
         shift = float(np.median(comparison.pixel_shift.psnr))
         axes.axhline(shift, color=_YARDSTICK, linestyle="--", label="one-pixel shift (median)")
         axes.set(xlabel="picture, worst first", ylabel="PSNR to FP, dB")
-        axes.legend(frameon=False)
+        _legend(axes)
 
     return _svg("psnr", draw)
 
@@ -57,7 +57,7 @@ def timestep_figure(found: EndToEnd) -> str:
         axes.plot(found.rows, found.fake_quant, "o", color=_FIRST, markersize=5, alpha=0.6, label="fake-quant")
         axes.plot(found.rows, found.engine, "x", color=_SECOND, markersize=5, label="engine")
         axes.set(xlabel="timestep", ylabel="SQNR to FP, dB")
-        axes.legend(frameon=False)
+        _legend(axes)
 
     return _svg("timestep", draw)
 
@@ -71,7 +71,7 @@ def block_figure(graph: Sequence[BlockAgreement], engine: Sequence[BlockAgreemen
         axes.axvline(limit, color=_YARDSTICK, linestyle="--", label="gate")
         axes.invert_yaxis()
         axes.set(xlabel="SQNR to fake-quant, dB")
-        axes.legend(frameon=False)
+        _legend(axes)
 
     return _svg("blocks", draw, height=0.9 + 0.2 * max(len(graph), len(engine)))
 
@@ -91,6 +91,11 @@ def scales_figure(table: ScaleTable) -> str:
         axes.figure.colorbar(picture, label="log2(scale / centre)")
 
     return _svg("scales", draw, height=3.6)
+
+
+def _legend(axes: Any) -> None:  # noqa: ANN401 - as above
+    """Above the axes, where it covers no point."""
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handletextpad=0.3)
 
 
 def _svg(name: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PointCodes:
-    """An act point's integer codes, graph against fake-quant: the fraction that differs, by how much at most, of ``n``."""
+    """An act point's codes, graph against fake-quant: the fraction of ``n`` that differs, and by how much at most."""
 
     point: str
     mismatch: float

@@ -30,6 +30,11 @@ def sqnr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.floa
     return _decibel(signal, noise, SQNR_CEILING)
 
 
+def pooled_sqnr_db(signal: float, noise: float) -> float:
+    """Signal to noise ratio in dB of summed powers."""
+    return float(_decibel(np.asarray(signal), np.asarray(noise), SQNR_CEILING))
+
+
 def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
     """Root mean square of the error over that of the reference, float64 [n], for samples [n, ...]."""
     errors: NDArray[np.float64] = np.sqrt(_power(candidate.astype(np.float64) - reference) / _power(reference))

@@ -85,6 +85,11 @@ def compare_drawings(
     """All that two drawings of the same prompts say about each other; ``classifier``: weights of the features."""
     pairs = list(zip(reference.trajectory, candidate.trajectory, strict=True))
     count = len(prompts.prompts)
+    accuracy = accuracies(reference.pictures, candidate.pictures, prompts)
+    if isinstance(accuracy, Skipped):
+        distance: Number | Skipped = accuracy  # pictures of another kind say nothing to the classifier either
+    else:
+        distance = feature_distance(reference.pictures, candidate.pictures, classifier)
     return PictureComparison(
         schedule=schedule,
         guidance_scale=guidance_scale,
@@ -92,8 +97,8 @@ def compare_drawings(
         pixel_shift=pixel_shift(reference.pictures),
         timesteps=reference.timesteps,
         step_error=np.stack([relative_error(first, second) for first, second in pairs]),
-        accuracy=accuracies(reference.pictures, candidate.pictures, prompts),
-        feature_distance=feature_distance(reference.pictures, candidate.pictures, classifier),
+        accuracy=accuracy,
+        feature_distance=distance,
         seconds=(reference.seconds / count, candidate.seconds / count),
     )
 
@@ -146,8 +151,6 @@ def feature_distance(
     """Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
     if classifier is None or not classifier.is_file():
         return Skipped("no classifier of the shapes pictures is given")
-    if reference.shape[1:3] != (_SIDE, _SIDE):
-        return Skipped(f"the classifier reads pictures of {_SIDE}×{_SIDE}")
     if len(reference) < 2:
         return Skipped("a distance of distributions needs at least two pictures")
     from s2p_deploy.shapes.classifier import load_classifier

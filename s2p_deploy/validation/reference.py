@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.validation.latents import ValidationLatents
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
-
-_MOST_PER_CALL = 16
-_ELEMENTS_PER_CALL = 2**15  # of latents: two of 64x64, so that a full-size model's activations fit into memory
+    from s2p_deploy.validation.latents import ValidationLatents
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,7 @@ def reference_calls(
     fake_quant: FakeQuantDenoiser, latents: ValidationLatents, regions: Mapping[str, Border]
 ) -> Iterator[ReferenceCall]:
     """Runs the reference over all latents, few at a time, and gives what enters and leaves every region."""
-    size = max(1, min(_MOST_PER_CALL, _ELEMENTS_PER_CALL // latents.sample[0].size))
-    for start in range(0, len(latents), size):
-        part = latents.part(start, start + size)
+    for part in latents.parts():
         call = ReferenceCall(part)
         with ExitStack() as hooks, torch.no_grad():
             for name, border in regions.items():

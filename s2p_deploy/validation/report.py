@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.validation.measurements import Measurements
     from s2p_deploy.validation.pictures import Drawing
 
-AMPLIFICATION = 8
+AMPLIFICATION = 16
 _SHOWN = 9
 _SHOWN_SIDE = 256  # larger pictures are shown smaller; in full they lie in the folder
 _FEWEST_POINTS = 2  # that make a heat map

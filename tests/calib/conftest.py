@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
 
 TEXTS = ("a large red circle", "a small blue square", "a large green triangle", "two circles", "a red square", "a disc")
+
+
+THREADS = 1  # kernels this small wait for each other longer than they compute
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -58,24 +67,8 @@ def prompts() -> PromptSet:
 
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
-    return tiny_recipe()
-
-
-@pytest.fixture(scope="session")
-def dataset(
-    base: BasePipeline, prompts: PromptSet, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> LatentDataset:
-    from s2p_deploy.calib import generate_dataset
-
-    loaded = load_pipeline(base)
-    teacher = hot_denoiser_from_unet(loaded.unet, time_table_from_unet(loaded.unet, 1000)).eval()
-    out = tmp_path_factory.mktemp("latents") / "dataset"
-    return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
-
-
-def tiny_recipe(**changes: object) -> Recipe:
     """W4A8 at the smallest size that still has several shards, slots and checkpoints: PNDM's 6 steps are 7 calls."""
-    data: dict[str, object] = {
+    data = {
         "name": "tiny",
         "weights": "int4",
         "activations": "int8",
@@ -87,9 +80,28 @@ def tiny_recipe(**changes: object) -> Recipe:
         "dataset": {"prompts": 6, "points_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
         "training": {"iterations": 6, "batch": 4, "save_every": 2, "scale_latents": 8},
     }
-    return recipe_from_data(data | changes, "test")
+    return recipe_from_data(data, "test")
 
 
-def file_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.fixture(scope="session")
+def dataset(
+    base: BasePipeline, prompts: PromptSet, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> LatentDataset:
+    from s2p_deploy.calib import generate_dataset
+
+    torch.set_num_threads(THREADS)  # a part of the digest, and made before the fixture above runs
+    loaded = load_pipeline(base)
+    teacher = hot_denoiser_from_unet(loaded.unet, time_table_from_unet(loaded.unet, 1000)).eval()
+    out = tmp_path_factory.mktemp("latents") / "dataset"
+    return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
+
+
+@pytest.fixture(scope="session")
+def file_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """Gives every file below a folder."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    return read

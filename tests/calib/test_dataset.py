@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.calib.conftest import file_bytes
 from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.calib import generate_dataset
@@ -29,12 +29,14 @@ def test_what_a_dataset_holds(dataset: LatentDataset, recipe: Recipe, prompts: P
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    *,
     base: BasePipeline,
     pipe: StableDiffusionPipeline,
     hot: HotDenoiser,
     prompts: PromptSet,
     recipe: Recipe,
     dataset: LatentDataset,
+    file_bytes: Callable[[Path], dict[str, bytes]],
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "dataset"
@@ -77,7 +79,9 @@ def test_a_whole_dataset_is_opened_and_checked(
 
 
 def test_texts_are_encoded_once_each(pipe: StableDiffusionPipeline) -> None:
-    prompts = PromptSet((Prompt("a", "a red circle"), Prompt("b", "a blue square", "blurry"), Prompt("c", "a red circle")))
+    prompts = PromptSet(
+        (Prompt("a", "a red circle"), Prompt("b", "a blue square", "blurry"), Prompt("c", "a red circle"))
+    )
     texts = encode_texts(pipe, prompts)
     assert len(texts.states) == 4  # two prompts, one negative, the empty text
     assert texts.cond.tolist() == [0, 2, 0]

@@ -48,7 +48,11 @@ def test_a_second_format_on_a_tensor_is_a_second_point() -> None:
 
 
 def test_the_last_rule_that_names_a_field_decides_it() -> None:
-    rules = ({"match": "attn*", "weights": "int8"}, {"match": "*.to_k", "activations": "none"}, {"match": "attn2.to_k", "weights": "int4"})
+    rules = (
+        {"match": "attn*", "weights": "int8"},
+        {"match": "*.to_k", "activations": "none"},
+        {"match": "attn2.to_k", "weights": "int4"},
+    )
     plan = plan_from_recipe(recipe("int4", "int8", *rules), SITES)
     found = {site.site: (site.weights, site.act_point, site.rule) for site in plan.sites}
     assert found["conv_in"] == ("int4", "conv_in", "default")

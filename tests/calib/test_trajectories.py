@@ -22,7 +22,9 @@ def itineraries(pipe: StableDiffusionPipeline, prompts: PromptSet, points: int) 
     ]
 
 
-def walked(pipe: StableDiffusionPipeline, hot: HotDenoiser, plans: list[Itinerary], **options: object) -> dict[int, list[StoredPoint]]:
+def walked(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, plans: list[Itinerary], **options: object
+) -> dict[int, list[StoredPoint]]:
     steps = walk(hot, pipe.scheduler, plans, guidance_scale=GUIDANCE, width=2, **options)
     return {index: points for index, points in steps if points is not None}
 
@@ -78,6 +80,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.float() - reference).norm() / reference.norm())
 
 
+@torch.no_grad()
 def test_the_stored_answer_belongs_to_the_stored_input(
     pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
 ) -> None:
@@ -106,7 +109,9 @@ def test_skipping_some_prompts_changes_no_bit_of_the_others(
                 assert torch.equal(getattr(point, name), getattr(expected, name))
 
 
-def test_a_walk_stops_at_its_last_stored_call(pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet) -> None:
+def test_a_walk_stops_at_its_last_stored_call(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
+) -> None:
     pipe.scheduler.set_timesteps(STEPS)
     plans = itineraries(pipe, prompts, 1)
     calls = []

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 QUICK = (
     "dataset.prompts=2",
-    "dataset.points_per_prompt=2",
+    "dataset.points_per_prompt=5",
     "dataset.width=2",
     "sampling.steps=5",
     "training.iterations=2",
@@ -18,7 +18,9 @@ QUICK = (
     "validation.pictures=2",
     "validation.latents=4",
 )
-PROMPTS = "a large red circle at the top left, white background\na small blue square at the top right, gray background\n"
+PROMPTS = (
+    "a large red circle at the top left, white background\na small blue square at the top right, gray background\n"
+)
 
 
 @dataclass(frozen=True)

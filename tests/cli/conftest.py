@@ -59,6 +59,8 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
     """What is in a folder: every file's bytes by name."""
 
     def take(folder: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        }
 
     return take

@@ -16,7 +16,12 @@ from s2p_deploy import __version__
 from tests.cli.commands import quick_settings
 
 COMMAND = [sys.executable, "-c", "import sys; from s2p_deploy.cli import main; sys.exit(main())"]
-LOADED = "import sys; from s2p_deploy.cli import main; main(['--help']); print([m for m in sys.argv[1:] if m in sys.modules])"
+LOADED = """
+import sys
+from s2p_deploy.cli import main
+main(["--help"])
+print([name for name in sys.argv[1:] if name in sys.modules])
+"""
 
 
 def finished(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +55,16 @@ def test_version_and_help_of_every_command() -> None:
 
 def test_json_goes_to_stdout_and_progress_to_stderr(tmp_path: Path, prompts_file: Path) -> None:
     run = finished(
-        "calibrate", "shapes", "--recipe", "w8a8", "--prompts", str(prompts_file), "--out", str(tmp_path / "calib"), *quick_settings(), "--json"
+        "calibrate",
+        "shapes",
+        "--recipe",
+        "w8a8",
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(tmp_path / "calib"),
+        *quick_settings(),
+        "--json",
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["kind"] == "CalibratedModel"
@@ -64,8 +78,19 @@ def test_json_goes_to_stdout_and_progress_to_stderr(tmp_path: Path, prompts_file
 @pytest.mark.slow
 def test_ctrl_c_in_calibrate_and_a_second_start(tmp_path: Path, prompts_file: Path) -> None:
     out = tmp_path / "calib"
-    settings = quick_settings("training.iterations=200", "training.save_every=5")
-    command = [*COMMAND, "calibrate", "shapes", "--recipe", "w4a8", "--prompts", str(prompts_file), "--out", str(out), *settings]
+    settings = quick_settings("training.iterations=60", "training.save_every=5")
+    command = [
+        *COMMAND,
+        "calibrate",
+        "shapes",
+        "--recipe",
+        "w4a8",
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(out),
+        *settings,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     seen = ""
@@ -73,7 +98,7 @@ def test_ctrl_c_in_calibrate_and_a_second_start(tmp_path: Path, prompts_file: Pa
         line = process.stderr.readline()
         assert line, seen
         seen += line
-    time.sleep(1.0)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     stdout, rest = process.communicate(timeout=60)
     assert process.returncode == 130, rest

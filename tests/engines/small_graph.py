@@ -1,4 +1,4 @@
-"""A hand-made graph in the form of the exported one: two quantized sites, a weight-only conv, two floating-point ones."""
+"""A hand-made graph in the form of the exported one: two quantized sites, a weight-only and a floating conv."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class GraphWriter:
         self.initializers: list[Any] = []
         self.random = np.random.default_rng(0)
 
-    def constant(self, name: str, value: Any) -> str:
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def op(self, kind: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
+    def op(self, kind: str, inputs: list[str], output: str, name: str = "", **attributes: int | list[int]) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=name or output, **attributes))
         return output
 
@@ -76,7 +76,9 @@ class GraphWriter:
         to = self.op("Cast", [self.op("Div", [centre, s], f"{site}/c_s")], f"{site}/to", to=self.onnx_type)
         back = self.op("Cast", [self.op("Div", [s, centre], f"{site}/s_c")], f"{site}/back", to=self.onnx_type)
         scaled = self.op("Mul", [source, to], f"{site}/scaled")
-        codes = self.op("QuantizeLinear", [scaled, step, zero], f"{site}/codes", f"{site}/input_quantizer/QuantizeLinear")
+        codes = self.op(
+            "QuantizeLinear", [scaled, step, zero], f"{site}/codes", f"{site}/input_quantizer/QuantizeLinear"
+        )
         node = f"{site}/input_quantizer/DequantizeLinear"
         return self.op("DequantizeLinear", [codes, step, zero], f"{site}/input", node), back
 
@@ -86,11 +88,13 @@ class GraphWriter:
 
 
 def small_model(dtype: str = "fp32", weights: str = "int8") -> onnx.ModelProto:
-    """conv_in (weight-only) -> conv (W8A8 or W4A8) -> SiLU -> to_q (same) -> attention with the text -> conv_out (float)."""
+    """conv_in (weight-only) -> conv (quantized) -> SiLU -> to_q (quantized) -> attention with the text -> conv_out."""
     g = GraphWriter(dtype, weights)
     rows = g.op("Gather", ["act_scales", "step_index"], "row_scales", axis=0)
     g.nodes.append(helper.make_node("Split", [rows, g.constant("ones", np.ones(2, np.int64))], ["s0", "s1"], axis=1))
-    first = g.op("Conv", ["sample", g.weight("conv_in", (CHANNELS, 4, 3, 3), 0.3, 0)], "x", "conv_in/Conv", pads=[1] * 4)
+    first = g.op(
+        "Conv", ["sample", g.weight("conv_in", (CHANNELS, 4, 3, 3), 0.3, 0)], "x", "conv_in/Conv", pads=[1] * 4
+    )
     data, back = g.quantized("conv", first, "s0", 4)
     weight = g.weight("conv", (CHANNELS, CHANNELS, 3, 3), 0.1, 0)
     product = g.op("Conv", [data, weight], "conv/product", "conv/Conv", pads=[1] * 4)
@@ -128,7 +132,10 @@ def small_graph(folder: Path, dtype: str = "fp32", weights: str = "int8") -> Exp
         angle = np.linspace(0.03, 1.5, ROWS)
         write_timestep_table(TimestepTable("DDIMScheduler", {}, 3, CALIBRATED, angle), out / "timesteps.json")
         low, high = small_scales().min(0), small_scales().max(0)
-        points = {n: {"centre": CENTRE, "lowest": float(a), "highest": float(b)} for n, a, b in zip(POINTS, low, high, strict=True)}
+        points = {
+            n: {"centre": CENTRE, "lowest": float(a), "highest": float(b)}
+            for n, a, b in zip(POINTS, low, high, strict=True)
+        }
         return {"denoiser_config": {"in_channels": 4, "sample_size": SIZE}, "points": points}
 
     write_artifact(folder, kind="ExportedGraph", base=Base("small", "0" * 64), recipe={"name": weights}, fill=fill)
@@ -187,8 +194,21 @@ def _sites(weights: str) -> tuple[GraphSite, ...]:
 
     return (
         GraphSite("conv_in", "conv", "conv_in/Conv", "sample", None, codes("conv_in"), "x", None, weights, "none"),
-        GraphSite("conv", "conv", "conv/Conv", "x", "conv/codes", codes("conv"), "conv/output", "conv", weights, "int8"),
-        GraphSite("to_q", "linear", "to_q/MatMul", "tokens", "to_q/codes", codes("to_q"), "to_q/output", "to_q", weights, "int8"),
+        GraphSite(
+            "conv", "conv", "conv/Conv", "x", "conv/codes", codes("conv"), "conv/output", "conv", weights, "int8"
+        ),
+        GraphSite(
+            "to_q",
+            "linear",
+            "to_q/MatMul",
+            "tokens",
+            "to_q/codes",
+            codes("to_q"),
+            "to_q/output",
+            "to_q",
+            weights,
+            "int8",
+        ),
         GraphSite("conv_out", "conv", "conv_out/Conv", "sum", None, None, "noise_pred", None, "none", "none"),
     )
 

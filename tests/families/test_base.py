@@ -38,7 +38,9 @@ def test_without_hints_guidance_is_stable_diffusions(folder: Path) -> None:
     assert resolve_base(str(folder)).default_guidance == 7.5
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "sampling.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "sampling.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"]
+)
 def test_the_digest_follows_every_file_that_matters(folder: Path, name: str) -> None:
     before = resolve_base(str(folder)).base.digest
     (folder / name).write_text((folder / name).read_text() + " ")

@@ -7,7 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import block_names, discover_sites, hot_denoiser_from_unet, new_hot_denoiser, time_table_from_unet
+from s2p_deploy.families import (
+    block_names,
+    discover_sites,
+    hot_denoiser_from_unet,
+    new_hot_denoiser,
+    time_table_from_unet,
+)
 
 
 def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +74,9 @@ def test_a_new_denoiser_takes_the_weights_of_a_stored_one(tiny_unet: UNet2DCondi
 def test_sites_are_every_conv_and_linear_that_runs(tiny_unet: UNet2DConditionModel) -> None:
     hot = hot_denoiser_from_unet(tiny_unet, time_table_from_unet(tiny_unet, 10))
     sites = {site.name: site for site in discover_sites(hot)}
-    layers = {name for name, module in hot.unet.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)}
+    layers = {
+        name for name, module in hot.unet.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+    }
     assert set(sites) == layers
     assert next(iter(sites)) == "conv_in"
     assert list(sites)[-1] == "conv_out"
@@ -99,5 +107,10 @@ def test_blocks_have_one_activation_in_and_one_out(tiny_unet: UNet2DConditionMod
     hot = hot_denoiser_from_unet(tiny_unet, time_table_from_unet(tiny_unet, 10))
     names = block_names(hot)
     assert "conv_in" in names
-    assert {"down_blocks.0.resnets.0", "mid_block.attentions.0", "down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"} <= set(names)
+    assert {
+        "down_blocks.0.resnets.0",
+        "mid_block.attentions.0",
+        "down_blocks.0.downsamplers.0",
+        "up_blocks.0.upsamplers.0",
+    } <= set(names)
     assert not any("transformer_blocks" in name for name in names)

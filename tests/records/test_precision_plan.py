@@ -25,7 +25,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert PLAN.point_names() == ("attn1.to_q:int8",)
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "sites: {}", "sites: 3\nact_points: {}", "sites: {a: {op: conv}}\nact_points: {}", "[]"])
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "sites: {}", "sites: 3\nact_points: {}", "sites: {a: {op: conv}}\nact_points: {}", "[]"]
+)
 def test_a_foreign_file_is_no_plan(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(InputError, match="no precision plan"):
@@ -34,13 +36,15 @@ def test_a_foreign_file_is_no_plan(tmp_path: Path, text: str) -> None:
 
 def test_an_act_point_must_be_defined(tmp_path: Path) -> None:
     write_plan(PrecisionPlan(PLAN.sites, ()), tmp_path / "plan.yaml")
-    with pytest.raises(InputError, match="attn1.to_q:int8 is used by a site and not defined"):
+    with pytest.raises(InputError, match=r"attn1\.to_q:int8 is used by a site and not defined"):
         read_plan(tmp_path / "plan.yaml")
 
 
 def test_nothing_in_a_plan_is_executed(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
-    (tmp_path / "plan.yaml").write_text(f"sites: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]")
+    (tmp_path / "plan.yaml").write_text(
+        f"sites: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
+    )
     with pytest.raises(InputError):
         read_plan(tmp_path / "plan.yaml")
     assert not mark.exists()

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import Prompt, read_prompts
 
-LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1).filter(lambda s: s.strip())
+LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1).filter(
+    lambda s: s.strip()
+)
 
 
 def test_text_lines(tmp_path: Path) -> None:
@@ -84,7 +86,12 @@ def test_seeds_fit_a_torch_generator(identity: str) -> None:
 
 def test_the_digest_follows_every_field(tmp_path: Path) -> None:
     seen = set()
-    for line in ({"id": "a", "text": "x"}, {"id": "b", "text": "x"}, {"id": "a", "text": "y"}, {"id": "a", "text": "x", "negative": "n"}):
+    for line in (
+        {"id": "a", "text": "x"},
+        {"id": "b", "text": "x"},
+        {"id": "a", "text": "y"},
+        {"id": "a", "text": "x", "negative": "n"},
+    ):
         path = tmp_path / "p.jsonl"
         path.write_text(json.dumps(line))
         seen.add(read_prompts(path).digest)

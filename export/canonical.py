@@ -1,0 +1,136 @@
+"""The canonical graph of a calibrated model, made in memory: traced, named, located, quantized, lowered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx_ir as ir
+import torch
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.export.centres import usable_centres
+from s2p_deploy.export.lowering.rescale import lower_rescale
+from s2p_deploy.export.passes.fill_weights import FillWeights
+from s2p_deploy.export.passes.fold_constants import FoldConstants
+from s2p_deploy.export.passes.readable_names import ReadableNames
+from s2p_deploy.export.passes.scale_rows import PointSpec, ScaleRows
+from s2p_deploy.export.passes.strip_metadata import StripMetadata
+from s2p_deploy.export.passes.time_projections import TimeProjections
+from s2p_deploy.export.passes.transposed_keys import TransposedKeys
+from s2p_deploy.export.passes.weight_quantizers import WeightQuantizers
+from s2p_deploy.export.regions import SiteNode, block_border, block_modules, conditions, locate_sites
+from s2p_deploy.export.scopes import inside
+from s2p_deploy.export.tensors import DTYPES
+from s2p_deploy.export.tracing import trace_denoiser
+from s2p_deploy.numerics import format_by_name
+from s2p_deploy.records import GraphBlock, GraphSite
+
+if TYPE_CHECKING:
+    from s2p_deploy.records import CalibratedModel
+
+DType = Literal["fp32", "fp16"]
+TimeTableForm = Literal["constant", "input"]
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CanonicalGraph:
+    """The canonical graph in memory (its weights not read yet), and where sites and blocks are in it."""
+
+    model: ir.Model
+    sites: tuple[GraphSite, ...]
+    blocks: tuple[GraphBlock, ...]
+
+
+def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeTableForm) -> CanonicalGraph:
+    """The canonical graph, its initializers still to be read. See :func:`export_graph`."""
+    kind, plan, weights = DTYPES[dtype], calibrated.plan, calibrated.folder / "weights.safetensors"
+    table = calibrated.time_table()
+    traced = trace_denoiser(denoiser_config(calibrated), table, tokens=calibrated.tokens, dtype=_TORCH[dtype])
+    model = traced.model
+    _run(
+        model,
+        FoldConstants(),
+        TimeProjections(table.projections, time_table, kind),
+        FillWeights(weights, kind),
+        TransposedKeys(),
+        ReadableNames(),
+    )
+    sites = locate_sites(model.graph, plan.sites)
+    _name_outputs(model.graph, sites)
+    blocks = _blocks(model.graph, traced.blocks, sites)
+    described = tuple(_describe(site, calibrated) for site in sites)
+    centres = usable_centres(calibrated.scales, dtype)
+    points = _point_specs(calibrated, sites, centres)
+    rows = ScaleRows(points, "rows" if time_table == "input" else len(calibrated.scales.scales), kind)
+    _run(model, WeightQuantizers(sites, weights, calibrated.weight_scales(), kind), rows)
+    for point in plan.act_points:
+        fmt = format_by_name(point.activations)
+        assert fmt is not None  # an act point has a format
+        members = [site for site in sites if site.plan.act_point == point.name]
+        lower_rescale(model.graph, point.name, fmt, members, rows.scales[point.name])
+    _run(model, StripMetadata())
+    return CanonicalGraph(model, described, blocks)
+
+
+def denoiser_config(calibrated: CalibratedModel) -> dict[str, Any]:
+    """The denoiser's diffusers configuration.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = calibrated.folder / "denoiser_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: make the calibrated model again") from error
+    return config
+
+
+def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
+    for transformation in passes:
+        transformation(model)
+
+
+def _name_outputs(graph: ir.Graph, sites: tuple[SiteNode, ...]) -> None:
+    """A site's result is called ``<site>/output``, unless it is the graph's."""
+    for site in sites:
+        if site.output not in graph.outputs:
+            site.output.name = f"{site.plan.site}/output"
+
+
+def _blocks(graph: ir.Graph, blocks: tuple[str, ...], sites: tuple[SiteNode, ...]) -> tuple[GraphBlock, ...]:
+    ignored = conditions(graph)
+    found = []
+    for block, modules in block_modules(blocks).items():
+        entering, leaving = block_border(graph, block, modules, ignored)
+        members = tuple(site.plan.site for site in sites if inside(site.plan.site, modules))
+        found.append(GraphBlock(block, str(entering.name), str(leaving.name), members))
+    return tuple(found)
+
+
+def _describe(site: SiteNode, calibrated: CalibratedModel) -> GraphSite:
+    plan = site.plan
+    point = calibrated.plan.point(plan.act_point) if plan.act_point else None
+    return GraphSite(
+        site=plan.site,
+        op=plan.op,
+        node=str(site.node.name),
+        input=str(site.input.name),
+        codes=f"{point.name}/input_quantizer/codes" if point else None,
+        weight=f"{plan.site}/weight_quantizer/codes" if plan.weights != "none" else None,
+        output=str(site.output.name),
+        act_point=plan.act_point,
+        weights=plan.weights,
+        activations=point.activations if point else "none",
+    )
+
+
+def _point_specs(
+    calibrated: CalibratedModel, sites: tuple[SiteNode, ...], centres: dict[str, float]
+) -> tuple[PointSpec, ...]:
+    """Points in the order of the table's columns, with the rank of the tensor that each scales."""
+    ranks = {site.plan.act_point: 4 if site.plan.op == "conv" else len(site.input.shape or ()) for site in sites}
+    return tuple(PointSpec(name, centres[name], ranks[name]) for name in calibrated.scales.points)

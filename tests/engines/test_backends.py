@@ -1,0 +1,137 @@
+"""ONNX Runtime and OpenVINO on one graph: numbers, rows, precisions."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from s2p_deploy.engines import load_engine, runner_for_subgraph, sites_not_int8
+from s2p_deploy.engines.onnxruntime.backend import compute_types
+from s2p_deploy.errors import InputError, MissingEnvironmentError
+from tests.engines.conftest import EngineOf, GraphOf
+from tests.engines.small_graph import small_inputs, small_model, small_scales
+
+HINTS = [("onnxruntime", "reference"), ("onnxruntime", "fast"), ("openvino", "f32"), ("openvino", "bf16")]
+
+
+def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    return float(10 * np.log10((a**2).mean() / max(((a - b) ** 2).mean(), 1e-30)))
+
+
+def plain_onnxruntime(weights: str) -> np.ndarray:
+    """The canonical graph as it is, without this package."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(small_model(weights=weights).SerializeToString(), options)
+    result: np.ndarray = session.run(None, small_inputs() | {"act_scales": small_scales()})[0]
+    return result
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("backend", "hint"), HINTS)
+def test_engines_agree_with_the_canonical_graph(engine_of: EngineOf, backend: str, hint: str, weights: str) -> None:
+    with load_engine(engine_of(backend, hint, weights)) as runner:
+        gc.collect()  # memory that only the loader held would be gone now
+        first, again = (runner.infer(small_inputs())["noise_pred"] for _ in range(2))
+    assert np.array_equal(first, again)
+    assert sqnr(plain_onnxruntime(weights), first) > (30 if hint == "bf16" else 45)
+
+
+@pytest.mark.parametrize(("backend", "hint"), [("onnxruntime", "reference"), ("openvino", "f32")])
+def test_a_batch_of_mixed_rows_equals_single_calls(engine_of: EngineOf, backend: str, hint: str) -> None:
+    inputs = small_inputs(4)
+    with load_engine(engine_of(backend, hint, "int8")) as runner:
+        together = runner.infer(inputs)["noise_pred"]
+        single = [runner.infer({n: v[i : i + 1] for n, v in inputs.items()})["noise_pred"] for i in range(4)]
+        shifted = runner.infer(inputs | {"step_index": inputs["step_index"][::-1]})["noise_pred"]
+    assert np.array_equal(together, np.concatenate(single))
+    assert not np.array_equal(together, shifted)  # the row does matter
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("hint", ["f32", "bf16"])
+def test_openvino_runs_every_planned_site_in_int8(
+    engine_of: EngineOf, graph_of: GraphOf, weights: str, hint: str
+) -> None:
+    engine = engine_of("openvino", hint, weights)
+    assert sites_not_int8(engine, graph_of("fp32", weights).plan) == ()
+    compute = {site.site: site.compute for site in engine.sites}
+    floating = "fp32" if hint == "f32" else "bf16"
+    assert compute == {"conv_in": floating, "conv": "int8", "to_q": "int8", "conv_out": floating}
+
+
+def test_the_reference_computes_in_float_and_says_so(engine_of: EngineOf, graph_of: GraphOf) -> None:
+    engine = engine_of("onnxruntime", "reference", "int8")
+    assert {site.compute for site in engine.sites} == {"fp32"}
+    assert sites_not_int8(engine, graph_of("fp32", "int8").plan) == ("conv", "to_q")
+
+
+def test_the_fast_hint_has_an_integer_matmul(engine_of: EngineOf) -> None:
+    compute = {site.site: site.compute for site in engine_of("onnxruntime", "fast", "int8").sites}
+    assert (compute["conv"], compute["to_q"]) == ("fp32", "int8")
+
+
+def test_compute_is_the_type_of_a_kernels_first_input() -> None:
+    events = [
+        {
+            "cat": "Node",
+            "name": "a/MatMul_kernel_time",
+            "args": {"input_type_shape": [{"uint8": [1, 2]}, {"int8": [2]}]},
+        },
+        {"cat": "Node", "name": "b/Conv_kernel_time", "args": {"input_type_shape": [{"float": [1]}]}},
+        {"cat": "Session", "name": "model_run", "args": {}},
+    ]
+    assert compute_types(events) == {"a/MatMul": "int8", "b/Conv": "fp32"}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_fp16_graph_runs_too(graph_of: GraphOf, backend: str) -> None:
+    inputs = small_inputs(dtype="fp16") | {"act_scales": small_scales()}
+    with runner_for_subgraph(small_model("fp16"), backend) as runner:
+        output = runner.infer(inputs)["noise_pred"]
+    assert output.dtype == np.float16
+    assert sqnr(plain_onnxruntime("int8"), output) > 20
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_subgraph_takes_the_engines_way(engine_of: EngineOf, backend: str, weights: str) -> None:
+    hint = "reference" if backend == "onnxruntime" else "f32"
+    model = small_model(weights=weights)
+    before = model.SerializeToString()
+    with runner_for_subgraph(model, backend) as part, load_engine(engine_of(backend, hint, weights)) as whole:
+        gc.collect()
+        expected = whole.infer(small_inputs())["noise_pred"]
+        found = part.infer(small_inputs() | {"act_scales": small_scales()})["noise_pred"]
+    assert np.array_equal(expected, found)
+    assert model.SerializeToString() == before
+
+
+def test_a_subgraph_needs_a_known_backend() -> None:
+    with pytest.raises(InputError, match="unknown backend"):
+        runner_for_subgraph(small_model(), "nonsense")
+    with pytest.raises(InputError, match="no hint"):
+        runner_for_subgraph(small_model(), "openvino", "f8")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_closed_runner_says_so(engine_of: EngineOf, backend: str) -> None:
+    runner = load_engine(engine_of(backend, "reference" if backend == "onnxruntime" else "f32", "int8"))
+    runner.close()
+    runner.close()
+    with pytest.raises(ValueError, match="closed"):
+        runner.infer(small_inputs())
+
+
+def test_a_missing_library_is_a_missing_environment(graph_of: GraphOf) -> None:
+    from s2p_deploy.engines import backend_by_name
+
+    missing = [name for name in ("tensorrt", "tensorrt_rtx") if backend_by_name(name).capabilities().missing]
+    for name in missing:
+        with pytest.raises(MissingEnvironmentError, match="pip install") as caught:
+            runner_for_subgraph(small_model("fp16"), name)
+        assert caught.value.exit_code == 4

@@ -1,0 +1,99 @@
+"""The same three inputs, whatever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from s2p_deploy.engines.runner import BoundRunner, ClosingRunner, TorchRunner
+from s2p_deploy.errors import InputError
+from s2p_deploy.records import TensorSpec
+
+INPUTS = (
+    TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
+    TensorSpec("step_index", "int64", ("batch",)),
+    TensorSpec("encoder_hidden_states", "float16", ("batch", 6, 48)),
+)
+
+
+class Echo(ClosingRunner):
+    """Gives back what it was given."""
+
+    closed = False
+
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"noise_pred": inputs["sample"], **inputs}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def given(batch: int = 2) -> dict[str, np.ndarray]:
+    return {
+        "sample": np.full((batch, 4, 8, 8), 0.1, np.float32),
+        "step_index": np.arange(batch, dtype=np.int32),
+        "encoder_hidden_states": np.zeros((batch, 6, 48), np.float64),
+    }
+
+
+def test_inputs_are_cast_to_what_the_engine_takes() -> None:
+    outputs = BoundRunner(Echo(), INPUTS, rows=1000).infer(given())
+    assert {name: outputs[name].dtype.name for name in given()} == {spec.name: spec.dtype for spec in INPUTS}
+
+
+def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
+    values = given()
+    result = BoundRunner(Echo(), INPUTS, rows=1000)(
+        values["sample"], values["step_index"], values["encoder_hidden_states"]
+    )
+    assert np.array_equal(result, values["sample"].astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": np.zeros((2, 4, 16, 16))}, r"sample has shape \[2, 4, 16, 16\], the engine takes \[2, 4, 8, 8\]"),
+        ({"step_index": np.asarray([0])}, "sample has shape"),
+        ({"step_index": np.asarray([0, 1000])}, "rows 0 to 999"),
+        ({"step_index": np.asarray([0, -1])}, "rows 0 to 999"),
+        ({"act_scales": np.ones((1000, 2))}, "no input 'act_scales'"),
+    ],
+)
+def test_wrong_inputs_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BoundRunner(Echo(), INPUTS, rows=1000).infer(given() | change)
+
+
+def test_a_missing_input_is_named() -> None:
+    values = given()
+    del values["encoder_hidden_states"]
+    with pytest.raises(InputError, match="encoder_hidden_states"):
+        BoundRunner(Echo(), INPUTS, rows=1000).infer(values)
+
+
+def test_leaving_the_context_closes() -> None:
+    echo = Echo()
+    with BoundRunner(echo, INPUTS, rows=1000):
+        assert not echo.closed
+    assert echo.closed
+
+
+def test_a_torch_denoiser_runs_behind_the_same_call() -> None:
+    def denoiser(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        assert rows.dtype == torch.int64
+        assert not torch.is_grad_enabled()
+        return sample * rows.view(-1, 1, 1, 1) + text.mean()
+
+    with TorchRunner(denoiser) as runner:
+        output = runner.infer(given())["noise_pred"]
+    assert output.dtype == np.float32
+    assert np.allclose(output[1], 0.1)
+    assert np.allclose(output[0], 0.0)
+
+
+def test_a_bfloat16_result_becomes_float32() -> None:
+    runner = TorchRunner(lambda sample, _rows, _text: sample, torch.bfloat16)
+    assert runner.infer(given())["noise_pred"].dtype == np.float32

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from s2p_deploy.engines import TorchRunner
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.pipeline import (
+    EngineDenoiser,
+    Schedule,
+    generate,
+    initial_noise,
+    pipeline_with_denoiser,
+    scheduler_names,
+    with_schedule,
+)
+from s2p_deploy.records import Prompt, TimestepTable
+from tests.tiny_pipeline import tiny_base
+
+PROMPT = "a small red circle at the top left, white background"
+TABLE = TimestepTable("PNDMScheduler", {}, 50, (1, 501, 940), np.linspace(0.1, 1.5, 1000))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    return load_pipeline(tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(base: StableDiffusionPipeline) -> EngineDenoiser:
+    """The FP UNet behind the runner's interface: what the pipeline draws must not change by a bit."""
+    runner = TorchRunner(lambda *inputs: base.unet(*inputs, return_dict=False)[0])
+    return EngineDenoiser(runner, base.unet.config, TABLE)
+
+
+def draw(pipe: StableDiffusionPipeline, **options: object) -> np.ndarray:
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.5, "output_type": "latent"} | options
+    noise = initial_noise([7] * (3 if "num_images_per_prompt" in options else 1), pipe.unet.config)
+    return pipe(PROMPT, latents=noise, **arguments).images.numpy()
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return initial_noise(range(batch), {"sample_size": 8, "in_channels": 4}), torch.ones(batch, 24, 128)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0},
+        {"num_images_per_prompt": 3},
+        {"negative_prompt": "a large blue square"},
+        {"guidance_rescale": 0.5},
+    ],
+)
+def test_a_stock_pipeline_draws_the_same_with_the_denoiser_in_place(
+    base: StableDiffusionPipeline, denoiser: EngineDenoiser, options: dict[str, Any]
+) -> None:
+    pipe = pipeline_with_denoiser(base, denoiser)
+    assert type(pipe) is StableDiffusionPipeline
+    pictures = draw(pipe, **options)
+    assert len(pictures) == options.get("num_images_per_prompt", 1)
+    np.testing.assert_array_equal(pictures, draw(base, **options))
+
+
+@pytest.mark.parametrize("name", scheduler_names())
+def test_every_named_scheduler_runs_and_draws_the_same(
+    base: StableDiffusionPipeline, denoiser: EngineDenoiser, name: str
+) -> None:
+    schedule, prompt = Schedule(5, name), Prompt("id", PROMPT)
+    pictures = [
+        np.asarray(generate(pipe, prompt, schedule=schedule, guidance_scale=2.5))
+        for pipe in (base, pipeline_with_denoiser(base, denoiser))
+    ]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_the_denoiser_reads_a_timestep_in_every_form(denoiser: EngineDenoiser) -> None:
+    sample, text = inputs()
+    forms = [501, 501.0, torch.tensor(501), torch.tensor(501.0), torch.tensor([501, 501]), torch.tensor([501.0])]
+    outputs = [denoiser(sample, form, text, return_dict=False)[0] for form in forms]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert not torch.equal(denoiser(sample, 1, text).sample, outputs[0])
+
+
+def test_samples_of_one_batch_may_be_on_different_timesteps(denoiser: EngineDenoiser) -> None:
+    sample, text = inputs()
+    together = denoiser(sample, torch.tensor([1, 940]), text).sample
+    alone = [denoiser(sample, t, text).sample[index] for index, t in enumerate((1, 940))]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_the_output_is_memory_of_its_own(denoiser: EngineDenoiser) -> None:
+    sample, text = inputs()
+    before = sample.clone()
+    first = denoiser(sample, 1, text).sample
+    kept = first.clone()
+    denoiser(-sample, 940, text)
+    assert torch.equal(first, kept)
+    first.zero_()
+    assert torch.equal(sample, before)
+
+
+def test_the_output_is_in_the_dtype_of_the_sample(denoiser: EngineDenoiser) -> None:
+    sample, text = inputs()
+    assert denoiser(sample.half(), 1, text.half()).sample.dtype == torch.float16
+    assert denoiser(sample.bfloat16(), 1, text.bfloat16()).sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("timestep", [500.5, 1000, torch.tensor([1, 2, 3]), float("nan")])
+def test_a_timestep_without_a_row_is_refused(denoiser: EngineDenoiser, timestep: torch.Tensor | float) -> None:
+    sample, text = inputs()
+    with pytest.raises(InputError):
+        denoiser(sample, timestep, text)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"added_cond_kwargs": {"image_embeds": torch.ones(1)}},
+        {"timestep_cond": torch.ones(2, 8)},
+        {"class_labels": torch.zeros(2)},
+        {"down_block_additional_residuals": (torch.ones(1),)},
+        {"mid_block_additional_residual": torch.ones(1)},
+    ],
+)
+def test_what_changes_the_network_is_refused_by_name(denoiser: EngineDenoiser, condition: dict[str, Any]) -> None:
+    sample, text = inputs()
+    with pytest.raises(InputError, match=next(iter(condition))):
+        denoiser(sample, 1, text, **condition)
+
+
+def test_conditions_that_ask_for_nothing_are_taken(denoiser: EngineDenoiser) -> None:
+    sample, text = inputs()
+    asked = denoiser(sample, 1, text, timestep_cond=None, cross_attention_kwargs={}, added_cond_kwargs=None).sample
+    assert torch.equal(asked, denoiser(sample, 1, text).sample)
+
+
+def test_another_picture_size_is_refused(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
+    with pytest.raises(InputError, match="leave height and width out"):
+        pipeline_with_denoiser(base, denoiser)(PROMPT, height=32, width=32, num_inference_steps=2)
+
+
+def test_a_pipeline_with_an_engine_is_not_saved_without_it(
+    base: StableDiffusionPipeline, denoiser: EngineDenoiser, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="an engine is not saved with a pipeline"):
+        pipeline_with_denoiser(base, denoiser).save_pretrained(tmp_path / "saved")
+
+
+def test_adapters_are_refused(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
+    pipe = pipeline_with_denoiser(base, denoiser)
+    with pytest.raises(InputError, match="FreeU"):
+        pipe.enable_freeu(1.0, 1.0, 1.0, 1.0)
+    with pytest.raises(InputError, match="LoRA"):  # what load_lora_weights calls, where PEFT is installed
+        pipe.unet.load_lora_adapter({"layer.lora_A.weight": torch.ones(1)}, prefix=None)
+
+
+def test_the_new_pipeline_has_a_scheduler_of_its_own(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
+    pipe = pipeline_with_denoiser(base, denoiser)
+    assert pipe.scheduler is not base.scheduler
+    assert pipe.scheduler.config == base.scheduler.config
+    assert base.unet is not pipe.unet
+
+
+def test_latents_are_not_clipped_as_pictures(base: StableDiffusionPipeline) -> None:
+    scheduler = with_schedule(base, Schedule(5, "ddim")).scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.clip_sample is False
+    assert scheduler.config.beta_end == base.scheduler.config.beta_end
+
+
+def test_an_unknown_scheduler_is_refused(base: StableDiffusionPipeline) -> None:
+    with pytest.raises(InputError, match="unknown scheduler 'euler': use one of"):
+        with_schedule(base, Schedule(5, "euler"))
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    config = {"sample_size": [8, 6], "in_channels": 4}
+    noise = initial_noise([3, 5], config)
+    assert noise.shape == (2, 4, 8, 6)
+    assert torch.equal(noise[1:], initial_noise([5], config))
+    assert torch.equal(noise[:1], torch.randn((1, 4, 8, 6), generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_picture_depends_on_its_seed_or_its_prompts_id(base: StableDiffusionPipeline) -> None:
+    def picture(prompt_id: str, seed: int | None) -> np.ndarray:
+        prompt = Prompt(prompt_id, PROMPT)
+        return np.asarray(generate(base, prompt, schedule=Schedule(3), guidance_scale=2.0, seed=seed))
+
+    np.testing.assert_array_equal(picture("one", 4), picture("two", 4))
+    np.testing.assert_array_equal(picture("one", None), picture("two", Prompt("one", PROMPT).noise_seed))
+    assert not np.array_equal(picture("one", None), picture("two", None))

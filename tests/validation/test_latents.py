@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from s2p_deploy.records import Base, LatentDataset, Manifest
+from s2p_deploy.validation.latents import choose_latents, latents_of_walk
+
+
+def dataset(points: int = 10) -> LatentDataset:
+    """Point i: latents full of i, row 100 * i, prompt i % 2; texts: 0 empty, 1 and 2 those of the prompts."""
+    order = np.random.default_rng(0).permutation(points)
+    latents = order.reshape(-1, 1, 1, 1).astype(np.float16) * np.ones((1, 4, 2, 2), np.float16)
+    texts = np.arange(3, dtype=np.float32).reshape(3, 1, 1) * np.ones((1, 5, 6), np.float32)
+    return LatentDataset(
+        Path(),
+        Manifest("LatentDataset", Base("", ""), {}, {}),
+        latents=latents,
+        rows=order * 100,
+        cond=latents,
+        uncond=latents,
+        prompt=order % 2,
+        texts=texts,
+        cond_text=np.array([1, 2]),
+        uncond_text=np.array([0, 0]),
+    )
+
+
+def test_latents_are_spread_over_the_rows_with_both_branches_side_by_side() -> None:
+    chosen = choose_latents(dataset(), 6)
+    assert chosen.rows.tolist() == [0, 0, 400, 400, 900, 900]
+    assert chosen.sample[:, 0, 0, 0].tolist() == [0, 0, 4, 4, 9, 9]
+    assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 1, 0, 2]
+    assert chosen.sample.dtype == chosen.text.dtype == np.float32
+
+
+def test_at_least_as_many_as_asked_and_never_more_than_there_are() -> None:
+    assert len(choose_latents(dataset(), 5)) == 6
+    assert len(choose_latents(dataset(), 1000)) == 20
+
+
+def test_parts_hold_all_in_order_and_few_of_large_ones() -> None:
+    chosen = choose_latents(dataset(), 1000)
+    parts = list(chosen.parts())
+    assert [len(part) for part in parts] == [16, 4]
+    assert np.concatenate([part.rows for part in parts]).tolist() == chosen.rows.tolist()
+    large = latents_of_walk(np.zeros((3, 2, 4, 64, 64)), (9, 5, 1), np.zeros((2, 5, 6)), np.zeros((2, 5, 6)), 8)
+    assert {len(part) for part in large.parts()} == {2}
+
+
+def test_a_walk_gives_what_the_next_call_saw() -> None:
+    """Two prompts, three calls on rows 900, 500, 100: the latents after a call are what the next one is given."""
+    trajectory = np.arange(6, dtype=np.float32).reshape(3, 2, 1, 1, 1) * np.ones((1, 1, 4, 2, 2), np.float32)
+    cond, uncond = np.array([1.0, 2.0]).reshape(2, 1, 1), np.zeros((2, 1, 1))
+    chosen = latents_of_walk(trajectory, (900.0, 500.0, 100.0), cond, uncond, 8)
+    assert chosen.rows.tolist() == [500, 500, 500, 500, 100, 100, 100, 100]
+    assert chosen.sample[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
