@@ -37,8 +37,8 @@ def run_child(module: str, request: dict[str, Any], scratch: Path, limits: Limit
     ``scratch`` receives the two files and the log.
 
     Raises:
-        EngineBuildError: it crashed, ran out of memory, took too long, or failed; the first line says which, and the end
-            of its log follows.
+        EngineBuildError: it crashed, ran out of memory, took too long, or failed; the first line says which, and
+            the end of its log follows.
         S2PError: the expected error that it reported, as its own class.
     """
     request_file, result_file, log = scratch / "request.json", scratch / "result.json", scratch / "child.log"

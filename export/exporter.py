@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
-from s2p_deploy.errors import GraphContractError
+from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export.canonical import DType, TimeTableForm, canonical_graph, denoiser_config
 from s2p_deploy.export.centres import usable_centres
 from s2p_deploy.export.graph_contract import check_graph
@@ -53,6 +53,8 @@ def export_graph(
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
+    if out.exists() and not replace:
+        raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
     graph = canonical_graph(calibrated, dtype, time_table)
 
     def fill(folder: Path) -> dict[str, Any]:

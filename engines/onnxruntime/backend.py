@@ -1,8 +1,8 @@
 """ONNX Runtime, CPU execution provider. The engine is the prepared ONNX file and its external data.
 
 Hint ``reference`` is the default, because this backend is the one that others are compared with: graph optimization is
-off, so that every QuantizeLinear and DequantizeLinear runs as the graph says, and one thread is used, so that the bits of
-a sample depend on neither its batch nor the number of cores (with two threads they do, measured). Hint ``fast`` lets
+off, so that every QuantizeLinear and DequantizeLinear runs as the graph says, and one thread is used, so that the bits
+of a sample depend on neither its batch nor the number of cores (with two threads they do, measured). Hint ``fast`` lets
 ONNX Runtime fuse what it can, on all cores (MatMul becomes an integer product; rounding moves).
 """
 

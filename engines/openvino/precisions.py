@@ -84,5 +84,4 @@ def _operand_type(layer: openvino.Node) -> str:
 def _text(info: openvino.RTMap, key: str) -> str:
     if key not in info:
         return ""
-    text: str = info[key].astype(str)
-    return text
+    return str(info[key].astype(str))

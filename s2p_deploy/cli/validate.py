@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +41,7 @@ def validate(  # noqa: PLR0913 - its options
     from s2p_deploy.validation import validate as validate_chain
 
     chain = open_chain(opened, graph=graph, calib=calib, model=model)
-    command = shlex.join(["s2p-deploy", *sys.argv[1:]])
+    command = shlex.join(["s2p-deploy", "validate", str(engine), "--prompts", prompts, "--out", str(out)])
     with progress_bars() as progress:
         report = validate_chain(chain, chosen, out, replace=force, command=command, progress=progress)
     text = (gate_table(report.gates), f"{report.verdict}: {report.html_file}")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +17,16 @@ from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export import block_subgraph, check_graph, export_graph, site_subgraph
 from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
 from s2p_deploy.numerics import INT4, INT8, quantize
-from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
+from s2p_deploy.records import (
+    CalibratedModel,
+    PrecisionPlan,
+    ScaleTable,
+    TensorSpec,
+    read_manifest,
+    write_artifact,
+)
 from s2p_deploy.records.precision_plan import read_plan, write_plan
+from s2p_deploy.records.scale_table import write_scale_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +99,27 @@ def captured(
     return seen
 
 
+def only_first_point(calibrated: CalibratedModel, folder: Path) -> CalibratedModel:
+    """The same model with a plan that quantizes the first act point's tensor alone."""
+    plan, first = calibrated.plan, calibrated.plan.act_points[0]
+    sites = tuple(site if site.site in first.sites else replace(site, act_point=None) for site in plan.sites)
+
+    def fill(out: Path) -> dict[str, object]:
+        for name in ("weights", "weight_scales", "time_table"):
+            shutil.copy(calibrated.folder / f"{name}.safetensors", out)
+        for name in ("timesteps.json", "denoiser_config.json"):
+            shutil.copy(calibrated.folder / name, out)
+        write_plan(PrecisionPlan(sites, (first,)), out / "plan.yaml")
+        scales = np.ascontiguousarray(calibrated.scales.scales[:, :1])
+        write_scale_table(ScaleTable(scales, (first.name,), calibrated.scales.trained), out / "act_scales.safetensors")
+        return calibrated.manifest.content
+
+    write_artifact(
+        folder, kind="CalibratedModel", base=calibrated.manifest.base, recipe=calibrated.manifest.recipe, fill=fill
+    )
+    return CalibratedModel.open(folder)
+
+
 def test_inputs_and_outputs_are_those_of_the_contract(w8a8_graph: ExportedGraph) -> None:
     assert w8a8_graph.inputs == (
         TensorSpec("sample", "float32", ("batch", 4, 8, 8)),
@@ -129,27 +160,24 @@ def test_recipe_without_quantization_gives_the_plain_network(tmp_path: Path, run
     assert sqnr(run_onnx(graph.onnx_file, tiny_inputs(3))["noise_pred"], expected) > 110
 
 
-def test_weight_only_graph_agrees_with_fake_quant(tmp_path: Path, run_onnx: Callable) -> None:
-    """With INT4 weights and floating-point activations nothing rounds at run time: no flips, so the bound is tight."""
-    calibrated = tiny_calibrated(tmp_path / "calib", "int4", "none")
+def test_input_form_agrees_with_fake_quant_and_leaves_the_table_out(tmp_path: Path, run_onnx: Callable) -> None:
+    """Floating-point activations but for one act point: nothing flips anywhere else, so the bound is tight."""
+    calibrated = only_first_point(tiny_calibrated(tmp_path / "whole", "int4"), tmp_path / "calib")
     graph = export_graph(calibrated, tmp_path / "graph", time_table="input")
-    table = calibrated.time_table().projections
-    values = tiny_inputs(3)
-    values |= {"time_projections": table[values["step_index"]]}
-    with torch.no_grad():
-        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(3).items()}
-        expected = fake_quant_denoiser(calibrated)(**inputs).numpy()
-    assert [spec.name for spec in graph.inputs][-1] == "time_projections"
-    assert sqnr(run_onnx(graph.onnx_file, values)["noise_pred"], expected) > 110
-
-
-def test_input_form_makes_rows_dynamic_and_drops_the_table(w8a8: CalibratedModel, tmp_path: Path) -> None:
-    graph = export_graph(w8a8, tmp_path / "graph", time_table="input")
     shapes = {spec.name: spec.shape for spec in graph.inputs}
-    assert shapes["act_scales"] == ("rows", 55)
+    assert shapes["act_scales"] == ("rows", 1)
     assert shapes["time_projections"] == ("batch", 416)
     names = {item.name for item in onnx.load(graph.onnx_file, load_external_data=False).graph.initializer}
     assert "time_projections" not in names
+    table = calibrated.time_table().projections
+    values = tiny_inputs(3)
+    bound = np.unique(values["step_index"])  # only the schedule's rows are bound in this form
+    values |= {"time_projections": table[values["step_index"]], "act_scales": graph.scales.scales[bound]}
+    values["step_index"] = np.searchsorted(bound, values["step_index"])
+    with torch.no_grad():
+        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(3).items()}
+        expected = fake_quant_denoiser(calibrated)(**inputs).numpy()
+    assert sqnr(run_onnx(graph.onnx_file, values)["noise_pred"], expected) > 110
 
 
 @pytest.mark.parametrize(
@@ -248,8 +276,12 @@ def test_weights_are_stored_packed(w4a4_graph: ExportedGraph) -> None:
     assert tensors["conv_in/weight_quantizer/codes"].data_type == onnx.TensorProto.INT8
 
 
-def test_export_is_deterministic(w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path) -> None:
-    again = export_graph(w8a8, tmp_path / "again")
+def test_export_is_deterministic_and_tells_its_progress(
+    w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    again = export_graph(w8a8, tmp_path / "again", progress=lambda _stage, done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
     assert again.manifest.files == w8a8_graph.manifest.files
     assert again.manifest.digest == w8a8_graph.manifest.digest
 
@@ -277,12 +309,6 @@ def test_graph_carries_nothing_of_this_machine(w8a8_graph: ExportedGraph) -> Non
     content = w8a8_graph.onnx_file.read_bytes()
     for word in (b"site-packages", b"stack_trace", b"/home", b"s2p_deploy.families", str(w8a8_graph.folder).encode()):
         assert word not in content
-
-
-def test_progress_counts_tensors(w8a8: CalibratedModel, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    export_graph(w8a8, tmp_path / "graph", progress=lambda _stage, done, total: seen.append((done, total)))
-    assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
 
 
 def test_an_existing_folder_is_refused_before_any_work(w8a8: CalibratedModel, w8a8_graph: ExportedGraph) -> None:

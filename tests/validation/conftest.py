@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+
 import pytest
 
 from s2p_deploy.calib import calibrate, fake_quant_denoiser
@@ -10,7 +14,7 @@ from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt, PromptSet
-from s2p_deploy.shapes.grammar import SceneObject, Scene, caption
+from s2p_deploy.shapes.grammar import Scene, SceneObject, caption
 from s2p_deploy.validation import Chain, open_chain
 from s2p_deploy.validation.latents import ValidationLatents, choose_latents
 from tests.tiny_pipeline import tiny_base
@@ -58,3 +62,16 @@ def latents(chain: Chain) -> ValidationLatents:
 @pytest.fixture
 def fake_quant(chain: Chain) -> FakeQuantDenoiser:
     return fake_quant_denoiser(chain.calibrated)
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """Chromium, installed where Debian's package manager may; without it CI fails and others skip."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not any(map(shutil.which, names)) and shutil.which("apt-get") and os.geteuid() == 0:
+        command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+        subprocess.run(command, capture_output=True, check=False)
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None and os.environ.get("CI"):
+        pytest.fail("the report's page needs a browser to be tested: install chromium")
+    return found or pytest.skip("no Chromium here")

@@ -59,11 +59,11 @@ GOOD = Measurements(
 )
 
 
-def results(**changes: Any) -> dict[str, GateResult]:
+def results(**changes: object) -> dict[str, GateResult]:
     return {result.name: result for result in judge(replace(GOOD, **changes), GATES)}
 
 
-def failed(**changes: Any) -> list[str]:
+def failed(**changes: object) -> list[str]:
     return [name for name, result in results(**changes).items() if result.status == "failed"]
 
 

@@ -84,7 +84,7 @@ def test_a_shift_moves_whole_pixels_and_repeats_the_edge() -> None:
 def test_frechet_distance_of_moved_features_is_the_square_of_the_way() -> None:
     features = np.random.default_rng(0).normal(size=(50, 4))
     assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-6)
-    assert frechet_distance(features, features + [3, 4, 0, 0]) == pytest.approx(25.0, abs=1e-6)
+    assert frechet_distance(features, features + np.array([3, 4, 0, 0])) == pytest.approx(25.0, abs=1e-6)
 
 
 def test_frechet_distance_of_wider_features_by_hand() -> None:

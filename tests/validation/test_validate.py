@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from s2p_deploy.engines import backend_by_name
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.pipeline import Schedule
+from s2p_deploy.records import PromptSet, ValidationReport
+from s2p_deploy.validation import Chain, open_chain, validate
+from tests.tiny_pipeline import tiny_base
+
+
+@pytest.fixture(scope="module")
+def report(chain: Chain, prompts: PromptSet, tmp_path_factory: pytest.TempPathFactory) -> ValidationReport:
+    out = tmp_path_factory.mktemp("report") / "report"
+    return validate(chain, prompts, out, schedules=(Schedule(4, "ddim"),), command="s2p-deploy validate ...")
+
+
+def test_a_right_engine_passes(report: ValidationReport) -> None:
+    assert report.verdict == "passed", [gate for gate in report.gates if gate.status != "passed"]
+    assert {gate.status for gate in report.gates} == {"passed"}
+    assert report.failed_gates == ()
+
+
+def test_the_report_is_an_artifact_that_reads_back(report: ValidationReport, chain: Chain) -> None:
+    assert ValidationReport.open(report.folder) == report
+    assert report.manifest.kind == "ValidationReport"
+    assert report.manifest.parents["engine"].digest == chain.engine.manifest.digest
+    assert report.html_file.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert len(list((report.folder / "pictures").iterdir())) == 6
+
+
+def test_every_number_has_its_n_and_its_chain(report: ValidationReport, chain: Chain) -> None:
+    data = json.loads((report.folder / "report.json").read_text(encoding="utf-8"))
+    assert data["pictures"]["median"]["psnr"]["n"] == 3
+    assert data["pictures"]["accuracy"]["fp"]["n"] == 3
+    assert data["engine_numbers"]["end_to_end"]["change"]["n"] == 16
+    assert all(block["n"] == 16 for block in data["graph_numbers"]["blocks"])
+    assert data["pictures"]["step_error"]["timestep"][0] == 801.0
+    assert set(data["digests"]) == {"engine", "graph", "calib", "dataset", "base", "prompts"}
+    assert data["digests"]["graph"] == chain.graph.manifest.digest
+    assert data["versions"]["torch"]
+    assert data["not_run"]["lpips"] == "no local weights given"
+
+
+def test_another_schedule_is_reported_beside_it(report: ValidationReport) -> None:
+    (other,) = report.data["other_schedules"]
+    assert (other["scheduler"], other["steps"]) == ("ddim", 4)
+    assert other["median"]["psnr"]["value"] > other["pixel_shift_median"]["psnr"]["value"]
+
+
+def test_a_failed_gate_is_a_result_and_not_an_error(chain: Chain, prompts: PromptSet, tmp_path: Path) -> None:
+    gates = chain.recipe.validation.gates.model_copy(update={"median_psnr": 99.9})
+    validation = chain.recipe.validation.model_copy(update={"gates": gates})
+    strict = replace(chain, recipe=chain.recipe.model_copy(update={"validation": validation}))
+    report = validate(strict, prompts, tmp_path / "report", pictures=1)
+    assert report.verdict == "failed"
+    assert [gate.name for gate in report.failed_gates] == ["pictures, median PSNR"]
+    assert report.data["pictures"]["n"] == 1
+
+
+def test_an_engine_that_cannot_run_here_is_not_verified(chain: Chain, prompts: PromptSet, tmp_path: Path) -> None:
+    if backend_by_name("tensorrt_rtx").capabilities().executes:
+        pytest.skip("TensorRT-RTX runs on this machine")
+    elsewhere = replace(chain, engine=replace(chain.engine, backend="tensorrt_rtx"))
+    report = validate(elsewhere, prompts, tmp_path / "report", pictures=1)
+    assert report.verdict == "not verified"
+    open_gates = {gate.name for gate in report.gates if gate.status == "not measured"}
+    assert "blocks of the engine, worst SQNR" in open_gates
+    assert "pictures, median PSNR" in open_gates
+    assert next(gate for gate in report.gates if gate.name.startswith("blocks of the graph")).status == "passed"
+    assert report.data["pictures"]["skipped"]
+
+
+def test_a_report_is_not_overwritten_unasked(chain: Chain, prompts: PromptSet, report: ValidationReport) -> None:
+    with pytest.raises(InputError, match="--force"):
+        validate(chain, prompts, report.folder)
+
+
+def test_another_base_pipeline_is_refused(chain: Chain, tmp_path: Path) -> None:
+    other = tiny_base(tmp_path / "pipeline")
+    (other.folder / "sampling.json").write_text('{"guidance_scale": 9.0}', encoding="utf-8")
+    with pytest.raises(IntegrityError, match="pass --model"):
+        open_chain(chain.engine, model=str(other.folder))
+
+
+def test_parents_that_are_gone_are_named(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--graph PATH"):
+        open_chain(chain.engine, graph=tmp_path)
+    with pytest.raises(InputError, match="--calib PATH"):
+        open_chain(chain.engine, calib=tmp_path)
