@@ -155,7 +155,9 @@ def _scales(denoiser: HotDenoiser, plan: PrecisionPlan, timesteps: TimestepTable
         for name in names
     ]
     for index, row in enumerate(CALIBRATED):
-        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, denoiser.unet.config.cross_attention_dim).items()}
+        inputs = {
+            k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, denoiser.unet.config.cross_attention_dim).items()
+        }
         inputs["step_index"] = torch.full((4,), row)
         denoiser(**inputs)
         stretch = 0.8 + 0.5 * index / len(CALIBRATED)

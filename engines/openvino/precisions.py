@@ -78,7 +78,8 @@ def _operand_type(layer: openvino.Node) -> str:
     operand = offered[min(source.get_index(), len(offered) - 1)]
     if {operand, _text(layer.get_rt_info(), "runtimePrecision")} <= _INTEGER:
         return "int8"
-    return _TYPES.get(operand, operand)
+    kind: str = _TYPES.get(operand, operand)
+    return kind
 
 
 def _text(info: openvino.RTMap, key: str) -> str:

@@ -54,21 +54,21 @@ class DemoRun:
     def calibrated(self, name: str, recipe: Recipe) -> CalibratedModel:
         """``<folder>/<name>/calib``."""
         out = self.folder / name / "calib"
-        return calibrate(self.base, recipe, self.train, out, replace=self.force, progress=self.progress)
+        return calibrate(self.base, recipe, self.train, out, replace=self.force, progress=self._told(name))
 
     def exported(self, calibrated: CalibratedModel, dtype: Any) -> ExportedGraph:  # noqa: ANN401 - fp32 or fp16
         """The graph beside its calibrated model."""
         out = calibrated.folder.parent / f"graph-{dtype}"
         if self._stands(out, "calib", calibrated.manifest):
             return ExportedGraph.open(out)
-        return export_graph(calibrated, out, dtype=dtype, replace=True, progress=self.progress)
+        return export_graph(calibrated, out, dtype=dtype, replace=True, progress=self._told(_label(out)))
 
     def built(self, graph: ExportedGraph, backend: str) -> Engine:
         """The engine beside its graph, with the backend's default hint."""
         out = graph.folder.parent / f"engine-{backend}"
         if self._stands(out, "graph", graph.manifest):
             return Engine.open(out)
-        return build_engine(graph, backend, out, replace=True, progress=self.progress)
+        return build_engine(graph, backend, out, replace=True, progress=self._told(_label(out)))
 
     def validated(self, engine: Engine, pictures: int | None, schedules: tuple[Schedule, ...]) -> ValidationReport:
         """The report beside its engine, over the first ``pictures`` held-out prompts (None: what the recipe says)."""
@@ -77,7 +77,7 @@ class DemoRun:
             return ValidationReport.open(out)
         chain = open_chain(engine)
         options: dict[str, Any] = {"pictures": pictures, "schedules": schedules, "command": "s2p-deploy demo"}
-        return validate(chain, self.held_out, out, replace=True, progress=self.progress, **options)
+        return validate(chain, self.held_out, out, replace=True, progress=self._told(_label(out)), **options)
 
     def drawn(self, engine: Engine, prompt: str, seed: int) -> Path:
         """``<folder>/picture.png``, as the engine's recipe samples."""
@@ -114,16 +114,24 @@ class DemoRun:
         )
         prompts = self.held_out.first(recipe.validation.pictures)
         guidance = recipe.sampling.guidance_scale or self.base.default_guidance
-        self.progress("pictures before training", 0, 1)
+        progress = self._told(start.folder.parent.name)
+        progress("pictures before training", 0, 1)
         found = picture_psnr(pipe, reference, candidate, prompts, Schedule(recipe.sampling.steps), guidance)
-        self.progress("pictures before training", 1, 1)
+        progress("pictures before training", 1, 1)
         return [float(value) for value in found]
+
+    def _told(self, what: str) -> Progress:
+        return lambda stage, done, total: self.progress(f"{what}: {stage}", done, total)
 
     def _stands(self, out: Path, parent: str, manifest: Manifest) -> bool:
         """Whether ``out`` is a finished artifact of that very parent."""
         if self.force or not (out / "manifest.json").is_file():
             return False
         return read_manifest(out).parents[parent].digest == manifest.digest
+
+
+def _label(out: Path) -> str:
+    return f"{out.parent.name} {out.name}"
 
 
 def milliseconds_per_step(engine: Engine) -> float:

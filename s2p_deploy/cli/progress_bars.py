@@ -52,3 +52,5 @@ class _PlainLines:
             return
         self.last_line = now
         sys.stderr.write(f"{stage} {done}/{total} ({now - self.started[stage]:.0f} s)\n")
+        if done >= total:
+            del self.started[stage]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from s2p_deploy.calib.quantized_denoiser import InputQuantizer
 from s2p_deploy.engines import runner_for_subgraph
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.export import block_subgraph, site_subgraph
@@ -123,6 +124,7 @@ def _reference_codes(
 ) -> NDArray[np.int16]:
     site = point.sites[0]
     scale = fake_quant.site_scale(site, torch.from_numpy(rows))
-    codes = fake_quant.site(site).get_submodule("input_quantizer").codes(torch.from_numpy(activation), scale)
-    found: NDArray[np.int16] = codes.numpy().astype(np.int16)
-    return found
+    quantizer = fake_quant.site(site).get_submodule("input_quantizer")
+    assert isinstance(quantizer, InputQuantizer)  # a site of an act point has one,
+    assert scale is not None  # and its scales
+    return quantizer.codes(torch.from_numpy(activation), scale).numpy().astype(np.int16)

@@ -105,8 +105,8 @@ def _svg(name: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "axes.spines.top": False}
-    with mpl.rc_context(ink | style | {"axes.spines.right": False, "font.family": "sans-serif"}):
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}
+    with mpl.rc_context(style | ink | {"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

@@ -65,7 +65,7 @@ def _block_gate(name: str, blocks: tuple[BlockAgreement, ...] | Skipped, gates: 
     if half:
         reason = f"computes in half precision; measured {worst:.1f} dB"
         return _not_applicable(name, asks, limit, reason)
-    return _at_least(name, asks, worst, limit, len(blocks))
+    return _at_least(name, asks, worst, limit, blocks[0].n)
 
 
 def _change_gate(found: Measurements, gates: Gates) -> GateResult:

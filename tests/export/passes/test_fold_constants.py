@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from s2p_deploy.export.passes.fold_constants import FoldConstants
+from s2p_deploy.export.scopes import NAME_SCOPES, module_path
+
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[batch,4] sample) => (float[batch,4] out) <float[4] second, float[4] first> {
+    one = Constant <value_float: float = 1.0> ()
+    two = Add(one, one)
+    same = Identity(sample)
+    a = Mul(same, second)
+    b = Mul(a, two)
+    out = Add(b, first)
+}
+"""
+
+
+def test_constants_fold_and_weights_come_back_without_data_in_their_order() -> None:
+    model = ir.from_onnx_text(GRAPH)
+    for node in model.graph:
+        node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
+    FoldConstants()(model)
+    assert [node.op_type for node in model.graph] == ["Mul", "Mul", "Add"]
+    assert [value.name for value in model.graph.inputs] == ["sample"]
+    weights = [name for name, value in model.graph.initializers.items() if value.const_value is None]
+    assert weights == ["second", "first"]
+
+
+def test_nodes_without_scopes_take_those_of_their_reader() -> None:
+    model = ir.from_onnx_text(GRAPH)
+    last = model.graph.node(-1)
+    last.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
+    FoldConstants()(model)
+    assert {module_path(node) for node in model.graph} == {"norm"}

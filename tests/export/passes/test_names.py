@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from s2p_deploy.export.passes.readable_names import ReadableNames
+from s2p_deploy.export.passes.strip_metadata import StripMetadata
+from s2p_deploy.export.scopes import NAME_SCOPES
+
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[2,4] sample) => (float[2,2] noise_pred) <float val_3 = {2.0}> {
+    x = Mul(sample, val_3)
+    y = Mul(x, val_3)
+    p, q = Split <axis: int = 1, num_outputs: int = 2> (y)
+    noise_pred = Add(p, q)
+}
+"""
+
+
+def named() -> ir.Model:
+    model = ir.from_onnx_text(GRAPH)
+    for node in list(model.graph)[:3]:
+        node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.mid.norm', 'op']"
+    ReadableNames()(model)
+    return model
+
+
+def test_names_follow_the_modules_and_are_distinct() -> None:
+    graph = named().graph
+    assert [node.name for node in graph] == ["mid.norm/Mul", "mid.norm/Mul_1", "mid.norm/Split", "Add"]
+    assert [value.name for node in graph for value in node.outputs] == [
+        "mid.norm/Mul",
+        "mid.norm/Mul_1",
+        "mid.norm/Split.0",
+        "mid.norm/Split.1",
+        "noise_pred",
+    ]
+    assert list(graph.initializers) == ["constants/0"]
+
+
+def test_nothing_of_the_trace_is_left() -> None:
+    model = named()
+    model.graph.node(0).doc_string = "stack trace"
+    StripMetadata()(model)
+    assert all(not node.metadata_props and node.doc_string is None for node in model.graph)
+    assert model.producer_name == "s2p_deploy"

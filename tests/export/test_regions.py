@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from s2p_deploy.errors import GraphContractError
+from s2p_deploy.export.regions import block_border, block_modules, conditions, locate_sites
+from s2p_deploy.export.scopes import NAME_SCOPES, inside, module_path
+from s2p_deploy.records import SitePlan
+
+# Two convolutions in a block, with text added inside it, and a linear layer behind.
+GRAPH = """
+<ir_version: 10, opset_import: ["" : 21]>
+denoiser (float[1,2,4,4] sample, float[1,2,1,1] encoder_hidden_states, int64[1] step_index) => (float[1,2,4,4] noise_pred)
+<float[2,2,1,1] first.weight, float[2,2,1,1] second.weight, float[4,4] last.weight, float[4] last.bias>
+{
+    entered = Sigmoid(sample)
+    a = Conv(entered, first.weight)
+    b = Add(a, encoder_hidden_states)
+    c = Conv(b, second.weight)
+    d = MatMul(c, last.weight)
+    noise_pred = Add(d, last.bias)
+}
+"""
+SCOPES = ["", "block.first", "block", "block.second", "last", "last"]
+PLAN = (
+    SitePlan("block.first", "conv", "int8", None, ""),
+    SitePlan("block.second", "conv", "int8", None, ""),
+    SitePlan("last", "linear", "int8", None, ""),
+)
+
+
+def graph(scopes: list[str]) -> ir.Graph:
+    made = ir.from_onnx_text(GRAPH).graph
+    for node, path in zip(made, scopes, strict=True):
+        node.metadata_props[NAME_SCOPES] = str(["", "unet", f"unet.{path}" if path else "unet", "op"])
+    return made
+
+
+def test_module_path_is_the_innermost_module() -> None:
+    assert [module_path(node) for node in graph(SCOPES)] == SCOPES
+    assert module_path(ir.node("Add", [])) == ""
+
+
+def test_inside_takes_whole_path_components() -> None:
+    assert inside("up.1", ("up.1",))
+    assert inside("up.1.conv", ("down", "up.1"))
+    assert not inside("up.10", ("up.1",))
+
+
+def test_sites_are_found_by_scope_whatever_the_order() -> None:
+    made = graph(["", "block.second", "block", "block.first", "last", "last"])
+    first, second, last = locate_sites(made, PLAN)
+    assert (first.input.name, first.weight.name, first.output.name) == ("b", "second.weight", "c")
+    assert second.input.name == "entered"
+    assert (last.input.name, last.output.name) == ("c", "noise_pred")  # with its bias
+
+
+@pytest.mark.parametrize(
+    ("scopes", "count"), [(["", "x", "x", "x", "last", "last"], 0), (["", *["block.first"] * 3, "last", "last"], 2)]
+)
+def test_a_site_without_exactly_one_node_is_named(scopes: list[str], count: int) -> None:
+    with pytest.raises(GraphContractError, match=f"site block.first has {count} Conv nodes"):
+        locate_sites(graph(scopes), PLAN)
+
+
+def test_a_block_has_one_activation_in_and_one_out_besides_text() -> None:
+    made = graph(SCOPES)
+    entering, leaving = block_border(made, "block", ("block",), conditions(made))
+    assert (entering.name, leaving.name) == ("entered", "c")
+
+
+def test_a_block_with_two_activations_in_is_refused() -> None:
+    made = graph(["", "block.first", "", "block.second", "block", "block"])
+    with pytest.raises(GraphContractError, match="block block has 2 activations in and 2 out"):
+        block_border(made, "block", ("block",), conditions(made))
+
+
+def test_what_hangs_on_conditions_alone_is_a_condition() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[2] sample, int64[1] step_index) => (float[1] out) <float[5] table> {
+        row = Gather(table, step_index)
+        twice = Add(row, row)
+        out = Mul(twice, sample)
+    }
+    """
+    made = ir.from_onnx_text(text).graph
+    assert {value.name for value in conditions(made)} == {"step_index", "table", "row", "twice"}
+
+
+def test_the_tail_is_a_block() -> None:
+    assert block_modules(("conv_in",)) == {"conv_in": ("conv_in",), "output": ("conv_norm_out", "conv_act", "conv_out")}

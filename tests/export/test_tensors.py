@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import save_file
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.export.tensors import lazy, read_tensor, reshaped, usable_weight_scale, weight_codes
+from s2p_deploy.numerics import INT4, INT8
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_codes_by_hand() -> None:
+    weight = np.asarray([[0.5, -0.26, 3.0], [10.0, -20.0, 5.0]], np.float32)
+    scale = np.asarray([[0.1], [1.0]], np.float32)
+    np.testing.assert_array_equal(weight_codes(weight, scale, INT8), [[5, -3, 30], [10, -20, 5]])
+    four = weight_codes(weight, scale, INT4)
+    assert four.dtype == ml_dtypes.int4
+    np.testing.assert_array_equal(four.astype(np.int8), [[5, -3, 7], [7, -8, 5]])
+
+
+def test_int4_is_packed_two_per_byte_low_nibble_first() -> None:
+    value = lazy("w", (2, 2), ir.DataType.INT4, lambda: np.asarray([[1, -1], [7, -8]], np.int8).astype(ml_dtypes.int4))
+    assert value.const_value is not None
+    assert value.const_value.tobytes() == bytes([0xF1, 0x87])
+
+
+def test_data_is_read_when_it_is_written_and_not_before() -> None:
+    calls: list[int] = []
+
+    def make() -> np.ndarray:
+        calls.append(1)
+        return np.arange(4, dtype=np.float32)
+
+    value = reshaped(lazy("w", (4,), ir.DataType.FLOAT16, make), (1, 4, 1, 1))
+    assert not calls
+    assert value.const_value is not None
+    assert value.const_value.numpy().shape == (1, 4, 1, 1)
+    assert value.const_value.numpy().dtype == np.float16
+    assert len(calls) == 2
+
+
+def test_a_weight_beyond_half_precision_is_refused() -> None:
+    value = lazy("conv_in.weight", (1,), ir.DataType.FLOAT16, lambda: np.asarray([1e6], np.float32))
+    assert value.const_value is not None
+    with pytest.raises(InputError, match=r"conv_in\.weight has a value that is not finite in FLOAT16"):
+        value.const_value.tobytes()
+
+
+def test_scales_of_zero_channels_stay_above_zero_in_half_precision() -> None:
+    scale = np.asarray([1e-19, 0.5], np.float32)
+    half = usable_weight_scale(scale, ir.DataType.FLOAT16).astype(np.float16)
+    assert half[0] > 0
+    assert half[1] == 0.5
+    np.testing.assert_array_equal(usable_weight_scale(scale, ir.DataType.FLOAT), scale)
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors lacks unet\.conv_in\.weight"):
+        read_tensor(tmp_path / "weights.safetensors", "unet.conv_in.weight")
