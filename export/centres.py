@@ -21,10 +21,11 @@ def usable_centres(scales: ScaleTable, dtype: Literal["fp32", "fp16"]) -> dict[s
         InputError: c, or a ratio c/s or s/c of some row, is zero, subnormal or infinite in ``dtype``.
     """
     limits = np.finfo(np.float16 if dtype == "fp16" else np.float32)
-    centres = scales.centres.astype(limits.dtype).astype(np.float32)
+    with np.errstate(over="ignore"):
+        centres = scales.centres.astype(limits.dtype).astype(np.float32)
     for name, centre, column in zip(scales.points, centres, scales.scales.T, strict=True):
         ends = np.asarray([column.min(), column.max()], np.float64)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             numbers = np.concatenate([[centre], centre / ends, ends / centre])
         if not ((numbers >= limits.tiny) & (numbers <= limits.max)).all():
             raise InputError(

@@ -23,8 +23,8 @@ from train_vae import train_vae
 
 from s2p_deploy.shapes.grammar import distinct_captions
 
-TRAIN_PROMPTS, HELD_OUT_PROMPTS = 2_000, 512
-GUIDANCE_SCALE = 2.5  # what the pipeline is meant to be sampled with; docs/shapes.md compares others
+TRAIN_PROMPTS, HELD_OUT_PROMPTS = 1_000, 512
+GUIDANCE_SCALE = 2.0  # what the pipeline is meant to be sampled with; docs/shapes.md compares others
 
 
 def main() -> None:

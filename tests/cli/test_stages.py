@@ -79,6 +79,8 @@ def test_validate_writes_a_report_and_says_what_failed(run: Run, made_chain: Cha
     assert done.code in {0, 3}, done.err
     assert done.data["verdict"] in {"passed", "failed", "not verified"}
     assert (report / "report.html").is_file()
+    assert "pictures" in done.err, "progress goes to stderr"
+    assert "\x1b" not in done.err
     assert ("error" in done.data) == (done.code == 3)
     shown = run("inspect", report)
     assert shown.code == 0
@@ -94,6 +96,15 @@ def test_moved_parents_can_be_pointed_at(run: Run, chain: Chain, tmp_path: Path)
     wrong = run("validate", chain.engine, *options, "--graph", moved, "--calib", chain.calib / "dataset")
     assert wrong.code == 5, "the graph is found, what is given as its calibrated model is another artifact"
     assert "dataset" in wrong.err
+
+
+@pytest.mark.parametrize(
+    "command", ["calibrate", "export", "build", "validate", "generate", "inspect", "doctor", "demo"]
+)
+def test_help(run: Run, command: str) -> None:
+    shown = run(command, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert "--json" in shown.out
 
 
 def test_doctor(run: Run) -> None:

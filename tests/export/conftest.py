@@ -11,7 +11,7 @@ from artifacts import tiny_calibrated
 from s2p_deploy.export import export_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np

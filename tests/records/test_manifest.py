@@ -56,7 +56,7 @@ def test_any_content_comes_back_with_the_same_digest(
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_any_changed_byte_of_any_file_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     out = tmp_path_factory.getbasetemp() / "sealed"
     if not out.exists():

@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from graph_text import graph_from_text
 
 from s2p_deploy.errors import GraphContractError
 from s2p_deploy.export.lowering.rescale import lower_rescale
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 # A convolution whose result a MatMul without bias reads; the weights are on no grid, only activations are quantized.
 GRAPH = """
-<ir_version: 10, opset_import: ["" : 21]>
-g (float[batch,2,4,4] sample, int64[batch] step_index, float[batch,1,2] encoder_hidden_states) => (float[batch,3,4,5] noise_pred)
-<float[3,2,3,3] w, float[3] b, float[4,5] m>
-{
+g (
+    float[batch,2,4,4] sample, int64[batch] step_index, float[batch,1,2] encoder_hidden_states,
+    float[3,2,3,3] w, float[3] b, float[4,5] m
+) => (float[batch,3,4,5] noise_pred) {
     y = Conv <pads: ints = [1, 1, 1, 1]> (sample, w, b)
     noise_pred = MatMul(y, m)
 }
@@ -42,10 +43,8 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def lowered(weights: dict[str, np.ndarray], fmt: IntegerFormat) -> onnx.ModelProto:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, weights)
     graph = model.graph
-    for name, array in weights.items():
-        graph.initializers[name].const_value = ir.Tensor(array, name=name)
     conv, matmul = graph
     conv.outputs[0].shape = ir.Shape(["batch", 3, 4, 4])
     conv.outputs[0].type = matmul.outputs[0].type
@@ -68,7 +67,8 @@ def test_two_lowered_sites_equal_fake_quantize(
     """The second site reads the first one's result: it must read what comes after the rescale and the bias."""
     sample = np.random.default_rng(0).standard_normal((2, 2, 4, 4)).astype(np.float32)
     rows = np.asarray([2, 0])
-    given = {"sample": sample, "step_index": rows, "act_scales": SCALES}
+    text = np.zeros((2, 1, 2), np.float32)
+    given = {"sample": sample, "step_index": rows, "encoder_hidden_states": text, "act_scales": SCALES}
     found = run_onnx(lowered(weights, fmt), given)["noise_pred"]
     scale = torch.from_numpy(SCALES[rows]).view(2, 2, 1, 1, 1)
     w, b, m = (torch.from_numpy(weights[name]) for name in "wbm")
@@ -96,7 +96,7 @@ def test_names_tell_the_parts_and_the_output_keeps_its_own(weights: dict[str, np
 
 
 def test_sites_of_a_point_must_read_one_tensor(weights: dict[str, np.ndarray]) -> None:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, weights)
     sites = [
         SiteNode(SitePlan(name, op, "none", "p", ""), node, None)
         for name, op, node in zip(("conv", "mm"), ("conv", "linear"), model.graph, strict=True)

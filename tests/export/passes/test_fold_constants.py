@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import onnx_ir as ir
+from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.scopes import NAME_SCOPES, module_path
 
 GRAPH = """
-<ir_version: 10, opset_import: ["" : 21]>
-g (float[batch,4] sample) => (float[batch,4] out) <float[4] second, float[4] first> {
+g (float[batch,4] sample, float[4] second, float[4] first) => (float[batch,4] out) {
     one = Constant <value_float: float = 1.0> ()
     two = Add(one, one)
     same = Identity(sample)
@@ -19,7 +18,7 @@ g (float[batch,4] sample) => (float[batch,4] out) <float[4] second, float[4] fir
 
 
 def test_constants_fold_and_weights_come_back_without_data_in_their_order() -> None:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {"second": None, "first": None})
     for node in model.graph:
         node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
     FoldConstants()(model)
@@ -30,7 +29,7 @@ def test_constants_fold_and_weights_come_back_without_data_in_their_order() -> N
 
 
 def test_nodes_without_scopes_take_those_of_their_reader() -> None:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {"second": None, "first": None})
     last = model.graph.node(-1)
     last.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
     FoldConstants()(model)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
-import onnx_ir as ir
+from typing import TYPE_CHECKING
+
+import numpy as np
+from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.readable_names import ReadableNames
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
 from s2p_deploy.export.scopes import NAME_SCOPES
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 GRAPH = """
-<ir_version: 10, opset_import: ["" : 21]>
-g (float[2,4] sample) => (float[2,2] noise_pred) <float val_3 = {2.0}> {
+g (float[2,4] sample, float val_3) => (float[2,2] noise_pred) {
     x = Mul(sample, val_3)
     y = Mul(x, val_3)
     p, q = Split <axis: int = 1, num_outputs: int = 2> (y)
@@ -18,7 +23,7 @@ g (float[2,4] sample) => (float[2,2] noise_pred) <float val_3 = {2.0}> {
 
 
 def named() -> ir.Model:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {"val_3": np.asarray(2, np.float32)})
     for node in list(model.graph)[:3]:
         node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.mid.norm', 'op']"
     ReadableNames()(model)

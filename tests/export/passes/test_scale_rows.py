@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.scale_rows import PointSpec, ScaleRows
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 GRAPH = """
-<ir_version: 10, opset_import: ["" : 21]>
 g (float[batch,2] sample, int64[batch] step_index, float[batch,2] encoder_hidden_states) => (float[batch,2] noise_pred)
 { noise_pred = Identity(sample) }
 """
@@ -23,13 +23,14 @@ SCALES = np.asarray([[1, 2, 4], [8, 8, 8]], np.float32)
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
 def test_every_point_gets_its_own_ratios_of_each_samples_row(dtype: ir.DataType, run_onnx: Callable) -> None:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {})
     rows = ScaleRows(POINTS, 2, dtype)
     assert rows(model).modified
     for scales in rows.scales.values():
         model.graph.outputs.extend([scales.to_centre, scales.from_centre])
-    given = {"sample": np.zeros((3, 2), np.float32), "step_index": np.asarray([1, 0, 1]), "act_scales": SCALES}
-    found = run_onnx(ir.to_proto(model), given)
+    unused = np.zeros((3, 2), np.float32)
+    given = {"sample": unused, "encoder_hidden_states": unused, "step_index": np.asarray([1, 0, 1])}
+    found = run_onnx(ir.to_proto(model), given | {"act_scales": SCALES})
     for column, point in enumerate(POINTS):
         trailing = (1,) * (point.rank - 1)
         expected = SCALES[[1, 0, 1], column].reshape(3, *trailing) / point.centre
@@ -44,12 +45,12 @@ def test_every_point_gets_its_own_ratios_of_each_samples_row(dtype: ir.DataType,
 
 
 def test_no_points_change_nothing() -> None:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {})
     assert not ScaleRows((), 2, ir.DataType.FLOAT)(model).modified
     assert len(model.graph.inputs) == 3
 
 
 def test_rows_need_a_step_index() -> None:
-    model = ir.from_onnx_text(GRAPH.replace("step_index", "other"))
+    model = graph_from_text(GRAPH.replace("step_index", "other"), {})
     with pytest.raises(ir.passes.PreconditionError, match="no input step_index"):
         ScaleRows(POINTS, 2, ir.DataType.FLOAT)(model)

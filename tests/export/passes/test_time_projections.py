@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.time_projections import TimeProjections
 from s2p_deploy.export.scopes import NAME_SCOPES
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 GRAPH = """
-<ir_version: 10, opset_import: ["" : 21]>
-g (float[batch,2] sample, int64[batch] step_index) => (float[batch,2] out) <float[3,2] traced> {
+g (float[batch,2] sample, int64[batch] step_index, float[3,2] traced) => (float[batch,2] out) {
     row = Gather(traced, step_index)
     out = Add(sample, row)
 }
@@ -24,7 +24,7 @@ VALUES = {"sample": np.zeros((2, 2), np.float32), "step_index": np.asarray([2, 0
 
 
 def traced(module: str = "unet.time_proj") -> ir.Model:
-    model = ir.from_onnx_text(GRAPH)
+    model = graph_from_text(GRAPH, {"traced": None})
     model.graph.node(0).metadata_props[NAME_SCOPES] = str(["", "unet", module, "embedding"])
     return model
 
