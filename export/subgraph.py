@@ -17,52 +17,66 @@ if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
 
 
-def block_subgraph(graph: ExportedGraph, block: str, source: Path | ir.Model | None = None) -> onnx.ModelProto:
-    """One block with its weights inside.
-
-    Inputs: the block's activation under its own name, then those graph inputs that it needs (``step_index``,
-    ``act_scales``, ``encoder_hidden_states``, ``time_projections``). Output: the block's activation.
+class GraphParts:
+    """Cuts parts out of one graph file, which is parsed once.
 
     Args:
-        graph: says where the block is.
-        block: a name of ``graph.blocks``.
-        source: another file with the same tensor names, such as a backend's prepared graph; or a model that was read
-            already, where many parts are cut from one (it is not changed).
-
-    Raises:
-        InputError: there is no such block. GraphContractError: the file does not hold the block's tensors.
+        graph: says where blocks and sites are.
+        onnx_file: another file with the same tensor names, such as a backend's prepared graph.
     """
-    found = next((item for item in graph.blocks if item.block == block), None)
-    if found is None:
-        raise InputError(f"no block {block}: use one of {', '.join(item.block for item in graph.blocks)}")
-    return _extract(source or graph.onnx_file, found.input, [found.output])
+
+    def __init__(self, graph: ExportedGraph, onnx_file: Path | None = None) -> None:
+        self.graph = graph
+        self.file = onnx_file or graph.onnx_file
+        self._model = ir.load(self.file)
+        self._values = ir.convenience.create_value_mapping(self._model.graph)
+
+    def block(self, block: str) -> onnx.ModelProto:
+        """One block with its weights inside.
+
+        Inputs: the block's activation under its own name, then those graph inputs that it needs (``step_index``,
+        ``encoder_hidden_states``, ``act_scales``, ``time_projections``). Output: the block's activation.
+
+        Raises:
+            InputError: there is no such block. GraphContractError: the file does not hold the block's tensors.
+        """
+        found = next((item for item in self.graph.blocks if item.block == block), None)
+        if found is None:
+            names = ", ".join(item.block for item in self.graph.blocks)
+            raise InputError(f"no block {block} in {self.graph.folder}: use one of {names}")
+        return self._cut(found.input, [found.output])
+
+    def site(self, site: str) -> onnx.ModelProto:
+        """One site with its quantizers and weights, otherwise as :meth:`block`.
+
+        Where the site's activation is quantized, its codes (INT8) are a second output.
+        """
+        found = next((item for item in self.graph.sites if item.site == site), None)
+        if found is None:
+            raise InputError(f"no site {site} in the plan of {self.graph.folder}")
+        return self._cut(found.input, [found.output, found.codes] if found.codes else [found.output])
+
+    def _cut(self, entry: str, outputs: Sequence[str]) -> onnx.ModelProto:
+        """The nodes between ``entry`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
+        missing = [name for name in (entry, *outputs) if name not in self._values]
+        if missing:
+            raise GraphContractError(f"{self.file} has no tensor {missing[0]}: it is not made from this graph")
+        start, ends = self._values[entry], [self._values[name] for name in outputs]
+        graph = self._model.graph
+        inputs = [start, *(value for value in _reached_inputs(graph, start, ends) if value is not start)]
+        part = ir.Model(ir.convenience.extract(graph, inputs, ends), ir_version=self._model.ir_version)
+        ir.external_data.load_to_model(part)
+        return ir.to_proto(part)
 
 
-def site_subgraph(graph: ExportedGraph, site: str, source: Path | ir.Model | None = None) -> onnx.ModelProto:
-    """One site with its quantizers and weights, otherwise as :func:`block_subgraph`.
-
-    Where the site's activation is quantized, its codes (INT8) are a second output.
-    """
-    found = next((item for item in graph.sites if item.site == site), None)
-    if found is None:
-        raise InputError(f"no site {site} in the plan of {graph.folder}")
-    outputs = [found.output, found.codes] if found.codes else [found.output]
-    return _extract(source or graph.onnx_file, found.input, outputs)
+def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = None) -> onnx.ModelProto:
+    """One block as a model of its own: :meth:`GraphParts.block` of a file that is used once."""
+    return GraphParts(graph, onnx_file).block(block)
 
 
-def _extract(source: Path | ir.Model, entry: str, outputs: Sequence[str]) -> onnx.ModelProto:
-    """The nodes between ``entry`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
-    model = source if isinstance(source, ir.Model) else ir.load(source)
-    values = ir.convenience.create_value_mapping(model.graph)
-    missing = [name for name in (entry, *outputs) if name not in values]
-    if missing:
-        raise GraphContractError(f"{source if isinstance(source, Path) else 'the graph'} has no tensor {missing[0]}")
-    start, ends = values[entry], [values[name] for name in outputs]
-    inputs = [start, *(v for v in _reached_inputs(model.graph, start, ends) if v is not start)]
-    part = ir.convenience.extract(model.graph, inputs, ends)
-    extracted = ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name)
-    ir.external_data.load_to_model(extracted)
-    return ir.to_proto(extracted)
+def site_subgraph(graph: ExportedGraph, site: str, onnx_file: Path | None = None) -> onnx.ModelProto:
+    """One site as a model of its own: :meth:`GraphParts.site` of a file that is used once."""
+    return GraphParts(graph, onnx_file).site(site)
 
 
 def _reached_inputs(graph: ir.Graph, start: ir.Value, ends: Sequence[ir.Value]) -> list[ir.Value]:

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("TQDM_DISABLE", "1")  # the command line sets it too, but another test may have imported tqdm first
+os.environ.setdefault("TQDM_DISABLE", "1")  # for tests of what stderr says
 
 # A busy machine is no failure.
 settings.register_profile("no_deadline", deadline=None)

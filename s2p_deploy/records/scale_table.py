@@ -51,7 +51,10 @@ class ScaleTable:
 
 def write_scale_table(table: ScaleTable, path: Path) -> None:
     """Writes ``act_scales.safetensors``."""
-    tensors: dict[str, NDArray[Any]] = {"act_scales": table.scales, "trained": np.asarray(table.trained, dtype=np.int64)}
+    tensors: dict[str, NDArray[Any]] = {
+        "act_scales": table.scales,
+        "trained": np.asarray(table.trained, dtype=np.int64),
+    }
     save_file(tensors, path, metadata={"points": "\n".join(table.points)})
 
 

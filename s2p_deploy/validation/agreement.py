@@ -13,8 +13,7 @@ import torch
 
 from s2p_deploy.calib.quantized_denoiser import InputQuantizer
 from s2p_deploy.engines import runner_for_subgraph
-from s2p_deploy.engines.onnx_files import read_onnx
-from s2p_deploy.export import block_subgraph, site_subgraph
+from s2p_deploy.export import GraphParts
 from s2p_deploy.export.regions import block_modules
 from s2p_deploy.progress import silent
 from s2p_deploy.validation.measurements import BlockAgreement, PointCodes
@@ -23,7 +22,6 @@ from s2p_deploy.validation.reference import Border, reference_calls
 
 if TYPE_CHECKING:
     import onnx
-    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
@@ -57,8 +55,8 @@ def code_agreement(
 ) -> tuple[PointCodes, ...]:
     """Integer codes of every act point, the graph's (ONNX Runtime, optimization off) against fake-quant's."""
     points = {point.name: point for point in graph.plan.act_points}
-    model = read_onnx(graph.onnx_file)
-    parts = {name: _site_part(graph, point, model) for name, point in points.items()}
+    cuts = GraphParts(graph)
+    parts = {name: _site_part(cuts, point) for name, point in points.items()}
     differing, largest, counts = (dict.fromkeys(points, 0) for _ in range(3))
     borders = {name: Border(point.sites[0], point.sites[0]) for name, point in points.items()}
     done = 0
@@ -88,9 +86,9 @@ def block_agreement(
     """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same input."""
     modules = block_modules([block.block for block in graph.blocks])
     borders = {block.block: Border(modules[block.block][0], modules[block.block][-1]) for block in graph.blocks}
-    model = read_onnx(graph.onnx_file)
+    cuts = GraphParts(graph)
     parts = {
-        block.block: _part(block_subgraph(graph, block.block, model), block.input, block.output, backend, hint)
+        block.block: _part(cuts.block(block.block), block.input, block.output, backend, hint)
         for block in graph.blocks
     }
     signal, noise = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
@@ -106,10 +104,10 @@ def block_agreement(
     return tuple(BlockAgreement(name, pooled_sqnr_db(signal[name], noise[name]), len(latents)) for name in parts)
 
 
-def _site_part(graph: ExportedGraph, point: ActPoint, model: ir.Model) -> Part:
-    site = next(site for site in graph.sites if site.site == point.sites[0])
+def _site_part(cuts: GraphParts, point: ActPoint) -> Part:
+    site = next(site for site in cuts.graph.sites if site.site == point.sites[0])
     assert site.codes is not None  # a site of an act point has codes
-    return _part(site_subgraph(graph, site.site, model), site.input, site.codes, *REFERENCE)
+    return _part(cuts.site(site.site), site.input, site.codes, *REFERENCE)
 
 
 def _part(model: onnx.ModelProto, entry: str, output: str, backend: str, hint: str) -> Part:

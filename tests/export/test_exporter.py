@@ -14,7 +14,7 @@ from artifacts import TOKENS, tiny_calibrated, tiny_inputs, tiny_unet
 
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import GraphContractError, InputError
-from s2p_deploy.export import block_subgraph, check_graph, export_graph, site_subgraph
+from s2p_deploy.export import GraphParts, check_graph, export_graph, site_subgraph
 from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
 from s2p_deploy.numerics import INT4, INT8, quantize
 from s2p_deploy.records import (
@@ -204,30 +204,31 @@ def test_every_site_gives_the_reference_codes(
     scales = torch.from_numpy(graph.scales.scales)
     quantized = [site for site in graph.sites if site.codes]
     assert len(quantized) == 63
+    parts = GraphParts(graph)
     for site in quantized:
         source, _ = seen[site.site]
         scale = scales[rows, graph.scales.points.index(site.act_point)].view(-1, *[1] * (source.ndim - 1))
         expected = quantize(torch.from_numpy(source), scale, fmt).numpy()
-        model = site_subgraph(graph, site.site)
-        codes = run_onnx(model, values | {site.input: source.astype(values["sample"].dtype)})[site.codes]
+        codes = run_onnx(parts.site(site.site), values | {site.input: source.astype(values["sample"].dtype)})[
+            site.codes
+        ]
         assert np.abs(codes.astype(np.int32) - expected).max() <= 1, site.site
         assert np.mean(codes != expected) <= share, site.site
 
 
-@pytest.mark.parametrize(("calibrated_name", "graph_name"), [("w8a8", "w8a8_graph"), ("w4a4", "w4a4_graph")])
 def test_every_block_agrees_when_it_is_fed_the_reference(
-    calibrated_name: str, graph_name: str, run_onnx: Callable, request: pytest.FixtureRequest
+    w8a8: CalibratedModel, w8a8_graph: ExportedGraph, run_onnx: Callable
 ) -> None:
-    calibrated: CalibratedModel = request.getfixturevalue(calibrated_name)
-    graph: ExportedGraph = request.getfixturevalue(graph_name)
+    graph = w8a8_graph
     modules = {block.block: block.block for block in graph.blocks if block.block != "output"}
     assert len(modules) == 15
-    seen = captured(calibrated, modules, batch=4)
-    found = {}
+    seen = captured(w8a8, modules, batch=4)
+    parts, found = GraphParts(graph), {}
     for block in graph.blocks[:-1]:
         source, expected = seen[block.block]
-        model = block_subgraph(graph, block.block)
-        found[block.block] = sqnr(run_onnx(model, feeds(graph, 4) | {block.input: source})[block.output], expected)
+        found[block.block] = sqnr(
+            run_onnx(parts.block(block.block), feeds(graph, 4) | {block.input: source})[block.output], expected
+        )
     assert min(found.values()) >= 50, found
     assert np.median(list(found.values())) >= 100, found
 
@@ -317,6 +318,7 @@ def test_an_existing_folder_is_refused_before_any_work(w8a8: CalibratedModel, w8
     assert read_manifest(w8a8_graph.folder).digest == w8a8_graph.manifest.digest
 
 
+@pytest.mark.slow
 def test_a_planned_site_that_is_not_in_the_denoiser_is_named(w8a8: CalibratedModel, tmp_path: Path) -> None:
     text = (w8a8.folder / "plan.yaml").read_text().replace("mid_block.resnets.0.conv1:", "mid_block.resnets.7.conv1:")
     (tmp_path / "plan.yaml").write_text(text.replace("act_point: mid_block.resnets.0.conv1", "act_point: null"))
