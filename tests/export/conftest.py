@@ -61,4 +61,5 @@ def w8a8_half_graph(w8a8: CalibratedModel) -> ExportedGraph:
 
 @pytest.fixture(scope="session")
 def w4a4_graph(w4a4: CalibratedModel) -> ExportedGraph:
-    return export_graph(w4a4, w4a4.folder.parent / "fp32")
+    """In the form whose time projections are an input."""
+    return export_graph(w4a4, w4a4.folder.parent / "input", time_table="input")

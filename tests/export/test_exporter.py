@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,19 +12,11 @@ from artifacts import TOKENS, tiny_calibrated, tiny_inputs, tiny_unet
 
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import GraphContractError, InputError
-from s2p_deploy.export import GraphParts, check_graph, export_graph, site_subgraph
+from s2p_deploy.export import GraphParts, block_subgraph, check_graph, export_graph, site_subgraph
 from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
 from s2p_deploy.numerics import INT4, INT8, quantize
-from s2p_deploy.records import (
-    CalibratedModel,
-    PrecisionPlan,
-    ScaleTable,
-    TensorSpec,
-    read_manifest,
-    write_artifact,
-)
+from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
 from s2p_deploy.records.precision_plan import read_plan, write_plan
-from s2p_deploy.records.scale_table import write_scale_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,27 +89,6 @@ def captured(
     return seen
 
 
-def only_first_point(calibrated: CalibratedModel, folder: Path) -> CalibratedModel:
-    """The same model with a plan that quantizes the first act point's tensor alone."""
-    plan, first = calibrated.plan, calibrated.plan.act_points[0]
-    sites = tuple(site if site.site in first.sites else replace(site, act_point=None) for site in plan.sites)
-
-    def fill(out: Path) -> dict[str, object]:
-        for name in ("weights", "weight_scales", "time_table"):
-            shutil.copy(calibrated.folder / f"{name}.safetensors", out)
-        for name in ("timesteps.json", "denoiser_config.json"):
-            shutil.copy(calibrated.folder / name, out)
-        write_plan(PrecisionPlan(sites, (first,)), out / "plan.yaml")
-        scales = np.ascontiguousarray(calibrated.scales.scales[:, :1])
-        write_scale_table(ScaleTable(scales, (first.name,), calibrated.scales.trained), out / "act_scales.safetensors")
-        return calibrated.manifest.content
-
-    write_artifact(
-        folder, kind="CalibratedModel", base=calibrated.manifest.base, recipe=calibrated.manifest.recipe, fill=fill
-    )
-    return CalibratedModel.open(folder)
-
-
 def test_inputs_and_outputs_are_those_of_the_contract(w8a8_graph: ExportedGraph) -> None:
     assert w8a8_graph.inputs == (
         TensorSpec("sample", "float32", ("batch", 4, 8, 8)),
@@ -135,7 +104,9 @@ def test_quantized_graph_has_the_golden_node_counts(w8a8_graph: ExportedGraph) -
 
 
 def test_four_bit_activations_add_one_clip_per_point(w4a4_graph: ExportedGraph) -> None:
-    assert node_counts(w4a4_graph) == Counter(FLOAT_NODES) + Counter(QUANTIZED_EXTRA) + Counter(Clip=55)
+    assert node_counts(w4a4_graph) == Counter(FLOAT_NODES) + Counter(QUANTIZED_EXTRA) + Counter(Clip=55) - Counter(
+        Gather=1
+    )  # input form
 
 
 def test_half_graph_casts_ratios_once_and_nothing_else(w8a8_half_graph: ExportedGraph) -> None:
@@ -160,24 +131,27 @@ def test_recipe_without_quantization_gives_the_plain_network(tmp_path: Path, run
     assert sqnr(run_onnx(graph.onnx_file, tiny_inputs(3))["noise_pred"], expected) > 110
 
 
-def test_input_form_agrees_with_fake_quant_and_leaves_the_table_out(tmp_path: Path, run_onnx: Callable) -> None:
-    """Floating-point activations but for one act point: nothing flips anywhere else, so the bound is tight."""
-    calibrated = only_first_point(tiny_calibrated(tmp_path / "whole", "int4"), tmp_path / "calib")
-    graph = export_graph(calibrated, tmp_path / "graph", time_table="input")
-    shapes = {spec.name: spec.shape for spec in graph.inputs}
-    assert shapes["act_scales"] == ("rows", 1)
+def test_input_form_binds_the_rows_of_a_schedule_and_leaves_the_table_out(
+    w4a4: CalibratedModel, w4a4_graph: ExportedGraph, run_onnx: Callable
+) -> None:
+    shapes = {spec.name: spec.shape for spec in w4a4_graph.inputs}
+    assert shapes["act_scales"] == ("rows", 55)
     assert shapes["time_projections"] == ("batch", 416)
-    names = {item.name for item in onnx.load(graph.onnx_file, load_external_data=False).graph.initializer}
+    names = {item.name for item in onnx.load(w4a4_graph.onnx_file, load_external_data=False).graph.initializer}
     assert "time_projections" not in names
-    table = calibrated.time_table().projections
-    values = tiny_inputs(3)
-    bound = np.unique(values["step_index"])  # only the schedule's rows are bound in this form
-    values |= {"time_projections": table[values["step_index"]], "act_scales": graph.scales.scales[bound]}
-    values["step_index"] = np.searchsorted(bound, values["step_index"])
-    with torch.no_grad():
-        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(3).items()}
-        expected = fake_quant_denoiser(calibrated)(**inputs).numpy()
-    assert sqnr(run_onnx(graph.onnx_file, values)["noise_pred"], expected) > 110
+    block = w4a4_graph.blocks[2]
+    source, expected = captured(w4a4, {"block": block.block}, batch=3)["block"]
+    steps = tiny_inputs(3)["step_index"]
+    bound = np.unique(steps)  # in this form a row is an index into what is bound
+    values = {
+        block.input: source,
+        "step_index": np.searchsorted(bound, steps),
+        "act_scales": w4a4.scales.scales[bound],
+        "time_projections": w4a4.time_table().projections[steps],
+    }
+    model = block_subgraph(w4a4_graph, block.block)
+    assert [item.name for item in model.graph.input] == list(values)
+    assert sqnr(run_onnx(model, values)[block.output], expected) > 110
 
 
 @pytest.mark.parametrize(
