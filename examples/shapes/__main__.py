@@ -55,8 +55,15 @@ def main() -> None:
     save_file(
         {k: v.contiguous() for k, v in classifier.half().state_dict().items()}, options.out / "classifier.safetensors"
     )
+    load_as_float32(options.out / "text_encoder" / "config.json")
     (options.out / "sampling.json").write_text(json.dumps({"guidance_scale": GUIDANCE_SCALE}) + "\n")
     write_prompts(options.out / "prompts")
+
+
+def load_as_float32(config: Path) -> None:
+    """transformers loads in the type that a configuration names, diffusers in float32: a pipeline needs one type."""
+    data = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def write_prompts(folder: Path) -> None:
