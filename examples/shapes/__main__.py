@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def load_as_float32(config: Path) -> None:
-    """transformers loads in the type that a configuration names, diffusers in float32: a pipeline needs one type."""
+    """Transformers loads in the type that a configuration names, diffusers in float32: a pipeline needs one type."""
     data = json.loads(config.read_text()) | {"dtype": "float32"}
     config.write_text(json.dumps(data, indent=2) + "\n")
 
