@@ -12,7 +12,7 @@ THREADS = 2
 
 # Read by the libraries when they are imported, so set before any test imports them.
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # threads that spin for a core make a busy machine crawl
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for a core make a busy machine crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
