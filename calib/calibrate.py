@@ -197,7 +197,8 @@ def _calibrate_quantized(job: _Job, start: _Start) -> None:
     )
     state = _starting_state(job, start, dataset)
     train(state, dataset, job.recipe.training, job.partial, job.progress)
-    final = row_errors(state, dataset, job.progress, "final error")
+    trained = job.recipe.training.iterations > 0
+    final = row_errors(state, dataset, job.progress, "final error") if trained else state.row_error
     rows = calibrated_rows(dataset)
 
     def fill(folder: Path) -> dict[str, Any]:

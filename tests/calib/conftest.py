@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.families import (
     BasePipeline,
     HotDenoiser,
     hot_denoiser_from_unet,
     load_pipeline,
-    resolve_base,
     time_table_from_unet,
 )
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
+from tests.tiny_pipeline import tiny_base
 
 TEXTS = ("a large red circle", "a small blue square", "a large green triangle", "two circles", "a red square", "a disc")
 
@@ -34,20 +33,7 @@ def _few_threads() -> None:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    shutil.copytree(resolve_base("shapes").folder, folder, ignore=shutil.ignore_patterns("unet"))
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")
-    return resolve_base(str(folder))
+    return tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture

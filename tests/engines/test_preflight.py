@@ -29,7 +29,8 @@ def test_a_machine_that_is_too_small_is_told_so(needed: Estimate, word: str, tmp
 
 
 def test_enough_passes(tmp_path: Path) -> None:
-    check_resources(Estimate(1, 1), tmp_path, 2)
+    check_resources(Estimate(1, 1), tmp_path, 2)  # raises where there is not enough
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_memory_limit_below_the_least_is_refused(graph_of: GraphOf, tmp_path: Path) -> None:
