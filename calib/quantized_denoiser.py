@@ -7,7 +7,8 @@ of one batch sit on different rows and nothing is left behind in a module.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -15,31 +16,50 @@ from torch import nn
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import (
     HotDenoiser,
+    apply_transforms,
     hot_denoiser_from_unet,
     load_pipeline,
     new_hot_denoiser,
     time_table_from_unet,
 )
-from s2p_deploy.numerics import IntegerFormat, fake_quantize, format_by_name, quantize
+from s2p_deploy.numerics import INT10, IntegerFormat, fake_quantize, format_by_name, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from s2p_deploy.families import BasePipeline
-    from s2p_deploy.records import CalibratedModel, PrecisionPlan, SitePlan
+    from s2p_deploy.records import CalibratedModel, PrecisionPlan, Simulation, SitePlan
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class SampleGrids:
+    """The activation grids of a batch: each sample's own row.
+
+    ``scales`` float32 [batch, points]. In simulation only: ``offsets`` float32 [batch, points], the value of code 0,
+    and ``relaxed`` bool [batch], samples whose activations have 10 bits.
+    """
+
+    scales: Tensor
+    offsets: Tensor | None = None
+    relaxed: Tensor | None = None
 
 
 class InputQuantizer(nn.Module):
-    """Fake-quantizes a site's input, one scale per sample; ``act_scale`` float32 [batch] exists only during a call."""
+    """Fake-quantizes a site's input, one grid per sample; the grid's tensors [batch] exist only during a call."""
 
     act_scale: Tensor | None
+    act_offset: Tensor | None
+    act_relaxed: Tensor | None
 
     def __init__(self, site: str, fmt: IntegerFormat) -> None:
         super().__init__()
         self.site, self.fmt = site, fmt
-        self.register_buffer("act_scale", None, persistent=False)
+        for name in ("act_scale", "act_offset", "act_relaxed"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [batch, ...] on its own sample's grid. Raises S2PError where the call brought no scale."""
@@ -47,7 +67,17 @@ class InputQuantizer(nn.Module):
             raise S2PError(
                 f"site {self.site} was reached without an activation scale: call the QuantizedDenoiser, not its parts"
             )
-        return fake_quantize(x, _per_sample(self.act_scale, x), self.fmt)
+        scale = _per_sample(self.act_scale, x)
+        if self.act_offset is None:
+            return self._on_grid(x, scale)
+        offset = _per_sample(self.act_offset, x)
+        return self._on_grid(x - offset, scale) + offset
+
+    def _on_grid(self, x: Tensor, scale: Tensor) -> Tensor:
+        on_grid = fake_quantize(x, scale, self.fmt)
+        if self.act_relaxed is None:
+            return on_grid
+        return torch.where(_per_sample(self.act_relaxed, x), fake_quantize(x, scale, INT10), on_grid)
 
     def codes(self, x: Tensor, act_scale: Tensor) -> Tensor:
         """Integer codes (as floats) of ``x`` [batch, ...] under the scales ``act_scale`` float32 [batch]."""
@@ -129,29 +159,37 @@ class QuantizedDenoiser(nn.Module):
                 _quantized(hot.unet.get_submodule(site.site), site, plan, weight_scales.get(site.site), bake=bake),
             )
         self._columns = {
-            f"unet.{name}.input_quantizer.act_scale": column
+            f"hot.unet.{name}.input_quantizer": column
             for column, point in enumerate(plan.act_points)
             for name in point.sites
         }
 
-    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, act_scales: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, grids: SampleGrids) -> Tensor:
         """The network's raw output [batch, C, H, W].
 
         Args:
             sample: float32 [batch, C, H, W] latents after ``scale_model_input``.
             step_index: int64 [batch] row of each sample.
             encoder_hidden_states: float32 [batch, tokens, D] text states.
-            act_scales: float32 [rows, points].
+            grids: activation grids of each sample, already looked up.
         """
-        return self.with_sample_scales(sample, step_index, encoder_hidden_states, act_scales[step_index])
-
-    def with_sample_scales(
-        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, sample_scales: Tensor
-    ) -> Tensor:
-        """As ``forward``, with the scales of each sample, float32 [batch, points], already looked up."""
-        arguments = {name: sample_scales[:, column] for name, column in self._columns.items()}
-        output: Tensor = torch.func.functional_call(self.hot, arguments, (sample, step_index, encoder_hidden_states))
+        output: Tensor = self.within(grids, lambda hot: hot(sample, step_index, encoder_hidden_states))
         return output
+
+    def within(self, grids: SampleGrids, function: Callable[[HotDenoiser], Result]) -> Result:
+        """``function(hot)``, during which the sites have the samples' grids.
+
+        A backward pass that recomputes activations (checkpointing) has to run inside too.
+        """
+        arguments: dict[str, Tensor] = {}
+        for name, column in self._columns.items():
+            arguments[f"{name}.act_scale"] = grids.scales[:, column]
+            if grids.offsets is not None:
+                arguments[f"{name}.act_offset"] = grids.offsets[:, column]
+            if grids.relaxed is not None:
+                arguments[f"{name}.act_relaxed"] = grids.relaxed
+        result: Result = torch.func.functional_call(_Call(self.hot), arguments, (function,))
+        return result
 
     def site(self, name: str) -> nn.Module:
         """The module of a site; its forward input is the activation before quantization."""
@@ -176,19 +214,47 @@ class QuantizedDenoiser(nn.Module):
         }
 
 
+class _Call(nn.Module):
+    """Calls a function of a denoiser as a module's forward pass, which is what ``functional_call`` can wrap."""
+
+    def __init__(self, hot: HotDenoiser) -> None:
+        super().__init__()
+        self.hot = hot
+
+    def forward(self, function: Callable[[HotDenoiser], Result]) -> Result:
+        return function(self.hot)
+
+
 class FakeQuantDenoiser(nn.Module):
-    """A finished quantized denoiser with its scale table bound: the reference that engines are compared with."""
+    """A finished quantized denoiser with its tables bound: the reference that engines are compared with.
+
+    ``act_scales`` float32 [rows, points]; ``simulation`` has what no engine can do, where the model is of that kind.
+    """
 
     act_scales: Tensor
+    act_offsets: Tensor | None
+    relaxed_rows: Tensor | None
 
-    def __init__(self, denoiser: QuantizedDenoiser, act_scales: Tensor) -> None:
+    def __init__(self, denoiser: QuantizedDenoiser, act_scales: Tensor, simulation: Simulation | None = None) -> None:
         super().__init__()
         self.denoiser = denoiser
+        offsets = relaxed = None
+        if simulation is not None:
+            offsets = torch.from_numpy(simulation.offsets)
+            relaxed = torch.zeros(len(act_scales), dtype=torch.bool)
+            relaxed[list(simulation.relaxed)] = True
         self.register_buffer("act_scales", act_scales, persistent=False)
+        self.register_buffer("act_offsets", offsets, persistent=False)
+        self.register_buffer("relaxed_rows", relaxed, persistent=False)
 
     def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """The network's raw output [batch, C, H, W]; arguments as :meth:`HotDenoiser.forward`."""
-        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, self.act_scales)
+        grids = SampleGrids(
+            self.act_scales[step_index],
+            None if self.act_offsets is None else self.act_offsets[step_index],
+            None if self.relaxed_rows is None else self.relaxed_rows[step_index],
+        )
+        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, grids)
         return output
 
     def site(self, name: str) -> nn.Module:
@@ -206,11 +272,12 @@ def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
     """The fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU; the FP model for fp."""
     config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
     hot = new_hot_denoiser(config, calibrated.time_table())
+    apply_transforms(hot, calibrated.transforms)
     hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
     scales = {name: torch.from_numpy(value) for name, value in calibrated.weight_scales().items()}
     denoiser = QuantizedDenoiser(hot, calibrated.plan, scales, bake=True)
     return (
-        FakeQuantDenoiser(denoiser, torch.from_numpy(calibrated.scales.scales))
+        FakeQuantDenoiser(denoiser, torch.from_numpy(calibrated.scales.scales), calibrated.simulation)
         .eval()
         .requires_grad_(requires_grad=False)
     )

@@ -20,7 +20,7 @@ class RowAdam(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros_like(table))
         self.register_buffer("square", torch.zeros_like(table))
-        self.register_buffer("updates", torch.zeros(len(table), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros(len(table), dtype=torch.int64, device=table.device))
 
     @torch.no_grad()
     def step(self, table: Tensor, gradient: Tensor, rows: Tensor, rate: float) -> None:

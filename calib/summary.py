@@ -4,56 +4,86 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from s2p_deploy.calib.quantized_denoiser import SampleGrids
 from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
+    from s2p_deploy.calib.losses import RowErrors
     from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 
 FLOAT_BITS = 16  # what stays in floating point is deployed in half precision
 
 
-def average_bits(denoiser: QuantizedDenoiser) -> dict[str, Any]:
-    """Average bits of weights and activations over the sites, each weighted by the number of its weights."""
+def average_bits(denoiser: QuantizedDenoiser, tokens: int = 77) -> dict[str, Any]:
+    """Average bits of ``weights`` and ``activations`` over the sites, by three weightings, which differ widely.
+
+    ``parameters`` weighs a site by the number of its weights, ``layers`` not at all, ``input_elements`` by the elements
+    that it reads for one sample, with a text of ``tokens`` tokens. Codes count log2(levels) bits, ``floating_point``
+    what all else counts.
+    """
     plan = denoiser.plan
-    sizes = [denoiser.hot.unet.get_submodule(site.site).weight.numel() for site in plan.sites]
     weights = [_bits(site.weights) for site in plan.sites]
     activations = [
         _bits("none" if site.act_point is None else plan.point(site.act_point).activations) for site in plan.sites
     ]
-    return {
-        "weights": _mean(weights, sizes),
-        "activations": _mean(activations, sizes),
-        "weighting": f"site weight parameters; floating point counts as {FLOAT_BITS} bits",
+    weightings = {
+        "parameters": [denoiser.site(site.site).get_parameter("weight").numel() for site in plan.sites],
+        "layers": [1] * len(plan.sites),
+        "input_elements": _input_elements(denoiser, tokens),
     }
+    averages = {
+        name: {"weights": _mean(weights, sizes), "activations": _mean(activations, sizes)}
+        for name, sizes in weightings.items()
+    }
+    return averages | {"floating_point": FLOAT_BITS}
 
 
-def training_summary(
-    loss: str, rows: Sequence[int], losses: Sequence[float], starting: Tensor, final: Tensor
-) -> dict[str, Any]:
-    """Errors are mean squared errors over all stored points and both CFG branches, one per calibrated row.
+@torch.no_grad()
+def _input_elements(denoiser: QuantizedDenoiser, tokens: int) -> list[int]:
+    """Elements of every site's input for one sample, seen in one forward pass."""
+    config, weight = denoiser.hot.unet.config, denoiser.hot.unet.conv_in.weight
+    found: dict[str, int] = {}
+    hooks = [
+        denoiser.site(site.site).register_forward_pre_hook(
+            lambda _, args, name=site.site: found.update({name: args[0].numel()})
+        )
+        for site in denoiser.plan.sites
+    ]
+    sample = weight.new_zeros(1, config.in_channels, config.sample_size, config.sample_size)
+    text = weight.new_zeros(1, tokens, config.cross_attention_dim)
+    row = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    try:
+        denoiser(sample, row, text, SampleGrids(weight.new_ones(1, len(denoiser.plan.act_points))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[site.site] for site in denoiser.plan.sites]
 
-    ``starting_loss`` and ``final_loss`` are their means over the rows in the unit of the recipe's loss.
+
+def training_summary(rows: Sequence[int], starting: RowErrors, final: RowErrors) -> dict[str, Any]:
+    """Mean squared errors and SQNR in dB before and after, one per calibrated row, over all stored points.
+
+    ``starting_loss`` and ``final_loss`` are the means over the rows of the error in units of the row's starting error.
     """
-    unit = starting if loss == "row_balanced" else starting.new_ones(len(rows))
     return {
-        "iterations": len(losses),
-        "loss": loss,
-        "starting_loss": float((starting / unit).mean()),
-        "final_loss": float((final / unit).mean()),
+        "starting_loss": 1.0,
+        "final_loss": float((final.error / starting.error).mean()),
         "rows": list(rows),
-        "row_errors_start": [float(error) for error in starting],
-        "row_errors_final": [float(error) for error in final],
+        "row_errors_start": starting.error.tolist(),
+        "row_errors_final": final.error.tolist(),
+        "row_sqnr_start": starting.sqnr(),
+        "row_sqnr_final": final.sqnr(),
     }
 
 
-def _bits(name: str) -> int:
+def _bits(name: str) -> float:
     fmt = format_by_name(name)
     return FLOAT_BITS if fmt is None else fmt.bits
 
 
-def _mean(bits: Sequence[int], sizes: Sequence[int]) -> float:
+def _mean(bits: Sequence[float], sizes: Sequence[int]) -> float:
     return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)

@@ -5,152 +5,122 @@ Each iteration's draw is seeded by its number and all state is in one file, so a
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
-from s2p_deploy.calib.atomic import write_text
-from s2p_deploy.calib.training_state import load_state, save_state
+from s2p_deploy.calib.atomic import write_tensors, write_text
+from s2p_deploy.calib.batches import draw_batch
+from s2p_deploy.calib.learner import Learner
+from s2p_deploy.calib.losses import RowErrors, row_weights
+from s2p_deploy.calib.objective import Objective
+from s2p_deploy.calib.row_errors import row_counts, row_errors
+from s2p_deploy.calib.selection import trajectory_error
+from s2p_deploy.calib.training_log import IterationRecord, RowRecord, SelectionRecord, cosine, log_text
 from s2p_deploy.errors import S2PError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-    from torch import Tensor
-
+    from s2p_deploy.calib.selection import HeldOut
+    from s2p_deploy.calib.training_setting import TrainingSetting
     from s2p_deploy.calib.training_state import TrainingState
     from s2p_deploy.progress import Progress
-    from s2p_deploy.recipe import Training
     from s2p_deploy.records import LatentDataset
 
-CLIP_NORM = 1.0
-ERROR_BATCH = 64
-_CHECKPOINT = "training.safetensors"
 LOG = "training.jsonl"
+CHECKPOINT = "training.safetensors"
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples float32 [b, C, H, W] on their rows, their text states and what the teacher answered.
+class TrainingOutcome:
+    """What a training came to: the rows' errors before and after, its iterations, the checkpoints that were tried."""
 
-    ``row`` int64 [b] is the timestep, ``index`` int64 [b] the row's place among the calibrated ones.
-    """
-
-    sample: Tensor
-    row: Tensor
-    index: Tensor
-    texts: Tensor
-    target: Tensor
+    start: RowErrors
+    final: RowErrors
+    iterations: tuple[IterationRecord, ...]
+    selections: tuple[SelectionRecord, ...]
 
 
-def train(state: TrainingState, dataset: LatentDataset, training: Training, work: Path, progress: Progress) -> None:
-    """Trains ``state`` in place for ``training.iterations``, from the checkpoint in ``work`` where there is one.
+def train(
+    state: TrainingState, dataset: LatentDataset, setting: TrainingSetting, work: Path, progress: Progress
+) -> TrainingOutcome:
+    """Trains ``state`` in place, from the checkpoint in ``work`` where there is one; ``work`` gets ``training.jsonl``.
+
+    ``state`` is as it was before training, also where there is a checkpoint. It ends on the CPU with the parameters
+    that are kept: of the best checkpoint, averaged, or the last ones, as the recipe says.
 
     Raises:
+        InputError: ``freezing.what: layers`` misses a site's sensitivity.
         S2PError: the loss is no finite number any more.
     """
+    training, checkpoint = setting.training, work / CHECKPOINT
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / _CHECKPOINT
+    learner = Learner(state, setting)
     if checkpoint.exists():
-        load_state(state, checkpoint)
+        learner.restore(load_file(checkpoint))
     else:
-        state.row_error.copy_(row_errors(state, dataset, progress, "starting error"))
-        save_state(state, checkpoint)
-    progress("training", state.iteration, training.iterations)
-    while state.iteration < training.iterations:
-        batch = draw_batch(dataset, state.rows, training, state.iteration)
-        loss = _iterate(state, batch, training)
-        if not math.isfinite(loss):
-            raise S2PError(
-                f"training loss became {loss} at iteration {state.iteration}: lower the recipe's training rates"
-            )
-        state.losses.append(loss)
-        if state.iteration % training.save_every == 0 or state.iteration == training.iterations:
-            save_state(state, checkpoint)
-        progress("training", state.iteration, training.iterations)
-    write_text(work / LOG, _log(state.losses, training))
+        learner.begin(row_errors(state, dataset, setting.guidance_scale, progress, "starting error"))
+        if training.iterations:
+            _select(learner, setting.held_out)
+        write_tensors(checkpoint, learner.tensors())
+    start = learner.start
+    objective = Objective(setting, state, row_weights(setting, state.rows, start, _shares(state, dataset, setting)))
+    progress("training", learner.iteration, training.iterations)
+    while learner.iteration < training.iterations:
+        _iterate(learner, objective, dataset)
+        last = learner.iteration == training.iterations
+        if last or learner.iteration % training.selection.every == 0:
+            _select(learner, setting.held_out)
+        if last or learner.iteration % training.save_every == 0:
+            write_tensors(checkpoint, learner.tensors())
+            _write_log(learner, work, start, None)
+        progress("training", learner.iteration, training.iterations)
+    learner.finish()
+    final = start
+    if training.iterations:
+        final = row_errors(state, dataset, setting.guidance_scale, progress, "final error")
+    state.to(torch.device("cpu"))
+    _write_log(learner, work, start, final if training.iterations else None)
+    return TrainingOutcome(start, final, tuple(learner.iterations), tuple(learner.selections))
 
 
-def draw_batch(dataset: LatentDataset, rows: Tensor, training: Training, iteration: int) -> Batch:
-    """The batch of one iteration: stored points drawn over all prompts and rows, each as one CFG branch."""
-    generator = np.random.default_rng((training.seed, iteration))
-    points = generator.integers(len(dataset.rows), size=training.batch)
-    uncond = generator.random(training.batch) < training.empty_prompt_share
-    return take(dataset, rows, points, uncond)
+def _iterate(learner: Learner, objective: Objective, dataset: LatentDataset) -> None:
+    """One update, which is not made where the loss is not finite."""
+    training, state, iteration = learner.training, learner.state, learner.iteration
+    learner.clear_gradients()
+    out = feature = 0.0
+    present = []
+    for part in range(training.accumulate):
+        batch = draw_batch(dataset, state.rows, training, iteration, part).to(objective.weights.device)
+        losses = objective.add_gradients(batch, 1 / training.accumulate)
+        out, feature = out + losses[0] / training.accumulate, feature + losses[1] / training.accumulate
+        present.append(batch.index)
+    loss = out + training.features.weight * feature
+    if not math.isfinite(loss):
+        raise S2PError(f"training loss became {loss} at iteration {iteration}: lower the recipe's training rates")
+    learner.update(torch.cat(present).unique(), cosine(iteration, training.iterations), out, feature)
 
 
-def take(dataset: LatentDataset, rows: Tensor, points: NDArray[np.int64], uncond: NDArray[np.bool_]) -> Batch:
-    """Stored points int64 [b], each as the branch that ``uncond`` bool [b] names."""
-    prompt = dataset.prompt[points]
-    texts = dataset.texts[np.where(uncond, dataset.uncond_text[prompt], dataset.cond_text[prompt])]
-    target = np.where(uncond[:, None, None, None], dataset.uncond[points], dataset.cond[points])
-    row = torch.from_numpy(dataset.rows[points])
-    return Batch(
-        sample=torch.from_numpy(dataset.latents[points]).float(),
-        row=row,
-        index=torch.searchsorted(rows, row),
-        texts=torch.from_numpy(texts),
-        target=torch.from_numpy(target).float(),
-    )
+def _select(learner: Learner, held_out: HeldOut | None) -> None:
+    if held_out is None:
+        return
+    with learner.as_kept():
+        learner.select(trajectory_error(learner.state.answer, held_out.to(learner.state.act_scales.rows.device)))
 
 
-@torch.no_grad()
-def row_errors(state: TrainingState, dataset: LatentDataset, progress: Progress, stage: str) -> Tensor:
-    """Mean squared error float32 [calibrated rows] of the model as it is, over every stored point and both branches."""
-    points = np.arange(len(dataset.rows))
-    total = torch.zeros(len(state.rows), dtype=torch.float64)
-    count = torch.zeros_like(total)
-    for start in range(0, len(points), ERROR_BATCH):
-        chunk = points[start : start + ERROR_BATCH]
-        for branch in (False, True):
-            batch = take(dataset, state.rows, chunk, np.full(len(chunk), branch))
-            errors = _sample_errors(state, batch)
-            total.index_add_(0, batch.index, errors.double())
-            count.index_add_(0, batch.index, torch.ones_like(errors, dtype=torch.float64))
-        progress(stage, min(start + ERROR_BATCH, len(points)), len(points))
-    return (total / count).clamp_min(torch.finfo(torch.float32).tiny).float()
+def _shares(state: TrainingState, dataset: LatentDataset, setting: TrainingSetting) -> torch.Tensor:
+    """How often each calibrated row is drawn, float64 [calibrated rows]."""
+    counts = row_counts(dataset, state.rows).double()
+    if setting.training.order == "serial":
+        counts = torch.ones_like(counts)
+    return counts / counts.sum()
 
 
-def cosine(iteration: int, iterations: int) -> float:
-    """Factor of every rate: 1 at the start, 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-
-
-def _iterate(state: TrainingState, batch: Batch, training: Training) -> float:
-    """One update; returns the loss before it. A loss that is not finite leaves the state as it was."""
-    for parameter in state.trained.parameters():
-        parameter.grad = None
-    errors = _sample_errors(state, batch)
-    if training.loss == "row_balanced":
-        errors = errors / state.row_error[batch.index]
-    loss = errors.mean()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        return value
-    loss.backward()
-    nn.utils.clip_grad_norm_(state.trained.parameters(), CLIP_NORM)
-    state.update(batch.index.unique(), cosine(state.iteration, training.iterations))
-    return value
-
-
-def _sample_errors(state: TrainingState, batch: Batch) -> Tensor:
-    scales = state.act_scales(batch.index)
-    output = state.denoiser.with_sample_scales(batch.sample, batch.row, batch.texts, scales)
-    return (output - batch.target).square().mean((1, 2, 3))
-
-
-def _log(losses: list[float], training: Training) -> str:
-    lines = []
-    for iteration, loss in enumerate(losses):
-        factor = cosine(iteration, training.iterations)
-        rates = {
-            name: factor * getattr(training, name) for name in ("weight_rate", "weight_scale_rate", "act_scale_rate")
-        }
-        lines.append(json.dumps({"iteration": iteration, "loss": loss, **rates}) + "\n")
-    return "".join(lines)
+def _write_log(learner: Learner, work: Path, start: RowErrors, final: RowErrors | None) -> None:
+    rows = [RowRecord(0, start)] + ([] if final is None else [RowRecord(learner.iteration, final)])
+    text = log_text(learner.training, learner.state.rows.tolist(), rows, learner.iterations, learner.selections)
+    write_text(work / LOG, text)

@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper (arXiv 2412.06661): the floating-point denoiser's own trajectories, walked side by side.
 
 Every forward pass has the same number of samples, and a prompt always walks in the same slot of it, whatever its
-neighbours are: so a run that was killed and continued gives the bits of one that was not.
+neighbors are: so neither kills nor the number of processes change a bit.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import inspect
 import random
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,13 +48,30 @@ class Itinerary:
 
     @property
     def length(self) -> int:
-        """Calls of the denoiser until the last stored one, which is where the walk stops."""
-        return self.calls[-1] + 1
+        """Calls of the denoiser that its walk takes."""
+        return walk_length(self.calls)
 
 
-def choose_calls(prompt: Prompt, calls: int, count: int) -> tuple[int, ...]:
-    """``count`` of ``calls`` calls (all, where there are fewer), ascending, drawn from the prompt's own seed."""
-    return tuple(sorted(random.Random(prompt.noise_seed).sample(range(calls), min(count, calls))))
+def walk_length(calls: tuple[int, ...]) -> int:
+    """Calls of the denoiser until the last stored one, which is where a walk stops."""
+    return calls[-1] + 1
+
+
+def choose_calls(prompt: Prompt, calls: int, count: int, timesteps: Literal["uniform", "normal"]) -> tuple[int, ...]:
+    """``count`` of ``calls`` calls (all, where there are fewer), ascending, drawn from the prompt's own seed.
+
+    Calls run from noise to picture. ``uniform`` draws them alike. ``normal`` draws timesteps, in units of the
+    schedule's calls T with T - 1 the noisiest, as clip(round(N(0.4 T, (0.25 T)^2)), 0, T - 1), until ``count`` distinct
+    ones are found: PTQ4DM's, which lean towards the picture (arXiv 2211.15736).
+    """
+    draws = random.Random(prompt.noise_seed)
+    if timesteps == "uniform" or count >= calls:
+        return tuple(sorted(draws.sample(range(calls), min(count, calls))))
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        timestep = round(draws.gauss(0.4 * calls, 0.25 * calls))
+        chosen.add(calls - 1 - min(max(timestep, 0), calls - 1))
+    return tuple(sorted(chosen))
 
 
 def call_rows(scheduler: Any) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
@@ -73,17 +90,20 @@ def call_rows(scheduler: Any) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' s
     return tuple(int(timestep) for timestep in timesteps)
 
 
-def slot_queues(lengths: Sequence[int], width: int) -> tuple[tuple[int, ...], ...]:
-    """Which prompts walk in which slot, in order: each next prompt goes where a slot is free first.
+def slot_queues(lengths: Mapping[int, int], width: int, shard: int) -> tuple[tuple[int, ...], ...]:
+    """Which prompts of a shard walk in which slot, in order: the longest first, each where a slot is free first.
 
-    Known before the walk, because a prompt's length is; so a continued run gives every prompt the same slot.
+    ``lengths`` gives every prompt's number of calls. Nothing but the shard's own prompts and its number decides, so a
+    continued run and any number of processes give every prompt the same slot. The number draws the order of the slots:
+    no slot gets the long walks of all shards.
     """
+    order = random.Random(shard).sample(range(width), width)
+    free = [(0, place) for place in range(width)]
     queues: list[list[int]] = [[] for _ in range(width)]
-    free = [(0, slot) for slot in range(width)]
-    for prompt, length in enumerate(lengths):
-        when, slot = heapq.heappop(free)
-        queues[slot].append(prompt)
-        heapq.heappush(free, (when + length, slot))
+    for prompt in sorted(lengths, key=lambda prompt: (-lengths[prompt], prompt)):
+        when, place = heapq.heappop(free)
+        queues[order[place]].append(prompt)
+        heapq.heappush(free, (when + lengths[prompt], place))
     return tuple(tuple(queue) for queue in queues)
 
 
@@ -92,27 +112,27 @@ def walk(
     teacher: HotDenoiser,
     scheduler: Any,  # noqa: ANN401 - as above
     itineraries: Sequence[Itinerary],
+    queues: Sequence[Sequence[int]],
     *,
     guidance_scale: float,
-    width: int,
-    skip: Collection[int] = (),
 ) -> Iterator[tuple[int, list[StoredPoint] | None]]:
-    """Walks all itineraries but those in ``skip``, ``width`` at a time.
+    """Walks the prompts (indices of ``itineraries``) of every slot's queue, the slots side by side.
 
-    ``scheduler`` has its timesteps set and is copied for every walk. Yields (index, None) after each call of the
-    denoiser that a prompt took part in, and (index, points) in place of the last.
+    ``scheduler`` has its timesteps set and is copied for every walk. Yields (prompt, None) after each call of the
+    denoiser that a prompt took part in, and (prompt, points) in place of the last.
     """
-    queues = [deque(i for i in queue if i not in skip) for queue in slot_queues([i.length for i in itineraries], width)]
-    slots: list[_Walk | None] = [None] * width
+    device = teacher.unet.device  # looked up once: diffusers takes milliseconds to find it
+    waiting = [deque(queue) for queue in queues]
+    slots: list[_Walk | None] = [None] * len(queues)
     while True:
-        for slot, queue in enumerate(queues):
+        for slot, queue in enumerate(waiting):
             if slots[slot] is None and queue:
-                index = queue.popleft()
-                slots[slot] = _Walk(index, itineraries[index], scheduler, _latent_shape(teacher))
+                prompt = queue.popleft()
+                slots[slot] = _Walk(prompt, itineraries[prompt], scheduler, latent_shape(teacher))
         if not any(slots):
             return
         inputs = [None if active is None else active.net_input() for active in slots]
-        answers = _answer(teacher, slots, inputs)
+        answers = _answer(teacher, slots, inputs, device)
         for slot, active in enumerate(slots):
             taken = inputs[slot]
             if active is None or taken is None:
@@ -164,19 +184,25 @@ class _Walk:
         self.call += 1
 
 
-def _latent_shape(teacher: HotDenoiser) -> tuple[int, int, int]:
+def latent_shape(teacher: HotDenoiser) -> tuple[int, int, int]:
+    """(C, H, W) of what the denoiser is trained on."""
     config = teacher.unet.config
     return config.in_channels, config.sample_size, config.sample_size
 
 
-def _answer(teacher: HotDenoiser, slots: Sequence[_Walk | None], inputs: Sequence[Tensor | None]) -> Tensor:
-    """One forward pass of 2 * width samples: [2, width, C, H, W], uncond first; idle slots repeat a busy one."""
+def _answer(
+    teacher: HotDenoiser, slots: Sequence[_Walk | None], inputs: Sequence[Tensor | None], device: torch.device
+) -> Tensor:
+    """One forward pass of 2 * width samples: [2, width, C, H, W], uncond first; idle slots repeat a busy one.
+
+    The answers are on the CPU, where the schedulers step.
+    """
     busy = next(slot for slot, active in enumerate(slots) if active is not None)
     filled = [slot if active is not None else busy for slot, active in enumerate(slots)]
     active = [walk for walk in (slots[slot] for slot in filled) if walk is not None]
     sample = torch.stack([taken for taken in (inputs[slot] for slot in filled) if taken is not None])
     rows = torch.tensor([walk.row for walk in active])
-    texts = [walk.itinerary.uncond_text for walk in active] + [walk.itinerary.cond_text for walk in active]
-    output = teacher(torch.cat([sample, sample]), torch.cat([rows, rows]), torch.stack(texts))
-    both: Tensor = output.unflatten(0, (2, len(slots)))
+    texts = torch.stack([walk.itinerary.uncond_text for walk in active] + [walk.itinerary.cond_text for walk in active])
+    output = teacher(torch.cat([sample, sample]).to(device), torch.cat([rows, rows]).to(device), texts.to(device))
+    both: Tensor = output.cpu().unflatten(0, (2, len(slots)))
     return both

@@ -46,15 +46,17 @@ class CanonicalGraph:
 
 def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeTableForm) -> CanonicalGraph:
     """The canonical graph, its initializers still to be read. See :func:`export_graph`."""
-    kind, plan, weights = DTYPES[dtype], calibrated.plan, calibrated.folder / "weights.safetensors"
+    _refuse_simulation(calibrated)
+    kind, plan = DTYPES[dtype], calibrated.plan
     table = calibrated.time_table()
-    traced = trace_denoiser(denoiser_config(calibrated), table, tokens=calibrated.tokens, dtype=_TORCH[dtype])
+    config, transforms = denoiser_config(calibrated), calibrated.transforms
+    traced = trace_denoiser(config, table, transforms, tokens=calibrated.tokens, dtype=_TORCH[dtype])
     model = traced.model
     _run(
         model,
         FoldConstants(),
         TimeProjections(table.projections, time_table, kind),
-        FillWeights(weights, kind),
+        FillWeights(calibrated.tensor, kind),
         TransposedKeys(),
         ReadableNames(),
     )
@@ -65,7 +67,7 @@ def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeT
     centres = usable_centres(calibrated.scales, dtype)
     points = _point_specs(calibrated, sites, centres)
     rows = ScaleRows(points, "rows" if time_table == "input" else len(calibrated.scales.scales), kind)
-    _run(model, WeightQuantizers(sites, weights, calibrated.weight_scales(), kind), rows)
+    _run(model, WeightQuantizers(sites, calibrated.tensor, calibrated.weight_scales(), kind), rows)
     for point in plan.act_points:
         fmt = format_by_name(point.activations)
         assert fmt is not None  # an act point has a format
@@ -87,6 +89,14 @@ def denoiser_config(calibrated: CalibratedModel) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: make the calibrated model again") from error
     return config
+
+
+def _refuse_simulation(calibrated: CalibratedModel) -> None:
+    if calibrated.simulation is not None:
+        reason = calibrated.manifest.content["simulation_only"]
+        raise InputError(
+            f"{calibrated.folder} exists in simulation only: no engine has {reason}; calibrate without, to export"
+        )
 
 
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:

@@ -25,7 +25,9 @@ import onnx_ir as ir
 from s2p_deploy.errors import GraphContractError
 from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
+from s2p_deploy.export.tensors import storage_type
 from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
+from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 _OPS = {"conv": "Conv", "linear": "MatMul"}
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-_STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 
@@ -199,7 +200,9 @@ def _check_site(node: ir.Node, site: SitePlan) -> None:
 
 
 def _check_weight(site: SitePlan, weight: ir.Value, stored: ir.Value) -> None:
-    if stored.dtype != _STORED[site.weights]:
+    fmt = format_by_name(site.weights)
+    assert fmt is not None  # the caller took the sites whose weights have a format
+    if stored.dtype != storage_type(fmt):
         raise GraphContractError(f"site {site.site}: weights are planned {site.weights}, stored {stored.dtype}")
     dequantize = weight.producer()
     assert dequantize is not None  # the caller saw it

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors import safe_open
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.numerics import INT4, IntegerFormat, quantize, weight_scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -50,29 +47,21 @@ def reshaped(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     return lazy(str(value.name), shape, tensor.dtype, lambda: tensor.numpy().reshape(shape))
 
 
-def read_tensor(file: Path, name: str) -> NDArray[np.float32]:
-    """One tensor of a safetensors file; the others are not read.
-
-    Raises:
-        InputError: the file does not hold it.
-    """
-    with safe_open(file, "numpy") as opened:
-        if name not in opened.keys():  # noqa: SIM118 - a safetensors file is no dictionary
-            raise InputError(f"{file} lacks {name}: make the calibrated model again")
-        tensor: NDArray[np.float32] = opened.get_tensor(name)
-        return tensor
-
-
 def usable_weight_scale(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
     """Weight scales that stay above zero when rounded to ``dtype`` (channels of zeros have scales near 1e-19)."""
     return scale if dtype == ir.DataType.FLOAT else np.maximum(scale, np.float32(_SMALLEST_HALF))
+
+
+def storage_type(fmt: IntegerFormat) -> ir.DataType:
+    """The ONNX type that holds a format's codes: INT4 where they fit into it."""
+    return ir.DataType.INT4 if INT4.qmin <= fmt.qmin and fmt.qmax <= INT4.qmax else ir.DataType.INT8
 
 
 def weight_codes(weight: NDArray[np.float32], scale: NDArray[np.float32], fmt: IntegerFormat) -> NDArray[np.generic]:
     """Integer codes of a weight [out, ...] by its scale [out, 1, ...], as training quantizes it."""
     tensor = torch.from_numpy(weight)
     codes = quantize(tensor, torch.from_numpy(scale).view(weight_scale_shape(tensor)), fmt)
-    return codes.numpy().astype(ml_dtypes.int4 if fmt == INT4 else np.int8)
+    return codes.numpy().astype(storage_type(fmt).numpy())
 
 
 def _cast(array: NDArray[np.generic], dtype: ir.DataType, name: str) -> NDArray[np.generic]:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.families import block_names, new_hot_denoiser
+from s2p_deploy.families import apply_transforms, block_names, new_hot_denoiser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import onnx_ir as ir
 
-    from s2p_deploy.records import TimeTable
+    from s2p_deploy.records import TimeTable, TransformSpec
 
 OPSET = 21
 INPUTS = ("sample", "step_index", "encoder_hidden_states")
@@ -32,14 +32,17 @@ class TracedDenoiser:
     blocks: tuple[str, ...]
 
 
-def trace_denoiser(config: dict[str, Any], table: TimeTable, *, tokens: int, dtype: torch.dtype) -> TracedDenoiser:
-    """The hot denoiser's graph as torch's exporter writes it, with initializers that have shapes and no data.
+def trace_denoiser(
+    config: dict[str, Any], table: TimeTable, transforms: TransformSpec, *, tokens: int, dtype: torch.dtype
+) -> TracedDenoiser:
+    """The transformed hot denoiser's graph as torch's exporter writes it; its initializers have shapes and no data.
 
     Inputs are ``sample`` [batch, C, H, W], ``step_index`` int64 [batch] and ``encoder_hidden_states``
     [batch, tokens, D]; the output is ``noise_pred``. Every node's metadata names the modules it came from.
     """
     with torch.device("meta"):
         denoiser = new_hot_denoiser(config, table).to(device="meta", dtype=dtype).eval()
+        apply_transforms(denoiser, transforms)
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         examples = (

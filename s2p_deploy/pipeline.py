@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, ModelMixin, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    ModelMixin,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -25,10 +32,13 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import Runner
     from s2p_deploy.records import Engine, Prompt, TimestepTable
 
-# What a name of the command line stands for. Latents are no pictures: x0 must not be clipped to [-1, 1].
+# What a name of the command line stands for. Latents are no pictures: x0 must not be clipped to [-1, 1]. Euler's steps
+# lie between timesteps unless their spacing is leading.
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
 }
 
 

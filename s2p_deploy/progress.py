@@ -8,7 +8,7 @@ from typing import Protocol
 class Progress(Protocol):
     """Called after every unit of work; ``done`` starts above zero where a run was resumed."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Reports that ``done`` of ``total`` units of ``stage`` are finished."""
 
 

@@ -22,6 +22,7 @@ from s2p_deploy.records import (
     SitePlan,
     TimestepTable,
     TimeTable,
+    TransformSpec,
     write_artifact,
 )
 from s2p_deploy.records.precision_plan import write_plan
@@ -30,6 +31,7 @@ from s2p_deploy.records.timestep_table import write_timestep_table
 from s2p_deploy.timesteps import angles_from_alphas, spread_over_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ROWS = 1000
@@ -90,16 +92,18 @@ def tiny_calibrated(
     seed: int = 0,
     recipe: str = "w8a8",
     config: dict[str, Any] | None = None,
+    rewrite: Callable[[HotDenoiser], TransformSpec] | None = None,
 ) -> CalibratedModel:
     """A calibrated tiny denoiser (or one of another ``config``) with closed-form scales, written to ``folder``.
 
     ``conv_in`` and ``conv_out`` are W8A16, text sites keep A16, as in the presets. ``weights`` and ``activations`` are
-    int8, int4 or none; both ``none`` gives what recipe ``fp`` gives.
+    int8, int4 or none; both ``none`` gives what recipe ``fp`` gives. ``rewrite`` transforms the denoiser first.
     """
     unet = tiny_unet(seed, config)
     table = time_table_from_unet(unet, ROWS)
     config = dict(unet.config)
     denoiser = hot_denoiser_from_unet(unet, table)
+    transforms = rewrite(denoiser) if rewrite else TransformSpec()
     plan = tiny_plan(discover_sites(denoiser), weights, activations)
     timesteps = _timesteps()
     scales = _scales(denoiser, plan, timesteps)
@@ -113,7 +117,7 @@ def tiny_calibrated(
         write_plan(plan, out / "plan.yaml")
         write_timestep_table(timesteps, out / "timesteps.json")
         _write_config(config, out)
-        return {"time_slices": _slices(table), "tokens": TOKENS}
+        return {"time_slices": _slices(table), "tokens": TOKENS, "transforms": transforms.to_json()}
 
     resolved = load_recipe(recipe).model_dump(mode="json")
     write_artifact(folder, kind="CalibratedModel", base=Base("tiny", "0" * 64), recipe=resolved, fill=fill)
@@ -127,9 +131,9 @@ def tiny_plan(sites: tuple[Site, ...], weights: str, activations: str) -> Precis
     planned = []
     for site in sites:
         edge = site.name in {"conv_in", "conv_out"}
-        floating = edge or site.reads_text or activations == "none"
+        floating = edge or site.branch or site.reads_text or activations == "none"
         point = None if floating else points.setdefault(site.tensor, site.name)
-        kind = "none" if plain else "int8" if edge else weights
+        kind = "none" if plain or site.branch else "int8" if edge else weights
         planned.append(SitePlan(site.name, site.op, kind, point, "edge" if edge else "default"))
     names = tuple(dict.fromkeys(site.act_point for site in planned if site.act_point))
     acts = tuple(ActPoint(n, activations, tuple(s.site for s in planned if s.act_point == n)) for n in names)

@@ -82,6 +82,30 @@ def test_every_named_scheduler_runs_and_draws_the_same(
     np.testing.assert_array_equal(*pictures)
 
 
+@pytest.mark.parametrize("schedule", [Schedule(10, "unipc"), Schedule(25, "pndm"), Schedule(10, "euler")])
+def test_few_steps_stay_on_the_table_of_fifty(
+    base: StableDiffusionPipeline, denoiser: EngineDenoiser, schedule: Schedule
+) -> None:
+    """Integer timesteps inside the rows that 50 PNDM steps calibrate."""
+    table = TimestepTable("PNDMScheduler", {}, 50, tuple(range(1, 982, 20)), np.linspace(0.1, 1.5, 1000))
+    asked: list[np.ndarray] = []
+
+    def answer(sample: torch.Tensor, rows: torch.Tensor, _text: torch.Tensor) -> torch.Tensor:
+        asked.append(rows.numpy())
+        return sample
+
+    engine = EngineDenoiser(TorchRunner(answer), base.unet.config, table)
+    picture = generate(
+        pipeline_with_denoiser(base, engine), Prompt("id", PROMPT), schedule=schedule, guidance_scale=2.0
+    )
+    assert picture.size == (64, 64)
+    scheduler = with_schedule(base, schedule).scheduler
+    scheduler.set_timesteps(schedule.steps)
+    assert [int(rows[0]) for rows in asked] == scheduler.timesteps.tolist()
+    first, last = table.covered
+    assert all(first <= rows.min() and rows.max() <= last for rows in asked)
+
+
 def test_the_denoiser_reads_a_timestep_in_every_form(denoiser: EngineDenoiser) -> None:
     sample, text = inputs()
     forms = [501, 501.0, torch.tensor(501), torch.tensor(501.0), torch.tensor([501, 501]), torch.tensor([501.0])]
@@ -179,8 +203,8 @@ def test_latents_are_not_clipped_as_pictures(base: StableDiffusionPipeline) -> N
 
 
 def test_an_unknown_scheduler_is_refused(base: StableDiffusionPipeline) -> None:
-    with pytest.raises(InputError, match="unknown scheduler 'euler': use one of"):
-        with_schedule(base, Schedule(5, "euler"))
+    with pytest.raises(InputError, match="unknown scheduler 'magic': use one of"):
+        with_schedule(base, Schedule(5, "magic"))
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

@@ -7,23 +7,28 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from s2p_deploy.export.scopes import parameter_name
-from s2p_deploy.export.tensors import lazy, read_tensor
+from s2p_deploy.export.tensors import lazy
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class FillWeights(ir.passes.InPlacePass):
     """Parameters ``unet.conv_in.weight`` become lazy initializers ``conv_in.weight`` in the graph's dtype.
+
+    ``read`` gives a parameter's data by its name.
 
     Matrices [out, in] that a graph transposes before MatMul are stored [in, out], and the Transpose goes.
 
     Requires: an initializer without data is a parameter of the hot denoiser. Ensures: every initializer has data.
     """
 
-    def __init__(self, file: Path, dtype: ir.DataType) -> None:
+    def __init__(self, read: Callable[[str], NDArray[np.float32]], dtype: ir.DataType) -> None:
         super().__init__()
-        self.file, self.dtype = file, dtype
+        self.read, self.dtype = read, dtype
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replaces the parameters."""
@@ -53,7 +58,7 @@ class FillWeights(ir.passes.InPlacePass):
         assert traced.shape is not None  # parameters are traced with their shapes
         shape = traced.shape.numpy()[::-1] if transposed else traced.shape.numpy()
         name = key.removeprefix(parameter_name(""))
-        file = self.file
+        read = self.read
         if transposed:
-            return lazy(name, shape, self.dtype, lambda: read_tensor(file, key).T)
-        return lazy(name, shape, self.dtype, lambda: read_tensor(file, key))
+            return lazy(name, shape, self.dtype, lambda: read(key).T)
+        return lazy(name, shape, self.dtype, lambda: read(key))

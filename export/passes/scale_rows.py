@@ -93,15 +93,14 @@ class ScaleRows(ir.passes.InPlacePass):
         picked = constant(f"{prefix}/columns", np.asarray(columns, np.int64))
         axes = constant(f"{prefix}/axes", np.arange(2, rank, dtype=np.int64))
         centres = constant(f"{prefix}/centres", _centres(group).reshape(-1, *trailing))
-        ones = constant(f"{prefix}/ones", np.ones(len(group), np.int64))
-        for value in (picked, axes, centres, ones):
+        for value in (picked, axes, centres):
             graph.initializers.add(value)
         select = _node("Gather", [rows, picked], f"{prefix}/select", axis=1)
         shape = _node("Unsqueeze", [select.outputs[0], axes], f"{prefix}/scales")
         scales = shape.outputs[0]
         nodes, ratios = [select, shape], []
         for name, pair in (("to_centre", [centres, scales]), ("from_centre", [scales, centres])):
-            made = self._ratios(pair, ones, f"{prefix}/{name}", [f"{p.name}/input_quantizer/{name}" for p in group])
+            made = self._ratios(pair, f"{prefix}/{name}", [f"{p.name}/input_quantizer/{name}" for p in group])
             for value in made[-1].outputs:
                 value.shape = ir.Shape([_batch(graph), 1, *trailing])
             nodes += made
@@ -110,13 +109,21 @@ class ScaleRows(ir.passes.InPlacePass):
             self.scales[point.name] = PointScales(point.centre, to_centre, from_centre)
         return nodes
 
-    def _ratios(self, pair: list[ir.Value], ones: ir.Value, prefix: str, names: list[str]) -> list[ir.Node]:
-        """Divide in float32, cast once, split into columns."""
+    def _ratios(self, pair: list[ir.Value], prefix: str, names: list[str]) -> list[ir.Node]:
+        """Divide in float32, cast once, split into columns.
+
+        Split goes by number: sizes as an input would leave the graph file where there are many, and ONNX Runtime
+        refuses sizes in external data.
+        """
         nodes = [_node("Div", pair, prefix)]
         if self.dtype != ir.DataType.FLOAT:
             nodes.append(_node("Cast", nodes[-1].outputs, f"{prefix}/cast", to=self.dtype.value))
         split = ir.node(
-            "Split", [nodes[-1].outputs[0], ones], {"axis": 1}, num_outputs=len(names), name=f"{prefix}/split"
+            "Split",
+            [nodes[-1].outputs[0]],
+            {"axis": 1, "num_outputs": len(names)},
+            num_outputs=len(names),
+            name=f"{prefix}/split",
         )
         for value, name in zip(split.outputs, names, strict=True):
             value.name, value.dtype = name, self.dtype

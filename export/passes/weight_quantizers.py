@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from s2p_deploy.export.scopes import parameter_name
-from s2p_deploy.export.tensors import lazy, read_tensor, usable_weight_scale, weight_codes
-from s2p_deploy.numerics import INT4, format_by_name
+from s2p_deploy.export.tensors import lazy, storage_type, usable_weight_scale, weight_codes
+from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -22,20 +22,27 @@ if TYPE_CHECKING:
 class WeightQuantizers(ir.passes.InPlacePass):
     """W becomes DequantizeLinear(codes, scale, axis): one scale per output channel, no zero point.
 
-        W ~ codes * scale      codes = clamp(round(W / scale), qmin, qmax), INT8 or INT4
+        W ~ codes * scale      codes = clamp(round(W / scale), qmin, qmax)
+
+    Codes of 3, 5, 9 and 16 levels are stored as INT4, others as INT8: to an engine, fewer levels are INT4 weights whose
+    outer codes do not occur. ``read`` gives a parameter's data by its name.
 
     Conv weights [out, in, kh, kw] have their channels on axis 0, MatMul weights [in, out] on axis 1. Codes come from
     the float32 scale, so that a graph of any dtype has the same codes; the stored scale is rounded to the graph's
     dtype, because ONNX gives DequantizeLinear's result the type of its scale.
 
-    Ensures: every site whose plan says int8 or int4 reads its weight from a DequantizeLinear of that type.
+    Ensures: every site whose plan quantizes its weight reads it from a DequantizeLinear.
     """
 
     def __init__(
-        self, sites: tuple[SiteNode, ...], weights: Path, scales: dict[str, NDArray[np.float32]], dtype: ir.DataType
+        self,
+        sites: tuple[SiteNode, ...],
+        read: Callable[[str], NDArray[np.float32]],
+        scales: dict[str, NDArray[np.float32]],
+        dtype: ir.DataType,
     ) -> None:
         super().__init__()
-        self.sites, self.weights, self.scales, self.dtype = sites, weights, scales, dtype
+        self.sites, self.read, self.scales, self.dtype = sites, read, scales, dtype
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inserts the quantizers."""
@@ -58,13 +65,13 @@ class WeightQuantizers(ir.passes.InPlacePass):
         assert fmt is not None  # the caller took the sites whose weights have a format
         assert floating.shape is not None  # parameters have shapes
         scale = usable_weight_scale(self.scales[name], self.dtype)
-        file = self.weights
+        read = self.read
 
         def codes() -> NDArray[np.generic]:
-            made = weight_codes(read_tensor(file, parameter_name(f"{name}.weight")), scale, fmt)
+            made = weight_codes(read(parameter_name(f"{name}.weight")), scale, fmt)
             return made if conv else made.T
 
-        stored = ir.DataType.INT4 if fmt == INT4 else ir.DataType.INT8
+        stored = storage_type(fmt)
         shape = floating.shape.numpy()
         inputs = [
             lazy(f"{name}/weight_quantizer/codes", shape, stored, codes),

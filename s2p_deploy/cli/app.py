@@ -12,6 +12,8 @@ from typer.exceptions import Abort, TyperException
 from s2p_deploy import __version__
 from s2p_deploy.cli.build import build
 from s2p_deploy.cli.calibrate import calibrate
+from s2p_deploy.cli.compare import compare
+from s2p_deploy.cli.dataset import dataset
 from s2p_deploy.cli.demo import demo
 from s2p_deploy.cli.doctor import doctor
 from s2p_deploy.cli.export import export
@@ -31,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (calibrate, export, build, validate, generate, inspect, doctor, demo):
+for command in (dataset, calibrate, export, build, validate, compare, generate, inspect, doctor, demo):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,10 @@ def calibrate(  # noqa: PLR0913 - its options
     recipe: Annotated[str, typer.Option(help="fp, w8a8, w4a8, or the path of a YAML file.")],
     prompts: PromptsOption,
     out: OutFolder,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An edited plan.yaml that decides the formats in place of the recipe's."),
+    ] = None,
     settings: SettingsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -39,9 +44,14 @@ def calibrate(  # noqa: PLR0913 - its options
 
     resolved = load_recipe(recipe, overrides_from_settings(settings))
     chosen = prompts_from_option(prompts)
+    from s2p_deploy.records.precision_plan import read_plan
+
+    edited = None if plan is None else read_plan(plan)
     from s2p_deploy.calib import calibrate as calibrate_pipeline
     from s2p_deploy.families import resolve_base
 
     with progress_bars() as progress:
-        made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, replace=force, progress=progress)
+        made = calibrate_pipeline(
+            resolve_base(model), resolved, chosen, out, plan=edited, replace=force, progress=progress
+        )
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

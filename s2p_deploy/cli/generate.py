@@ -18,7 +18,9 @@ def generate(  # noqa: PLR0913 - its options
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to draw.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    scheduler: Annotated[str | None, typer.Option(help="ddim or pndm; the pipeline's own where left out.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="pndm, ddim, unipc or euler; the pipeline's own where left out.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps; those of the recipe where left out.")
     ] = None,

@@ -76,7 +76,8 @@ def _calibrated(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]
     from s2p_deploy.records import CalibratedModel
 
     model = CalibratedModel.open(folder)
-    return (_rows(model.timesteps), *_plan(model.plan))
+    bits = model.manifest.content.get("average_bits", {})
+    return (_rows(model.timesteps), *_average_bits(bits), *_plan(model.plan))
 
 
 def _graph(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
@@ -130,10 +131,19 @@ def _rows(timesteps: TimestepTable) -> RenderableType:
     )
 
 
+def _average_bits(bits: dict[str, Any]) -> tuple[RenderableType, ...]:
+    averages = {name: value for name, value in bits.items() if isinstance(value, dict)}
+    if not averages:
+        return ()
+    rows = [(name.replace("_", " "), f"{a['weights']:.3f}", f"{a['activations']:.3f}") for name, a in averages.items()]
+    rows.append(("floating point counts as", str(bits["floating_point"]), str(bits["floating_point"])))
+    return (table("Average bits of the sites", ("weighted by", "weights", "activations"), rows),)
+
+
 def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
     formats = {point.name: point.activations for point in plan.act_points}
     varies = {point.name: point.timestep_dependent for point in plan.act_points}
-    columns = ("site", "op", "weights", "activations", "varies with the timestep", "act point", "rule")
+    columns = ("site", "op", "weights", "activations", "varies with the timestep", "act point", "rule", "sensitivity")
     rows = [
         (
             s.site,
@@ -143,6 +153,7 @@ def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
             varies.get(s.act_point or "", ""),
             s.act_point or "",
             s.rule,
+            "" if s.sensitivity is None else f"{s.sensitivity:.3g}",
         )
         for s in plan.sites
     ]

@@ -44,6 +44,12 @@ def hot_denoiser_from_unet(unet: UNet2DConditionModel, table: TimeTable) -> HotD
     return HotDenoiser(unet)
 
 
+def set_time_table(hot: HotDenoiser, table: TimeTable) -> None:
+    """Puts the values of another table of the same shape into ``hot``."""
+    present = hot.unet.time_proj.table
+    hot.unet.time_proj.table = torch.from_numpy(table.projections).to(present.device, present.dtype)
+
+
 def new_hot_denoiser(config: dict[str, Any], table: TimeTable) -> HotDenoiser:
     """A hot denoiser with untrained weights from a diffusers configuration."""
     return hot_denoiser_from_unet(UNet2DConditionModel.from_config(config), table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,21 +37,32 @@ def fake_quantize(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """Few passes over memory, which is what this costs: in place where a tensor is its own."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:  # noqa: ANN401 - autograd's context has no public type
-        ctx.save_for_backward(x, scale)
+        result = (x / scale).round_().clamp_(fmt.qmin, fmt.qmax).mul_(scale)
+        ctx.save_for_backward(x, scale, result)  # the layer that reads the result keeps it anyway
         ctx.fmt = fmt
-        return dequantize(quantize(x, scale, fmt), scale)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401 - as above
-        x, scale = ctx.saved_tensors
-        fmt = ctx.fmt
+        x, scale, result = ctx.saved_tensors
         ratio = x / scale
-        inside = (ratio >= fmt.qmin) & (ratio <= fmt.qmax)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, torch.round(ratio) - ratio, ratio.clamp(fmt.qmin, fmt.qmax))
-            shared = x.numel() // scale.numel()
-            grad_scale = (grad * slope).sum_to_size(scale.shape) * (shared * fmt.qmax) ** -0.5
-        return grad * inside, grad_scale, None
+        low, high = _beyond(ctx.fmt, ratio.dtype)
+        grad_x: Tensor = torch.ops.aten.hardtanh_backward(grad, ratio, low, high)  # zero at the limits and outside
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        # The slope times the scale is result - x inside the range and result outside.
+        change = torch.mul(grad, result).addcmul_(grad_x, x, value=-1)
+        shared = x.numel() // scale.numel()
+        return grad_x, change.sum_to_size(scale.shape) / scale * (shared * ctx.fmt.qmax) ** -0.5, None
+
+
+@cache
+def _beyond(fmt: IntegerFormat, dtype: torch.dtype) -> tuple[float, float]:
+    """The floating-point numbers next to a format's range."""
+    limits = torch.tensor([fmt.qmin, fmt.qmax], dtype=dtype)
+    low, high = torch.nextafter(limits, limits * 2).tolist()
+    return low, high

@@ -1,4 +1,4 @@
-"""Closed-form starting scales: least squares for weights, the MSE-best clip for activations."""
+"""Closed-form starting grids: least squares or the peak for weights, the MSE-best clip or the peak for activations."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def least_squares_weight_scale(weight: Tensor, fmt: IntegerFormat, rounds: int =
     return best_scale.view(weight_scale_shape(weight))
 
 
+def max_weight_scale(weight: Tensor, fmt: IntegerFormat) -> Tensor:
+    """Per-output-channel scale float32 [out, 1, ...] that puts a channel's largest magnitude on ``qmax``."""
+    peak = weight.detach().float().flatten(1).abs().amax(1).clamp_min(_FLOOR * fmt.qmax)
+    return (peak / fmt.qmax).view(weight_scale_shape(weight))
+
+
+def max_scale(x: Tensor, fmt: IntegerFormat) -> Tensor:
+    """The per-tensor scale (float32 scalar) that puts the largest magnitude on ``qmax``."""
+    return x.detach().float().abs().max().clamp_min(_FLOOR * fmt.qmax) / fmt.qmax
+
+
 def mse_best_scale(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: float = 0.3) -> Tensor:
     """The per-tensor scale (float32 scalar) whose clip minimises the mean squared error over ``x``.
 
@@ -50,6 +61,40 @@ def mse_best_scale(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: 
     """
     flat = x.detach().float().flatten()
     peak = flat.abs().max().clamp_min(_FLOOR * fmt.qmax) / fmt.qmax
-    scales = peak * torch.linspace(lowest, 1.0, candidates)
+    scales = peak * torch.linspace(lowest, 1.0, candidates, device=flat.device)
     errors = torch.stack([(dequantize(quantize(flat, s, fmt), s) - flat).square().mean() for s in scales])
     return scales[int(errors.argmin())]
+
+
+def affine_grid(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Scale and offset (float32, shapes as given) of the asymmetric grid over ``low`` <= 0 <= ``high``.
+
+    ``offset`` is the value of code 0, ``-scale * z`` with an integer zero point ``z``; so zero is on the grid, which
+    the padding of convolutions needs, and ``scale * clip(round((x - offset) / scale)) + offset`` is the standard
+    asymmetric quantizer ``scale * (clip(round(x / scale) + z) - z)``.
+    """
+    scale = ((high - low) / (fmt.levels - 1)).clamp_min(_FLOOR)
+    zero_point = (fmt.qmin - torch.round(low / scale)).clamp(fmt.qmin, fmt.qmax)
+    return scale, -scale * zero_point
+
+
+def full_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value (float32 scalars) of ``x`` and zero."""
+    flat = x.detach().float().flatten()
+    return flat.min().clamp_max(0), flat.max().clamp_min(0)
+
+
+def mse_best_range(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: float = 0.3) -> tuple[Tensor, Tensor]:
+    """The range (float32 scalars, as for :func:`affine_grid`) whose grid minimises the mean squared error over ``x``.
+
+    Candidates are evenly spaced fractions of ``full_range(x)`` from ``lowest`` to 1: both ends shrink alike.
+    """
+    flat = x.detach().float().flatten()
+    ends = torch.stack(full_range(flat))
+    ranges = ends * torch.linspace(lowest, 1.0, candidates, device=flat.device).unsqueeze(1)
+    errors = []
+    for low, high in ranges:
+        scale, offset = affine_grid(low, high, fmt)
+        errors.append((dequantize(quantize(flat - offset, scale, fmt), scale) + offset - flat).square().mean())
+    low, high = ranges[int(torch.stack(errors).argmin())]
+    return low, high

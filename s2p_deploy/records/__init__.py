@@ -1,6 +1,16 @@
 """The nouns that pass between stages: frozen, typed, on disk with a manifest. Nothing else crosses a stage's border."""
 
 from s2p_deploy.records.calibrated_model import CalibratedModel, TimeTable
+from s2p_deploy.records.comparison import (
+    Comparison,
+    FailedRecipe,
+    FloatFigures,
+    PictureFigures,
+    RecipeFigures,
+    RowSqnr,
+    Spread,
+    StepErrors,
+)
 from s2p_deploy.records.engine import Engine, SitePrecision
 from s2p_deploy.records.exported_graph import ExportedGraph, GraphBlock, GraphSite, TensorSpec
 from s2p_deploy.records.latent_dataset import LatentDataset
@@ -16,33 +26,50 @@ from s2p_deploy.records.manifest import (
     verify_files,
     write_artifact,
 )
+from s2p_deploy.records.number import Number, Skipped
+from s2p_deploy.records.packed_weights import PackedWeight, write_packed_weights
 from s2p_deploy.records.precision_plan import ActPoint, PrecisionPlan, SitePlan
 from s2p_deploy.records.prompts import Prompt, PromptSet, read_prompts
 from s2p_deploy.records.scale_table import ScaleTable
+from s2p_deploy.records.simulation import Simulation
 from s2p_deploy.records.timestep_table import TimestepTable
+from s2p_deploy.records.transforms import TransformSpec
 from s2p_deploy.records.validation_report import GateResult, ValidationReport
 
 __all__ = [
     "ActPoint",
     "Base",
     "CalibratedModel",
+    "Comparison",
     "Engine",
     "ExportedGraph",
+    "FailedRecipe",
+    "FloatFigures",
     "GateResult",
     "GraphBlock",
     "GraphSite",
     "LatentDataset",
     "Manifest",
+    "Number",
+    "PackedWeight",
     "Parent",
+    "PictureFigures",
     "PrecisionPlan",
     "Prompt",
     "PromptSet",
+    "RecipeFigures",
+    "RowSqnr",
     "ScaleTable",
+    "Simulation",
     "SitePlan",
     "SitePrecision",
+    "Skipped",
+    "Spread",
+    "StepErrors",
     "TensorSpec",
     "TimeTable",
     "TimestepTable",
+    "TransformSpec",
     "ValidationReport",
     "check_vacant",
     "file_digest",
@@ -52,4 +79,5 @@ __all__ = [
     "read_prompts",
     "verify_files",
     "write_artifact",
+    "write_packed_weights",
 ]

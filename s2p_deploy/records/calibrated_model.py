@@ -6,17 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from s2p_deploy.errors import InputError
 from s2p_deploy.records.manifest import Manifest, open_artifact
+from s2p_deploy.records.packed_weights import packed_sites, read_packed_weight
 from s2p_deploy.records.precision_plan import PrecisionPlan, read_plan
 from s2p_deploy.records.scale_table import ScaleTable, read_scale_table
+from s2p_deploy.records.simulation import Simulation, read_simulation
 from s2p_deploy.records.timestep_table import TimestepTable, read_timestep_table
+from s2p_deploy.records.transforms import TransformSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+_WEIGHTS, _WEIGHT_SCALES, _LOW_BIT = "weights.safetensors", "weight_scales.safetensors", "low_bit.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,9 @@ class CalibratedModel:
 
     Files: ``weights.safetensors`` (float32, names as in the hot denoiser), ``weight_scales.safetensors`` (one float32
     [out, 1, ...] per weight-quantized site), ``act_scales.safetensors``, ``time_table.safetensors``,
-    ``plan.yaml``, ``timesteps.json`` and ``denoiser_config.json`` (the denoiser's diffusers configuration).
+    ``plan.yaml``, ``timesteps.json`` and ``denoiser_config.json`` (the denoiser's diffusers configuration). A model
+    with ``simulation.safetensors`` exists for comparison only and cannot be exported. Weights of few bits may lie
+    packed in ``low_bit.safetensors`` in place of ``weights.safetensors``: they read back as codes times scale.
     """
 
     folder: Path
@@ -41,6 +50,7 @@ class CalibratedModel:
     plan: PrecisionPlan
     scales: ScaleTable
     timesteps: TimestepTable
+    simulation: Simulation | None = None
 
     @staticmethod
     def open(folder: Path) -> CalibratedModel:
@@ -52,6 +62,7 @@ class CalibratedModel:
             read_plan(folder / "plan.yaml"),
             read_scale_table(folder / "act_scales.safetensors"),
             read_timestep_table(folder / "timesteps.json"),
+            read_simulation(folder / "simulation.safetensors"),
         )
 
     @property
@@ -59,15 +70,45 @@ class CalibratedModel:
         """Number of text tokens that the denoiser was calibrated with: the sequence length of the text states."""
         return int(self.manifest.content["tokens"])
 
+    @property
+    def transforms(self) -> TransformSpec:
+        """How the denoiser's modules differ from the pipeline's own."""
+        return TransformSpec.from_json(self.manifest.content["transforms"])
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """All parameters and buffers of the hot denoiser but the time table."""
-        return load_file(self.folder / "weights.safetensors")
+        packed = [_weight_name(site) for site in packed_sites(self.folder / _LOW_BIT)]
+        return load_file(self.folder / _WEIGHTS) | {name: self.tensor(name) for name in packed}
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One of :meth:`weights`; the others are not read.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        packed = {_weight_name(site): site for site in packed_sites(self.folder / _LOW_BIT)}
+        if name in packed:
+            scale = _read(self.folder / _WEIGHT_SCALES, packed[name])
+            return read_packed_weight(self.folder / _LOW_BIT, packed[name]).values(scale)
+        return _read(self.folder / _WEIGHTS, name)
 
     def weight_scales(self) -> dict[str, NDArray[np.float32]]:
         """Weight scales by site."""
-        return load_file(self.folder / "weight_scales.safetensors")
+        return load_file(self.folder / _WEIGHT_SCALES)
 
     def time_table(self) -> TimeTable:
         """The projected time features of every row."""
         projections = load_file(self.folder / "time_table.safetensors")["time_projections"]
         return TimeTable(projections, {k: (v[0], v[1]) for k, v in self.manifest.content["time_slices"].items()})
+
+
+def _weight_name(site: str) -> str:
+    return f"unet.{site}.weight"
+
+
+def _read(file: Path, name: str) -> NDArray[np.float32]:
+    with safe_open(file, "numpy") as opened:
+        if name not in opened.keys():  # noqa: SIM118 - a safetensors file is no dictionary
+            raise InputError(f"{file} lacks {name}: make the calibrated model again")
+        tensor: NDArray[np.float32] = opened.get_tensor(name)
+        return tensor

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+WeightFormat = Literal["int8", "int4", "levels3", "levels5", "levels9", "none"]
+ActFormat = Literal["int8", "int4"]
+
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One Conv or Linear with weights. ``weights`` is int8, int4 or none; ``act_point`` names its column, or None."""
+    """One Conv or Linear with weights.
+
+    ``weights`` is the name of an integer format, or none; ``act_point`` names its column, or None; ``rule`` says why.
+    ``sensitivity`` is the site's score where the recipe asked for one.
+    """
 
     site: str
     op: Literal["conv", "linear"]
     weights: str
     act_point: str | None
     rule: str
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def write_plan(plan: PrecisionPlan, path: Path) -> None:
             for point in plan.act_points
         },
         "sites": {
-            site.site: {"op": site.op, "weights": site.weights, "act_point": site.act_point, "rule": site.rule}
+            site.site: {name: value for name, value in asdict(site).items() if name != "site" and value is not None}
             for site in plan.sites
         },
     }
@@ -66,17 +75,55 @@ def write_plan(plan: PrecisionPlan, path: Path) -> None:
 
 
 def read_plan(path: Path) -> PrecisionPlan:
-    """Reads ``plan.yaml``. Raises InputError where it is not a plan."""
+    """Reads ``plan.yaml``, as written or edited.
+
+    Raises:
+        InputError: it is not a plan; a key, a value's type or a format is unknown (the message names the place); or a
+            site and its act point do not know each other.
+    """
     try:
-        data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        sites = tuple(SitePlan(site=name, **entry) for name, entry in data["sites"].items())
-        points = tuple(
-            ActPoint(name=name, sites=tuple(s.site for s in sites if s.act_point == name), **entry)
-            for name, entry in data["act_points"].items()
-        )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        data = _PlanFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
-    unknown = {s.act_point for s in sites if s.act_point} - {p.name for p in points}
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"{path} is no precision plan: {where}: {first['msg'].lower()}") from error
+    readers: dict[str, list[str]] = {}
+    for name, site in data.sites.items():
+        if site.act_point is not None:
+            readers.setdefault(site.act_point, []).append(name)
+    unknown, unread = readers.keys() - data.act_points.keys(), data.act_points.keys() - readers.keys()
     if unknown:
         raise InputError(f"{path}: act point {sorted(unknown)[0]} is used by a site and not defined")
-    return PrecisionPlan(sites, points)
+    if unread:
+        raise InputError(f"{path}: act point {sorted(unread)[0]} is used by no site: remove it")
+    return PrecisionPlan(
+        tuple(SitePlan(site=name, **site.model_dump()) for name, site in data.sites.items()),
+        tuple(
+            ActPoint(name=name, sites=tuple(readers[name]), **point.model_dump())
+            for name, point in data.act_points.items()
+        ),
+    )
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _SiteEntry(_Entry):
+    op: Literal["conv", "linear"]
+    weights: WeightFormat
+    act_point: str | None = None
+    rule: str
+    sensitivity: float | None = None
+
+
+class _PointEntry(_Entry):
+    activations: ActFormat
+    timestep_dependent: bool
+
+
+class _PlanFile(_Entry):
+    act_points: dict[str, _PointEntry]
+    sites: dict[str, _SiteEntry] = Field(min_length=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +13,10 @@ from safetensors.torch import load_file
 from s2p_deploy.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
+# Trained weights, bundled with the shapes pipeline.
+CLASSIFIER = Path(str(resources.files("s2p_deploy"))) / "shapes" / "pipeline" / "classifier.safetensors"
 FEATURES = 64
 ANSWERS = (len(COLOURS) + 1, len(SHAPES), len(SIZES)) * len(PLACES) + (len(BACKGROUNDS),)
 

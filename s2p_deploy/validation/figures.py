@@ -31,9 +31,9 @@ def psnr_figure(comparison: PictureComparison) -> str:
         shift = float(np.median(comparison.pixel_shift.psnr))
         axes.axhline(shift, color=_YARDSTICK, linestyle="--", label="one-pixel shift (median)")
         axes.set(xlabel="picture, worst first", ylabel="PSNR to FP, dB")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("psnr", draw)
+    return svg("psnr", draw)
 
 
 def trajectory_figure(comparison: PictureComparison) -> str:
@@ -47,7 +47,7 @@ def trajectory_figure(comparison: PictureComparison) -> str:
         axes.semilogy(calls, np.maximum(median, floor), color=_FIRST)
         axes.set(xlabel="call of the denoiser", ylabel="latent error, relative to FP")
 
-    return _svg("trajectory", draw)
+    return svg("trajectory", draw)
 
 
 def timestep_figure(found: EndToEnd) -> str:
@@ -57,9 +57,9 @@ def timestep_figure(found: EndToEnd) -> str:
         axes.plot(found.rows, found.fake_quant, "o", color=_FIRST, markersize=5, alpha=0.6, label="fake-quant")
         axes.plot(found.rows, found.engine, "x", color=_SECOND, markersize=5, label="engine")
         axes.set(xlabel="timestep", ylabel="SQNR to FP, dB")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("timestep", draw)
+    return svg("timestep", draw)
 
 
 def block_figure(graph: Sequence[BlockAgreement], engine: Sequence[BlockAgreement], limit: float) -> str:
@@ -71,9 +71,9 @@ def block_figure(graph: Sequence[BlockAgreement], engine: Sequence[BlockAgreemen
         axes.axvline(limit, color=_YARDSTICK, linestyle="--", label="gate")
         axes.invert_yaxis()
         axes.set(xlabel="SQNR to fake-quant, dB")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("blocks", draw, height=0.9 + 0.2 * max(len(graph), len(engine)))
+    return svg("blocks", draw, height=0.9 + 0.2 * max(len(graph), len(engine)))
 
 
 def scales_figure(table: ScaleTable) -> str:
@@ -90,15 +90,15 @@ def scales_figure(table: ScaleTable) -> str:
         axes.set(xlabel="timestep", ylabel="act point, in module order")
         axes.figure.colorbar(picture, label="log2(scale / centre)")
 
-    return _svg("scales", draw, height=3.6)
+    return svg("scales", draw, height=3.6)
 
 
-def _legend(axes: Any) -> None:  # noqa: ANN401 - as above
+def legend(axes: Any) -> None:  # noqa: ANN401 - as above
     """Above the axes, where it covers no point."""
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handletextpad=0.3)
 
 
-def _svg(name: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:
+def svg(name: str, draw: Callable[[Any], None], height: float = _HEIGHT) -> str:
     """One figure as an ``<svg>`` element; ``name`` keeps the ids of several figures in one page apart."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG

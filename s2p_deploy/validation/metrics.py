@@ -32,7 +32,12 @@ def sqnr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.floa
 
 def pooled_sqnr_db(signal: float, noise: float) -> float:
     """Signal to noise ratio in dB of summed powers."""
-    return float(_decibel(np.asarray(signal), np.asarray(noise), SQNR_CEILING))
+    return float(pooled_sqnrs_db(np.asarray(signal), np.asarray(noise)))
+
+
+def pooled_sqnrs_db(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As :func:`pooled_sqnr_db` of every element."""
+    return _decibel(signal, noise, SQNR_CEILING)
 
 
 def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
@@ -84,7 +89,7 @@ def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) ->
     gap = first.mean(0) - second.mean(0)
     one, two = (np.cov(features, rowvar=False) for features in (first, second))
     roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None))
-    return float(gap @ gap + np.trace(one) + np.trace(two) - 2 * roots.sum())
+    return max(0.0, float(gap @ gap + np.trace(one) + np.trace(two) - 2 * roots.sum()))
 
 
 def _power(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -12,14 +12,14 @@ import torch
 
 from s2p_deploy.pipeline import Schedule, initial_noise, pipeline_with_denoiser, with_schedule
 from s2p_deploy.progress import silent
-from s2p_deploy.shapes.checker import AttributeScore, score_picture
+from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.grammar import parse
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
 from s2p_deploy.validation.metrics import frechet_distance, haarpsi, psnr_db, relative_error, shifted, ssim
 from s2p_deploy.validation.numbers import Number, Skipped, ratio_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from diffusers import StableDiffusionPipeline
     from numpy.typing import NDArray
@@ -60,18 +60,34 @@ def draw(
     Raises:
         InputError: no such scheduler, or an engine's table does not cover the schedule.
     """
-    scheduled = with_schedule(pipe, schedule)
-    total, parts = len(prompts.prompts), []
-    start = time.perf_counter()
-    for first in range(0, total, BATCH):
-        parts.append(_draw_batch(scheduled, prompts.prompts[first : first + BATCH], schedule.steps, guidance_scale))
-        progress(stage, sum(len(pictures) for pictures, _ in parts), total)
+    parts = list(draw_parts(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress))
     return Drawing(
-        np.concatenate([pictures for pictures, _ in parts]),
-        np.concatenate([trajectory for _, trajectory in parts], axis=1),
-        tuple(float(timestep) for timestep in scheduled.scheduler.timesteps),
-        time.perf_counter() - start,
+        np.concatenate([part.pictures for part in parts]),
+        np.concatenate([part.trajectory for part in parts], axis=1),
+        parts[0].timesteps,
+        sum(part.seconds for part in parts),
     )
+
+
+def draw_parts(
+    pipe: StableDiffusionPipeline,
+    prompts: PromptSet,
+    schedule: Schedule,
+    guidance_scale: float,
+    *,
+    stage: str = "pictures",
+    progress: Progress = silent,
+) -> Iterator[Drawing]:
+    """As :func:`draw`, one batch after the other, for what does not fit into memory together."""
+    scheduled = with_schedule(pipe, schedule)
+    total = len(prompts.prompts)
+    for first in range(0, total, BATCH):
+        some = prompts.prompts[first : first + BATCH]
+        start = time.perf_counter()
+        pictures, trajectory = _draw_batch(scheduled, some, schedule.steps, guidance_scale)
+        seconds = time.perf_counter() - start
+        progress(stage, first + len(some), total)
+        yield Drawing(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
 
 
 def compare_drawings(
@@ -132,17 +148,27 @@ def accuracies(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], prompts: PromptSet
 ) -> tuple[Number, Number] | Skipped:
     """Attribute accuracy of both, where every prompt is a caption of the shapes grammar."""
+    first, second = (attribute_answers(pictures, prompts) for pictures in (reference, candidate))
+    if isinstance(first, Skipped) or isinstance(second, Skipped):
+        return first if isinstance(first, Skipped) else Skipped("the two drawings are of different sizes")
+    return accuracy_of(first), accuracy_of(second)
+
+
+def attribute_answers(pictures: NDArray[np.float32], prompts: PromptSet) -> NDArray[np.int64] | Skipped:
+    """Right answers and questions asked, int64 [n, 2], where every prompt is a caption of the shapes grammar."""
     try:
         scenes = [parse(prompt.text) for prompt in prompts.prompts]
     except ValueError:
         return Skipped("the prompts are no captions of the shapes grammar")
-    if reference.shape[1:3] != (_SIDE, _SIDE):
+    if pictures.shape[1:3] != (_SIDE, _SIDE):
         return Skipped(f"the checker reads pictures of {_SIDE}×{_SIDE}")
-    both = [
-        [score_picture(picture, scene) for picture, scene in zip(to_bytes(pictures), scenes, strict=True)]
-        for pictures in (reference, candidate)
-    ]
-    return _accuracy(both[0]), _accuracy(both[1])
+    scores = [score_picture(picture, scene) for picture, scene in zip(to_bytes(pictures), scenes, strict=True)]
+    return np.array([(score.right, score.asked) for score in scores], dtype=np.int64)
+
+
+def accuracy_of(answers: NDArray[np.int64]) -> Number:
+    """Attribute accuracy of what :func:`attribute_answers` gave."""
+    return ratio_of(answers[:, 0], answers[:, 1])
 
 
 def feature_distance(
@@ -153,15 +179,18 @@ def feature_distance(
         return Skipped("no classifier of the shapes pictures is given")
     if len(reference) < 2:
         return Skipped("a distance of distributions needs at least two pictures")
+    first, second = (picture_features(pictures, classifier) for pictures in (reference, candidate))
+    return Number(frechet_distance(first, second), len(reference))
+
+
+def picture_features(pictures: NDArray[np.float32], classifier: Path) -> NDArray[np.float64]:
+    """Features float64 [n, 64] of pictures of 64x64 by the shapes classifier, whose weights are in a file."""
     from s2p_deploy.shapes.classifier import load_classifier
 
-    network = load_classifier(classifier)
+    planes = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
     with torch.no_grad():
-        features = [
-            network.features(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))).double().numpy()
-            for pictures in (reference, candidate)
-        ]
-    return Number(frechet_distance(features[0], features[1]), len(reference))
+        found: NDArray[np.float64] = load_classifier(classifier).features(planes).double().numpy()
+    return found
 
 
 def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -190,8 +219,3 @@ def _draw_batch(
         output_type="np",
     )
     return result.images.astype(np.float32), np.stack(latents)
-
-
-def _accuracy(scores: Sequence[AttributeScore]) -> Number:
-    right, asked = (np.array([getattr(score, name) for score in scores]) for name in ("right", "asked"))
-    return ratio_of(right, asked)

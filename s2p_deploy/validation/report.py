@@ -113,9 +113,9 @@ def _pairs(drawings: Drawings, comparison: PictureComparison) -> list[dict[str, 
         {
             "text": drawings.prompts.prompts[index].text,
             "psnr": psnr[index],
-            "reference": _data_uri(reference[place]),
-            "candidate": _data_uri(candidate[place]),
-            "difference": _data_uri(difference[place]),
+            "reference": data_uri(reference[place]),
+            "candidate": data_uri(candidate[place]),
+            "difference": data_uri(difference[place]),
         }
         for place, index in enumerate(shown)
     ]
@@ -127,7 +127,8 @@ def _site_rows(precisions: tuple[SitePrecision, ...], plan: PrecisionPlan, found
     return [asdict(precision) | {"codes": points.get(precision.site)} for precision in precisions]
 
 
-def _data_uri(picture: NDArray[np.uint8]) -> str:
+def data_uri(picture: NDArray[np.uint8]) -> str:
+    """A picture uint8 [H, W, 3] as a PNG inside an address, smaller where it is large."""
     from PIL import Image
 
     image = Image.fromarray(picture)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata, resources
-from pathlib import Path
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.calib import fake_quant_denoiser
@@ -24,6 +23,7 @@ from s2p_deploy.records import (
     parent_folder,
     write_artifact,
 )
+from s2p_deploy.shapes.classifier import CLASSIFIER
 from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
 from s2p_deploy.validation.end_to_end import measure_end_to_end
 from s2p_deploy.validation.gates import judge, verdict_of
@@ -35,6 +35,8 @@ from s2p_deploy.validation.report import Drawings, render_html, write_pictures
 from s2p_deploy.validation.summary import plain, summary
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diffusers import StableDiffusionPipeline
 
     from s2p_deploy.calib import FakeQuantDenoiser
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
 
 _HALF_HINTS = {"bf16", "f16", "fp16"}
 _LIBRARIES = ("s2p-deploy", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxruntime", "openvino")
-_CLASSIFIER = Path(str(resources.files("s2p_deploy"))) / "shapes" / "pipeline" / "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def measure(
         end_to_end = measure_end_to_end(pipe.unet, fake_quant, runner, latents)
         candidate_pipe = pipeline_with_engine(pipe, chain.engine, runner)
         candidate = draw(candidate_pipe, prompts, schedule, guidance, stage="pictures, engine", progress=progress)
-        compared = compare_drawings(reference, candidate, prompts, schedule, guidance, _CLASSIFIER)
+        compared = compare_drawings(reference, candidate, prompts, schedule, guidance, CLASSIFIER)
         others = tuple(_compared(pipe, candidate_pipe, prompts, other, guidance, progress) for other in schedules)
     found = Measurements(**inside, end_to_end=end_to_end, pictures=compared, other_schedules=others)
     return found, Drawings(prompts, reference, candidate)
@@ -234,7 +235,7 @@ def _compared(
     first, second = (
         draw(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress) for pipe in (reference, candidate)
     )
-    return compare_drawings(first, second, prompts, schedule, guidance_scale, _CLASSIFIER)
+    return compare_drawings(first, second, prompts, schedule, guidance_scale, CLASSIFIER)
 
 
 def _described(chain: Chain, prompts: PromptSet, command: str) -> dict[str, Any]:

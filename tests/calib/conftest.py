@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.families import (
     BasePipeline,
     HotDenoiser,
@@ -19,6 +21,7 @@ from s2p_deploy.families import (
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
 from tests.tiny_pipeline import tiny_base
+from tests.training_states import new_state
 
 TEXTS = ("a large red circle", "a small blue square", "a large green triangle", "two circles", "a red square", "a disc")
 
@@ -64,7 +67,8 @@ def recipe() -> Recipe:
         ],
         "sampling": {"steps": 6, "guidance_scale": 2.5},
         "dataset": {"prompts": 6, "points_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
-        "training": {"iterations": 6, "batch": 4, "save_every": 2, "scale_latents": 8},
+        "training": {"iterations": 6, "batch": 4, "save_every": 2},
+        "scales": {"latents": 8},
     }
     return recipe_from_data(data, "test")
 
@@ -80,6 +84,16 @@ def dataset(
     teacher = hot_denoiser_from_unet(loaded.unet, time_table_from_unet(loaded.unet, 1000)).eval()
     out = tmp_path_factory.mktemp("latents") / "dataset"
     return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
+
+
+@pytest.fixture(scope="session")
+def untrained(base: BasePipeline, recipe: Recipe, dataset: LatentDataset) -> TrainingState:
+    return new_state(base, recipe, dataset)
+
+
+@pytest.fixture
+def state(untrained: TrainingState) -> TrainingState:
+    return copy.deepcopy(untrained)
 
 
 @pytest.fixture(scope="session")

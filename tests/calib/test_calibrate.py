@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,15 +58,19 @@ def test_what_a_calibrated_model_holds(finished: CalibratedModel, prompts: Promp
     assert table.trained == finished.timesteps.calibrated
     assert len(table.trained) == 6
     content = finished.manifest.content
-    assert content["prompts"] == prompts.digest
+    assert content["asked"]["prompts"] == prompts.digest
     assert content["tokens"] == finished.tokens == 24
     training = content["training"]
     assert training["starting_loss"] == pytest.approx(1.0)
     assert training["rows"] == list(table.trained)
     assert len(training["row_errors_start"]) == len(training["row_errors_final"]) == 6
-    assert 4 < content["average_bits"]["weights"] < 4.1
-    assert 8 < content["average_bits"]["activations"] < 10
-    assert len((finished.folder / "training.jsonl").read_text().splitlines()) == recipe.training.iterations
+    assert 4 < content["average_bits"]["parameters"]["weights"] < 4.1
+    assert 8 < content["average_bits"]["parameters"]["activations"] < 10
+    assert [line["kind"] for line in _log(finished.folder)].count("iteration") == recipe.training.iterations
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
 
 def test_the_dataset_is_inside_and_verified(finished: CalibratedModel) -> None:
@@ -107,7 +112,7 @@ def test_another_request_is_refused_unless_replaced(
     out = tmp_path / "model"
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"iterations": 0})})
     first = calibrate(base, recipe, prompts.first(2), out)
-    with pytest.raises(InputError, match="was made from another recipe, prompts or pipeline"):
+    with pytest.raises(InputError, match="was made from another recipe, prompts, plan or pipeline"):
         calibrate(base, recipe, prompts.first(3), out)
     second = calibrate(base, recipe, prompts.first(3), out, replace=True)
     assert second.manifest.digest != first.manifest.digest
@@ -140,7 +145,7 @@ def test_recipe_fp_is_the_pipelines_own_denoiser(base: BasePipeline, prompts: Pr
     assert model.scales.scales.shape == (1000, 0)
     assert len(model.timesteps.calibrated) == 50
     assert model.manifest.parents == {}
-    assert model.manifest.content["average_bits"]["weights"] == 16
+    assert model.manifest.content["average_bits"]["layers"]["weights"] == 16
     inputs = (torch.ones(2, 4, 8, 8), torch.tensor([3, 981]), torch.ones(2, 24, 128))
     assert torch.equal(fake_quant_denoiser(model)(*inputs), fp_denoiser(base)(*inputs))
 

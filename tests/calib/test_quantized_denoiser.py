@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s2p_deploy.calib import QuantizedConv2d, QuantizedDenoiser, QuantizedLinear, plan_from_recipe
-from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
+from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser, SampleGrids
 from s2p_deploy.calib.scale_start import starting_weight_scales
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import HotDenoiser, discover_sites
@@ -49,11 +49,14 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_samples_of_one_batch_sit_on_their_own_rows(
     quantized: QuantizedDenoiser, act_scales: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    together = quantized(*inputs, act_scales)
+    together = quantized(*inputs, SampleGrids(act_scales[inputs[1]]))
     for index in range(3):
-        alone = quantized(*(value[index : index + 1] for value in inputs), act_scales)
+        alone = quantized(
+            *(value[index : index + 1] for value in inputs), SampleGrids(act_scales[inputs[1][index : index + 1]])
+        )
         torch.testing.assert_close(together[index], alone[0])
-    other = quantized(inputs[0], torch.tensor([1, 500, 500]), inputs[2], act_scales)
+    rows = torch.tensor([1, 500, 500])
+    other = quantized(inputs[0], rows, inputs[2], SampleGrids(act_scales[rows]))
     assert torch.equal(together[:2], other[:2])
     assert not torch.allclose(together[2], other[2], rtol=1e-2)
 
@@ -64,7 +67,7 @@ def test_a_sites_arithmetic_is_the_numerics(
     seen: list[tuple[Tensor, Tensor]] = []
     site = quantized.site(TO_Q)
     site.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    quantized(*inputs, act_scales)
+    quantized(*inputs, SampleGrids(act_scales[inputs[1]]))
     ((x, output),) = seen
     column = quantized.plan.point_names().index(TO_Q)
     scale = act_scales[inputs[1], column].view(3, 1, 1)
@@ -92,14 +95,14 @@ def test_a_site_without_a_scale_raises_before_and_after_a_call(
     for _ in range(2):
         with pytest.raises(S2PError, match=f"site {TO_Q} was reached without an activation scale"):
             quantized.site(TO_Q)(x)
-        quantized(*inputs, act_scales)
+        quantized(*inputs, SampleGrids(act_scales[inputs[1]]))
 
 
 def test_recipe_fp_changes_no_bit(hot: HotDenoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     hot.double()
     expected = hot(*inputs)
     plan = plan_from_recipe(load_recipe("fp"), discover_sites(hot))
-    assert torch.equal(QuantizedDenoiser(hot, plan, {})(*inputs, torch.ones(ROWS, 0)), expected)
+    assert torch.equal(QuantizedDenoiser(hot, plan, {})(*inputs, SampleGrids(torch.ones(len(inputs[0]), 0))), expected)
 
 
 def test_baked_weights_give_the_same_output(
@@ -111,7 +114,8 @@ def test_baked_weights_give_the_same_output(
 ) -> None:
     scales = quantized.weight_scales()
     baked = QuantizedDenoiser(hot.double(), plan, scales, bake=True)
-    torch.testing.assert_close(baked(*inputs, act_scales), quantized(*inputs, act_scales))
+    grids = SampleGrids(act_scales[inputs[1]])
+    torch.testing.assert_close(baked(*inputs, grids), quantized(*inputs, grids))
     assert baked.weight_scales() == {}
 
 

@@ -14,7 +14,7 @@ QUICK = (
     "sampling.steps=5",
     "training.iterations=2",
     "training.batch=2",
-    "training.scale_latents=2",
+    "scales.latents=2",
     "validation.pictures=2",
     "validation.latents=4",
 )

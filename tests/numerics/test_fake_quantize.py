@@ -38,6 +38,40 @@ def test_the_lsq_gradient_by_hand() -> None:
     torch.testing.assert_close(scale.grad, torch.tensor(expected))
 
 
+def test_the_limits_belong_to_the_range() -> None:
+    low, high = INT4.qmin, INT4.qmax
+    x = torch.tensor([low, high, low - 1e-5, high + 1e-5, low - 0.4, high + 0.4], requires_grad=True)
+    fake_quantize(x, torch.tensor(1.0), INT4).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_no_gradient_is_found_that_nobody_asks_for() -> None:
+    x, scale = torch.tensor([0.3, 9.0], requires_grad=True), torch.tensor(1.0)
+    fake_quantize(x, scale, INT4).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 0]
+    fixed, scale = torch.tensor([0.3, 9.0]), scale.requires_grad_()
+    fake_quantize(fixed, scale, INT4).sum().backward()
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, torch.tensor((0 - 0.3 + 7) / 14**0.5))
+
+
+@given(VALUES, SCALES, FORMATS)
+def test_the_gradient_of_the_scale_is_the_definition(x: Tensor, scale: float, fmt: IntegerFormat) -> None:
+    s = torch.tensor(scale, requires_grad=True)
+    upstream = torch.linspace(-1, 2, len(x))
+    (fake_quantize(x, s, fmt) * upstream).sum().backward()
+    ratio = x.double() / scale
+    inside = (ratio >= fmt.qmin) & (ratio <= fmt.qmax)
+    codes = quantize(x, s.detach(), fmt).double()
+    slope = torch.where(inside, codes - ratio, codes)
+    assert s.grad is not None
+    size = (upstream * (slope.abs() + 1e-4 * codes.abs())).abs().sum() + 1e-4
+    found, expected = s.grad.double(), (upstream * slope).sum() * (len(x) * fmt.qmax) ** -0.5
+    assert abs(float(found - expected)) <= 1e-4 * float(size)
+
+
 def test_a_samples_gradient_is_its_own() -> None:
     x = torch.tensor([[0.3, 9.0], [0.6, -0.2]])
     scale = torch.ones(2, 1, requires_grad=True)

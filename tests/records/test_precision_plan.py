@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.numerics import format_by_name
+from s2p_deploy.recipe import ActFormatName, FormatName
 from s2p_deploy.records import ActPoint, PrecisionPlan, SitePlan
-from s2p_deploy.records.precision_plan import read_plan, write_plan
+from s2p_deploy.records.precision_plan import ActFormat, WeightFormat, read_plan, write_plan
 
 PLAN = PrecisionPlan(
     sites=(
         SitePlan("conv_in", "conv", "int8", None, "conv_in"),
-        SitePlan("attn1.to_q", "linear", "int4", "attn1.to_q:int8", "default"),
+        SitePlan("attn1.to_q", "linear", "levels5", "attn1.to_q:int8", "default", 1.25e-9),
         SitePlan("attn1.to_k", "linear", "int4", "attn1.to_q:int8", "default"),
     ),
     act_points=(ActPoint("attn1.to_q:int8", "int8", ("attn1.to_q", "attn1.to_k")),),
@@ -32,6 +35,51 @@ def test_a_foreign_file_is_no_plan(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(InputError, match="no precision plan"):
         read_plan(tmp_path / "plan.yaml")
+
+
+GOOD = """
+act_points:
+  a: {activations: int8, timestep_dependent: true}
+sites:
+  a: {op: conv, weights: int4, act_point: a, rule: default, sensitivity: 1.5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("weights: int4", "weights: int5", "sites.a.weights: input should be 'int8', 'int4'"),
+        ("activations: int8", "activations: none", "act_points.a.activations: input should be 'int8' or 'int4'"),
+        ("activations: int8", "activations: levels3", "act_points.a.activations"),
+        ("op: conv", "op: pool", "sites.a.op"),
+        ("timestep_dependent: true", "timestep_dependent: maybe", "dependent: input should be a valid boolean"),
+        ("sensitivity: 1.5", "sensitivity: high", "sites.a.sensitivity"),
+        ("sensitivity: 1.5", "sensitivity: .nan", "sites.a.sensitivity"),
+        ("rule: default", "rule: [1]", "sites.a.rule"),
+        ("rule: default", "rule: default, bits: 4", "sites.a.bits: extra inputs are not permitted"),
+        ("act_point: a", "act_point: 3", "sites.a.act_point"),
+        ("act_point: a, ", "", "act point a is used by no site"),
+        ("act_point: a", "act_point: b", "act point b is used by a site and not defined"),
+        ("  a: {op: conv", "  3: {op: conv", "sites.3"),
+    ],
+)
+def test_an_edit_that_cannot_be_meant_is_refused_in_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(GOOD)
+    assert read_plan(file).sites[0].sensitivity == 1.5
+    assert old in GOOD
+    file.write_text(GOOD.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        read_plan(file)
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_formats_are_those_of_the_numerics_and_of_recipes() -> None:
+    assert get_args(WeightFormat) == get_args(FormatName)
+    assert (*get_args(ActFormat), "none") == get_args(ActFormatName)
+    assert all(format_by_name(name) is not None for name in get_args(WeightFormat) if name != "none")
 
 
 def test_an_act_point_must_be_defined(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""S2P training at Stable Diffusion v1-4's size: seconds per iteration and memory, on random weights.
+
+Values do not matter for either. One sample per batch and recomputed activations on the CPU; the paper's batch of 12 on
+a GPU. The estimate for the paper's 10,000 iterations stands beside its 4.5 hours (one A100).
+
+    python benchmarks/full_size_training.py [--iterations 3] [--batch 1] [--device cpu] [--precision fp32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from training_cost import ROWS, Case, random_batch
+
+from s2p_deploy.calib.act_scales import ActScales
+from s2p_deploy.calib.learner import Learner
+from s2p_deploy.calib.losses import RowErrors
+from s2p_deploy.calib.objective import Objective
+from s2p_deploy.calib.plan import plan_from_recipe
+from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
+from s2p_deploy.calib.scale_start import starting_weight_scales
+from s2p_deploy.calib.training_setting import TrainingSetting
+from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.families import discover_sites, hot_denoiser_from_unet, time_table_from_unet
+from s2p_deploy.recipe import Recipe, Scales, load_recipe
+
+SD_V1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
+PAPER = {"iterations": 10_000, "batch": 12, "hours": 4.5, "hardware": "one A100"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_training.json")
+    asked = parser.parse_args()
+    training = {"precision": asked.precision, "checkpointing": True, "batch": asked.batch}
+    found = measure(load_recipe("w4a8", {"training": training}), asked.iterations, torch.device(asked.device))
+    per_sample = found["seconds_per_iteration"] / asked.batch
+    hours = per_sample * PAPER["batch"] * PAPER["iterations"] / 3600
+    result = vars(asked) | {"out": None} | found | {"paper": PAPER, "hours_for_the_papers_iterations": round(hours, 1)}
+    del result["out"]
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def measure(recipe: Recipe, iterations: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds of the iterations after the first, and the process's peak memory."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    unet = UNet2DConditionModel(**SD_V1)
+    hot = hot_denoiser_from_unet(unet, time_table_from_unet(unet, 1000)).eval()
+    batch = random_batch(hot, Case(lambda: unet, recipe.training.batch, 77)).to(device)
+    plan = plan_from_recipe(recipe, discover_sites(hot))
+    denoiser = QuantizedDenoiser(hot, plan, starting_weight_scales(hot, plan, Scales(weights="max")))
+    static = [not point.timestep_dependent for point in plan.act_points]
+    act_scales = ActScales(torch.full((ROWS, len(plan.act_points)), 0.05), static)
+    state = TrainingState(denoiser, act_scales, torch.arange(ROWS) * (1000 // ROWS))
+    setting = TrainingSetting(recipe.training, 7.5, device=device)
+    learner = Learner(state, setting)
+    learner.begin(RowErrors(*torch.ones(3, ROWS)))
+    objective = Objective(setting, state, torch.ones(ROWS))
+    built = time.perf_counter() - start
+    seconds = []
+    for _ in range(iterations + 1):
+        start = time.perf_counter()
+        learner.clear_gradients()
+        out, feature = objective.add_gradients(batch, 1.0)
+        learner.update(batch.index.unique(), 1.0, out, feature)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "parameters": sum(parameter.numel() for parameter in hot.parameters()),
+        "sites": len(plan.sites),
+        "threads": torch.get_num_threads(),
+        "seconds_to_build": round(built, 1),
+        "seconds_per_iteration": round(statistics.median(seconds[1:]), 2),
+        "peak_memory_gb": round(_peak_bytes(device) / 1e9, 2),
+    }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

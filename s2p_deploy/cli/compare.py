@@ -1,0 +1,121 @@
+"""``s2p-deploy compare``: recipes side by side on the same held-out prompts."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2p_deploy.cli.options import (
+    JsonOption,
+    OutFolder,
+    PromptsOption,
+    SettingsOption,
+    overrides_from_settings,
+    prompts_from_option,
+)
+from s2p_deploy.cli.outcome import Outcome, show, table
+from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.errors import InputError, S2PError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from s2p_deploy.pipeline import Schedule
+    from s2p_deploy.records import Comparison
+
+
+def compare(  # noqa: PLR0913 - its options
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Names or YAML files; gains are against the first.")
+    ],
+    *,
+    model: Annotated[str, typer.Option(help="A folder in diffusers format, a hub id (owner/name), or shapes.")],
+    prompts: PromptsOption,
+    held_out: Annotated[
+        str, typer.Option("--held-out", metavar="FILE", help="The prompts that are drawn; none of the training's.")
+    ],
+    out: OutFolder,
+    settings: SettingsOption = None,
+    pictures: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 64,
+    schedules: Annotated[
+        list[str] | None,
+        typer.Option("--schedule", metavar="NAME:STEPS", help="Draw on this schedule too, e.g. unipc:10 or pndm:25."),
+    ] = None,
+    latents_prompts: Annotated[
+        int, typer.Option("--latents-prompts", min=1, help="Held-out prompts whose latents decide the SQNR per row.")
+    ] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Make everything anew instead of going on.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Calibrate recipes alike and compare what they draw: a table and a page. Goes on where it was."""
+    from s2p_deploy.recipe import load_recipe
+
+    overrides = overrides_from_settings(settings)
+    loaded = tuple(load_recipe(recipe, overrides) for recipe in recipes)
+    asked = tuple(_schedule(text) for text in schedules or ())
+    train, drawn = prompts_from_option(prompts), prompts_from_option(held_out)
+    from s2p_deploy.families import resolve_base
+    from s2p_deploy.validation import Contest
+    from s2p_deploy.validation import compare as compare_recipes
+
+    contest = Contest(resolve_base(model), loaded, train, drawn.first(pictures), asked, latents_prompts)
+    options = [("--model", model), ("--prompts", prompts), ("--held-out", held_out), ("--pictures", str(pictures))]
+    options += [("--latents-prompts", str(latents_prompts))]
+    options += [("--schedule", text) for text in schedules or ()] + [("--set", text) for text in settings or ()]
+    command = shlex.join(["s2p-deploy", "compare", *recipes, *(part for option in options for part in option)])
+    with progress_bars() as progress:
+        found = compare_recipes(contest, out, replace=force, command=f"{command} --out DIR", progress=progress)
+    return show(_outcome(found, out), as_json=as_json)
+
+
+def _schedule(text: str) -> Schedule:
+    from s2p_deploy.pipeline import Schedule, scheduler_names
+
+    name, _, steps = text.partition(":")
+    if name not in scheduler_names() or not steps.isascii() or not steps.isdigit() or int(steps) < 1:
+        known = ", ".join(scheduler_names())
+        raise InputError(f"--schedule {text!r} must be NAME:STEPS, e.g. unipc:10, with a name of {known}")
+    return Schedule(int(steps), name)
+
+
+def _outcome(found: Comparison, out: Path) -> Outcome:
+    from s2p_deploy.validation.compare import JSON_FILE, PAGE_FILE
+
+    failure = None
+    if found.failed:
+        named = "; ".join(f"{recipe.name}: {recipe.message}" for recipe in found.failed)
+        failure = S2PError(f"{len(found.failed)} of {len(found.recipes)} recipes failed: {named}")
+    data: dict[str, Any] = {
+        "comparison": str(out / JSON_FILE),
+        "page": str(out / PAGE_FILE),
+        "recipes": [
+            {
+                "name": recipe.name,
+                "median_psnr": [one.psnr.median.value for one in recipe.pictures],
+                "sqnr": recipe.sqnr.mean.value,
+            }
+            for recipe in found.results
+        ],
+        "failed": [{"name": recipe.name, "message": recipe.message} for recipe in found.failed],
+    }
+    tables = tuple(_table(found, number) for number in range(len(found.floats)))
+    return Outcome(data, (*tables, f"Page: {out / PAGE_FILE}", f"Numbers: {out / JSON_FILE}"), failure)
+
+
+def _table(found: Comparison, schedule: int) -> Table:
+    """The best of a column has a star."""
+    from s2p_deploy.validation.compare_table import SHORT, table_of
+
+    made = table_of(found, schedule, SHORT)
+    rows = [
+        (
+            f"{row.name} ({row.note})" if row.kind == "failed" else row.name,
+            *(f"{cell.text} ★" if cell.best else cell.text for cell in row.cells),
+        )
+        for row in made.rows
+    ]
+    return table(made.title, ("recipe", *made.columns), rows)

@@ -1,0 +1,142 @@
+"""A calibrated model whose modules were rewritten: split shortcuts, smoothing, low-rank branches, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from artifacts import tiny_calibrated, tiny_inputs
+
+from s2p_deploy.calib.fit_transforms import set_smoothing
+from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
+from s2p_deploy.errors import InputError
+from s2p_deploy.export import GraphParts, export_graph
+from s2p_deploy.families import LowRankLinear, apply_transforms, discover_sites, module_of_kind, split_shortcuts
+from s2p_deploy.records import Simulation, TransformSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.records import CalibratedModel, ExportedGraph
+
+RANK = 4
+
+
+def rewrite(hot: HotDenoiser) -> TransformSpec:
+    """Every kind of rewrite, with values that are far from a fresh one's; linear layers in the middle block only."""
+    linears = [site for site in discover_sites(hot) if site.op == "linear" and site.name.startswith("mid_block")]
+    smoothed = tuple(site.name for site in linears if ".ff." not in site.name)
+    low_rank = {f"{site.name}.layer" if site.name in smoothed else site.name: RANK for site in linears}
+    spec = TransformSpec(split_shortcuts(hot.unet), smoothed, low_rank)
+    apply_transforms(hot, spec)
+    generator = torch.Generator().manual_seed(0)
+    for path in smoothed:
+        factor = hot.unet.get_submodule(path).factor
+        set_smoothing(hot, {path: torch.rand(factor.shape, generator=generator) + 0.5})
+    for path in low_rank:
+        module_of_kind(hot, path, LowRankLinear).decompose()
+    return spec
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> CalibratedModel:
+    return tiny_calibrated(tmp_path_factory.mktemp("transforms") / "calib", "int4", "int8", rewrite=rewrite)
+
+
+@pytest.fixture(scope="module")
+def graph(calibrated: CalibratedModel) -> ExportedGraph:
+    return export_graph(calibrated, calibrated.folder.parent / "graph")
+
+
+def sqnr(candidate: np.ndarray, reference: np.ndarray) -> float:
+    error = np.square(candidate.astype(np.float64) - reference).sum()
+    return float(10 * np.log10(np.square(reference.astype(np.float64)).sum() / max(error, 1e-300)))
+
+
+def captured(calibrated: CalibratedModel, paths: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Input and output of the fake-quant reference's modules."""
+    reference, seen = fake_quant_denoiser(calibrated), {}
+    for path in paths:
+
+        def note(_module: torch.nn.Module, args: tuple, output: object, path: str = path) -> None:
+            first = output if isinstance(output, torch.Tensor) else output[0]
+            seen[path] = (args[0].numpy(), first.numpy())
+
+        reference.site(path).register_forward_hook(note)
+    reference(**{name: torch.from_numpy(value) for name, value in tiny_inputs(3).items()})
+    return seen
+
+
+@pytest.mark.slow
+def test_the_graph_draws_what_the_reference_draws(tmp_path: Path, run_onnx: Callable) -> None:
+    """Of a model with plain activations: one code that falls on the other side of a tie is amplified by many layers."""
+    calibrated = tiny_calibrated(tmp_path / "calib", "int4", "none", rewrite=rewrite)
+    graph, inputs = export_graph(calibrated, tmp_path / "graph"), tiny_inputs(3)
+    expected = fake_quant_denoiser(calibrated)(**{k: torch.from_numpy(v) for k, v in inputs.items()}).numpy()
+    assert sqnr(run_onnx(graph.onnx_file, inputs)["noise_pred"], expected) > 100
+
+
+def test_every_block_agrees_when_it_is_fed_the_reference(
+    calibrated: CalibratedModel, graph: ExportedGraph, run_onnx: Callable
+) -> None:
+    blocks = [block for block in graph.blocks if block.block != "output"]
+    seen, parts = captured(calibrated, [block.block for block in blocks]), GraphParts(graph)
+    inputs = tiny_inputs(3) | {"act_scales": graph.scales.scales}
+    found = {
+        block.block: sqnr(
+            run_onnx(parts.block(block.block), inputs | {block.input: seen[block.block][0]})[block.output],
+            seen[block.block][1],
+        )
+        for block in blocks
+    }
+    assert min(found.values()) >= 50, found
+    assert np.median(list(found.values())) >= 100, found
+
+
+def test_inner_modules_are_sites_of_the_graph(graph: ExportedGraph) -> None:
+    sites = {site.site: site for site in graph.sites}
+    head, skip = (sites[f"up_blocks.0.resnets.0.conv1.{half}"] for half in ("head", "skip"))
+    assert head.codes != skip.codes, "each half has a grid of its own"
+    assert (head.weights, skip.activations) == ("int4", "int8")
+    query = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.layer"
+    assert sites[f"{query}.residual"].codes is not None
+    assert {(sites[f"{query}.{half}"].weights, sites[f"{query}.{half}"].codes) for half in ("down", "up")} == {
+        ("none", None)
+    }
+    stored = {item.name: item for item in onnx.load(graph.onnx_file).graph.initializer}
+    assert list(stored[f"{query}.down.weight"].dims) == [64, RANK]
+    assert list(stored["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.factor"].dims) == [64]
+
+
+@pytest.mark.slow
+def test_a_half_graph_is_exported_too(calibrated: CalibratedModel, run_onnx: Callable) -> None:
+    graph = export_graph(calibrated, calibrated.folder.parent / "half", dtype="fp16", time_table="input")
+    block = next(block for block in graph.blocks if block.block == "up_blocks.1.resnets.0")
+    source, expected = captured(calibrated, [block.block])[block.block]
+    values = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tiny_inputs(3).items()}
+    steps = values["step_index"]
+    values |= {
+        block.input: source.astype(np.float16),
+        "act_scales": graph.scales.scales,
+        "time_projections": calibrated.time_table().projections[steps].astype(np.float16),
+    }
+    assert sqnr(run_onnx(GraphParts(graph).block(block.block), values)[block.output], expected) > 30
+
+
+def test_a_model_for_simulation_is_refused(calibrated: CalibratedModel) -> None:
+    content = calibrated.manifest.content | {"simulation_only": "10-bit activations"}
+    simulated = replace(
+        calibrated,
+        manifest=replace(calibrated.manifest, content=content),
+        simulation=Simulation(np.zeros_like(calibrated.scales.scales), (0,)),
+    )
+    out = calibrated.folder.parent / "refused"
+    with pytest.raises(InputError, match="exists in simulation only: no engine has 10-bit activations"):
+        export_graph(simulated, out)
+    assert not out.exists()
