@@ -54,7 +54,8 @@ class DemoRun:
     def calibrated(self, name: str, recipe: Recipe) -> CalibratedModel:
         """``<folder>/<name>/calib``."""
         out = self.folder / name / "calib"
-        return calibrate(self.base, recipe, self.train, out, replace=self.force, progress=self._told(name))
+        options: dict[str, Any] = {"datasets": self.folder / "datasets", "replace": self.force}
+        return calibrate(self.base, recipe, self.train, out, progress=self._told(name), **options)
 
     def exported(self, calibrated: CalibratedModel, dtype: Any) -> ExportedGraph:  # noqa: ANN401 - fp32 or fp16
         """The graph beside its calibrated model."""

@@ -230,7 +230,11 @@ def _spread(values: NDArray[np.float64]) -> Spread:
 
 
 def _distance(reference: Answers | Skipped, candidate: Answers | Skipped) -> Number | Skipped:
-    """Frechet distance of the features; a resample takes the same pictures of both."""
+    """Frechet distance of the features; a resample takes the same pictures of both.
+
+    Pictures that a resample repeats widen the distance, of all resamples alike: their spread is the interval, not
+    where they lie.
+    """
     if isinstance(reference, Skipped) or isinstance(candidate, Skipped):
         return reference if isinstance(reference, Skipped) else Skipped("these pictures have no features")
     first, second = reference.features, candidate.features
@@ -239,8 +243,9 @@ def _distance(reference: Answers | Skipped, candidate: Answers | Skipped) -> Num
     if not np.isfinite(second).all():
         return Number(float("nan"), len(first))
     chosen = [some for some in picks(len(first), _RESAMPLED_DISTANCES) if len(set(some.tolist())) > 1]
+    value = frechet_distance(first, second)
     again = np.array([frechet_distance(first[some], second[some]) for some in chosen])
-    return resampled(frechet_distance(first, second), len(first), again)
+    return resampled(value, len(first), np.maximum(again - again.mean() + value, 0))
 
 
 def _answers(pictures: NDArray[np.float32], prompts: PromptSet) -> Answers | Skipped:

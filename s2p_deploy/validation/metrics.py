@@ -73,7 +73,7 @@ def haarpsi(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> N
     total = weight.sum((1, 2, 3))
     mean = (torch.sigmoid(_HAAR_ALPHA * local) * weight).sum((1, 2, 3)) / total.clamp_min(1e-12)
     score = (torch.logit(mean) / _HAAR_ALPHA) ** 2
-    return torch.where(total > 0, score, torch.ones_like(score)).numpy()
+    return torch.where(total == 0, torch.ones_like(score), score).numpy()
 
 
 def shifted(pictures: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:

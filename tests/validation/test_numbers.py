@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from s2p_deploy.validation.numbers import mean_of, median_of, ratio_of
+from s2p_deploy.validation.numbers import mean_of, median_of, picks, quantile_of, ratio_of, resampled
 
 
 def test_a_number_says_how_many_samples_it_comes_from() -> None:
@@ -32,3 +32,18 @@ def test_a_ratio_weighs_by_the_wholes() -> None:
     number = ratio_of(np.array([1, 5]), np.array([2, 10]))
     assert (number.value, number.n) == (0.5, 2)
     assert ratio_of(np.array([2, 0]), np.array([2, 6])).value == 0.25
+
+
+def test_a_quantile_has_an_interval_too() -> None:
+    found = quantile_of(np.arange(101.0), 0.1)
+    assert (found.value, found.n) == (10.0, 101)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 10.0 < found.high
+
+
+def test_an_interval_over_given_resamples() -> None:
+    found = resampled(5.0, 3, np.linspace(0, 10, 1001))
+    assert (found.value, found.n, found.low, found.high) == (5.0, 3, pytest.approx(0.25), pytest.approx(9.75))
+    assert picks(4, 7).shape == (7, 4)
+    assert (picks(4, 7) == picks(4, 7)).all()

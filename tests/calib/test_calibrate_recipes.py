@@ -1,0 +1,109 @@
+"""Recipes of every kind go the whole way of calibrate: what is stored computes what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from s2p_deploy.calib import calibrate, fake_quant_denoiser
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import BasePipeline
+from s2p_deploy.recipe import load_recipe
+from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, parent_folder
+from s2p_deploy.records.precision_plan import read_plan, write_plan
+
+QUICK: dict[str, Any] = {
+    "sampling": {"steps": 6, "guidance_scale": 2.5},
+    "dataset": {"prompts": 4, "points_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
+    "scales": {"latents": 4},
+}
+TRAINED: dict[str, Any] = {"training": {"iterations": 2, "batch": 4}}
+SLOW = pytest.mark.slow
+
+
+def made(name: str, base: BasePipeline, prompts: PromptSet, out: Path, extra: dict[str, Any]) -> CalibratedModel:
+    torch.set_num_threads(1)
+    return calibrate(base, load_recipe(name, QUICK | extra), prompts, out)
+
+
+@torch.no_grad()
+def stored_and_reloaded_errors(model: CalibratedModel) -> tuple[np.ndarray, np.ndarray]:
+    """Per calibrated row: the error that training measured last, and that of the model as it is on disk."""
+    dataset = LatentDataset.open(parent_folder(model.folder, model.manifest, "dataset"))
+    denoiser = fake_quant_denoiser(model)
+    sample, rows = torch.from_numpy(dataset.latents).float(), torch.from_numpy(dataset.rows)
+    squares = []
+    for target, texts in ((dataset.cond, dataset.cond_text), (dataset.uncond, dataset.uncond_text)):
+        output = denoiser(sample, rows, torch.from_numpy(dataset.texts[texts[dataset.prompt]]))
+        squares.append((output - torch.from_numpy(target).float()).square().mean((1, 2, 3)))
+    error = torch.stack(squares).mean(0)
+    training = model.manifest.content["training"]
+    found = np.array([float(error[rows == row].mean()) for row in training["rows"]])
+    return np.array(training["row_errors_final"]), found
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("w4a8", TRAINED),
+        ("modelopt-smoothquant", {}),
+        ("svdquant", {}),
+        ("pcr", {}),
+        ("asymmetric-trained", TRAINED),
+        ("bitsfusion", TRAINED | {"mixed": {"latents": 2}}),
+        pytest.param("modelopt", {}, marks=SLOW),
+        pytest.param("q-diffusion", {}, marks=SLOW),
+        pytest.param("ptq4dm", {}, marks=SLOW),
+        pytest.param("efficientdm", TRAINED, marks=SLOW),
+        pytest.param("s2p-mixed", TRAINED | {"mixed": {"latents": 4}}, marks=SLOW),
+        pytest.param("freeze-layers", TRAINED | {"mixed": {"latents": 4}}, marks=SLOW),
+        pytest.param("trajectory-loss", TRAINED, marks=SLOW),
+        pytest.param("time-quantized", TRAINED, marks=SLOW),
+        pytest.param("serial-parts", TRAINED | {"mixed": {"latents": 4}}, marks=SLOW),
+        pytest.param("blocks", TRAINED, marks=SLOW),
+    ],
+)
+def test_the_model_on_disk_has_the_error_that_was_measured(
+    name: str, extra: dict[str, Any], base: BasePipeline, prompts: PromptSet, tmp_path: Path
+) -> None:
+    model = made(name, base, prompts, tmp_path / "model", extra)
+    measured, found = stored_and_reloaded_errors(model)
+    np.testing.assert_allclose(found, measured, rtol=0.05)  # other batches round a few codes the other way
+    assert (model.folder / "simulation.safetensors").exists() == (name in {"pcr", "asymmetric-trained"})
+    assert (model.folder / "low_bit.safetensors").exists() == (name == "bitsfusion")
+
+
+def test_a_plan_file_stands_in_place_of_the_rules(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
+    first = made("no-training", base, prompts, tmp_path / "first", {})
+    edited = tmp_path / "plan.yaml"
+    site = next(site for site in first.plan.sites if site.weights == "int4")
+    write_plan(first.plan, edited)
+    edited.write_text(edited.read_text().replace("weights: int4", "weights: int8", 1))
+    recipe = load_recipe("no-training", QUICK)
+    second = calibrate(base, recipe, prompts, tmp_path / "second", plan=read_plan(edited))
+    formats = {plan.site: plan.weights for plan in second.plan.sites}
+    assert formats[site.site] == "int8"
+    assert second.plan.act_points == first.plan.act_points
+    with pytest.raises(InputError, match="was made from another recipe, prompts, plan or pipeline"):
+        calibrate(base, recipe, prompts, tmp_path / "second")
+
+
+def test_recipes_of_equal_sampling_share_a_dataset(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
+    shared = tmp_path / "datasets"
+    models = [
+        calibrate(base, load_recipe(name, QUICK), prompts, tmp_path / name, datasets=shared)
+        for name in ("no-training", "max")
+    ]
+    digests = {model.manifest.content["dataset"] for model in models}
+    assert len(digests) == 1
+    assert len([path for path in shared.iterdir() if path.is_dir()]) == 1
+
+
+def test_too_few_prompts_to_select_by(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"walks 4 prompts and selects by 9 others, of 6: give more prompts"):
+        made("s2p", base, prompts, tmp_path / "model", {"training": {"iterations": 1, "selection": {"prompts": 9}}})
+    assert not (tmp_path / "model.partial").exists()
