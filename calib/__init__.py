@@ -1,6 +1,6 @@
 """Calibration: prompts, a pipeline and a recipe give a CalibratedModel (S2P, arXiv 2412.06661)."""
 
-from s2p_deploy.calib.calibrate import calibrate
+from s2p_deploy.calib.calibrate import calibrate, dataset_name
 from s2p_deploy.calib.dataset import generate_dataset
 from s2p_deploy.calib.plan import plan_from_recipe
 from s2p_deploy.calib.quantized_denoiser import (
@@ -18,6 +18,7 @@ __all__ = [
     "QuantizedDenoiser",
     "QuantizedLinear",
     "calibrate",
+    "dataset_name",
     "fake_quant_denoiser",
     "fp_denoiser",
     "generate_dataset",

@@ -47,7 +47,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     out: Path,
     *,
     plan: PrecisionPlan | None = None,
-    datasets: Path | None = None,
+    dataset: Path | None = None,
     device: str = "cpu",
     replace: bool = False,
     progress: Progress = silent,
@@ -64,7 +64,8 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         prompts: the first are walked for the dataset, those after them select the checkpoint.
         out: folder of the artifact.
         plan: stands in place of the plan that the recipe gives.
-        datasets: a folder in which calibrations of equal sampling and dataset sections share their datasets.
+        dataset: the LatentDataset of this pipeline, these prompts and the recipe's sections, made there where there is
+            none; recipes that agree in :func:`dataset_name` can share it. None: made for this calibration alone.
         device: where training runs; the walk is made there too.
         replace: drops what stands in the way and makes ``out`` anew.
         progress: told about every part.
@@ -78,7 +79,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     resolved = _resolve(recipe, base)
     used = prompts.first(resolved.dataset.prompts)
     selection = _selection_prompts(resolved, prompts)
-    job = Job(base, resolved, used, selection, out, plan, datasets, device, replace, progress)
+    job = Job(base, resolved, used, selection, out, plan, dataset, device, replace, progress)
     with claimed(job.partial):
         if out.exists() and not replace:
             return finished(job)
@@ -90,6 +91,12 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
             _calibrate_quantized(job, start)
         shutil.rmtree(job.partial)
     return CalibratedModel.open(out)
+
+
+def dataset_name(recipe: Recipe) -> str:
+    """A short name that recipes share whose datasets are the same for one pipeline and one prompt file."""
+    sections = {"sampling": recipe.sampling.model_dump(), "dataset": recipe.dataset.model_dump()}
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _resolve(recipe: Recipe, base: BasePipeline) -> Recipe:
@@ -130,7 +137,7 @@ def _calibrate_quantized(job: Job, start: Start) -> None:
         job.base.base,
         job.prompts,
         job.recipe,
-        out=_dataset_folder(job),
+        out=job.dataset or job.partial / _DATASET,
         progress=job.progress,
         device=torch.device(job.device),
     )
@@ -174,12 +181,3 @@ def _summary(job: Job, rows: tuple[int, ...], outcome: TrainingOutcome) -> dict[
     selections = [[tried.iteration, tried.error] for tried in outcome.selections]
     summary = training_summary(rows, outcome.start, outcome.final)
     return {"iterations": len(outcome.iterations), "loss": job.recipe.training.loss, "selections": selections} | summary
-
-
-def _dataset_folder(job: Job) -> Path:
-    if job.datasets is None:
-        return job.partial / _DATASET
-    sections = {"sampling": job.recipe.sampling.model_dump(), "dataset": job.recipe.dataset.model_dump()}
-    request = {name: value for name, value in job.request().items() if name in {"pipeline", "prompts"}}
-    key = json.dumps([sections, request, job.device, torch.get_num_threads()], sort_keys=True)
-    return job.datasets / hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ class Job:
     """A calibration: the recipe is resolved, ``prompts`` are those that are walked.
 
     ``selection`` are the prompts after them, whose trajectories choose the checkpoint. ``plan`` stands in place of what
-    the recipe's rules would give. ``datasets`` is a folder of datasets that calibrations share, or None.
+    the recipe's rules would give. ``dataset`` is where the dataset stands or is to be kept; None keeps it inside.
     """
 
     base: BasePipeline
@@ -40,7 +40,7 @@ class Job:
     selection: PromptSet
     out: Path
     plan: PrecisionPlan | None
-    datasets: Path | None
+    dataset: Path | None
     device: str
     replace: bool
     progress: Progress

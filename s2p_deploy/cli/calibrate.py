@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,13 +28,18 @@ def calibrate(  # noqa: PLR0913 - its options
         ),
     ],
     *,
-    recipe: Annotated[str, typer.Option(help="fp, w8a8, w4a8, or the path of a YAML file.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (w4a8, w8a8, fp, ...), or the path of a YAML file.")],
     prompts: PromptsOption,
     out: OutFolder,
     plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="An edited plan.yaml that decides the formats in place of the recipe's."),
     ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The dataset: from s2p-deploy dataset, or made there and kept for others."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it trains: cpu, cuda or cuda:N.")] = "cpu",
     settings: SettingsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -47,11 +52,10 @@ def calibrate(  # noqa: PLR0913 - its options
     from s2p_deploy.records.precision_plan import read_plan
 
     edited = None if plan is None else read_plan(plan)
+    options: dict[str, Any] = {"plan": edited, "dataset": dataset, "device": device, "replace": force}
     from s2p_deploy.calib import calibrate as calibrate_pipeline
     from s2p_deploy.families import resolve_base
 
     with progress_bars() as progress:
-        made = calibrate_pipeline(
-            resolve_base(model), resolved, chosen, out, plan=edited, replace=force, progress=progress
-        )
+        made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, progress=progress, **options)
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

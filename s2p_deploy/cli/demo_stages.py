@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s2p_deploy.calib import calibrate, fake_quant_denoiser, fp_denoiser
+from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser, fp_denoiser
 from s2p_deploy.engines import TorchRunner, build_engine, load_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import load_pipeline
@@ -54,7 +54,7 @@ class DemoRun:
     def calibrated(self, name: str, recipe: Recipe) -> CalibratedModel:
         """``<folder>/<name>/calib``."""
         out = self.folder / name / "calib"
-        options: dict[str, Any] = {"datasets": self.folder / "datasets", "replace": self.force}
+        options: dict[str, Any] = {"dataset": self.folder / "datasets" / dataset_name(recipe), "replace": self.force}
         return calibrate(self.base, recipe, self.train, out, progress=self._told(name), **options)
 
     def exported(self, calibrated: CalibratedModel, dtype: Any) -> ExportedGraph:  # noqa: ANN401 - fp32 or fp16

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from s2p_deploy import __version__
-from s2p_deploy.calib import calibrate, fake_quant_denoiser
+from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import load_pipeline
@@ -188,7 +188,7 @@ class _Run:
                 recipe,
                 self.contest.train,
                 out,
-                datasets=self.out / "datasets",
+                dataset=self.out / "datasets" / dataset_name(recipe),
                 replace=self.replace,
                 progress=self._told(recipe.name),
             )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from s2p_deploy.validation.measurements import BlockAgreement, EndToEnd, PictureComparison
 
 _INK = "#010203"  # stands for the page's text colour until the figure is text
-_FIRST, _SECOND, _YARDSTICK = "#2f7ed8", "#e07b28", "#c0392b"
+FIRST, SECOND, YARDSTICK = "#2f7ed8", "#e07b28", "#c0392b"
 _WIDTH, _HEIGHT = 5.2, 3.0  # inches: its text stays readable where a phone shows it at full width
 _MAX_ROWS = 100  # of the heat map
 
@@ -27,9 +27,9 @@ def psnr_figure(comparison: PictureComparison) -> str:
     values = np.sort(comparison.similarity.psnr)
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib's Axes, which is imported late
-        axes.plot(range(1, len(values) + 1), values, ".", color=_FIRST, label="engine")
+        axes.plot(range(1, len(values) + 1), values, ".", color=FIRST, label="engine")
         shift = float(np.median(comparison.pixel_shift.psnr))
-        axes.axhline(shift, color=_YARDSTICK, linestyle="--", label="one-pixel shift (median)")
+        axes.axhline(shift, color=YARDSTICK, linestyle="--", label="one-pixel shift (median)")
         axes.set(xlabel="picture, worst first", ylabel="PSNR to FP, dB")
         legend(axes)
 
@@ -43,8 +43,8 @@ def trajectory_figure(comparison: PictureComparison) -> str:
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - as above
         floor = 1e-9  # a logarithmic axis shows no zero
-        axes.fill_between(calls, np.maximum(low, floor), np.maximum(high, floor), color=_FIRST, alpha=0.25, linewidth=0)
-        axes.semilogy(calls, np.maximum(median, floor), color=_FIRST)
+        axes.fill_between(calls, np.maximum(low, floor), np.maximum(high, floor), color=FIRST, alpha=0.25, linewidth=0)
+        axes.semilogy(calls, np.maximum(median, floor), color=FIRST)
         axes.set(xlabel="call of the denoiser", ylabel="latent error, relative to FP")
 
     return svg("trajectory", draw)
@@ -54,8 +54,8 @@ def timestep_figure(found: EndToEnd) -> str:
     """SQNR to FP of one call at each validation latent, by timestep: fake-quant and engine."""
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - as above
-        axes.plot(found.rows, found.fake_quant, "o", color=_FIRST, markersize=5, alpha=0.6, label="fake-quant")
-        axes.plot(found.rows, found.engine, "x", color=_SECOND, markersize=5, label="engine")
+        axes.plot(found.rows, found.fake_quant, "o", color=FIRST, markersize=5, alpha=0.6, label="fake-quant")
+        axes.plot(found.rows, found.engine, "x", color=SECOND, markersize=5, label="engine")
         axes.set(xlabel="timestep", ylabel="SQNR to FP, dB")
         legend(axes)
 
@@ -66,9 +66,9 @@ def block_figure(graph: Sequence[BlockAgreement], engine: Sequence[BlockAgreemen
     """SQNR of every block fed the reference's inputs: the graph's and the engine's."""
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - as above
-        for blocks, marker, color, label in ((graph, "o", _FIRST, "graph"), (engine, "x", _SECOND, "engine")):
+        for blocks, marker, color, label in ((graph, "o", FIRST, "graph"), (engine, "x", SECOND, "engine")):
             axes.plot([b.sqnr for b in blocks], [b.block for b in blocks], marker, color=color, label=label)
-        axes.axvline(limit, color=_YARDSTICK, linestyle="--", label="gate")
+        axes.axvline(limit, color=YARDSTICK, linestyle="--", label="gate")
         axes.invert_yaxis()
         axes.set(xlabel="SQNR to fake-quant, dB")
         legend(axes)

@@ -14,6 +14,7 @@ from s2p_deploy.validation import figures
 from s2p_deploy.validation.measurements import PictureComparison
 from s2p_deploy.validation.numbers import Skipped
 from s2p_deploy.validation.pictures import to_bytes
+from s2p_deploy.validation.training_figures import training_figures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph, PrecisionPlan, PromptSet, ScaleTable, SitePrecision
     from s2p_deploy.validation.measurements import Measurements
     from s2p_deploy.validation.pictures import Drawing
+    from s2p_deploy.validation.training_figures import Log
 
 AMPLIFICATION = 16
 _SHOWN = 9
@@ -45,11 +47,13 @@ def render_html(
     graph: ExportedGraph,
     precisions: tuple[SitePrecision, ...],
     drawings: Drawings | None,
+    training: Log | None = None,
 ) -> str:
     """The page of a report, from the data of ``report.json`` and what its figures and pictures need."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
+    drawn = _figures(data, found, graph.scales) | training_figures(training or [])
     environment = Environment(
         loader=PackageLoader("s2p_deploy.validation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -59,7 +63,7 @@ def render_html(
         pictures=None if isinstance(found.pictures, Skipped) else data["pictures"],
         pairs=_pairs(drawings, found.pictures) if drawings and not isinstance(found.pictures, Skipped) else [],
         amplification=AMPLIFICATION,
-        figures={name: Markup(svg) for name, svg in _figures(data, found, graph.scales).items()},  # our own
+        figures={name: Markup(svg) for name, svg in drawn.items()},  # our own
         sites=_site_rows(precisions, graph.plan, found),
         computes=Counter(site.compute for site in precisions).most_common(),
     )

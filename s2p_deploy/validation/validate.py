@@ -33,6 +33,7 @@ from s2p_deploy.validation.numbers import Skipped
 from s2p_deploy.validation.pictures import compare_drawings, draw
 from s2p_deploy.validation.report import Drawings, render_html, write_pictures
 from s2p_deploy.validation.summary import plain, summary
+from s2p_deploy.validation.training_figures import read_training_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +137,8 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
 
     def fill(folder: Path) -> dict[str, Any]:
         (folder / "report.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        html = render_html(data, found, chain.graph, chain.engine.sites, drawings)
+        training = read_training_log(chain.calibrated.folder)
+        html = render_html(data, found, chain.graph, chain.engine.sites, drawings, training)
         (folder / "report.html").write_text(html, encoding="utf-8")
         if drawings is not None:
             write_pictures(drawings, folder / "pictures")

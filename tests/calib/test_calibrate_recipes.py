@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2p_deploy.calib import calibrate, fake_quant_denoiser
+from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import BasePipeline
 from s2p_deploy.recipe import load_recipe
@@ -93,14 +93,20 @@ def test_a_plan_file_stands_in_place_of_the_rules(base: BasePipeline, prompts: P
 
 
 def test_recipes_of_equal_sampling_share_a_dataset(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
-    shared = tmp_path / "datasets"
-    models = [
-        calibrate(base, load_recipe(name, QUICK), prompts, tmp_path / name, datasets=shared)
-        for name in ("no-training", "max")
-    ]
-    digests = {model.manifest.content["dataset"] for model in models}
-    assert len(digests) == 1
-    assert len([path for path in shared.iterdir() if path.is_dir()]) == 1
+    recipes = [load_recipe(name, QUICK) for name in ("no-training", "max")]
+    assert dataset_name(recipes[0]) == dataset_name(recipes[1])
+    shared = tmp_path / "shared"
+    models = [calibrate(base, recipe, prompts, tmp_path / recipe.name, dataset=shared) for recipe in recipes]
+    assert {model.manifest.content["dataset"] for model in models} == {LatentDataset.open(shared).manifest.digest}
+
+
+def test_a_dataset_of_another_request_is_refused(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    calibrate(base, load_recipe("max", QUICK), prompts, tmp_path / "first", dataset=shared)
+    other = load_recipe("max", QUICK | {"dataset": QUICK["dataset"] | {"prompts": 3}})
+    assert dataset_name(other) != dataset_name(load_recipe("max", QUICK))
+    with pytest.raises(InputError, match="shared"):
+        calibrate(base, other, prompts, tmp_path / "second", dataset=shared)
 
 
 def test_too_few_prompts_to_select_by(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
