@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from s2p_deploy.calib.dataset import Walker, load_walker, make_dataset
-from s2p_deploy.calib.shards import dataset_request
+from s2p_deploy.calib.dataset.generate import Walker, load_walker, make_dataset
+from s2p_deploy.calib.dataset.shards import dataset_request
 from s2p_deploy.cli.options import prompts_from_option
 from s2p_deploy.families import BasePipeline, resolve_base
 from s2p_deploy.recipe import Recipe, load_recipe

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from s2p_deploy.calib.act_scales import ActScales
-from s2p_deploy.calib.batches import Batch
-from s2p_deploy.calib.learner import Learner
-from s2p_deploy.calib.losses import RowErrors
-from s2p_deploy.calib.objective import Objective
-from s2p_deploy.calib.plan import plan_from_recipe
+from s2p_deploy.calib.quantization.plan import plan_from_recipe
+from s2p_deploy.calib.quantization.scale_start import starting_weight_scales
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-from s2p_deploy.calib.scale_start import starting_weight_scales
-from s2p_deploy.calib.training_setting import TrainingSetting
-from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.calib.training.act_scales import ActScales
+from s2p_deploy.calib.training.batches import Batch
+from s2p_deploy.calib.training.learner import Learner
+from s2p_deploy.calib.training.losses import RowErrors
+from s2p_deploy.calib.training.objective import Objective
+from s2p_deploy.calib.training.setting import TrainingSetting
+from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.families import (
     HotDenoiser,
     discover_sites,

@@ -1,8 +1,8 @@
 """Calibration: prompts, a pipeline and a recipe give a CalibratedModel (S2P, arXiv 2412.06661)."""
 
 from s2p_deploy.calib.calibrate import calibrate, dataset_name
-from s2p_deploy.calib.dataset import generate_dataset
-from s2p_deploy.calib.plan import plan_from_recipe
+from s2p_deploy.calib.dataset.generate import generate_dataset
+from s2p_deploy.calib.quantization.plan import plan_from_recipe
 from s2p_deploy.calib.quantized_denoiser import (
     FakeQuantDenoiser,
     QuantizedConv2d,

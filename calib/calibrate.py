@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.calib.act_scales import ActScales
 from s2p_deploy.calib.atomic import link_or_copy, link_or_copy_files
-from s2p_deploy.calib.dataset import generate_dataset
+from s2p_deploy.calib.dataset.generate import generate_dataset
+from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.calib.job import KIND, Job, claim, finished
 from s2p_deploy.calib.lock import claimed
 from s2p_deploy.calib.model_files import Found, write_model
-from s2p_deploy.calib.quantization import Quantization, quantization_of
+from s2p_deploy.calib.quantization.quantization import Quantization, quantization_of
+from s2p_deploy.calib.quantization.scale_start import StartingGrids, calibrated_rows
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-from s2p_deploy.calib.scale_start import StartingGrids, calibrated_rows
-from s2p_deploy.calib.setting import setting_of, teacher_of
 from s2p_deploy.calib.start import start_of
 from s2p_deploy.calib.summary import training_summary
-from s2p_deploy.calib.training import LOG, TrainingOutcome, train
-from s2p_deploy.calib.training_state import TrainingState
-from s2p_deploy.calib.trajectories import call_rows
+from s2p_deploy.calib.training.act_scales import ActScales
+from s2p_deploy.calib.training.prepare import setting_of, teacher_of
+from s2p_deploy.calib.training.state import TrainingState
+from s2p_deploy.calib.training.train import LOG, TrainingOutcome, train
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import silent
 from s2p_deploy.records import CalibratedModel, PromptSet, TransformSpec, write_artifact
@@ -47,6 +47,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     out: Path,
     *,
     plan: PrecisionPlan | None = None,
+    initial: CalibratedModel | None = None,
     dataset: Path | None = None,
     device: str = "cpu",
     replace: bool = False,
@@ -64,6 +65,8 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         prompts: the first are walked for the dataset, those after them select the checkpoint.
         out: folder of the artifact.
         plan: stands in place of the plan that the recipe gives.
+        initial: a finished model of the same pipeline to go on from, with its plan and its transforms; such as for a
+            short training on another schedule.
         dataset: the LatentDataset of this pipeline, these prompts and the recipe's sections, made there where there is
             none; recipes that agree in :func:`dataset_name` can share it. None: made for this calibration alone.
         device: where training runs; the walk is made there too.
@@ -77,9 +80,11 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         IntegrityError: a finished artifact was changed.
     """
     resolved = _resolve(recipe, base)
+    if initial is not None:
+        _check_initial(initial, base, plan)
     used = prompts.first(resolved.dataset.prompts)
     selection = _selection_prompts(resolved, prompts)
-    job = Job(base, resolved, used, selection, out, plan, dataset, device, replace, progress)
+    job = Job(base, resolved, used, selection, out, plan, initial, dataset, device, replace, progress)
     with claimed(job.partial):
         if out.exists() and not replace:
             return finished(job)
@@ -104,6 +109,14 @@ def _resolve(recipe: Recipe, base: BasePipeline) -> Recipe:
         return recipe
     sampling = recipe.sampling.model_copy(update={"guidance_scale": base.default_guidance})
     return recipe.model_copy(update={"sampling": sampling})
+
+
+def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: PrecisionPlan | None) -> None:
+    if initial.manifest.base.digest != base.base.digest:
+        raise InputError(f"{initial.folder} was made from another pipeline than {base.base.source}: calibrate anew")
+    if initial.simulation is not None or plan is not None:
+        reason = "a plan was given too" if plan is not None else "it exists in simulation only"
+        raise InputError(f"cannot go on from {initial.folder}: {reason}")
 
 
 def _selection_prompts(recipe: Recipe, prompts: PromptSet) -> PromptSet:

@@ -31,7 +31,8 @@ class Job:
     """A calibration: the recipe is resolved, ``prompts`` are those that are walked.
 
     ``selection`` are the prompts after them, whose trajectories choose the checkpoint. ``plan`` stands in place of what
-    the recipe's rules would give. ``dataset`` is where the dataset stands or is to be kept; None keeps it inside.
+    the recipe's rules would give; ``initial`` is a finished model to go on from. ``dataset`` is where the dataset
+    stands or is to be kept; None keeps it inside.
     """
 
     base: BasePipeline
@@ -40,6 +41,7 @@ class Job:
     selection: PromptSet
     out: Path
     plan: PrecisionPlan | None
+    initial: CalibratedModel | None
     dataset: Path | None
     device: str
     replace: bool
@@ -57,6 +59,7 @@ class Job:
             "pipeline": self.base.base.digest,
             "prompts": self.prompts.digest,
             "selection prompts": self.selection.digest,
+            "initial": None if self.initial is None else self.initial.manifest.digest,
             "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
         }
 
@@ -79,7 +82,7 @@ def finished(job: Job) -> CalibratedModel:
         manifest.recipe != job.asked()["recipe"]
     ):
         raise InputError(
-            f"{job.out} was made from another recipe, prompts, plan or pipeline:"
+            f"{job.out} was made from another recipe, prompts, plan, initial model or pipeline:"
             " choose another --out, or pass --force to replace it"
         )
     if _left_behind(job) == job.request():

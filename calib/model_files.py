@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy.calib.atomic import write_tensors, write_text
-from s2p_deploy.calib.packed_weights import packed_weights
+from s2p_deploy.calib.quantization.packed_weights import packed_weights
 from s2p_deploy.calib.summary import average_bits
 from s2p_deploy.numerics import INT4
 from s2p_deploy.records import ScaleTable, Simulation, TimestepTable
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.calib.job import Job
+    from s2p_deploy.calib.quantization.scale_start import StartingGrids
     from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-    from s2p_deploy.calib.scale_start import StartingGrids
     from s2p_deploy.calib.start import Start
     from s2p_deploy.records import PackedWeight, TransformSpec
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.calib.fit_transforms import transform_spec
-from s2p_deploy.calib.plan import check_plan, plan_from_recipe
+from s2p_deploy.calib.quantization.fit_transforms import transform_spec
+from s2p_deploy.calib.quantization.plan import check_plan, plan_from_recipe
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import (
     apply_transforms,

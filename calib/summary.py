@@ -12,8 +12,8 @@ from s2p_deploy.numerics import format_by_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from s2p_deploy.calib.losses import RowErrors
     from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
+    from s2p_deploy.calib.training.losses import RowErrors
 
 FLOAT_BITS = 16  # what stays in floating point is deployed in half precision
 

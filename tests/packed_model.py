@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.numpy import save_file
 
-from s2p_deploy.calib.packed_weights import packed_weights
+from s2p_deploy.calib.quantization.packed_weights import packed_weights
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.families import new_hot_denoiser
 from s2p_deploy.records import CalibratedModel, write_artifact, write_packed_weights

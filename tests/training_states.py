@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2p_deploy.calib import QuantizedDenoiser, fp_denoiser, plan_from_recipe
-from s2p_deploy.calib.act_scales import ActScales
-from s2p_deploy.calib.scale_start import calibrated_rows
-from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.calib.quantization.scale_start import calibrated_rows
+from s2p_deploy.calib.training.act_scales import ActScales
+from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.families import discover_sites
 from s2p_deploy.numerics import format_by_name, least_squares_weight_scale
 

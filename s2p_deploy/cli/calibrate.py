@@ -35,6 +35,9 @@ def calibrate(  # noqa: PLR0913 - its options
         Path | None,
         typer.Option(metavar="FILE", help="An edited plan.yaml that decides the formats in place of the recipe's."),
     ] = None,
+    initial: Annotated[
+        Path | None, typer.Option("--from", metavar="CALIB", help="A calibrated model to go on from.")
+    ] = None,
     dataset: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The dataset: from s2p-deploy dataset, or made there and kept for others."),
@@ -49,13 +52,18 @@ def calibrate(  # noqa: PLR0913 - its options
 
     resolved = load_recipe(recipe, overrides_from_settings(settings))
     chosen = prompts_from_option(prompts)
-    from s2p_deploy.records.precision_plan import read_plan
-
-    edited = None if plan is None else read_plan(plan)
-    options: dict[str, Any] = {"plan": edited, "dataset": dataset, "device": device, "replace": force}
     from s2p_deploy.calib import calibrate as calibrate_pipeline
     from s2p_deploy.families import resolve_base
+    from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records.precision_plan import read_plan
 
+    options: dict[str, Any] = {
+        "plan": None if plan is None else read_plan(plan),
+        "initial": None if initial is None else CalibratedModel.open(initial),
+        "dataset": dataset,
+        "device": device,
+        "replace": force,
+    }
     with progress_bars() as progress:
         made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, progress=progress, **options)
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

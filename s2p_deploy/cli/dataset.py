@@ -26,8 +26,8 @@ from s2p_deploy.errors import InputError, MissingEnvironmentError
 if TYPE_CHECKING:
     import torch
 
-    from s2p_deploy.calib.estimate import Estimate
-    from s2p_deploy.calib.shards import DatasetRequest
+    from s2p_deploy.calib.dataset.estimate import Estimate
+    from s2p_deploy.calib.dataset.shards import DatasetRequest
     from s2p_deploy.families import BasePipeline
 
 _LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one; the launcher's half hour is too short
@@ -64,8 +64,8 @@ def dataset(  # noqa: PLR0913 - its options
     if rank is not None and ranks is not None and rank >= ranks:
         raise InputError(f"--rank {rank} must be below --ranks {ranks}")
     resolved, chosen = load_recipe(recipe, overrides_from_settings(settings)), prompts_from_option(prompts)
-    from s2p_deploy.calib.merge import merge_shards
-    from s2p_deploy.calib.shards import dataset_request
+    from s2p_deploy.calib.dataset.merge import merge_shards
+    from s2p_deploy.calib.dataset.shards import dataset_request
     from s2p_deploy.families import resolve_base
 
     base = resolve_base(model)
@@ -81,8 +81,8 @@ def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outco
     """Makes the dataset with all processes of a launcher, one where there is none; the first of them has an outcome."""
     from accelerate import PartialState
 
-    from s2p_deploy.calib.dataset import load_walker, make_dataset
-    from s2p_deploy.calib.shards import open_finished
+    from s2p_deploy.calib.dataset.generate import load_walker, make_dataset
+    from s2p_deploy.calib.dataset.shards import open_finished
 
     wanted = _device(device)
     state = PartialState(cpu=wanted.type == "cpu", timeout=_LONGEST_WAIT)
@@ -101,8 +101,8 @@ def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outco
 
 def _part(request: DatasetRequest, base: BasePipeline, device: str, rank: int, ranks: int) -> Outcome:
     """Makes the shards of one rank among those that were started by hand."""
-    from s2p_deploy.calib.dataset import load_walker, write_shards
-    from s2p_deploy.calib.shards import open_finished
+    from s2p_deploy.calib.dataset.generate import load_walker, write_shards
+    from s2p_deploy.calib.dataset.shards import open_finished
 
     made = open_finished(request)
     if made is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.families import (
     BasePipeline,
     HotDenoiser,

@@ -112,7 +112,7 @@ def test_another_request_is_refused_unless_replaced(
     out = tmp_path / "model"
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"iterations": 0})})
     first = calibrate(base, recipe, prompts.first(2), out)
-    with pytest.raises(InputError, match="was made from another recipe, prompts, plan or pipeline"):
+    with pytest.raises(InputError, match="was made from another recipe, prompts, plan, initial model or pipeline"):
         calibrate(base, recipe, prompts.first(3), out)
     second = calibrate(base, recipe, prompts.first(3), out, replace=True)
     assert second.manifest.digest != first.manifest.digest

@@ -88,8 +88,25 @@ def test_a_plan_file_stands_in_place_of_the_rules(base: BasePipeline, prompts: P
     formats = {plan.site: plan.weights for plan in second.plan.sites}
     assert formats[site.site] == "int8"
     assert second.plan.act_points == first.plan.act_points
-    with pytest.raises(InputError, match="was made from another recipe, prompts, plan or pipeline"):
+    with pytest.raises(InputError, match="was made from another recipe, prompts, plan, initial model or pipeline"):
         calibrate(base, recipe, prompts, tmp_path / "second")
+
+
+def test_going_on_from_a_finished_model(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
+    first = made("w4a8", base, prompts, tmp_path / "first", TRAINED)
+    untouched = QUICK | {"training": {"iterations": 0}}
+    fewer = QUICK | {"sampling": {"steps": 3, "guidance_scale": 2.5}}
+    same = calibrate(base, load_recipe("w4a8", untouched), prompts, tmp_path / "same", initial=first)
+    assert same.plan == first.plan
+    assert same.transforms == first.transforms
+    np.testing.assert_allclose(same.scales.scales, first.scales.scales, rtol=1e-6)
+    weights = first.weights()
+    assert all(np.array_equal(weights[name], value) for name, value in same.weights().items())
+    tuned = calibrate(base, load_recipe("w4a8", fewer | TRAINED), prompts, tmp_path / "tuned", initial=first)
+    assert set(tuned.scales.trained) != set(first.scales.trained)
+    assert not np.array_equal(tuned.scales.scales, first.scales.scales)
+    with pytest.raises(InputError, match="initial model"):
+        calibrate(base, load_recipe("w4a8", untouched), prompts, tmp_path / "same")
 
 
 def test_recipes_of_equal_sampling_share_a_dataset(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:

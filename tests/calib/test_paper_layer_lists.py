@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2p_deploy.calib import QuantizedDenoiser, plan_from_recipe
-from s2p_deploy.calib.plan import mixed_plan
+from s2p_deploy.calib.quantization.plan import mixed_plan
 from s2p_deploy.calib.summary import average_bits
 from s2p_deploy.families import HotDenoiser, discover_sites
 from s2p_deploy.numerics import weight_scale_shape

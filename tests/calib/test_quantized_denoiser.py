@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from s2p_deploy.calib import QuantizedConv2d, QuantizedDenoiser, QuantizedLinear, plan_from_recipe
+from s2p_deploy.calib.quantization.scale_start import starting_weight_scales
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser, SampleGrids
-from s2p_deploy.calib.scale_start import starting_weight_scales
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import HotDenoiser, discover_sites
 from s2p_deploy.numerics import INT4, INT8, fake_quantize

@@ -8,11 +8,11 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.calib import plan_from_recipe
-from s2p_deploy.calib.fit_transforms import transform_spec
-from s2p_deploy.calib.modelopt_start import smoothed_by_modelopt
-from s2p_deploy.calib.plan import check_plan, mixed_plan
-from s2p_deploy.calib.progressive import GuidedSampling, progressive_grids
-from s2p_deploy.calib.scale_start import calibrated_rows, starting_grids, starting_weight_scales
+from s2p_deploy.calib.quantization.fit_transforms import transform_spec
+from s2p_deploy.calib.quantization.modelopt_start import smoothed_by_modelopt
+from s2p_deploy.calib.quantization.plan import check_plan, mixed_plan
+from s2p_deploy.calib.quantization.progressive import GuidedSampling, progressive_grids
+from s2p_deploy.calib.quantization.scale_start import calibrated_rows, starting_grids, starting_weight_scales
 from s2p_deploy.families import HotDenoiser, Site, apply_transforms, discover_sites
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Recipe, load_recipe, preset_names

@@ -11,7 +11,7 @@ import pytest
 import torch
 from artifacts import tiny_calibrated, tiny_inputs
 
-from s2p_deploy.calib.fit_transforms import set_smoothing
+from s2p_deploy.calib.quantization.fit_transforms import set_smoothing
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import GraphParts, export_graph

@@ -1,0 +1,85 @@
+"""What a dataset will take: points, denoiser calls, room on the disk, time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2p_deploy.calib.dataset.trajectories import latent_shape
+from s2p_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.records import PromptSet
+
+_LONG = 5.0  # seconds of a call after which its first one is measure enough
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one process has left to do: ``points`` of ``bytes`` in all, for ``calls`` of the denoiser."""
+
+    points: int
+    bytes: int
+    calls: int
+    samples: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.points} points, {self.bytes / 1e6:.3g} MB on disk;"
+            f" {self.calls} denoiser calls of {self.samples} samples, about {_duration(self.seconds)}"
+        )
+
+
+def point_bytes(teacher: HotDenoiser) -> int:
+    """Bytes of one stored point: input and both answers in float16, row and prompt in int64."""
+    channels, height, width = latent_shape(teacher)
+    return 3 * 2 * channels * height * width + 2 * 8
+
+
+def text_bytes(prompts: PromptSet, tokens: int, features: int) -> int:
+    """Bytes of the text states: the distinct texts in float32, each prompt's two places among them in int64."""
+    texts = {text for prompt in prompts.prompts for text in (prompt.text, prompt.negative)}
+    return 4 * len(texts) * tokens * features + 2 * 8 * len(prompts.prompts)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises InputError where the disk of ``folder``, which need not exist yet, has less than ``size`` bytes left."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise InputError(
+            f"{folder} needs {size / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB left:"
+            " make room, choose another --out, or lower dataset.prompts or dataset.points_per_prompt"
+        )
+
+
+@torch.no_grad()
+def seconds_per_call(teacher: HotDenoiser, width: int, tokens: int) -> float:
+    """Measured seconds of a call with 2 * ``width`` samples, on the teacher's device."""
+    device, batch = teacher.unet.device, 2 * width
+    sample = torch.zeros(batch, *latent_shape(teacher), device=device)
+    rows = torch.zeros(batch, dtype=torch.int64, device=device)
+    texts = torch.zeros(batch, tokens, teacher.unet.config.cross_attention_dim, device=device)
+
+    def timed() -> float:
+        started = time.perf_counter()
+        teacher(sample, rows, texts).cpu()  # the copy waits for the device
+        return time.perf_counter() - started
+
+    first = timed()
+    return first if first > _LONG else min(timed(), timed())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,1 @@
+"""What is quantized and from where it starts: plan, transforms, scales."""

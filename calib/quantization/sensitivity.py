@@ -1,0 +1,211 @@
+"""How much the output depends on each site's weights: the Fisher score of S2P (arXiv 2412.06661, section 4.3).
+
+The paper prints S_i = |g^T W_i - 1/2 (1/n sum_m g_m^T W_i)^2|, an estimate of how a loss L changes where W_i goes to 0,
+with g = dL/dW_i, and leaves L open. Three readings, by the recipe's ``mixed.sensitivity``, where the product of two
+tensors is the sum over their elements, and a sample m is one latent with one of its two texts (both CFG branches):
+
+``probe`` (default): S_i = 1/(2n) sum_m (g_m^T W_i)^2 with g_m = d<v_m, eps_fp(x_m)>/dW_i and v_m ~ N(0, I). The mean of
+    squares instead of the square of a mean is the empirical Fisher information; it needs no labels, and it does not
+    vanish at the floating-point weights, where the gradient of any distance to the teacher is zero.
+``literal``: the printed formula at the floating-point weights. L is the diffusion loss, the mean over elements of
+    (eps_fp(x_t) - eps)^2 and over samples. x_t = alpha_t x_0 + sigma_t eps has eps ~ N(0, I) and t uniform over the
+    scheduler's training timesteps; x_0 is the clean latent that the guided output at the least noisy stored point of a
+    random prompt predicts (best with all points stored). v-prediction compares with alpha_t eps - sigma_t x_0, and
+    prediction of the picture with x_0.
+``quantized``: the printed formula at the weights on their starting (least-squares) grids, activations in floating
+    point. L is L_out: the mean of (eps_q(x_m) - eps_fp(x_m))^2 over elements and stored points, eps_fp as stored.
+
+With a mean as its loss, g^T W_i is the mean a_i of g_m^T W_i, so both printed forms are |a_i - a_i^2 / 2|.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from s2p_deploy.calib.dataset.stored_points import draw_points, least_noisy, points_at
+from s2p_deploy.errors import InputError
+from s2p_deploy.numerics import fake_quantize, format_by_name, least_squares_weight_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+    from s2p_deploy.calib.dataset.stored_points import StoredPoints
+    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.progress import Progress
+    from s2p_deploy.recipe import Mixed
+    from s2p_deploy.records import LatentDataset, PrecisionPlan
+
+
+@dataclass(frozen=True)
+class _Question:
+    """``loss`` [b] of outputs and ``target``, both float32 [b, C, H, W]; ``score`` [sites] of products [n, sites].
+
+    ``weights`` float32 replace parameters of the denoiser, by name.
+    """
+
+    points: StoredPoints
+    target: Tensor
+    weights: Mapping[str, Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Tensor], Tensor]
+
+
+def site_sensitivities(  # noqa: PLR0913 - what is asked, of whom, and on which points
+    hot: HotDenoiser,
+    plan: PrecisionPlan,
+    scheduler: Any,  # noqa: ANN401 - diffusers' schedulers share no typed base
+    dataset: LatentDataset,
+    mixed: Mixed,
+    *,
+    seed: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """One score per site of the plan, not negative, by ``mixed.sensitivity`` over ``mixed.latents`` stored points.
+
+    Args:
+        hot: the floating-point denoiser, left as it was.
+        plan: its sites, and the weight formats for ``quantized``.
+        scheduler: noise levels and kind of prediction, for ``literal``.
+        dataset: stored points.
+        mixed: the reading, and how many stored points.
+        seed: of all draws.
+        progress: told about every batch.
+
+    Raises:
+        InputError: the recipe asks for no sensitivity, or a score is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    points = draw_points(dataset, mixed.latents, seed)
+    if mixed.sensitivity == "probe":
+        probes = torch.randn(points.sample.shape, generator=generator)
+        question = _Question(points, probes, {}, _projection, _mean_of_squares)
+    elif mixed.sensitivity == "literal":
+        question = _diffusion_question(dataset, scheduler, len(points.sample) // 2, generator)
+    elif mixed.sensitivity == "quantized":
+        question = _Question(points, points.output, _weights_on_grids(hot, plan), _squared_error, _as_printed)
+    else:
+        raise InputError("mixed.sensitivity is none: choose probe, literal or quantized")
+    names = [site.site for site in plan.sites]
+    scores = question.score(_products(hot, names, question, progress)).tolist()
+    bad = [name for name, score in zip(names, scores, strict=True) if not 0 <= score < float("inf")]
+    if bad:
+        raise InputError(f"the sensitivity of {bad[0]} is not finite: the pipeline's weights are broken")
+    return dict(zip(names, scores, strict=True))
+
+
+def _projection(output: Tensor, probe: Tensor) -> Tensor:
+    return (output * probe).flatten(1).sum(1)
+
+
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().flatten(1).mean(1)
+
+
+def _mean_of_squares(products: Tensor) -> Tensor:
+    return products.square().mean(0) / 2
+
+
+def _as_printed(products: Tensor) -> Tensor:
+    mean = products.mean(0)
+    return (mean - mean.square() / 2).abs()
+
+
+def _products(hot: HotDenoiser, names: list[str], question: _Question, progress: Progress) -> Tensor:
+    """g_m^T W_i of every sample and site, float64 [n, sites]."""
+    points, device, found = question.points, hot.unet.device, []
+    for which in points.batches():
+        inputs = tuple(argument.to(device) for argument in points.inputs(which))
+        with torch.enable_grad(), _weight_factors(hot, names) as factors:
+            output = torch.func.functional_call(hot, dict(question.weights), inputs)
+            loss = question.loss(output, question.target[which].to(device)).sum()
+            gradients = torch.autograd.grad(loss, [factors[name] for name in names])
+        found.append(torch.stack([gradient.flatten() for gradient in gradients], 1).cpu().double())
+        progress("sensitivity", int(which[-1]) + 1, len(points.sample))
+    return torch.cat(found)
+
+
+@contextmanager
+def _weight_factors(hot: HotDenoiser, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Multiplies every site's weight by a factor of 1 per sample: its gradient is the sample's own g_m^T W_i.
+
+    Gives the factors [b, 1, ...] of the latest forward pass, by site. No gradient of a weight is ever stored, and the
+    output stays what it was, bit for bit.
+    """
+    factors: dict[str, Tensor] = {}
+
+    def watch(name: str) -> RemovableHandle:
+        def multiply(module: nn.Conv2d | nn.Linear, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            factor = output.new_ones(len(output), *(1,) * (output.dim() - 1)).requires_grad_()
+            factors[name] = factor
+            bias = module.bias
+            if bias is None:
+                return output * factor
+            shift = bias.detach().view(-1, 1, 1) if isinstance(module, nn.Conv2d) else bias.detach()
+            return output * factor + shift * (1 - factor)
+
+        handle: RemovableHandle = hot.unet.get_submodule(name).register_forward_hook(multiply)
+        return handle
+
+    hooks = [watch(name) for name in names]
+    try:
+        yield factors
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weights_on_grids(hot: HotDenoiser, plan: PrecisionPlan) -> dict[str, Tensor]:
+    """Weights of the sites whose weights the plan quantizes, on their least-squares grids, by parameter name."""
+    found = {}
+    for site in plan.sites:
+        fmt = format_by_name(site.weights)
+        if fmt is not None:
+            weight = hot.unet.get_submodule(site.site).weight.detach()
+            found[f"unet.{site.site}.weight"] = fake_quantize(weight, least_squares_weight_scale(weight, fmt), fmt)
+    return found
+
+
+def _diffusion_question(
+    dataset: LatentDataset,
+    scheduler: Any,  # noqa: ANN401 - as above
+    count: int,
+    generator: torch.Generator,
+) -> _Question:
+    """The diffusion loss on ``count`` clean latents, each under both texts of its prompt."""
+    sources = least_noisy(dataset)
+    chosen = torch.randint(len(sources), (count,), generator=generator).numpy()
+    points = points_at(dataset, sources[chosen])
+    guidance = float(dataset.manifest.content["sampling"]["guidance_scale"])
+    kind, alphas = scheduler.config.prediction_type, scheduler.alphas_cumprod.float()
+    uncond, cond = points.output.chunk(2)
+    guided = uncond + guidance * (cond - uncond)
+    clean = _clean(kind, points.sample[:count], guided, *_levels(alphas, points.row[:count]))
+    row = torch.randint(len(alphas), (count,), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    alpha, sigma = _levels(alphas, row)
+    answers = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}
+    noised = replace(points, sample=(alpha * clean + sigma * noise).repeat(2, 1, 1, 1), row=row.repeat(2))
+    return _Question(noised, answers[kind].repeat(2, 1, 1, 1), {}, _squared_error, _as_printed)
+
+
+def _levels(alphas_cumprod: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Alpha and sigma float32 [n, 1, 1, 1] of rows."""
+    alpha = alphas_cumprod[row].view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def _clean(kind: str, sample: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents that a network's output on a noised sample stands for."""
+    if kind == "epsilon":
+        return (sample - sigma * output) / alpha
+    if kind == "v_prediction":
+        return alpha * sample - sigma * output
+    return output

@@ -1,0 +1,1 @@
+"""S2P training: one state, one update, and what its options add."""

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from s2p_deploy.calib.dataset.estimate import Estimate, check_room, point_bytes, seconds_per_call, text_bytes
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import HotDenoiser
+from s2p_deploy.records import LatentDataset, PromptSet
+
+
+def test_bytes_are_those_of_a_dataset(dataset: LatentDataset, hot: HotDenoiser, prompts: PromptSet) -> None:
+    assert point_bytes(hot) == 3 * 2 * 4 * 8 * 8 + 16
+    arrays = (dataset.latents, dataset.cond, dataset.uncond, dataset.rows, dataset.prompt)
+    assert 18 * point_bytes(hot) == sum(array.nbytes for array in arrays)
+    texts = (dataset.texts, dataset.cond_text, dataset.uncond_text)
+    assert text_bytes(prompts, 24, 128) == sum(array.nbytes for array in texts)
+    files = sum(path.stat().st_size for path in dataset.folder.glob("*.safetensors"))
+    assert 0 < files - 18 * point_bytes(hot) - text_bytes(prompts, 24, 128) < 4 * 500  # four files' headers
+
+
+def test_a_call_takes_some_time(hot: HotDenoiser) -> None:
+    assert 0 < seconds_per_call(hot, 2, 24) < 10
+
+
+def test_an_estimate_is_one_line() -> None:
+    text = "1024 points, 3.2 MB on disk; 370 denoiser calls of 32 samples, about "
+    assert str(Estimate(1024, 3_200_000, 370, 32, 29.6)) == text + "30 s"
+    assert str(Estimate(1024, 3_200_000, 370, 32, 3000)) == text + "50 min"
+    assert str(Estimate(1024, 3_200_000, 370, 32, 9000)) == text + "2.5 h"
+
+
+def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    check_room(tmp_path / "new" / "folder", 1)
+    with pytest.raises(InputError, match=r"folder needs 1152921504606\.8 MB and its disk has .* left: make room"):
+        check_room(tmp_path / "new" / "folder", 2**60)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+
+from s2p_deploy.calib.dataset.texts import encode_texts
+from s2p_deploy.calib.dataset.trajectories import Itinerary, StoredPoint, call_rows, choose_calls, slot_queues, walk
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import BasePipeline, HotDenoiser, load_pipeline
+from s2p_deploy.records import Prompt, PromptSet
+
+STEPS, GUIDANCE = 6, 2.5
+
+
+def itineraries(pipe: StableDiffusionPipeline, prompts: PromptSet, points: int) -> list[Itinerary]:
+    texts = encode_texts(pipe, prompts)
+    calls = len(call_rows(pipe.scheduler))
+    return [
+        Itinerary(prompt, choose_calls(prompt, calls, points, "uniform"), texts.states[cond], texts.states[uncond])
+        for prompt, cond, uncond in zip(prompts.prompts, texts.cond, texts.uncond, strict=True)
+    ]
+
+
+def queues_of(plans: list[Itinerary]) -> tuple[tuple[int, ...], ...]:
+    return slot_queues({index: plan.length for index, plan in enumerate(plans)}, 2, 0)
+
+
+def walked(
+    pipe: StableDiffusionPipeline,
+    hot: HotDenoiser,
+    plans: list[Itinerary],
+    queues: Sequence[Sequence[int]] | None = None,
+) -> dict[int, list[StoredPoint]]:
+    steps = walk(hot, pipe.scheduler, plans, queues or queues_of(plans), guidance_scale=GUIDANCE)
+    return {index: points for index, points in steps if points is not None}
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "normal"])
+def test_calls_are_drawn_from_the_prompt_alone(timesteps: Literal["uniform", "normal"]) -> None:
+    first = choose_calls(Prompt("a", "x"), 51, 8, timesteps)
+    assert first == choose_calls(Prompt("a", "another text"), 51, 8, timesteps)
+    assert first != choose_calls(Prompt("b", "x"), 51, 8, timesteps)
+    assert list(first) == sorted(set(first))
+    assert len(first) == 8
+    assert choose_calls(Prompt("a", "x"), 5, 8, timesteps) == (0, 1, 2, 3, 4)
+
+
+def drawn(timesteps: Literal["uniform", "normal"]) -> np.ndarray:
+    """One call of each of 4000 prompts, as the timestep in units of 50 calls: 49 is the noisy end."""
+    return np.array([49 - choose_calls(Prompt(str(n), ""), 50, 1, timesteps)[0] for n in range(4000)])
+
+
+def test_uniform_calls_are_alike() -> None:
+    counts = np.bincount(drawn("uniform"), minlength=50)
+    assert (np.abs(counts - 80) < 5 * 80**0.5).all()  # five deviations of a count of 80
+
+
+def test_normal_calls_lean_towards_the_picture() -> None:
+    """N(20, 12.5^2) of 50 timesteps, whose tails pile up on both ends."""
+    timesteps = drawn("normal")
+    assert timesteps.mean() == pytest.approx(20, abs=0.7)
+    assert np.mean(np.abs(timesteps - 20) <= 12) == pytest.approx(0.683, abs=0.03)
+    assert np.mean(timesteps == 0) == pytest.approx(0.059, abs=0.015)  # Phi((0.5 - 20) / 12.5)
+    assert np.mean(timesteps == 49) == pytest.approx(0.011, abs=0.007)  # 1 - Phi((48.5 - 20) / 12.5)
+
+
+def test_normal_calls_are_distinct_up_to_all_but_one() -> None:
+    chosen = choose_calls(Prompt("a", ""), 51, 50, "normal")
+    assert len(set(chosen)) == 50
+    assert set(chosen) <= set(range(51))
+
+
+def test_a_prompt_goes_where_a_slot_is_free_first_the_longest_first() -> None:
+    # 5, 4, 3, 3, 1: slot A gets 5, B 4; B is free first, gets 3 (until 7); A gets 3 (until 8); B gets 1.
+    queues = slot_queues({10: 3, 11: 5, 12: 1, 13: 4, 14: 3}, 2, 0)
+    assert sorted(queues) == [(11, 14), (13, 10, 12)]
+
+
+def test_no_slot_gets_the_longest_of_every_shard() -> None:
+    plans = [slot_queues({0: 9, 1: 1}, 4, shard) for shard in range(40)]
+    assert {queues.index((0,)) for queues in plans} == {0, 1, 2, 3}
+    assert slot_queues({0: 9, 1: 1}, 4, 7) == slot_queues({0: 9, 1: 1}, 4, 7)
+
+
+def test_pndm_calls_one_row_twice(pipe: StableDiffusionPipeline) -> None:
+    pipe.scheduler.set_timesteps(50)
+    rows = call_rows(pipe.scheduler)
+    assert len(rows) == 51
+    assert len(set(rows)) == 50
+    assert rows[1] == rows[2]
+
+
+def test_a_fractional_schedule_is_refused(pipe: StableDiffusionPipeline) -> None:
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    scheduler.set_timesteps(7)
+    with pytest.raises(InputError, match="EulerDiscreteScheduler asks for the fractional timestep"):
+        call_rows(scheduler)
+
+
+def test_a_walk_is_the_stock_pipelines(
+    base: BasePipeline, pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
+) -> None:
+    pipe.scheduler.set_timesteps(STEPS)
+    points = walked(pipe, hot, itineraries(pipe, prompts.first(3), 100))[2]
+    seen = []
+    stock = load_pipeline(base)
+    stock.unet.register_forward_hook(lambda _, args, output: seen.append((args[0][0], int(args[1]), output[0])))
+    prompt = prompts.prompts[2]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(prompt.noise_seed))
+    stock(prompt.text, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise, output_type="latent")
+
+    assert [point.row for point in points] == [row for _, row, _ in seen]
+    for point, (latents, _, (uncond, cond)) in zip(points, seen, strict=True):
+        assert relative_error(point.latents, latents) < 2e-3  # the walk feeds float16-rounded latents
+        assert relative_error(point.cond, cond) < 2e-3
+        assert relative_error(point.uncond, uncond) < 2e-3
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.float() - reference).norm() / reference.norm())
+
+
+@torch.no_grad()
+def test_the_stored_answer_belongs_to_the_stored_input(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
+) -> None:
+    pipe.scheduler.set_timesteps(STEPS)
+    plans = itineraries(pipe, prompts.first(3), 2)
+    for index, points in walked(pipe, hot, plans).items():
+        for point in points:
+            rows = torch.tensor([point.row])
+            answer = hot(point.latents[None].float(), rows, plans[index].cond_text[None])[0]
+            assert relative_error(answer, point.cond.float()) < 4e-4  # float16's rounding
+
+
+def test_a_slots_bits_do_not_depend_on_its_neighbors(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
+) -> None:
+    """Other prompts beside it, idle slots, another turn in its own queue: only which slot it is decides."""
+    pipe.scheduler.set_timesteps(STEPS)
+    plans = itineraries(pipe, prompts, 3)
+    whole = walked(pipe, hot, plans, [(0, 1, 4), (2, 3, 5)])
+    for queues in ([(4,), (5, 3, 2)], [(1, 0), ()], [(), (3,)]):
+        for index, points in walked(pipe, hot, plans, queues).items():
+            for point, expected in zip(points, whole[index], strict=True):
+                assert point.row == expected.row
+                for name in ("latents", "cond", "uncond"):
+                    assert torch.equal(getattr(point, name), getattr(expected, name))
+
+
+def test_a_walk_stops_at_its_last_stored_call(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet
+) -> None:
+    pipe.scheduler.set_timesteps(STEPS)
+    plans = itineraries(pipe, prompts, 1)
+    calls = []
+    hot.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    walked(pipe, hot, plans)
+    assert calls == [4] * max(sum(plans[index].length for index in queue) for queue in queues_of(plans))

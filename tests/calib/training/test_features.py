@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2p_deploy.calib.training.features import feature_loss, feature_targets, tapped
+from s2p_deploy.calib.training.setting import TrainingSetting
+from s2p_deploy.families import HotDenoiser
+from s2p_deploy.recipe import Features, Recipe
+
+
+def test_both_forms_by_hand() -> None:
+    # Squares of the teacher per sample: 4 and 16, errors 1 and 4; the second target is zero in the teacher.
+    wanted = {"a": torch.tensor([[2.0, 0.0], [0.0, 4.0]]), "b": torch.zeros(2, 1)}
+    found = {"a": torch.tensor([[2.0, 1.0], [0.0, 2.0]]), "b": torch.tensor([[1e-3], [0.0]])}
+    relative = ((1 / 4 + 4 / 16) / 2 + (1e-6 / 1e-6 + 0) / 2) / 2
+    assert float(feature_loss(found, wanted, relative=True)) == pytest.approx(relative)
+    assert float(feature_loss(found, wanted, relative=False)) == pytest.approx((5 / 4 + 0.5e-6) / 2)
+
+
+def test_blocks_are_the_three_kinds(hot: HotDenoiser, recipe: Recipe) -> None:
+    training = recipe.training.model_copy(update={"features": Features(targets="blocks")})
+    expected = {"down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"}
+    assert set(feature_targets(TrainingSetting(training, 1.0, teacher=hot), hot)) == expected
+    assert feature_targets(TrainingSetting(recipe.training, 1.0), hot) == ()
+
+
+@torch.no_grad()
+def test_what_is_tapped_is_what_goes_on(hot: HotDenoiser) -> None:
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 3, 128)
+    with tapped(hot, ("down_blocks.0", "up_blocks.1", "conv_out")) as found:
+        output = hot(*inputs)
+    assert torch.equal(found["conv_out"], output)
+    assert found["down_blocks.0"].shape == (2, 8, 4, 4)  # of the block's tuple, its own output
+    before = dict(found)
+    hot(*(2 * value for value in inputs))
+    assert all(found[name] is value for name, value in before.items())

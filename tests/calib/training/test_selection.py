@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+
+from s2p_deploy.calib.dataset.sampler_walk import SamplerWalk, final_latents, sampler_inputs
+from s2p_deploy.calib.training.selection import HeldOut, held_out_walk, trajectory_error
+from s2p_deploy.families import BasePipeline, HotDenoiser, load_pipeline
+from s2p_deploy.recipe import Recipe
+from s2p_deploy.records import PromptSet
+
+
+@pytest.fixture
+def held_out(pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet, recipe: Recipe) -> HeldOut:
+    return held_out_walk(pipe, hot, prompts.first(3), recipe)
+
+
+def test_the_teacher_ends_where_the_stock_pipeline_does(
+    base: BasePipeline, held_out: HeldOut, prompts: PromptSet, recipe: Recipe
+) -> None:
+    stock = load_pipeline(base)
+    assert [len(part.noise) for part in held_out.inputs.parts()] == [2, 1]  # the dataset's width at a time
+    for prompt, expected in zip(prompts.first(3).prompts, held_out.final, strict=True):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(prompt.noise_seed))
+        steps, guidance = recipe.sampling.steps, recipe.sampling.guidance_scale
+        found = stock(
+            prompt.text, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="latent"
+        )
+        torch.testing.assert_close(found.images[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_error_is_the_median_of_the_relative_ones(held_out: HeldOut, hot: HotDenoiser) -> None:
+    assert trajectory_error(hot, held_out) == 0
+    factors = torch.tensor([1.0, 0.5, 0.8]).view(3, 1, 1, 1)  # relative errors 0, 1 and 0.25
+    assert trajectory_error(hot, replace(held_out, final=held_out.final * factors)) == pytest.approx(0.25)
+
+
+@torch.no_grad()
+def test_a_copied_walk_goes_the_same_way(held_out: HeldOut, hot: HotDenoiser) -> None:
+    walk = SamplerWalk(next(held_out.inputs.parts()))
+    for _ in range(3):
+        walk.advance(walk.answer(hot))
+    other = walk.copy()
+    assert torch.equal(walk.finish(hot), other.finish(hot))
+    assert torch.equal(walk.latents, held_out.final[:2])
+
+
+def test_a_sampler_that_draws_noise_draws_the_same_each_time(
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet, recipe: Recipe
+) -> None:
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    inputs = sampler_inputs(pipe, prompts.first(3), recipe)
+    assert torch.equal(final_latents(hot, inputs), final_latents(hot, inputs))
