@@ -29,8 +29,10 @@ from s2p_deploy.progress import silent
 from s2p_deploy.records import CalibratedModel, PromptSet, TransformSpec, write_artifact
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from s2p_deploy.calib.dataset.estimate import Estimate
     from s2p_deploy.calib.start import Start
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.progress import Progress
@@ -52,6 +54,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     device: str = "cpu",
     replace: bool = False,
     progress: Progress = silent,
+    tell: Callable[[Estimate], None] | None = None,
 ) -> CalibratedModel:
     """Calibrates ``base`` and writes the CalibratedModel at ``out``, its LatentDataset in ``out/dataset``.
 
@@ -72,6 +75,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         device: where training runs; the walk is made there too.
         replace: drops what stands in the way and makes ``out`` anew.
         progress: told about every part.
+        tell: given the size and time of a dataset that has to be made, before it is.
 
     Raises:
         InputError: the recipe, the plan or the prompts do not fit, or ``out`` or its partial is of another request or
@@ -93,7 +97,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         if resolved.is_float and plan is None:
             _calibrate_float(job, start)
         else:
-            _calibrate_quantized(job, start)
+            _calibrate_quantized(job, start, tell)
         shutil.rmtree(job.partial)
     return CalibratedModel.open(out)
 
@@ -143,7 +147,7 @@ def _calibrate_float(job: Job, start: Start) -> None:
     write_artifact(job.out, kind=KIND, base=job.base.base, recipe=recipe, fill=fill, replace=job.replace)
 
 
-def _calibrate_quantized(job: Job, start: Start) -> None:
+def _calibrate_quantized(job: Job, start: Start, tell: Callable[[Estimate], None] | None) -> None:
     dataset = generate_dataset(
         start.pipe,
         start.hot,
@@ -153,6 +157,7 @@ def _calibrate_quantized(job: Job, start: Start) -> None:
         out=job.dataset or job.partial / _DATASET,
         progress=job.progress,
         device=torch.device(job.device),
+        tell=tell,
     )
     teacher = teacher_of(job, start)
     quantization = quantization_of(job, start, dataset)

@@ -11,7 +11,7 @@ import pytest
 from s2p_deploy.cli import main
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-STAGES = ["calibrate", "export", "build", "generate", "generate", "inspect", "validate"]
+STAGES = ["calibrate", "export", "build", "generate", "generate", "inspect", "validate", "compare"]
 
 
 def walk_through() -> list[list[str]]:

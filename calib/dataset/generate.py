@@ -88,11 +88,13 @@ def generate_dataset(  # noqa: PLR0913 - what a dataset is made from, by whom, a
     ranks: int = 1,
     device: torch.device = _CPU,
     wait: Callable[[], object] = lambda: None,
+    tell: Callable[[Estimate], None] | None = None,
 ) -> LatentDataset:
     """Makes the dataset of all ``prompts`` by a resolved recipe at ``out``, or opens it where it is whole.
 
     Of the recipe, only ``sampling`` and ``dataset`` matter. Unfinished work stands beside it in ``<out>.shards``. With
     several ``ranks`` every process calls this with its own ``rank``, and ``wait`` returns once all have called it.
+    ``tell`` is given what there is to do before it begins.
 
     Raises:
         InputError: another dataset or another process's work stands there, the disk has no room, or the scheduler has
@@ -100,7 +102,7 @@ def generate_dataset(  # noqa: PLR0913 - what a dataset is made from, by whom, a
         IntegrityError: the dataset at ``out`` was changed.
     """
     request = DatasetRequest(base, prompts, recipe, out)
-    walker = Walker(pipe, teacher, device, rank, ranks, progress)
+    walker = Walker(pipe, teacher, device, rank, ranks, progress, tell)
     return open_finished(request) or make_dataset(request, walker, wait)
 
 

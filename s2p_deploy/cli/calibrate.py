@@ -13,8 +13,10 @@ from s2p_deploy.cli.options import (
     OutFolder,
     PromptsOption,
     SettingsOption,
+    device_from_option,
     overrides_from_settings,
     prompts_from_option,
+    tell_estimate,
 )
 from s2p_deploy.cli.outcome import artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
@@ -61,8 +63,9 @@ def calibrate(  # noqa: PLR0913 - its options
         "plan": None if plan is None else read_plan(plan),
         "initial": None if initial is None else CalibratedModel.open(initial),
         "dataset": dataset,
-        "device": device,
+        "device": str(device_from_option(device)),
         "replace": force,
+        "tell": tell_estimate,
     }
     with progress_bars() as progress:
         made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, progress=progress, **options)

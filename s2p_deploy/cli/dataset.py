@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -16,17 +14,17 @@ from s2p_deploy.cli.options import (
     OutFolder,
     PromptsOption,
     SettingsOption,
+    device_from_option,
     overrides_from_settings,
     prompts_from_option,
+    tell_estimate,
 )
 from s2p_deploy.cli.outcome import Outcome, artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
 
-    from s2p_deploy.calib.dataset.estimate import Estimate
     from s2p_deploy.calib.dataset.shards import DatasetRequest
     from s2p_deploy.families import BasePipeline
 
@@ -84,7 +82,7 @@ def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outco
     from s2p_deploy.calib.dataset.generate import load_walker, make_dataset
     from s2p_deploy.calib.dataset.shards import open_finished
 
-    wanted = _device(device)
+    wanted = device_from_option(device)
     state = PartialState(cpu=wanted.type == "cpu", timeout=_LONGEST_WAIT)
     made = open_finished(request)
     if made is None:
@@ -92,7 +90,7 @@ def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outco
         walker = load_walker(base, device=place, rank=state.process_index, ranks=state.num_processes)
         with progress_bars() as progress:
             if state.is_main_process:
-                walker = replace(walker, progress=progress, tell=_tell)
+                walker = replace(walker, progress=progress, tell=tell_estimate)
             made = make_dataset(request, walker, state.wait_for_everyone)
     if state.num_processes > 1:
         state.destroy_process_group()
@@ -107,32 +105,10 @@ def _part(request: DatasetRequest, base: BasePipeline, device: str, rank: int, r
     made = open_finished(request)
     if made is not None:
         return artifact_outcome(made.folder, made.manifest)
-    walker = load_walker(base, device=_device(device), rank=rank, ranks=ranks)
+    walker = load_walker(base, device=device_from_option(device), rank=rank, ranks=ranks)
     with progress_bars() as progress:
-        write_shards(request, replace(walker, progress=progress, tell=_tell))
+        write_shards(request, replace(walker, progress=progress, tell=tell_estimate))
     missing = [shard.number for shard in request.shards if not shard.path.exists()]
     data = {"kind": "shards", "path": str(request.work), "rank": rank, "ranks": ranks, "missing": missing}
     rest = f"{len(missing)} of other ranks are missing" if missing else "all are there: join them with --merge"
     return Outcome(data, (f"shards of rank {rank} of {ranks} written to {request.work}; {rest}",))
-
-
-def _device(name: str) -> torch.device:
-    """A device by its option; ``auto`` is a GPU where there is one."""
-    import torch
-
-    if name == "auto":
-        forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}  # by accelerate launch --cpu
-        return torch.device("cpu" if forced or not torch.cuda.is_available() else "cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MissingEnvironmentError(f"{name} is not there: use --device cpu, or install a CUDA build of torch")
-    return device
-
-
-def _tell(estimate: Estimate) -> None:
-    sys.stderr.write(f"dataset: {estimate}\n")

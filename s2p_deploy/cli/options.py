@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
 
 if TYPE_CHECKING:
+    import torch
+
+    from s2p_deploy.calib.dataset.estimate import Estimate
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records import Manifest, PromptSet
 
@@ -80,6 +85,33 @@ def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
                 raise InputError(f"--set {setting!r} contradicts an earlier --set of {part!r}")
         place[last] = value
     return result
+
+
+def device_from_option(name: str) -> torch.device:
+    """A device by its option; ``auto`` is a GPU where there is one.
+
+    Raises:
+        InputError: there is no device of that name. MissingEnvironmentError: it is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}  # by accelerate launch --cpu
+        return torch.device("cpu" if forced or not torch.cuda.is_available() else "cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MissingEnvironmentError(f"{name} is not there: use --device cpu, or install a CUDA build of torch")
+    return device
+
+
+def tell_estimate(estimate: Estimate) -> None:
+    """One line on stderr, before a dataset is made."""
+    sys.stderr.write(f"dataset: {estimate}\n")
 
 
 def base_of(manifest: Manifest, given: str | None) -> BasePipeline:
