@@ -31,6 +31,7 @@ ABLATIONS = {
     "guided-loss",
     "no-training",
     "one-scale",
+    "s2p",
     "s2p-mixed",
     "sampler-loss",
     "serial",
@@ -39,6 +40,9 @@ ABLATIONS = {
     "time-quantized",
     "trajectory-loss",
     "uniform-loss",
+    "untrained-max",
+    "untrained-mean",
+    "untrained-min",
 }
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -73,10 +77,11 @@ def changed_keys(recipe: Recipe, other: Recipe) -> set[str]:
     return {key for key, value in recipe if key != "name" and value != getattr(other, key)}
 
 
-def test_rivals_and_ablations_are_w4a8_but_for_what_they_compare() -> None:
-    base = load_recipe("w4a8")
+def test_rivals_and_ablations_are_s2p_but_for_what_they_compare() -> None:
+    base = load_recipe("s2p")
+    assert changed_keys(base, load_recipe("w4a8")) == {"transforms"}
     allowed = {"transforms", "scales", "training", "mixed"}
-    changes = {name: changed_keys(load_recipe(name), base) for name in RIVALS | ABLATIONS}
+    changes = {name: changed_keys(load_recipe(name), base) for name in (RIVALS | ABLATIONS) - {"s2p"}}
     assert changes.pop("bitsfusion") == {"activations", "mixed", "training"}
     assert changes.pop("ptq4dm") == {"dataset", "scales", "training"}
     assert {name for name, keys in changes.items() if not keys or keys - allowed} == set()
