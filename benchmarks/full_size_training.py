@@ -18,19 +18,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from training_cost import ROWS, Case, random_batch
+from training_cost import Case, random_batch, s2p_iteration
 
-from s2p_deploy.calib.quantization.plan import plan_from_recipe
-from s2p_deploy.calib.quantization.scale_start import starting_weight_scales
-from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-from s2p_deploy.calib.training.act_scales import ActScales
-from s2p_deploy.calib.training.learner import Learner
-from s2p_deploy.calib.training.losses import RowErrors
-from s2p_deploy.calib.training.objective import Objective
-from s2p_deploy.calib.training.setting import TrainingSetting
-from s2p_deploy.calib.training.state import TrainingState
-from s2p_deploy.families import discover_sites, hot_denoiser_from_unet, time_table_from_unet
-from s2p_deploy.recipe import Recipe, Scales, load_recipe
+from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
 
 SD_V1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
 PAPER = {"iterations": 10_000, "batch": 12, "hours": 4.5, "hardware": "one A100"}
@@ -45,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_training.json")
     asked = parser.parse_args()
     training = {"precision": asked.precision, "checkpointing": True, "batch": asked.batch}
-    found = measure(load_recipe("w4a8", {"training": training}), asked.iterations, torch.device(asked.device))
+    found = measure(training, asked.iterations, torch.device(asked.device))
     per_sample = found["seconds_per_iteration"] / asked.batch
     hours = per_sample * PAPER["batch"] * PAPER["iterations"] / 3600
     result = vars(asked) | {"out": None} | found | {"paper": PAPER, "hours_for_the_papers_iterations": round(hours, 1)}
@@ -55,34 +45,23 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def measure(recipe: Recipe, iterations: int, device: torch.device) -> dict[str, Any]:
+def measure(training: dict[str, Any], iterations: int, device: torch.device) -> dict[str, Any]:
     """Median seconds of the iterations after the first, and the process's peak memory."""
     torch.manual_seed(0)
     start = time.perf_counter()
     unet = UNet2DConditionModel(**SD_V1)
     hot = hot_denoiser_from_unet(unet, time_table_from_unet(unet, 1000)).eval()
-    batch = random_batch(hot, Case(lambda: unet, recipe.training.batch, 77)).to(device)
-    plan = plan_from_recipe(recipe, discover_sites(hot))
-    denoiser = QuantizedDenoiser(hot, plan, starting_weight_scales(hot, plan, Scales(weights="max")))
-    static = [not point.timestep_dependent for point in plan.act_points]
-    act_scales = ActScales(torch.full((ROWS, len(plan.act_points)), 0.05), static)
-    state = TrainingState(denoiser, act_scales, torch.arange(ROWS) * (1000 // ROWS))
-    setting = TrainingSetting(recipe.training, 7.5, device=device)
-    learner = Learner(state, setting)
-    learner.begin(RowErrors(*torch.ones(3, ROWS)))
-    objective = Objective(setting, state, torch.ones(ROWS))
+    batch = random_batch(hot, Case(lambda: unet, training["batch"], 77)).to(device)
+    run = s2p_iteration(hot, batch, training, device)
     built = time.perf_counter() - start
     seconds, processor = [], []
     for _ in range(iterations + 1):
         start, used = time.perf_counter(), time.process_time()
-        learner.clear_gradients()
-        out, feature = objective.add_gradients(batch, 1.0)
-        learner.update(batch.index.unique(), 1.0, out, feature)
+        run()
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
     return {
         "parameters": sum(parameter.numel() for parameter in hot.parameters()),
-        "sites": len(plan.sites),
         "threads": torch.get_num_threads(),
         "seconds_to_build": round(built, 1),
         "seconds_per_iteration": round(statistics.median(seconds[1:]), 2),

@@ -41,12 +41,13 @@ from s2p_deploy.families import (
     resolve_base,
     time_table_from_unet,
 )
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Scales, load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROWS = 50
+CPU = torch.device("cpu")
 LIMITS = {"s2p": 1.45, "s2p_features": 2.2}
 SD_BLOCK = {
     "sample_size": 64,
@@ -98,7 +99,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     kinds = {
         "plain": plain_iteration(copy.deepcopy(hot), batch),
         "s2p": s2p_iteration(copy.deepcopy(hot), batch, {}),
-        "s2p_features": s2p_iteration(hot, batch, {"targets": "blocks"}),
+        "s2p_features": s2p_iteration(hot, batch, {"features": {"targets": "blocks"}}),
     }
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(rounds + 1):
@@ -129,16 +130,19 @@ def plain_iteration(hot: HotDenoiser, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def s2p_iteration(hot: HotDenoiser, batch: Batch, features: dict[str, Any]) -> Callable[[], None]:
-    """W4A8 as the preset says."""
-    recipe = load_recipe("w4a8", {"training": {"features": features}})
-    teacher = copy.deepcopy(hot).requires_grad_(requires_grad=False)
+def s2p_iteration(
+    hot: HotDenoiser, batch: Batch, training: dict[str, Any], device: torch.device = CPU
+) -> Callable[[], None]:
+    """W4A8 as the preset says, but for ``training``; weights start at their largest magnitude, which is found fast."""
+    recipe = load_recipe("w4a8", {"training": training})
+    watched = recipe.training.features.targets != "none"
+    teacher = copy.deepcopy(hot).requires_grad_(requires_grad=False) if watched else None
     plan = plan_from_recipe(recipe, discover_sites(hot))
-    denoiser = QuantizedDenoiser(hot, plan, starting_weight_scales(hot, plan))
+    denoiser = QuantizedDenoiser(hot, plan, starting_weight_scales(hot, plan, Scales(weights="max")))
     static = [not point.timestep_dependent for point in plan.act_points]
     act_scales = ActScales(torch.full((ROWS, len(plan.act_points)), 0.05), static)
     state = TrainingState(denoiser, act_scales, torch.arange(ROWS) * (1000 // ROWS))
-    setting = TrainingSetting(recipe.training, 7.5, teacher=teacher)
+    setting = TrainingSetting(recipe.training, 7.5, teacher=teacher, device=device)
     learner = Learner(state, setting)
     learner.begin(RowErrors(*torch.ones(3, ROWS)))
     objective = Objective(setting, state, torch.ones(ROWS))

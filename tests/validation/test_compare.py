@@ -249,4 +249,5 @@ def test_another_recipe_of_the_same_name_is_a_failure_not_a_mixture(contest: Con
 
 @pytest.mark.usefixtures("found")
 def test_json_is_strict(out: Path) -> None:
-    json.loads((out / "comparison.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    data = json.loads((out / "comparison.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert data["kind"] == "Comparison"

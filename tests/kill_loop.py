@@ -1,0 +1,58 @@
+"""A script that kills its own children, for tests of what goes on after SIGKILL."""
+
+from __future__ import annotations
+
+from textwrap import indent
+
+# argv: pipeline, recipe as JSON, prompts as JSON, folder, number of kills. Every kill is of a process of its own, at a
+# random share of the processor time that undisturbed work takes; then the work is started again. Prints exit codes.
+_SCRIPT = """
+import json, os, random, resource, signal, sys, time
+from pathlib import Path
+import torch
+from s2p_deploy.families import resolve_base
+from s2p_deploy.recipe import recipe_from_data
+from s2p_deploy.records import Prompt, PromptSet
+{imports}
+
+torch.set_num_threads(1)  # and none to lose in a fork
+base = resolve_base(sys.argv[1])
+recipe = recipe_from_data(json.loads(sys.argv[2]), "test")
+prompts = PromptSet(tuple(Prompt(*pair) for pair in json.loads(sys.argv[3])))
+{setup}
+
+def started(out):
+    child = os.fork()
+    if child == 0:
+{work}
+        os._exit(0)
+    return child
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def spent(child):
+    fields = Path(f"/proc/{{child}}/stat").read_text().rpartition(")")[2].split()
+    return "Z" if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+def wait_until_spent(child, seconds):
+    while (now := spent(child)) != "Z" and now < seconds:
+        time.sleep(0.001)
+
+assert ended(started(Path(sys.argv[4]) / "timed")) == 0
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+moments, codes = random.Random(0), []
+for number in range(int(sys.argv[5])):
+    out = Path(sys.argv[4]) / str(number)
+    child = started(out)
+    wait_until_spent(child, moments.uniform(0, 0.9) * (used.ru_utime + used.ru_stime))  # a busy machine varies
+    os.kill(child, signal.SIGKILL)
+    codes.append(ended(child))
+    assert ended(started(out)) == 0
+print(json.dumps(codes))
+"""
+
+
+def kill_script(*, imports: str, setup: str, work: str) -> str:
+    """The script; ``work`` makes something at ``out`` from ``base``, ``recipe`` and ``prompts``."""
+    return _SCRIPT.format(imports=imports, setup=setup, work=indent(work, " " * 8))
