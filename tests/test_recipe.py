@@ -154,7 +154,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown recipe 'w2a2': use one of asymmetric, .*, w8a8, or the path"):
+    with pytest.raises(InputError, match=r"unknown recipe 'w2a2': use one of asymmetric, .*, w8a8-peaks, or the path"):
         load_recipe("w2a2")
 
 
