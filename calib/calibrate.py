@@ -83,7 +83,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         S2PError: training diverged.
         IntegrityError: a finished artifact was changed.
     """
-    resolved = _resolve(recipe, base)
+    resolved = recipe.with_guidance(base.default_guidance)
     if initial is not None:
         _check_initial(initial, base, plan)
     used = prompts.first(resolved.dataset.prompts)
@@ -106,13 +106,6 @@ def dataset_name(recipe: Recipe) -> str:
     """A short name that recipes share whose datasets are the same for one pipeline and one prompt file."""
     sections = {"sampling": recipe.sampling.model_dump(), "dataset": recipe.dataset.model_dump()}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _resolve(recipe: Recipe, base: BasePipeline) -> Recipe:
-    if recipe.sampling.guidance_scale is not None:
-        return recipe
-    sampling = recipe.sampling.model_copy(update={"guidance_scale": base.default_guidance})
-    return recipe.model_copy(update={"sampling": sampling})
 
 
 def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: PrecisionPlan | None) -> None:

@@ -251,6 +251,12 @@ class Recipe(_Section):
         }
         return ", ".join(reason for reason, holds in reasons.items() if holds)
 
+    def with_guidance(self, default: float) -> Recipe:
+        """The recipe with ``default`` as its guidance scale, where it leaves that open."""
+        if self.sampling.guidance_scale is not None:
+            return self
+        return self.model_copy(update={"sampling": self.sampling.model_copy(update={"guidance_scale": default})})
+
     def digest(self) -> str:
         """SHA-256 (hex) of the resolved recipe."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -83,10 +83,8 @@ def dataset_request(
     base: BasePipeline, recipe: Recipe, prompts: PromptSet, out: Path, *, replace: bool = False
 ) -> DatasetRequest:
     """The request for the dataset of ``recipe``: the prompts that it walks; the pipeline's guidance where left open."""
-    if recipe.sampling.guidance_scale is None:
-        sampling = recipe.sampling.model_copy(update={"guidance_scale": base.default_guidance})
-        recipe = recipe.model_copy(update={"sampling": sampling})
-    return DatasetRequest(base.base, prompts.first(recipe.dataset.prompts), recipe, out, replace)
+    resolved = recipe.with_guidance(base.default_guidance)
+    return DatasetRequest(base.base, prompts.first(recipe.dataset.prompts), resolved, out, replace)
 
 
 def open_finished(request: DatasetRequest) -> LatentDataset | None:

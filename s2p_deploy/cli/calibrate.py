@@ -10,6 +10,7 @@ import typer
 from s2p_deploy.cli.options import (
     ForceOption,
     JsonOption,
+    ModelArgument,
     OutFolder,
     PromptsOption,
     SettingsOption,
@@ -23,12 +24,7 @@ from s2p_deploy.cli.progress_bars import progress_bars
 
 
 def calibrate(  # noqa: PLR0913 - its options
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."
-        ),
-    ],
+    model: ModelArgument,
     *,
     recipe: Annotated[str, typer.Option(help="A recipe's name (w4a8, w8a8, fp, ...), or the path of a YAML file.")],
     prompts: PromptsOption,

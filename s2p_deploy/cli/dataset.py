@@ -11,6 +11,7 @@ import typer
 from s2p_deploy.cli.options import (
     ForceOption,
     JsonOption,
+    ModelArgument,
     OutFolder,
     PromptsOption,
     SettingsOption,
@@ -32,12 +33,7 @@ _LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one; the launche
 
 
 def dataset(  # noqa: PLR0913 - its options
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."
-        ),
-    ],
+    model: ModelArgument,
     *,
     recipe: Annotated[str, typer.Option(help="A recipe's name, or the path of a YAML file.")],
     prompts: PromptsOption,

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what stands at --out, once the new one is whole.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder of the artifact to write.")]
 PromptsOption = Annotated[
     str,

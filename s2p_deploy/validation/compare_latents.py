@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,9 +51,7 @@ def make_latents(
         progress("held-out latents", done, total)
 
     pipe, teacher = load_pipeline(base), fp_denoiser(base)
-    made = generate_dataset(pipe, teacher, base.base, prompts, recipe, out=out, progress=told)
-    shutil.rmtree(out.with_name(f"{out.name}.shards"), ignore_errors=True)
-    return made
+    return generate_dataset(pipe, teacher, base.base, prompts, recipe, out=out, progress=told)
 
 
 def sqnr_per_row(denoiser: Callable[..., torch.Tensor], dataset: LatentDataset, progress: Progress = silent) -> RowSqnr:
