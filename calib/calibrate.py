@@ -11,6 +11,7 @@ import torch
 
 from s2p_deploy.calib.atomic import link_or_copy, link_or_copy_files
 from s2p_deploy.calib.dataset.generate import generate_dataset
+from s2p_deploy.calib.dataset.shards import dataset_request, open_finished
 from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.calib.job import KIND, Job, claim, finished
 from s2p_deploy.calib.lock import claimed
@@ -92,7 +93,9 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     with claimed(job.partial):
         if out.exists() and not replace:
             return finished(job)
-        start = start_of(job)  # before the claim: a recipe that does not fit leaves nothing behind
+        if dataset is not None:  # before the claim, as what follows: what does not fit leaves nothing behind
+            open_finished(dataset_request(base, resolved, used, dataset))
+        start = start_of(job)
         claim(job)
         if resolved.is_float and plan is None:
             _calibrate_float(job, start)

@@ -82,7 +82,10 @@ def read_plan(path: Path) -> PrecisionPlan:
             site and its act point do not know each other.
     """
     try:
-        data = _PlanFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(read, dict):
+            raise InputError(f"{path} is no precision plan: it must be a mapping with act_points and sites")
+        data = _PlanFile.model_validate(read)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
     except ValidationError as error:

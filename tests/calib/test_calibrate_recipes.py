@@ -124,6 +124,7 @@ def test_a_dataset_of_another_request_is_refused(base: BasePipeline, prompts: Pr
     assert dataset_name(other) != dataset_name(load_recipe("max", QUICK))
     with pytest.raises(InputError, match="shared"):
         calibrate(base, other, prompts, tmp_path / "second", dataset=shared)
+    assert not (tmp_path / "second.partial").exists()
 
 
 def test_too_few_prompts_to_select_by(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
