@@ -3,14 +3,16 @@
 from s2p_deploy.engines.backend import (
     Backend,
     Capabilities,
-    ShapeProfile,
     backend_by_name,
     backend_names,
     check_hint,
     usable_backend,
 )
+from s2p_deploy.engines.bound_scales import check_scales
 from s2p_deploy.engines.build import build_engine
-from s2p_deploy.engines.load import check_scales, load_engine
+from s2p_deploy.engines.isolation import Limits
+from s2p_deploy.engines.load import load_engine
+from s2p_deploy.engines.options import BuildOptions, ShapeProfile
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
 from s2p_deploy.engines.site_report import sites_not_int8
 from s2p_deploy.engines.subgraph import runner_for_subgraph
@@ -18,7 +20,9 @@ from s2p_deploy.engines.subgraph import runner_for_subgraph
 __all__ = [
     "Backend",
     "BoundRunner",
+    "BuildOptions",
     "Capabilities",
+    "Limits",
     "Runner",
     "ShapeProfile",
     "TorchRunner",

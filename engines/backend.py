@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from s2p_deploy.engines.options import ShapeProfile
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
 
@@ -27,29 +29,6 @@ _MODULES = {
     "tensorrt_rtx": "s2p_deploy.engines.tensorrt",
     "tensorrt": "s2p_deploy.engines.tensorrt",
 }
-
-
-@dataclass(frozen=True)
-class ShapeProfile:
-    """Batch sizes of an engine: the smallest, the one it is tuned for, the largest.
-
-    TensorRT engines refuse others; the CPU backends take any.
-    """
-
-    minimum: int = 1
-    optimum: int = 2
-    maximum: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise InputError(f"batch profile {self.minimum}/{self.optimum}/{self.maximum} must be ascending from 1")
-
-    def shape(self, spec: TensorSpec, batch: int) -> tuple[int, ...]:
-        """The sizes of a tensor at a batch size. Raises InputError where another size than ``batch`` is dynamic."""
-        other = [size for size in spec.shape if isinstance(size, str) and size != "batch"]
-        if other:
-            raise InputError(f"input {spec.name} has the dynamic size {other[0]!r}: only 'batch' may be dynamic")
-        return tuple(batch if isinstance(size, str) else size for size in spec.shape)
 
 
 @dataclass(frozen=True)
@@ -72,14 +51,13 @@ class Capabilities:
 class CompileRequest:
     """What ``compile`` needs.
 
-    The prepared graph and its inputs, the folder that becomes the engine, a scratch folder, and ``example`` inputs for
-    one trial run where the backend can run here.
+    The prepared graph and its inputs, the options (their hint is not None), the folder that becomes the engine, a
+    scratch folder, and ``example`` inputs for one trial run where the backend can run here.
     """
 
     onnx_path: Path
     inputs: tuple[TensorSpec, ...]
-    profile: ShapeProfile
-    hint: str
+    options: BuildOptions
     folder: Path
     scratch: Path
     example: dict[str, NDArray[Any]]
@@ -107,7 +85,7 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities:
         """What it can do on this machine; never raises for a missing library."""
 
-    def prepare(self, graph: ExportedGraph, folder: Path) -> Path:
+    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """Derives the backend's ONNX file from the canonical graph, into ``folder``."""
 
     def prepare_model(self, model: ir.Model) -> None:

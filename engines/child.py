@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from s2p_deploy.engines.backend import CompileRequest, ShapeProfile, example_inputs, usable_backend
+from s2p_deploy.engines.backend import CompileRequest, example_inputs, usable_backend
+from s2p_deploy.engines.options import BuildOptions, ShapeProfile
 from s2p_deploy.engines.site_report import site_precisions, storage_bits
 from s2p_deploy.errors import S2PError
 from s2p_deploy.records import ExportedGraph
@@ -21,18 +22,18 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     backend = usable_backend(request["backend"])
     graph = ExportedGraph.open(Path(request["graph"]))
     scratch = Path(request["scratch"])
-    prepared = backend.prepare(graph, scratch)
+    options = request["options"]
+    options = BuildOptions(**options | {"profile": ShapeProfile(**options["profile"])})
+    prepared = backend.prepare(graph, scratch, options)
     storage = storage_bits(prepared)  # before compile, which may move the file
-    profile = ShapeProfile(*request["profile"])
     compiled = backend.compile(
         CompileRequest(
             onnx_path=prepared,
             inputs=graph.inputs,
-            profile=profile,
-            hint=request["hint"],
+            options=options,
             folder=Path(request["folder"]),
             scratch=scratch,
-            example=example_inputs(graph, profile.optimum),
+            example=example_inputs(graph, options.profile.optimum),
         )
     )
     return {

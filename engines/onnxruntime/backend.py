@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
+    from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph
 
@@ -60,7 +61,7 @@ class OnnxRuntimeBackend:
         """Expands INT4 weights of sites with quantized activations."""
         ExpandInt4(weight_only)(model)
 
-    def prepare(self, graph: ExportedGraph, folder: Path) -> Path:
+    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical graph with INT4 expanded."""
         return prepare_graph(graph, folder, self.prepare_model)
 
@@ -71,7 +72,7 @@ class OnnxRuntimeBackend:
             if path.exists():
                 shutil.move(path, request.folder / path.name)
                 files.append(path.name)
-        options = _options(request.hint)
+        options = _options(str(request.options.hint))
         options.enable_profiling = True
         options.profile_file_prefix = str(request.scratch / "onnxruntime")
         session = _session(str(request.folder / request.onnx_path.name), options)

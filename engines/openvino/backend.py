@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
+    from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph
 
@@ -55,7 +56,7 @@ class OpenVinoBackend:
         """Expands INT4 weights of sites with quantized activations: packed, OpenVINO would compute them in f32."""
         ExpandInt4(weight_only)(model)
 
-    def prepare(self, graph: ExportedGraph, folder: Path) -> Path:
+    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical graph with INT4 expanded."""
         return prepare_graph(graph, folder, self.prepare_model)
 
@@ -67,7 +68,7 @@ class OpenVinoBackend:
         model = core.read_model(request.onnx_path)
         # serialize, not save_model: that one rounds float32 weights to float16
         openvino.serialize(model, request.folder / XML, request.folder / BIN)
-        compiled = _compiled(_for_inputs(model, request.example), request.hint)
+        compiled = _compiled(_for_inputs(model, request.example), str(request.options.hint))
         compiled(request.example)
         names = product_names(read_onnx(request.onnx_path))
         notes = {"processor": core.get_property("CPU", "FULL_DEVICE_NAME")}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
+    from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
     from s2p_deploy.records import Engine, ExportedGraph
@@ -70,7 +71,7 @@ class TensorRtBackend:
         """Expands INT4 where the library refuses it: TensorRT-RTX takes it in MatMul beside INT8 activations."""
         ExpandInt4(weight_only_or_matmul if self.name == RTX else weight_only)(model)
 
-    def prepare(self, graph: ExportedGraph, folder: Path) -> Path:
+    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical fp16 graph with INT4 expanded where needed."""
         return prepare_graph(graph, folder, self.prepare_model)
 
@@ -141,7 +142,7 @@ def _inspect(library: str, plan: bytes) -> str:
 
 def _shapes(request: CompileRequest) -> Shapes:
     """Every input at the profile's batch sizes; the scale table's rows do not vary within one engine."""
-    profile = request.profile
+    profile = request.options.profile
     fixed = request.example["act_scales"].shape if "act_scales" in request.example else ()
     return {
         spec.name: (fixed, fixed, fixed)

@@ -25,8 +25,8 @@ def build(
     from s2p_deploy.records import ExportedGraph
 
     opened = ExportedGraph.open(graph)
-    from s2p_deploy.engines import build_engine
+    from s2p_deploy.engines import BuildOptions, build_engine
 
     with progress_bars() as progress:
-        made = build_engine(opened, backend, out, hint=hint, replace=force, progress=progress)
+        made = build_engine(opened, backend, out, options=BuildOptions(hint), replace=force, progress=progress)
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from s2p_deploy.engines import build_engine
+from s2p_deploy.engines import BuildOptions, build_engine
 from s2p_deploy.records import Engine, ExportedGraph
 from tests.engines.small_graph import small_graph
 
@@ -34,6 +34,7 @@ def engine_of(graph_of: GraphOf, tmp_path_factory: pytest.TempPathFactory) -> En
 
     @cache
     def built(backend: str, hint: str, weights: str) -> Engine:
-        return build_engine(graph_of("fp32", weights), backend, folder / f"{backend}-{hint}-{weights}", hint=hint)
+        out = folder / f"{backend}-{hint}-{weights}"
+        return build_engine(graph_of("fp32", weights), backend, out, options=BuildOptions(hint))
 
     return built

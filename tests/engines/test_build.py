@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.engines import ShapeProfile, backend_by_name, backend_names, build_engine
+from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, backend_by_name, backend_names, build_engine
 from s2p_deploy.errors import EngineBuildError, InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Engine
 from tests.engines.conftest import EngineOf, GraphOf
@@ -44,9 +44,9 @@ def test_progress_is_told(graph_of: GraphOf, tmp_path: Path) -> None:
     ("backend", "options", "error"),
     [
         ("nonsense", {}, InputError),
-        ("onnxruntime", {"hint": "nonsense"}, InputError),
+        ("onnxruntime", {"options": BuildOptions("nonsense")}, InputError),
         ("tensorrt_rtx", {}, (InputError, MissingEnvironmentError)),  # an fp32 graph, or no library
-        ("onnxruntime", {"timeout_s": 0.01}, EngineBuildError),
+        ("onnxruntime", {"limits": Limits(0.01)}, EngineBuildError),
     ],
 )
 def test_a_build_that_fails_leaves_nothing(
@@ -63,7 +63,7 @@ def test_memory_that_runs_out_in_the_child_is_a_build_error(
     # the preflight's least, lowered, so that the child and not the preflight meets the limit
     monkeypatch.setattr("s2p_deploy.engines.preflight.BASE_MEMORY", 0)
     with pytest.raises(EngineBuildError):
-        build_engine(graph_of("fp32", "int8"), "onnxruntime", tmp_path / "out", memory_limit=40 * 2**20)
+        build_engine(graph_of("fp32", "int8"), "onnxruntime", tmp_path / "out", limits=Limits(60, 40 * 2**20))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,9 +73,9 @@ def test_what_stands_at_out_stays_when_a_replacing_build_fails(graph_of: GraphOf
     with pytest.raises(InputError, match="exists"):
         build_engine(graph, "onnxruntime", out)
     with pytest.raises(EngineBuildError):
-        build_engine(graph, "onnxruntime", out, replace=True, timeout_s=0.01)
+        build_engine(graph, "onnxruntime", out, replace=True, limits=Limits(0.01))
     assert Engine.open(out).manifest.digest == first.manifest.digest
-    assert build_engine(graph, "onnxruntime", out, hint="fast", replace=True).hint == "fast"
+    assert build_engine(graph, "onnxruntime", out, options=BuildOptions("fast"), replace=True).hint == "fast"
 
 
 def test_a_graph_that_changed_after_it_was_opened_is_refused(graph_of: GraphOf, tmp_path: Path) -> None:

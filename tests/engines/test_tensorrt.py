@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from s2p_deploy.engines import ShapeProfile, build_engine, load_engine
+from s2p_deploy.engines import BuildOptions, ShapeProfile, build_engine, load_engine
 from s2p_deploy.engines.isolation import Limits, run_child
 from s2p_deploy.engines.tensorrt.inspector import compute_types
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
@@ -56,7 +56,8 @@ def child_request(folder: Path, model: onnx.ModelProto) -> dict[str, object]:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_rtx_builds_ahead_of_time_with_a_dynamic_batch(graph_of: GraphOf, tmp_path: Path, weights: str) -> None:
     graph = graph_of("fp16", weights)
-    engine = build_engine(graph, "tensorrt_rtx", tmp_path / "engine", profile=ShapeProfile(1, 2, 8))
+    options = BuildOptions(profile=ShapeProfile(1, 2, 8))
+    engine = build_engine(graph, "tensorrt_rtx", tmp_path / "engine", options=options)
     bits = {site.site: site.weight_storage_bits for site in engine.sites}
     packed = 4 if weights == "int4" else 8
     assert bits == {"conv_in": packed, "conv": 8, "to_q": packed, "conv_out": 16}
@@ -112,7 +113,7 @@ def test_an_fp32_graph_is_refused_before_anything_starts(graph_of: GraphOf, tmp_
 def test_an_engine_runs_on_the_gpu_as_onnxruntime_does(graph_of: GraphOf, tmp_path: Path, backend: str) -> None:
     pytest.importorskip(backend)
     graph = graph_of("fp16", "int8")
-    built = build_engine(graph, backend, tmp_path / backend, profile=ShapeProfile(1, 2, 8))
+    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
     reference = build_engine(graph, "onnxruntime", tmp_path / "reference")
     with load_engine(built, graph) as candidate, load_engine(reference, graph) as expected:
         for batch in (1, 3, 8):

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s2p_deploy.engines import ShapeProfile, build_engine, load_engine, runner_for_subgraph, sites_not_int8
+from s2p_deploy.engines import (
+    BuildOptions,
+    ShapeProfile,
+    build_engine,
+    load_engine,
+    runner_for_subgraph,
+    sites_not_int8,
+)
 from s2p_deploy.export import block_subgraph, export_graph
 from s2p_deploy.records import ExportedGraph
 from tests.artifacts import tiny_calibrated, tiny_inputs
@@ -28,7 +35,8 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
 def compare(graph: ExportedGraph, folder: Path) -> float:
     """Builds both CPU engines, checks rows and precisions, and returns their SQNR against each other."""
     reference = build_engine(graph, "onnxruntime", folder / "onnxruntime")
-    candidate = build_engine(graph, "openvino", folder / "openvino", profile=ShapeProfile(1, 3, 8))
+    options = BuildOptions(profile=ShapeProfile(1, 3, 8))
+    candidate = build_engine(graph, "openvino", folder / "openvino", options=options)
     assert sites_not_int8(candidate, graph.plan) == ()
     inputs = tiny_inputs(3)
     results = []
@@ -79,6 +87,7 @@ def test_other_formats_agree(tmp_path: Path, weights: str, activations: str, lea
 def test_rtx_builds_the_whole_w4a8_graph(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph = export_graph(tiny_calibrated(tmp_path / "calib", "int4", "int8"), tmp_path / "graph", dtype="fp16")
-    engine = build_engine(graph, "tensorrt_rtx", tmp_path / "engine", profile=ShapeProfile(1, 2, 8))
+    options = BuildOptions(profile=ShapeProfile(1, 2, 8))
+    engine = build_engine(graph, "tensorrt_rtx", tmp_path / "engine", options=options)
     bits = Counter((site.op, site.weight_storage_bits, site.activation_bits) for site in engine.sites)
     assert bits == {("linear", 4, 8): 32, ("linear", 4, 16): 8, ("conv", 8, 8): 31, ("conv", 8, 16): 2}
