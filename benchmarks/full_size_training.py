@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from full_size_pipeline import SD_V1
 from training_cost import Case, random_batch, s2p_iteration
 
 from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
 
-SD_V1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
 PAPER = {"iterations": 10_000, "batch": 12, "hours": 4.5, "hardware": "one A100"}
 
 

@@ -12,6 +12,7 @@ from s2p_deploy.engines.bound_scales import check_scales
 from s2p_deploy.engines.build import build_engine
 from s2p_deploy.engines.isolation import Limits
 from s2p_deploy.engines.load import load_engine
+from s2p_deploy.engines.lowerings import Lowerings, recorded_lowerings
 from s2p_deploy.engines.options import BuildOptions, ShapeProfile
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
 from s2p_deploy.engines.site_report import sites_not_int8
@@ -23,6 +24,7 @@ __all__ = [
     "BuildOptions",
     "Capabilities",
     "Limits",
+    "Lowerings",
     "Runner",
     "ShapeProfile",
     "TorchRunner",
@@ -32,6 +34,7 @@ __all__ = [
     "check_hint",
     "check_scales",
     "load_engine",
+    "recorded_lowerings",
     "runner_for_subgraph",
     "sites_not_int8",
     "usable_backend",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
@@ -36,7 +37,9 @@ class Capabilities:
     """What a backend can do here.
 
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
-    first of ``hints`` is the default.
+    first of ``hints`` is the default; ``unavailable`` maps those that exist but cannot be used here to what to do about
+    it. ``refit`` says whether its engines can be made refittable or stripped of their weights: here, with a GPU, or
+    never.
     """
 
     backend: str
@@ -45,6 +48,8 @@ class Capabilities:
     executes: bool
     dtypes: tuple[str, ...]
     hints: tuple[str, ...]
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    refit: Literal["here", "with a GPU", "never"] = "never"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Compiled:
 class Backend(Protocol):
     """One way to turn an exported graph into something that runs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is asked for by."""
 
     def capabilities(self) -> Capabilities:
         """What it can do on this machine; never raises for a missing library."""
@@ -88,14 +95,14 @@ class Backend(Protocol):
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """Derives the backend's ONNX file from the canonical graph, into ``folder``."""
 
-    def prepare_model(self, model: ir.Model) -> None:
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
         """The passes of ``prepare`` alone, in place: what validation applies to a block's subgraph."""
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the engine's files. May crash: :func:`s2p_deploy.engines.build_engine` calls it in a child process."""
 
-    def environment(self) -> dict[str, str]:
-        """What must equal an engine's record for it to be loaded here."""
+    def environment(self, hint: str | None = None) -> dict[str, str]:
+        """What must equal the record of an engine of ``hint`` (None: the default) for it to be loaded here."""
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
         """A runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
@@ -131,11 +138,35 @@ def usable_backend(name: str) -> Backend:
 
 
 def check_hint(backend: Backend, hint: str | None) -> str:
-    """The precision hint to use: the given one, or the backend's default. Raises InputError for an unknown one."""
-    hints = backend.capabilities().hints
-    if hint is not None and hint not in hints:
-        raise InputError(f"{backend.name} knows no hint {hint!r}: use one of {', '.join(hints)}")
-    return hint or hints[0]
+    """The precision hint to use: the given one, or the backend's default.
+
+    Raises:
+        InputError: the backend knows no such hint. MissingEnvironmentError: it does, but not on this machine.
+    """
+    able = backend.capabilities()
+    if hint is not None and hint in able.unavailable:
+        raise MissingEnvironmentError(f"{backend.name} cannot use the hint {hint} here: {able.unavailable[hint]}")
+    if hint is not None and hint not in able.hints:
+        known = (*able.hints, *able.unavailable)
+        raise InputError(f"{backend.name} knows no hint {hint!r}: use one of {', '.join(known)}")
+    return hint or able.hints[0]
+
+
+def check_refit(backend: Backend, options: BuildOptions) -> None:
+    """Refuses a refittable or stripped engine where the backend cannot build one here.
+
+    Raises:
+        InputError: the backend has no such engines. MissingEnvironmentError: it has, but something is missing here.
+    """
+    if not (options.refit or options.stripped):
+        return
+    can = backend.capabilities().refit
+    if can == "never":
+        raise InputError(f"{backend.name} engines cannot be refitted or stripped of their weights: TensorRT's can")
+    if can == "with a GPU":
+        raise MissingEnvironmentError(
+            f"{backend.name} builds refittable and stripped engines only beside a GPU's driver, and there is none here"
+        )
 
 
 def example_inputs(graph: ExportedGraph, batch: int) -> dict[str, NDArray[Any]]:

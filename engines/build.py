@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.engines.backend import check_hint, usable_backend
+from s2p_deploy.engines.backend import check_hint, check_refit, usable_backend
 from s2p_deploy.engines.isolation import Limits, run_child
 from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.preflight import check_resources, estimate
+from s2p_deploy.engines.probe.run import ensure_probed
+from s2p_deploy.engines.trial import remembered
+from s2p_deploy.engines.verified_bytes import copy_verified
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import Engine, write_artifact
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE
 
 if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
@@ -48,6 +51,8 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
         MissingEnvironmentError: the backend's library, memory or disk is missing.
         EngineBuildError: the backend failed or crashed; the message ends with its log.
+
+    Before the first build with a version of which it is not known what it takes, small patterns are built to learn it.
     """
     chosen = usable_backend(backend)
     dtypes = chosen.capabilities().dtypes
@@ -57,14 +62,16 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         )
     asked = options or BuildOptions()
     asked = dataclasses.replace(asked, hint=check_hint(chosen, asked.hint))
+    check_refit(chosen, asked)
     limits = limits or Limits(TIMEOUT_S)
-    check_resources(estimate(graph), out.parent, limits.memory)
+    check_resources(estimate(graph, backend), out.parent, limits.memory)
+    if any(site.weight is not None for site in graph.sites):
+        ensure_probed(backend, progress)
 
     def fill(folder: Path) -> dict[str, Any]:
         progress("build", 0, 1)
         built = _built_in_child(graph, backend, folder, asked, limits)
-        for name in ("act_scales.safetensors", "timesteps.json"):
-            shutil.copyfile(graph.folder / name, folder / name)
+        _copy_tables(graph, folder)
         progress("build", 1, 1)
         sizes = {name: (folder / name).stat().st_size for name in built["engine_files"]}
         return built | _described(graph, backend, asked) | {"sizes": sizes}
@@ -78,7 +85,13 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         parents={"graph": (graph.folder, graph.manifest)},
         replace=replace,
     )
-    return Engine.open(out)
+    return remembered(Engine.open(out))
+
+
+def _copy_tables(graph: ExportedGraph, folder: Path) -> None:
+    for name in ("act_scales.safetensors", "timesteps.json", CONDITIONING_FILE):
+        if name in graph.manifest.files:
+            copy_verified(graph, name, folder / name)
 
 
 def _built_in_child(
@@ -103,7 +116,6 @@ def _described(graph: ExportedGraph, backend: str, options: BuildOptions) -> dic
         "options": dataclasses.asdict(options),
         "dtype": graph.dtype,
         "profile": dataclasses.asdict(options.profile),
-        "inputs": [dataclasses.asdict(spec) for spec in graph.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
         "points": graph.manifest.content["points"],
         "denoiser_config": graph.manifest.content["denoiser_config"],

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from s2p_deploy.engines.backend import CompileRequest, example_inputs, usable_backend
-from s2p_deploy.engines.options import BuildOptions, ShapeProfile
+from s2p_deploy.engines.isolation import end_with_parent
+from s2p_deploy.engines.lowerings import MIXED_ROWS, RECORDED
+from s2p_deploy.engines.options import BuildOptions
+from s2p_deploy.engines.prepare import backend_lowerings, prepared_inputs
 from s2p_deploy.engines.site_report import site_precisions, storage_bits
 from s2p_deploy.errors import S2PError
 from s2p_deploy.records import ExportedGraph
@@ -22,24 +25,29 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     backend = usable_backend(request["backend"])
     graph = ExportedGraph.open(Path(request["graph"]))
     scratch = Path(request["scratch"])
-    options = request["options"]
-    options = BuildOptions(**options | {"profile": ShapeProfile(**options["profile"])})
+    options = BuildOptions.from_json(request["options"])
+    lowerings = backend_lowerings(graph, backend.name, options)
     prepared = backend.prepare(graph, scratch, options)
+    inputs = prepared_inputs(graph, prepared)
+    example = example_inputs(graph, options.profile.optimum)
     storage = storage_bits(prepared)  # before compile, which may move the file
     compiled = backend.compile(
         CompileRequest(
             onnx_path=prepared,
-            inputs=graph.inputs,
+            inputs=inputs,
             options=options,
             folder=Path(request["folder"]),
             scratch=scratch,
-            example=example_inputs(graph, options.profile.optimum),
+            example={spec.name: example[spec.name] for spec in inputs},
         )
     )
     return {
         "engine_files": list(compiled.files),
         "environment": compiled.environment,
-        "sites": [asdict(site) for site in site_precisions(graph, storage, compiled.compute)],
+        "inputs": [asdict(spec) for spec in inputs],
+        "sites": [asdict(site) for site in site_precisions(graph, lowerings, storage, compiled.compute)],
+        RECORDED: lowerings.by_point,
+        MIXED_ROWS: lowerings.mixed_rows,
         "notes": compiled.notes,
         "build_seconds": round(time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss(),
@@ -56,6 +64,7 @@ def peak_rss() -> int:
 
 def main(request_file: str, result_file: str) -> None:
     """Reads the request, builds, writes the result; an expected error is a result too."""
+    end_with_parent()
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     try:
         result = build(request)

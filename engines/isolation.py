@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,21 @@ from s2p_deploy import errors
 from s2p_deploy.errors import EngineBuildError, S2PError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TAIL_LINES = 40
-_MEMORY_WORDS = ("MemoryError", "bad_alloc", "Cannot allocate memory", "out of memory", "can't allocate memory")
+_MEMORY_WORDS = (
+    "MemoryError",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "Failed to allocate memory",
+    "out of memory",
+    "can't allocate memory",
+)
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
+_POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,14 @@ class Limits:
 
     timeout_s: float
     memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child process ended: its exit code (negative: a signal, None: stopped when time ran out), and its log."""
+
+    code: int | None
+    log: str
 
 
 def run_child(module: str, request: dict[str, Any], scratch: Path, limits: Limits) -> dict[str, Any]:
@@ -41,22 +61,64 @@ def run_child(module: str, request: dict[str, Any], scratch: Path, limits: Limit
             the end of its log follows.
         S2PError: the expected error that it reported, as its own class.
     """
+    result_file = scratch / "result.json"
+    ended = run_to_end(module, request, scratch, limits)
+    if ended.code != 0 or not result_file.is_file():
+        tail = "\n".join(ended.log.splitlines()[-TAIL_LINES:])
+        raise EngineBuildError(_with_tail(summary(ended, limits), tail))
+    return _answer(json.loads(result_file.read_text(encoding="utf-8")))
+
+
+def run_to_end(
+    module: str, request: dict[str, Any], scratch: Path, limits: Limits, watch: Callable[[], None] = lambda: None
+) -> Ended:
+    """Runs ``python -m module request.json result.json`` until it ends, or is stopped; never raises for how it ends.
+
+    ``watch`` is called several times a second meanwhile. Whatever the child started ends with it.
+    """
     request_file, result_file, log = scratch / "request.json", scratch / "result.json", scratch / "child.log"
+    result_file.unlink(missing_ok=True)  # of an earlier child
     request_file.write_text(json.dumps(request), encoding="utf-8")
     # -P: a file in the working directory must not stand in for a library
     command = [sys.executable, "-P", "-m", module, str(request_file), str(result_file)]
     with log.open("wb") as output:
-        code = _run(command, output.fileno(), limits)
-    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
-    if code is None:
-        raise EngineBuildError(_with_tail(f"the build did not finish in {limits.timeout_s:g} s and was stopped", tail))
-    if code != 0 or not result_file.is_file():
-        raise EngineBuildError(_with_tail(_summary(code, tail, limits), tail))
-    return _answer(json.loads(result_file.read_text(encoding="utf-8")))
+        code = _run(command, output.fileno(), limits, watch)
+    return Ended(code, log.read_text(encoding="utf-8", errors="replace"))
 
 
-def _run(command: list[str], output: int, limits: Limits) -> int | None:
-    """The exit code (negative: a signal), or None where time ran out. Whatever the child started ends with it."""
+def summary(ended: Ended, limits: Limits) -> str:
+    """One line on how a child that gave no answer ended."""
+    limit = f" (limit {limits.memory / 2**30:.2f} GiB)" if limits.memory is not None else ""
+    last_lines = ended.log.splitlines()[-TAIL_LINES:]
+    if ended.code is None:
+        return f"the build did not finish in {limits.timeout_s:g} s and was stopped"
+    if _mentions(last_lines, _MEMORY_WORDS):
+        return f"the build ran out of memory{limit}"
+    if _mentions(last_lines, _DISK_WORDS):
+        return "the build ran out of disk, or of the size that a file may have"
+    if ended.code == -signal.SIGKILL:
+        return f"the build was killed, most likely because memory ran out{limit}"
+    if ended.code < 0:
+        return f"the build crashed with {signal.Signals(-ended.code).name}"
+    lines = [line for line in last_lines if line.strip()] or [f"exit code {ended.code}, no output"]
+    return f"the build failed: {(native_errors(lines) or lines)[-1].strip()}"
+
+
+def native_errors(lines: list[str]) -> list[str]:
+    """Those lines of a log in which a native library says what went wrong."""
+    return [line for line in lines if "[E]" in line]
+
+
+def end_with_parent() -> None:
+    """Has the kernel kill this process when its parent ends, however that ends. Does nothing where not on Linux."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _run(command: list[str], output: int, limits: Limits, watch: Callable[[], None]) -> int | None:
     # a session of its own: the whole group can be stopped, and Ctrl-C comes here first
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -65,11 +127,17 @@ def _run(command: list[str], output: int, limits: Limits) -> int | None:
         if limits.memory is not None:
             with suppress(ProcessLookupError):  # it may have ended already
                 resource.prlimit(child.pid, resource.RLIMIT_DATA, (limits.memory, limits.memory))
-        return child.wait(limits.timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
+        return _wait(child, time.monotonic() + limits.timeout_s, watch)
     finally:
         _stop_group(child)
+
+
+def _wait(child: subprocess.Popen[bytes], deadline: float, watch: Callable[[], None]) -> int | None:
+    while (left := deadline - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(min(left, _POLL_S))
+        watch()
+    return None
 
 
 def _stop_group(child: subprocess.Popen[bytes]) -> None:
@@ -78,17 +146,8 @@ def _stop_group(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _summary(code: int, tail: str, limits: Limits) -> str:
-    limit = f" (limit {limits.memory / 2**30:.2f} GiB)" if limits.memory is not None else ""
-    if any(word in tail for word in _MEMORY_WORDS):
-        return f"the build ran out of memory{limit}"
-    if code == -signal.SIGKILL:
-        return f"the build was killed, most likely because memory ran out{limit}"
-    if code < 0:
-        return f"the build crashed with {signal.Signals(-code).name}"
-    lines = [line for line in tail.splitlines() if line.strip()] or [f"exit code {code}, no output"]
-    logged = [line for line in lines if "[E]" in line]  # a native library's own words, where there are any
-    return f"the build failed: {(logged or lines)[-1].strip()}"
+def _mentions(lines: list[str], words: tuple[str, ...]) -> bool:
+    return any(word in line for word in words for line in lines)
 
 
 def _with_tail(summary: str, tail: str) -> str:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from pathlib import Path
 
 
 def installed_version(module: str, *distributions: str) -> str | None:
@@ -26,3 +27,15 @@ def installed_version(module: str, *distributions: str) -> str | None:
 def platform_name() -> str:
     """Operating system and processor kind, e.g. ``linux-x86_64``."""
     return f"{sys.platform}-{platform.machine()}"
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the current CUDA device; None where PyTorch finds none."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA GPU's driver is loaded (a quick look that imports nothing)."""
+    return any(Path(place).exists() for place in ("/proc/driver/nvidia/version", "/dev/dxg"))

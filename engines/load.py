@@ -6,36 +6,83 @@ from typing import TYPE_CHECKING
 
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.bound_scales import BOUND, check_scales
+from s2p_deploy.engines.conditioning import time_projections
+from s2p_deploy.engines.lowerings import MIXED_ROWS
+from s2p_deploy.engines.one_row import OneRowRunner
 from s2p_deploy.engines.runner import BoundRunner
+from s2p_deploy.engines.tensor_runner import BoundTensorRunner, TensorRunner
+from s2p_deploy.engines.trial import require_trial
 from s2p_deploy.engines.verified_bytes import verified_files
-from s2p_deploy.errors import IntegrityError, MissingEnvironmentError
+from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
+from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows, with_schedules
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from s2p_deploy.engines.backend import Backend
-    from s2p_deploy.records import Engine, ExportedGraph, ScaleTable
+    from s2p_deploy.engines.runner import Runner
+    from s2p_deploy.records import Engine, ExportedGraph, ScaleTable, TimestepTable
+    from s2p_deploy.timesteps import Timesteps
 
 
 def load_engine(
-    engine: Engine, expected_graph: ExportedGraph | None = None, scales: ScaleTable | None = None
+    engine: Engine,
+    expected_graph: ExportedGraph | None = None,
+    scales: ScaleTable | None = None,
+    schedules: Sequence[Timesteps] = (),
+    *,
+    tried: bool = False,
 ) -> BoundRunner:
-    """A runner of an engine, with the activation scales bound (``scales``, or the engine's own).
+    """A runner of an engine, with everything bound that has rows.
+
+    Args:
+        engine: what to load.
+        expected_graph: what it must have been built from.
+        scales: the activation scales of the training timesteps; the engine's own where left out.
+        schedules: timesteps of every schedule that will be asked for. Integer timesteps always have rows; fractional
+            ones only where they are named here, on an engine of the input form.
+        tried: load it here without a trial run in a child process, which the trial's own child does.
 
     Raises:
-        IntegrityError: a file was changed, or the engine was built from another graph than ``expected_graph``.
+        IntegrityError: a file was changed, the engine was built from another graph than ``expected_graph``, or it was
+            not built here and fails its first trial.
         MissingEnvironmentError: the library is missing or of another version, or the device is.
-        InputError: ``scales`` is not a table that this engine takes.
+        InputError: ``scales`` is not a table that this engine takes, or the engine does not run one of ``schedules``.
     """
     if expected_graph is not None:
         check_graph(engine, expected_graph)
     backend = usable_backend(engine.backend)
     check_environment(engine, backend)
+    timesteps = bound_timesteps(engine, schedules)
     table = scales or engine.scales
     check_scales(engine, table)
+    if len(table.scales) != engine.timesteps.rows:
+        raise InputError(f"the scale table has {len(table.scales)} rows, {engine.folder} has {engine.timesteps.rows}")
+    table = scales_of_rows(table, timesteps)
+    if not tried:
+        require_trial(engine)
+    features = time_projections(engine, timesteps.timesteps) if engine.takes_time_projections else None
     files = verified_files(engine)
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
-    runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {})
+    runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {})
+    if not engine.manifest.content.get(MIXED_ROWS, True):
+        runner = OneRowRunner(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
-    return BoundRunner(runner, per_step, len(table.scales))
+    kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
+    return kind(runner, per_step, timesteps, features)
+
+
+def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepTable:
+    """The rows of an engine that is bound to schedules.
+
+    Raises:
+        InputError: a timestep is outside the covered range, or fractional where the time table is constant.
+    """
+    if engine.takes_time_projections:
+        return with_schedules(engine.timesteps, schedules)
+    for schedule in schedules:
+        rows_of_timesteps(schedule, engine.timesteps)
+    return engine.timesteps
 
 
 def check_graph(engine: Engine, graph: ExportedGraph) -> None:
@@ -46,7 +93,7 @@ def check_graph(engine: Engine, graph: ExportedGraph) -> None:
 
 def check_environment(engine: Engine, backend: Backend) -> None:
     """Raises MissingEnvironmentError naming the first thing here that differs from what the engine was built for."""
-    here = backend.environment()
+    here = backend.environment(engine.hint)
     for key, built in engine.environment.items():
         if here.get(key) != built:
             raise MissingEnvironmentError(

@@ -1,4 +1,4 @@
-"""Before a build starts: what it will need at least, and whether this machine has it."""
+"""Before a build starts: what it will take, and whether this machine has the least of it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,66 @@ DISK_PER_WEIGHT_BYTE = 2.0  # the prepared graph and the engine, side by side un
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The least that a build needs, in bytes.
+class Cost:
+    """What a backend's builds took: memory and seconds to begin with, and per byte and GB of the graph's weights."""
 
-    A build may take several times as much memory (3.4 times its weights for an SD v1-4 in fp16 on TensorRT-RTX), so
-    this refuses only what cannot work.
+    memory: int
+    memory_per_byte: float
+    seconds: float
+    seconds_per_gb: float
+
+
+_MB = 10**6
+# Measured on the bundled model (5 to 17 MB of weights): OpenVINO 620 MB, ONNX Runtime 530, TensorRT-RTX 950 and 860,
+# and 7 to 15 s of processor time. Per byte, on chains of convolutions of 89 and 354 MB: OpenVINO 2.2 to 2.8, ONNX
+# Runtime 2.1; for TensorRT-RTX on SD v1-4 in fp16 (1.74 GB of weights: 5.8 GB, 17 s) and in W8A8 (0.86 GB: 3.6 GB,
+# 54 s). TensorRT builds on a GPU and times kernels there; it is taken to be like TensorRT-RTX, not measured.
+_RTX_FLOATING = Cost(860 * _MB, 2.8, 10.0, 4.0)
+_RTX_QUANTIZED = Cost(950 * _MB, 3.1, 15.0, 46.0)
+_FLOATING = {
+    "onnxruntime": Cost(530 * _MB, 2.1, 8.0, 5.0),
+    "openvino": Cost(620 * _MB, 2.2, 9.0, 5.0),
+    "tensorrt_rtx": _RTX_FLOATING,
+    "tensorrt": _RTX_FLOATING,
+}
+_QUANTIZED = {
+    "onnxruntime": Cost(530 * _MB, 2.1, 8.0, 5.0),
+    "openvino": Cost(620 * _MB, 2.8, 9.0, 5.0),
+    "tensorrt_rtx": _RTX_QUANTIZED,
+    "tensorrt": _RTX_QUANTIZED,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build takes: the least memory and disk without which it cannot work, and the likely peak and time.
+
+    Bytes, and seconds. Other processors and other graphs take up to a few times as long.
     """
 
     memory: int
     disk: int
+    likely_memory: int
+    likely_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.likely_memory / 1e9:.2g} GB of memory (at least {self.memory / 1e9:.2g}),"
+            f" {self.disk / 1e9:.2g} GB of disk, {_duration(self.likely_seconds)}"
+        )
 
 
-def estimate(graph: ExportedGraph) -> Estimate:
-    """The least memory and disk to build from ``graph``, from the size of its weights."""
+def estimate(graph: ExportedGraph, backend: str) -> Estimate:
+    """What building ``graph`` takes, from the size of its weights and from what other builds took."""
     weights = sum(path.stat().st_size for path in graph.folder.glob("denoiser.onnx*"))
-    return Estimate(BASE_MEMORY + int(MEMORY_PER_WEIGHT_BYTE * weights), int(DISK_PER_WEIGHT_BYTE * weights))
+    cost = (_FLOATING if all(site.weight is None for site in graph.sites) else _QUANTIZED)[backend]
+    least = BASE_MEMORY + int(MEMORY_PER_WEIGHT_BYTE * weights)
+    return Estimate(
+        memory=least,
+        disk=int(DISK_PER_WEIGHT_BYTE * weights),
+        likely_memory=max(least, cost.memory + int(cost.memory_per_byte * weights)),
+        likely_seconds=round(cost.seconds + cost.seconds_per_gb * weights / 1e9, 1),
+    )
 
 
 def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) -> None:
@@ -69,6 +114,10 @@ def available_memory() -> int | None:
 
 def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.resolve().parents) if place.exists())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _size(count: int) -> str:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from s2p_deploy.records import TensorSpec
+    from s2p_deploy.records import TensorSpec, TimestepTable
 
 OUTPUT = "noise_pred"
+PROJECTIONS = "time_projections"
 
 
 class Runner(Protocol):
@@ -85,13 +86,21 @@ class TorchRunner(ClosingRunner):
 class BoundRunner(ClosingRunner):
     """An engine with its scales bound: what pipelines and comparisons call, with the same three inputs as PyTorch.
 
-    Values are cast to what the engine's inputs ask for.
+    Values are cast to what the engine's inputs ask for. ``timesteps`` says which timestep every row is;
+    ``time_projections`` [rows, P] are their projected time features, where the engine takes those as an input.
     """
 
-    def __init__(self, runner: Runner, inputs: tuple[TensorSpec, ...], rows: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        inputs: tuple[TensorSpec, ...],
+        timesteps: TimestepTable,
+        time_projections: NDArray[np.floating[Any]] | None = None,
+    ) -> None:
+        self.timesteps = timesteps
         self._runner = runner
-        self._inputs = inputs
-        self._rows = rows
+        self._inputs = tuple(spec for spec in inputs if spec.name != PROJECTIONS)
+        self._time_projections = time_projections
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``noise_pred`` [batch, C, H, W].
@@ -99,11 +108,11 @@ class BoundRunner(ClosingRunner):
         Raises:
             InputError: an input is missing, has another shape than the engine's, or a row is outside the scale table.
         """
-        unknown = set(inputs) - {spec.name for spec in self._inputs}
-        if unknown:
-            raise InputError(f"the engine has no input {sorted(unknown)[0]!r} to give per step")
-        batch = len(inputs["step_index"]) if "step_index" in inputs else 0
-        return self._runner.infer({spec.name: self._cast(spec, inputs, batch) for spec in self._inputs})
+        self._check(inputs)
+        given = {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in self._inputs}
+        if self._time_projections is not None:
+            given[PROJECTIONS] = self._time_projections[given["step_index"]]
+        return self._runner.infer(given)
 
     def __call__(
         self, sample: NDArray[Any], step_index: NDArray[np.int64], encoder_hidden_states: NDArray[Any]
@@ -116,13 +125,18 @@ class BoundRunner(ClosingRunner):
         """Closes the engine."""
         self._runner.close()
 
-    def _cast(self, spec: TensorSpec, inputs: Mapping[str, NDArray[Any]], batch: int) -> NDArray[Any]:
-        if spec.name not in inputs:
-            raise InputError(f"the engine needs an input {spec.name!r}")
-        value = np.asarray(inputs[spec.name])
-        wanted = tuple(batch if isinstance(size, str) else size for size in spec.shape)
-        if value.shape != wanted:
-            raise InputError(f"input {spec.name} has shape {list(value.shape)}, the engine takes {list(wanted)}")
-        if spec.name == "step_index" and ((value < 0) | (value >= self._rows)).any():
-            raise InputError(f"a step_index is outside the scale table's rows 0 to {self._rows - 1}")
-        return np.ascontiguousarray(value, dtype=spec.dtype)
+    def _check(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> None:
+        unknown = set(inputs) - {spec.name for spec in self._inputs}
+        if unknown:
+            raise InputError(f"the engine has no input {sorted(unknown)[0]!r} to give per step")
+        batch = len(inputs["step_index"]) if "step_index" in inputs else 0
+        for spec in self._inputs:
+            if spec.name not in inputs:
+                raise InputError(f"the engine needs an input {spec.name!r}")
+            shape = np.shape(inputs[spec.name])  # a tensor has one too
+            wanted = tuple(batch if isinstance(size, str) else size for size in spec.shape)
+            if shape != wanted:
+                raise InputError(f"input {spec.name} has shape {list(shape)}, the engine takes {list(wanted)}")
+        rows, index = self.timesteps.rows, np.asarray(inputs["step_index"])
+        if ((index < 0) | (index >= rows)).any():
+            raise InputError(f"a step_index is outside the scale table's rows 0 to {rows - 1}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.records import Engine, ExportedGraph, GraphSite, PrecisionPlan
 
 UNKNOWN = "unknown"
@@ -24,15 +25,16 @@ def storage_bits(prepared: Path) -> dict[str, int]:
 
 
 def site_precisions(
-    graph: ExportedGraph, storage: Mapping[str, int], compute: Mapping[str, str]
+    graph: ExportedGraph, lowerings: Lowerings, storage: Mapping[str, int], compute: Mapping[str, str]
 ) -> tuple[SitePrecision, ...]:
     """One entry per site. ``storage`` maps the prepared graph's tensors to bits, ``compute`` ONNX nodes to types."""
+    chosen = lowerings.by_point
     floating = 32 if graph.dtype == "fp32" else 16
     return tuple(
         SitePrecision(
             site=site.site,
             op=site.op,
-            lowering=_lowering(site),
+            lowering=_lowering(site, chosen),
             weight_storage_bits=floating if site.weight is None else storage[site.weight],
             activation_bits=_BITS.get(site.activations, floating),
             compute=compute.get(site.node, UNKNOWN),
@@ -51,7 +53,7 @@ def sites_not_int8(engine: Engine, plan: PrecisionPlan) -> tuple[str, ...]:
     return tuple(site for site in planned if compute.get(site, UNKNOWN) != "int8")
 
 
-def _lowering(site: GraphSite) -> str:
-    if site.codes is not None:
-        return "rescale"
+def _lowering(site: GraphSite, chosen: Mapping[str, str]) -> str:
+    if site.act_point is not None:
+        return chosen[site.act_point]
     return "float" if site.weight is None else "weight_only"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,8 +13,10 @@ import torch
 from s2p_deploy.errors import InputError
 from s2p_deploy.export.centres import usable_centres
 from s2p_deploy.export.lowering.rescale import lower_rescale
+from s2p_deploy.export.overflow import overflowing_sites
 from s2p_deploy.export.passes.fill_weights import FillWeights
 from s2p_deploy.export.passes.fold_constants import FoldConstants
+from s2p_deploy.export.passes.full_sites import FullSites
 from s2p_deploy.export.passes.readable_names import ReadableNames
 from s2p_deploy.export.passes.scale_rows import PointSpec, ScaleRows
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
@@ -37,11 +40,15 @@ _TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class CanonicalGraph:
-    """The canonical graph in memory (its weights not read yet), and where sites and blocks are in it."""
+    """The canonical graph in memory (its weights not read yet), and where sites and blocks are in it.
+
+    ``full_sites`` are those that a half-precision graph computes in float32.
+    """
 
     model: ir.Model
     sites: tuple[GraphSite, ...]
     blocks: tuple[GraphBlock, ...]
+    full_sites: tuple[str, ...] = ()
 
 
 def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeTableForm) -> CanonicalGraph:
@@ -65,6 +72,9 @@ def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeT
     blocks = _blocks(model.graph, traced.blocks, sites)
     described = tuple(_describe(site, calibrated) for site in sites)
     centres = usable_centres(calibrated.scales, dtype)
+    sizes = {site.plan.site: _weights_per_channel(site) for site in sites}
+    overflowing = overflowing_sites(calibrated, sizes, centres) if dtype == "fp16" else frozenset()
+    full = [site for site in sites if site.plan.site in overflowing]
     points = _point_specs(calibrated, sites, centres)
     rows = ScaleRows(points, "rows" if time_table == "input" else len(calibrated.scales.scales), kind)
     _run(model, WeightQuantizers(sites, calibrated.tensor, calibrated.weight_scales(), kind), rows)
@@ -73,8 +83,8 @@ def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeT
         assert fmt is not None  # an act point has a format
         members = [site for site in sites if site.plan.act_point == point.name]
         lower_rescale(model.graph, point.name, fmt, members, rows.scales[point.name])
-    _run(model, StripMetadata())
-    return CanonicalGraph(model, described, blocks)
+    _run(model, FullSites(full), StripMetadata())
+    return CanonicalGraph(model, described, blocks, tuple(site.plan.site for site in full))
 
 
 def denoiser_config(calibrated: CalibratedModel) -> dict[str, Any]:
@@ -119,6 +129,12 @@ def _blocks(graph: ir.Graph, blocks: tuple[str, ...], sites: tuple[SiteNode, ...
         members = tuple(site.plan.site for site in sites if inside(site.plan.site, modules))
         found.append(GraphBlock(block, str(entering.name), str(leaving.name), members))
     return tuple(found)
+
+
+def _weights_per_channel(site: SiteNode) -> int:
+    assert site.weight.shape is not None  # parameters have shapes
+    shape = site.weight.shape.numpy()
+    return math.prod(shape) // shape[0 if site.plan.op == "conv" else -1]
 
 
 def _describe(site: SiteNode, calibrated: CalibratedModel) -> GraphSite:

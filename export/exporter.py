@@ -10,11 +10,12 @@ import onnx_ir as ir
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export.canonical import DType, TimeTableForm, canonical_graph, denoiser_config
 from s2p_deploy.export.centres import usable_centres
+from s2p_deploy.export.conditioning import check_time_path, write_conditioning
 from s2p_deploy.export.graph_contract import check_graph
 from s2p_deploy.export.tracing import OPSET
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import ExportedGraph, TensorSpec, check_vacant, write_artifact
-from s2p_deploy.records.exported_graph import graph_json
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE, graph_json
 from s2p_deploy.records.precision_plan import write_plan
 from s2p_deploy.records.scale_table import write_scale_table
 from s2p_deploy.records.timestep_table import write_timestep_table
@@ -22,18 +23,20 @@ from s2p_deploy.records.timestep_table import write_timestep_table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from s2p_deploy.families import TimePath
     from s2p_deploy.records import CalibratedModel
 
 GRAPH_FILE, DATA_FILE = "denoiser.onnx", "denoiser.onnx.data"
 _INLINE_UP_TO = 1024  # bytes; scales, zero points and shapes stay readable in the graph file
 
 
-def export_graph(
+def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two by keyword
     calibrated: CalibratedModel,
     out: Path,
     *,
     dtype: DType = "fp32",
     time_table: TimeTableForm = "constant",
+    time_path: TimePath | None = None,
     replace: bool = False,
     progress: Progress = silent,
 ) -> ExportedGraph:
@@ -45,16 +48,20 @@ def export_graph(
         dtype: type of all floating-point tensors but the scales, which stay float32 until their ratios are taken.
         time_table: ``constant`` keeps the projected time features of every row in the graph; ``input`` makes the row's
             features an input and the rows of ``act_scales`` dynamic.
+        time_path: with ``input``, what computes the features: of the pipeline that the model was calibrated from.
         replace: whether an artifact at ``out`` may be replaced.
         progress: told about every tensor written.
 
     Raises:
-        InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``.
+        InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``; ``time_path`` is
+            missing, or not that of the model's time table.
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
     if out.exists() and not replace:
         raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
+    if time_table == "input":
+        check_time_path(time_path, calibrated)
     graph = canonical_graph(calibrated, dtype, time_table)
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -67,7 +74,9 @@ def export_graph(
         write_scale_table(calibrated.scales, folder / "act_scales.safetensors")
         write_plan(calibrated.plan, folder / "plan.yaml")
         write_timestep_table(calibrated.timesteps, folder / "timesteps.json")
-        return _content(calibrated, dtype, time_table)
+        if time_table == "input" and time_path is not None:
+            write_conditioning(time_path, folder / CONDITIONING_FILE)
+        return _content(calibrated, dtype, time_table) | {"full_sites": list(graph.full_sites)}
 
     write_artifact(
         out,

@@ -7,10 +7,12 @@ Rules, each one function:
 3. weighted nodes: every Conv and MatMul with a stored weight is a planned site, and every planned site is there; hence
    no time embedding and no time projection is left
 4. quantizers: scales and zero points are constants, scales finite and positive, zero points zero
-5. act points: one QuantizeLinear and one DequantizeLinear each, with one scale; nothing else is quantized
+5. act points: one QuantizeLinear and one DequantizeLinear each, with one scale (and a second DequantizeLinear with that
+   scale in float32, for sites that a half-precision graph computes in float32); nothing else is quantized
 6. sites: each reads its act point's values (or plain ones) and its weight in the planned type with one scale per output
    channel, and scales its result back
-7. types: one floating-point type everywhere but in the part that takes ratios of scales
+7. types: one floating-point type everywhere but in the part that takes ratios of scales, and around sites that a
+   half-precision graph computes in float32 because they could overflow: such values have names that end in ``_fp32``
 8. data: external data lies in one file beside the graph
 """
 
@@ -25,7 +27,7 @@ import onnx_ir as ir
 from s2p_deploy.errors import GraphContractError
 from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
-from s2p_deploy.export.tensors import storage_type
+from s2p_deploy.export.tensors import FULL, storage_type
 from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
 from s2p_deploy.numerics import format_by_name
 
@@ -56,7 +58,7 @@ def check_graph(path: Path, plan: PrecisionPlan) -> None:
     _check_act_points(model.graph, plan)
     nodes = {str(node.name): node for node in model.graph}
     for site in plan.sites:
-        _check_site(nodes[f"{site.site}/{_OPS[site.op]}"], site)
+        _check_site(nodes[f"{site.site}/{_OPS[site.op]}"], site, dtype)
     _check_types(model.graph, dtype)
     _check_external_data(model.graph, path)
 
@@ -122,10 +124,10 @@ def _check_weighted_nodes(graph: ir.Graph, plan: PrecisionPlan) -> None:
 
 
 def _stored_weight(node: ir.Node) -> ir.Value | None:
-    """The initializer behind a node's second input, directly or through a DequantizeLinear."""
+    """The initializer behind a node's second input, directly or through a DequantizeLinear or a Cast."""
     value = node.inputs[1]
     producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "DequantizeLinear":
+    if producer is not None and producer.op_type in {"DequantizeLinear", "Cast"}:
         value = producer.inputs[0]
     return value if value is not None and value.is_initializer() else None
 
@@ -167,8 +169,11 @@ def _check_act_points(graph: ir.Graph, plan: PrecisionPlan) -> None:
     for name, node in quantizes.items():
         codes = node.outputs[0]
         readers = [reader for reader, _ in codes.uses()]
-        if len(readers) != 1 or readers[0].op_type != "DequantizeLinear" or readers[0].inputs[1] is not node.inputs[1]:
-            raise GraphContractError(f"{name}: its codes must go to one DequantizeLinear with the same scale")
+        types = [reader.outputs[0].dtype for reader in readers]
+        if not types or len(set(types)) < len(types) or not all(_decodes(reader, node) for reader in readers):
+            raise GraphContractError(
+                f"{name}: its codes must go to one DequantizeLinear with the same scale, or to one of each type"
+            )
         if codes.dtype != ir.DataType.INT8 or _sizes(node.inputs[1]) != ():
             raise GraphContractError(f"{name}: activations are quantized to INT8 with one scale")
     points = {point.name: point.activations for point in plan.act_points}
@@ -181,13 +186,22 @@ def _check_act_points(graph: ir.Graph, plan: PrecisionPlan) -> None:
             )
 
 
-def _check_site(node: ir.Node, site: SitePlan) -> None:
+def _decodes(node: ir.Node, quantize: ir.Node) -> bool:
+    """Whether ``node`` is a DequantizeLinear by the number that ``quantize`` divides by."""
+    if node.op_type != "DequantizeLinear":
+        return False
+    decodes_by, codes_by = _constant(node, 1), _constant(quantize, 1)
+    return decodes_by is not None and codes_by is not None and np.array_equal(decodes_by, codes_by)
+
+
+def _check_site(node: ir.Node, site: SitePlan, dtype: ir.DataType) -> None:
     """Rule 6; rule 3 saw the node and its weight."""
+    suffix = FULL if node.outputs[0].dtype != dtype else ""
     source, weight, stored = node.inputs[0], node.inputs[1], _stored_weight(node)
     assert source is not None
     assert weight is not None
     assert stored is not None
-    read = f"{site.act_point}/input_quantizer/dequantized" if site.act_point else None
+    read = f"{site.act_point}/input_quantizer/dequantized{suffix}" if site.act_point else None
     wrong = source.name != read if read else _made_by(source, "DequantizeLinear")
     if wrong:
         raise GraphContractError(f"site {site.site} reads {source.name}: its act point is {site.act_point}")
@@ -196,7 +210,7 @@ def _check_site(node: ir.Node, site: SitePlan) -> None:
     if site.weights != "none":
         _check_weight(site, weight, stored)
     if site.act_point is not None:
-        _check_scaled_back(site, node)
+        _check_scaled_back(site, node, suffix)
 
 
 def _check_weight(site: SitePlan, weight: ir.Value, stored: ir.Value) -> None:
@@ -214,10 +228,10 @@ def _check_weight(site: SitePlan, weight: ir.Value, stored: ir.Value) -> None:
         )
 
 
-def _check_scaled_back(site: SitePlan, node: ir.Node) -> None:
+def _check_scaled_back(site: SitePlan, node: ir.Node, suffix: str) -> None:
     """The result of quantized operands is multiplied by s/c before anything else, so a bias comes after."""
     readers = [reader for reader, _ in node.outputs[0].uses()]
-    factor = f"{site.act_point}/input_quantizer/from_centre"
+    factor = f"{site.act_point}/input_quantizer/from_centre{suffix}"
     scaled = len(readers) == 1 and readers[0].op_type == "Mul" and factor in [v.name for v in readers[0].inputs if v]
     if len(node.inputs) > 2 or not scaled:
         raise GraphContractError(f"site {site.site}: its result must be multiplied by {factor} before a bias is added")
@@ -227,7 +241,8 @@ def _check_types(graph: ir.Graph, dtype: ir.DataType) -> None:
     """Rule 7. ONNX itself wants the factors of a Resize in float32."""
     for value in _values(graph):
         ratio = str(value.name).startswith(ACT_SCALES) or all(node.op_type == "Resize" for node in value.consumers())
-        if value.dtype in _FLOATS and value.dtype != dtype and not ratio:
+        full = value.dtype == ir.DataType.FLOAT and str(value.name).endswith(FULL)
+        if value.dtype in _FLOATS and value.dtype != dtype and not ratio and not full:
             raise GraphContractError(f"{value.name} is {value.dtype} in a graph of {dtype}")
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+FULL = "_fp32"  # ends the names of values that are float32 in a graph of another type
 _SMALLEST_HALF = 2.0**-24  # a scale must stay above zero after it is rounded to FP16
 
 

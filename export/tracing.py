@@ -50,7 +50,7 @@ def trace_denoiser(
             torch.zeros(2, dtype=torch.int64),
             torch.zeros(2, tokens, config["cross_attention_dim"], dtype=dtype),
         )
-    with _quiet(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             denoiser,
             examples,
@@ -68,7 +68,7 @@ def trace_denoiser(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silences what the exporter says about itself (missing torchvision, renamed dimensions, coming changes)."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    ModelMixin,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import ModelMixin, StableDiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from s2p_deploy.engines.runner import OUTPUT
+from s2p_deploy.engines.tensor_runner import TensorRunner
 from s2p_deploy.errors import InputError
+from s2p_deploy.schedulers import scheduler_by_name
 from s2p_deploy.timesteps import rows_of_timesteps
 
 if TYPE_CHECKING:
@@ -29,17 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from s2p_deploy.engines import Runner
+    from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.records import Engine, Prompt, TimestepTable
-
-# What a name of the command line stands for. Latents are no pictures: x0 must not be clipped to [-1, 1]. Euler's steps
-# lie between timesteps unless their spacing is leading.
-_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +41,8 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
 
     A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
     It holds no weights; its device and dtype are those of the tensors around it, the runner's are its own affair.
+    ``timesteps`` says which row a timestep is: looked up by its value in every call, so any scheduler that the rows
+    cover may be put into the pipeline at any time.
     """
 
     placement: Tensor
@@ -101,21 +89,29 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
 
         Raises:
             InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
-                the table or fractional, or the latents have another size than the engine's.
+                the table or has no row, or the latents have another size than the engine's.
         """
         asked = [name for name, value in conditions.items() if value is not None and value != {}]
         if asked:
             raise InputError(f"an engine's network is fixed, it cannot take {asked[0]}: merge it before you calibrate")
         self._check_size(sample)
+        result = self._asked(sample.detach(), self._rows(timestep, len(sample)), encoder_hidden_states.detach())
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _asked(self, sample: Tensor, rows: NDArray[np.int64], text: Tensor) -> Tensor:
+        """What the runner answers; on a GPU without a way through the host, where the runner takes tensors."""
+        if sample.is_cuda and isinstance(self.runner, TensorRunner):
+            given = {"sample": sample, "step_index": torch.from_numpy(rows), "encoder_hidden_states": text}
+            # its memory is written again in the next call
+            return self.runner.infer_tensors(given)[OUTPUT].to(sample.dtype, copy=True)
         outputs = self.runner.infer(
             {
-                "sample": sample.detach().float().cpu().numpy(),
-                "step_index": self._rows(timestep, len(sample)),
-                "encoder_hidden_states": encoder_hidden_states.detach().float().cpu().numpy(),
+                "sample": sample.float().cpu().numpy(),
+                "step_index": rows,
+                "encoder_hidden_states": text.float().cpu().numpy(),
             }
         )
-        result = torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
-        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+        return torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
 
     def _rows(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
         values = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
@@ -159,9 +155,9 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         raise InputError("an engine's network is fixed, FreeU cannot be switched on")
 
 
-def denoiser_from_engine(engine: Engine, runner: Runner) -> EngineDenoiser:
-    """The denoiser of a loaded engine; ``runner`` takes sample, step_index and encoder_hidden_states."""
-    return EngineDenoiser(runner, engine.denoiser_config, engine.timesteps)
+def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
+    """The denoiser of a loaded engine, with the rows that ``runner`` is bound to."""
+    return EngineDenoiser(runner, engine.denoiser_config, runner.timesteps)
 
 
 def pipeline_with_denoiser(base: StableDiffusionPipeline, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
@@ -173,14 +169,17 @@ def pipeline_with_denoiser(base: StableDiffusionPipeline, denoiser: torch.nn.Mod
     return pipe
 
 
-def pipeline_with_engine(base: StableDiffusionPipeline, engine: Engine, runner: Runner) -> StableDiffusionPipeline:
-    """``base`` with a loaded engine as its denoiser. ``base`` stays as it is."""
+def pipeline_with_engine(
+    base: StableDiffusionPipeline, engine: Engine, runner: BoundRunner
+) -> StableDiffusionPipeline:
+    """``base`` with a loaded engine as its denoiser. ``base`` stays as it is.
+
+    Schedules with fractional timesteps must have been named when the engine was loaded::
+
+        timesteps = timesteps_of(base, Schedule(20, "euler-karras"))
+        pipe = pipeline_with_engine(base, engine, load_engine(engine, schedules=[timesteps]))
+    """
     return pipeline_with_denoiser(base, denoiser_from_engine(engine, runner))
-
-
-def scheduler_names() -> tuple[str, ...]:
-    """Names of the schedulers that can be asked for."""
-    return tuple(_SCHEDULERS)
 
 
 def with_schedule(pipe: StableDiffusionPipeline, schedule: Schedule) -> StableDiffusionPipeline:
@@ -190,13 +189,24 @@ def with_schedule(pipe: StableDiffusionPipeline, schedule: Schedule) -> StableDi
         InputError: there is no scheduler of that name.
     """
     other = pipeline_with_denoiser(pipe, pipe.unet)
-    if schedule.scheduler is None:
-        return other
-    if schedule.scheduler not in _SCHEDULERS:
-        raise InputError(f"unknown scheduler {schedule.scheduler!r}: use one of {', '.join(_SCHEDULERS)}")
-    kind, options = _SCHEDULERS[schedule.scheduler]
-    other.scheduler = kind.from_config(pipe.scheduler.config, **options)  # type: ignore[attr-defined]  # diffusers is not typed
+    if schedule.scheduler is not None:
+        other.scheduler = scheduler_by_name(schedule.scheduler, pipe.scheduler.config)
     return other
+
+
+def timesteps_of(pipe: StableDiffusionPipeline, schedule: Schedule) -> NDArray[np.float64]:
+    """Every timestep that ``pipe`` asks its denoiser for on a schedule, float64 [calls], in order.
+
+    Raises:
+        InputError: there is no scheduler of that name, or it has no such number of steps.
+    """
+    scheduler = with_schedule(pipe, schedule).scheduler
+    try:
+        scheduler.set_timesteps(schedule.steps)
+    except ValueError as error:
+        raise InputError(f"{type(scheduler).__name__} has no {schedule.steps} steps: {error}") from error
+    timesteps: NDArray[np.float64] = scheduler.timesteps.double().numpy()
+    return timesteps
 
 
 def initial_noise(seeds: Sequence[int], denoiser_config: Mapping[str, Any]) -> Tensor:

@@ -1,23 +1,48 @@
 """Rows: which row of the scale table a sample on some timestep uses, and where the scales of each row come from.
 
-Where the time table is constant (SD1/SD2), rows are the training timesteps 0..999 and a sample's row is its integer
-timestep. The row is data that travels with the sample, never a counter.
+The first rows are the training timesteps 0..999, so a sample's row is its integer timestep. Where the time table is an
+input, rows of fractional timesteps follow: those of the schedules that are bound. The row is data that travels with the
+sample, never a counter.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.records import ScaleTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from s2p_deploy.records import TimestepTable
+
+    Timesteps = Sequence[float] | NDArray[np.floating[Any]]
+
+_SAME = 1e-3  # of a training timestep; float32, and a scheduler's way from sigma to timestep and back, move one by less
+_MOST_SIGMA = 4096.0  # where alpha is zero, as diffusers' own schedulers take it
+
+
+@dataclass(frozen=True)
+class RowOrigins:
+    """Distinct timesteps, ascending, by where their scales come from.
+
+    ``calibrated`` rows were trained, ``interpolated`` ones lie between two of those, ``held`` ones have the value of
+    the nearest end.
+    """
+
+    calibrated: tuple[float, ...]
+    interpolated: tuple[float, ...]
+    held: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{len(getattr(self, kind.name))} {kind.name}" for kind in dataclasses.fields(self))
 
 
 def angles_from_alphas(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -26,28 +51,69 @@ def angles_from_alphas(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float6
     return np.arctan2(np.sqrt(1 - values), np.sqrt(values))
 
 
-def rows_of_timesteps(
-    timesteps: Sequence[float] | NDArray[np.floating[Any]], table: TimestepTable
-) -> NDArray[np.int64]:
-    """Rows int64 [n] of scheduler timesteps.
+def angles_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[np.float64]:
+    """The noise level float64 [n] of timesteps, fractional ones included, in the unit of ``table.angle``.
+
+    Between two training timesteps log sigma is linear in the timestep, which is how diffusers maps the sigmas of Karras
+    and other schedules to timesteps. For flow matching sigma is.
+    """
+    values, training = _flat(timesteps), np.arange(len(table.angle))
+    if table.flow_matching:
+        levels: NDArray[np.float64] = np.interp(values, training, table.angle)
+        return levels
+    sigmas = np.clip(np.tan(table.angle), 1 / _MOST_SIGMA, _MOST_SIGMA)
+    angles: NDArray[np.float64] = np.arctan(np.exp(np.interp(values, training, np.log(sigmas))))
+    whole = np.rint(values) == values
+    angles[whole] = table.angle[values[whole].astype(np.int64)]
+    return angles
+
+
+def with_schedules(table: TimestepTable, schedules: Iterable[Timesteps]) -> TimestepTable:
+    """``table`` with rows for all timesteps of the schedules: each distinct fractional one gets a row of its own.
+
+    For an engine whose time table is an input. Integer timesteps have their rows already.
 
     Raises:
-        InputError: a timestep is fractional (it needs the input form of the time table) or outside the covered rows.
+        InputError: a timestep is outside the covered range, or no number.
     """
-    values = np.asarray(timesteps, dtype=np.float64).reshape(-1)
-    rows = np.rint(values)
-    if not np.array_equal(rows, values):
-        raise InputError(
-            f"timestep {values[rows != values][0]:g} is fractional: "
-            "this schedule needs an engine exported with --time-table input"
-        )
-    first, last = table.covered
-    outside = (rows < first) | (rows > last)
-    if outside.any():
-        raise InputError(
-            f"timestep {rows[outside][0]:.0f} is outside the calibrated table ({first} to {last}): calibrate for it"
-        )
-    return rows.astype(np.int64)
+    values = np.unique(np.concatenate([_flat(()), *(_flat(schedule) for schedule in schedules)]))
+    _check_covered(values, table)
+    if np.isnan(values).any():
+        raise InputError("a schedule has a timestep that is no number")
+    return dataclasses.replace(table, fractional=values[~_close(values, np.rint(values))])
+
+
+def rows_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[np.int64]:
+    """Rows int64 [n] of scheduler timesteps, each looked up by its value, to a thousandth of a timestep.
+
+    Raises:
+        InputError: a timestep is outside the covered range, or fractional and without a row.
+    """
+    values = _flat(timesteps)
+    _check_covered(values, table)
+    nearest = np.rint(values)
+    whole = _close(values, nearest)
+    rows = np.where(whole, nearest, -1).astype(np.int64)
+    if whole.all():
+        return rows
+    fractional = _flat(()) if table.fractional is None else table.fractional
+    if len(fractional):
+        gaps = np.abs(values[~whole, None] - fractional)
+        found = gaps.argmin(1)
+        rows[~whole] = np.where(gaps.min(1) <= _SAME, len(table.angle) + found, -1)
+    if (rows < 0).any():
+        raise InputError(f"timestep {values[rows < 0][0]:g} is fractional: {_remedy(table)}")
+    return rows
+
+
+def row_origins(timesteps: Timesteps, table: TimestepTable) -> RowOrigins:
+    """Where the scales of a schedule's rows come from."""
+    values = np.unique(_flat(timesteps))
+    known = np.asarray(table.calibrated, dtype=np.float64)
+    calibrated = (np.abs(values[:, None] - known) <= _SAME).any(1)
+    held = ~calibrated & ((values < known[0]) | (values > known[-1]))
+    kinds = (calibrated, ~calibrated & ~held, held)
+    return RowOrigins(*(tuple(values[kind].tolist()) for kind in kinds))
 
 
 def spread_over_rows(scales: NDArray[np.float32], table: TimestepTable) -> NDArray[np.float32]:
@@ -59,9 +125,54 @@ def spread_over_rows(scales: NDArray[np.float32], table: TimestepTable) -> NDArr
     known = np.asarray(table.calibrated)
     if scales.shape[0] != len(known):
         raise InputError(f"{scales.shape[0]} rows of scales for {len(known)} calibrated timesteps")
-    logs = np.log(scales.astype(np.float64))
-    columns = [np.interp(table.angle, table.angle[known], logs[:, point]) for point in range(scales.shape[1])]
-    full = np.exp(np.stack(columns, axis=1)) if columns else np.ones((table.rows, 0))
-    spread = full.astype(np.float32)
+    spread = _interpolated(scales, table, table.angle)
     spread[known] = scales
     return spread
+
+
+def scales_of_rows(scales: ScaleTable, table: TimestepTable) -> ScaleTable:
+    """``scales`` [training timesteps, points] with rows for the fractional timesteps of ``table``, if it has any.
+
+    Rows that are there keep every bit; the others come from the calibrated rows as in :func:`spread_over_rows`.
+    """
+    if table.fractional is None or not len(table.fractional):
+        return scales
+    angles = angles_of_timesteps(table.fractional, table)
+    added = _interpolated(scales.scales[np.asarray(table.calibrated)], table, angles)
+    return dataclasses.replace(scales, scales=np.concatenate([scales.scales, added]))
+
+
+def _interpolated(
+    scales: NDArray[np.float32], table: TimestepTable, angles: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Scales float32 [len(angles), points] from those of the calibrated rows, [len(calibrated), points]."""
+    known = table.angle[np.asarray(table.calibrated)]
+    logs = np.log(scales.astype(np.float64))
+    columns = [np.interp(angles, known, logs[:, point]) for point in range(scales.shape[1])]
+    values = np.exp(np.stack(columns, axis=1)) if columns else np.ones((len(angles), 0))
+    return values.astype(np.float32)
+
+
+def _check_covered(values: NDArray[np.float64], table: TimestepTable) -> None:
+    first, last = table.covered
+    outside = (values < first - _SAME) | (values > last + _SAME)
+    if outside.any():
+        raise InputError(
+            f"timestep {values[outside][0]:g} is outside the calibrated table ({first} to {last}): calibrate for it"
+        )
+
+
+def _remedy(table: TimestepTable) -> str:
+    if table.fractional is None:
+        return "this schedule needs an engine exported with --time-table input"
+    return "the engine is not bound to this schedule, name its timesteps to load_engine(schedules=...)"
+
+
+def _close(values: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether they are the same timestep. A value that is no number is none; infinite ones were refused."""
+    close: NDArray[np.bool_] = np.abs(values - others) <= _SAME
+    return close
+
+
+def _flat(timesteps: Timesteps) -> NDArray[np.float64]:
+    return np.asarray(timesteps, dtype=np.float64).reshape(-1)

@@ -8,7 +8,8 @@ import sys
 import pytest
 from hypothesis import settings
 
-THREADS = 2
+# one of several test processes leaves the other cores to its siblings
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 # Read by the libraries when they are imported, so set before any test imports them.
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))

@@ -19,6 +19,7 @@ ORDER = (
     "progress",
     "numerics",
     "records",
+    "signing",
     "timesteps",
     "recipe",
     "families",
@@ -26,8 +27,10 @@ ORDER = (
     "calib",
     "export",
     "engines",
+    "schedulers",
     "pipeline",
     "validation",
+    "bench",
     "serve",
     "cli",
 )

@@ -4,14 +4,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.records import TimestepTable
+from s2p_deploy.records import ScaleTable, TimestepTable
 from s2p_deploy.records.timestep_table import read_timestep_table, write_timestep_table
-from s2p_deploy.timesteps import angles_from_alphas, rows_of_timesteps, spread_over_rows
+from s2p_deploy.timesteps import (
+    angles_from_alphas,
+    angles_of_timesteps,
+    row_origins,
+    rows_of_timesteps,
+    scales_of_rows,
+    spread_over_rows,
+    with_schedules,
+)
 
 ROWS = 200
 BETAS = hnp.arrays(np.float64, 50, elements=st.floats(1e-5, 0.5))
@@ -110,3 +124,120 @@ def test_the_table_comes_back_from_its_file(tmp_path: Path) -> None:
     read = read_timestep_table(tmp_path / "t.json")
     assert np.array_equal(read.angle, table.angle)
     assert read.to_json() == table.to_json()
+
+
+SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPS_OF_50 = tuple(range(1, 982, 20))
+
+
+def diffusion_table(calibrated: tuple[int, ...] = STEPS_OF_50) -> TimestepTable:
+    alphas = EulerDiscreteScheduler(**SD).alphas_cumprod.double().numpy()
+    return TimestepTable("PNDMScheduler", {}, len(calibrated), calibrated, angles_from_alphas(alphas))
+
+
+def flow_table() -> TimestepTable:
+    return TimestepTable(
+        "FlowMatchEulerDiscreteScheduler", {}, 4, (10, 400, 800, 1000), np.arange(1001) / 1000, flow_matching=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["euler", "kdpm2", "karras"])
+def test_a_fractional_timesteps_level_is_its_schedulers_sigma(kind: str) -> None:
+    scheduler = {
+        "euler": EulerDiscreteScheduler(**SD, use_karras_sigmas=True),
+        "kdpm2": KDPM2DiscreteScheduler(**SD),
+        "karras": EulerDiscreteScheduler(**SD, use_exponential_sigmas=True, timestep_spacing="leading", steps_offset=1),
+    }[kind]
+    scheduler.set_timesteps(20)
+    timesteps = scheduler.timesteps.numpy()
+    assert (timesteps != timesteps.round()).sum() > 15
+    if kind == "kdpm2":  # asks at the first sigma and then twice at every other, half a step on
+        sigmas = np.concatenate([scheduler.sigmas[:1], scheduler.sigmas_interpol[1::2], scheduler.sigmas[2::2]])
+        sigmas = np.sort(sigmas[np.isfinite(sigmas) & (sigmas > 0)])
+        found = np.sort(np.tan(angles_of_timesteps(timesteps, diffusion_table())))
+        assert np.abs(np.log(found[:, None] / sigmas)).min(1).max() < 1e-3
+    else:
+        found = np.tan(angles_of_timesteps(timesteps, diffusion_table()))
+        assert found == pytest.approx(scheduler.sigmas[:-1].numpy(), rel=1e-4)
+
+
+def test_levels_of_training_timesteps_are_the_tables_own() -> None:
+    table = diffusion_table()
+    assert np.array_equal(angles_of_timesteps(np.arange(1000), table), table.angle)
+
+
+def test_without_signal_the_level_stays_finite() -> None:
+    table = TimestepTable("DDIMScheduler", {}, 2, (0, 3), np.asarray([0.0, 0.3, 1.2, np.pi / 2]))
+    levels = angles_of_timesteps([0, 0.5, 1.5, 2.5, 3], table)
+    assert np.isfinite(levels).all()
+    assert (np.diff(levels) > 0).all()
+    assert levels[[0, -1]].tolist() == [0, np.pi / 2]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_level_of_flow_matching_is_sigma_itself(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(28)
+    timesteps, sigmas = scheduler.timesteps.numpy(), scheduler.sigmas[:-1].numpy()
+    table = with_schedules(flow_table(), [timesteps])
+    assert angles_of_timesteps(timesteps, table) == pytest.approx(sigmas, abs=1e-6)
+    rows = rows_of_timesteps(timesteps, table)
+    assert table.timesteps[rows] == pytest.approx(timesteps, abs=1e-3)
+    scales = spread_over_rows(np.float32([[1], [2], [4], [3]]), flow_table())
+    full = scales_of_rows(ScaleTable(scales, ("p",), flow_table().calibrated), table)
+    expected = np.exp(np.interp(sigmas, [0.01, 0.4, 0.8, 1], np.log([1, 2, 4, 3])))
+    assert full.scales[rows, 0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_schedules_bound_together_share_rows() -> None:
+    table = with_schedules(diffusion_table(), [[981, 700.25, 1], [700.25, 30.5], [500.0001]])
+    assert table.rows == 1002
+    assert table.timesteps[1000:].tolist() == [30.5, 700.25]
+    assert rows_of_timesteps([700.25, 30.5, 700.25, 500.0001], table).tolist() == [1001, 1000, 1001, 500]
+    assert rows_of_timesteps(np.float32([30.5003]), table).tolist() == [1000]
+
+
+def test_bound_to_nothing_there_are_the_training_timesteps() -> None:
+    table = with_schedules(diffusion_table(), [])
+    assert table.rows == 1000
+    with pytest.raises(InputError, match=r"30\.5 is fractional: the engine is not bound to this schedule"):
+        rows_of_timesteps([1, 30.5], table)
+
+
+def test_a_timestep_between_bound_ones_is_refused() -> None:
+    table = with_schedules(diffusion_table(), [[30.5, 31.5]])
+    with pytest.raises(InputError, match=r"30\.6 is fractional: the engine is not bound"):
+        rows_of_timesteps([30.5, 30.6], table)
+
+
+@pytest.mark.parametrize("timestep", [-0.5, 999.5, np.inf, np.nan])
+def test_a_schedule_that_leaves_the_range_cannot_be_bound(timestep: float) -> None:
+    with pytest.raises(InputError, match=r"outside the calibrated table|no number"):
+        with_schedules(diffusion_table(), [[500, timestep]])
+
+
+def test_scales_of_fractional_rows_lie_on_the_way_between_calibrated_ones() -> None:
+    plain = diffusion_table((1, 501, 981))
+    scales = ScaleTable(spread_over_rows(np.float32([[1], [4], [2]]), plain), ("p",), plain.calibrated)
+    table = with_schedules(plain, [[500.5, 700.25, 990.5, 0.5]])
+    full = scales_of_rows(scales, table)
+    assert full.scales[:1000].tobytes() == scales.scales.tobytes()
+    held_low, near, between, held_high = full.scales[1000:, 0]
+    assert (held_low, held_high) == (1, 2)
+    assert scales.scales[500, 0] < near < 4
+    assert min(scales.scales[700:702, 0]) <= between <= max(scales.scales[700:702, 0])
+    assert scales_of_rows(scales, plain) is scales
+
+
+def test_it_is_said_where_scales_come_from() -> None:
+    origins = row_origins([981, 501.0004, 501, 30.5, 30.5, 0.5, 990], diffusion_table((1, 501, 981)))
+    assert origins.calibrated == (501, 501.0004, 981)
+    assert origins.interpolated == (30.5,)
+    assert origins.held == (0.5, 990)
+    assert str(origins) == "3 calibrated, 1 interpolated, 2 held"
+
+
+def test_karras_timesteps_that_diffusers_rounds_need_no_rows_of_their_own() -> None:
+    scheduler = DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True)
+    scheduler.set_timesteps(20)
+    assert with_schedules(diffusion_table(), [scheduler.timesteps.numpy()]).rows == 1000

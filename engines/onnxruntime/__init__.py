@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the reference for parity."""
+"""ONNX Runtime: on the CPU the reference for parity, and execution providers for NVIDIA GPUs."""
 
 from s2p_deploy.engines.onnxruntime.backend import OnnxRuntimeBackend
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from s2p_deploy.engines.backend import Capabilities, Compiled
 from s2p_deploy.engines.libraries import installed_version, platform_name
+from s2p_deploy.engines.lowerings import int4_rule
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.engines.openvino.precisions import compute_types, product_names
-from s2p_deploy.engines.passes.expand_int4 import ExpandInt4
-from s2p_deploy.engines.prepare import prepare_graph, weight_only
+from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.runner import ClosingRunner
+from s2p_deploy.engines.support import support_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
+    from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph
@@ -48,17 +50,18 @@ class OpenVinoBackend:
         missing = None if version else "OpenVINO is not installed: pip install 's2p-deploy[openvino]'"
         return Capabilities(self.name, version, missing, version is not None, ("fp32", "fp16"), ("f32", "bf16"))
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, hint: str | None = None) -> dict[str, str]:
         """Library version, device and platform."""
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
-    def prepare_model(self, model: ir.Model) -> None:
-        """Expands INT4 weights of sites with quantized activations: packed, OpenVINO would compute them in f32."""
-        ExpandInt4(weight_only)(model)
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
+        """The chosen lowerings. Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32."""
+        keep = int4_rule(support_of(self.name), lowerings, wanted=weight_only, untried=weight_only)
+        apply_passes(model, lowerings, keep)
 
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
-        """The canonical graph with INT4 expanded."""
-        return prepare_graph(graph, folder, self.prepare_model)
+        """The canonical graph in this backend's form."""
+        return prepare_graph(graph, folder, self, options)
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Writes the IR, compiles it once, and reads per layer what runs in which type (known after a first run)."""

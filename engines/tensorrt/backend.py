@@ -1,25 +1,35 @@
 """TensorRT 10/11 (``tensorrt``) and TensorRT-RTX (``tensorrt_rtx``).
 
 The first builds on the GPU that the engine is for, the second ahead of time, without a GPU. The engine is one file,
-``denoiser.plan``, from an fp16 graph that carries every type.
+``denoiser.plan``, from an fp16 graph that carries every type; built where it can be opened, it also has
+``layers.json``, what the engine inspector says of every layer.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from s2p_deploy.engines.backend import Capabilities, Compiled
+from s2p_deploy.engines.bound_scales import BOUND
 from s2p_deploy.engines.isolation import Limits, run_child
-from s2p_deploy.engines.libraries import installed_version, platform_name
-from s2p_deploy.engines.passes.expand_int4 import ExpandInt4
-from s2p_deploy.engines.prepare import prepare_graph, weight_only, weight_only_or_matmul
-from s2p_deploy.engines.tensorrt.builder import Shapes, build_plan
-from s2p_deploy.engines.tensorrt.inspector import compute_types
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.engines.libraries import compute_capability, installed_version, platform_name
+from s2p_deploy.engines.lowerings import int4_rule
+from s2p_deploy.engines.options import BuildOptions, ShapeProfile
+from s2p_deploy.engines.prepare import any_use, apply_passes, prepare_graph, weight_only, weight_only_or_matmul
+from s2p_deploy.engines.profile_shapes import Shapes, profile_shapes, spec_of
+from s2p_deploy.engines.support import support_of
+from s2p_deploy.engines.tensorrt.builder import PlanOptions, build_plan
+from s2p_deploy.engines.tensorrt.caches import timing_cache
+from s2p_deploy.engines.tensorrt.inspector import compute_types, inspect_plan, layer_table
+from s2p_deploy.engines.tensorrt.opened import open_plan, refit
+from s2p_deploy.errors import MissingEnvironmentError
+from s2p_deploy.records import ExportedGraph
+from s2p_deploy.records.manifest import parent_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,15 +39,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
-    from s2p_deploy.engines.options import BuildOptions
+    from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
-    from s2p_deploy.records import Engine, ExportedGraph
+    from s2p_deploy.records import Engine
 
-PLAN = "denoiser.plan"
+PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
 _GPU = "CUDA GPU"
 _BLOCK_TIMEOUT_S = 600.0
+_BLOCK_ROWS = 50  # what a block's profile is tuned for
 _NOT_ON_RTX = (9, 0)  # H100 and H200
 _BUILDER = "s2p_deploy.engines.tensorrt.builder"
 _MISSING = {
@@ -56,43 +67,62 @@ class TensorRtBackend:
     def capabilities(self) -> Capabilities:
         """Executes where there is a CUDA GPU (for TensorRT-RTX: not of compute capability 9.0)."""
         version = installed_version(self.name, f"{self.name}_cu13", f"{self.name}_cu12")
-        capability = _compute_capability() if version else None
-        executes = capability is not None and not (self.name == RTX and capability == _NOT_ON_RTX)
+        capability = compute_capability() if version else None
+        executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
-        return Capabilities(self.name, version, missing, executes, ("fp16",), ("strongly_typed",))
+        refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
+        return Capabilities(self.name, version, missing, executes, ("fp16",), ("strongly_typed",), refit=refits)
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, hint: str | None = None) -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
-        capability = _compute_capability()
+        capability = compute_capability()
         here = {self.name: str(self.capabilities().version), "device": _GPU if capability else "no GPU"}
         return here | self._bound_to(capability)
 
-    def prepare_model(self, model: ir.Model) -> None:
-        """Expands INT4 where the library refuses it: TensorRT-RTX takes it in MatMul beside INT8 activations."""
-        ExpandInt4(weight_only_or_matmul if self.name == RTX else weight_only)(model)
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
+        """The chosen lowerings. Expands INT4 where the library was seen to refuse it (beside INT8: all but MatMul)."""
+        untried = weight_only_or_matmul if self.name == RTX else weight_only
+        keep = int4_rule(support_of(self.name), lowerings, wanted=any_use, untried=untried)
+        apply_passes(model, lowerings, keep)
 
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
-        """The canonical fp16 graph with INT4 expanded where needed."""
-        return prepare_graph(graph, folder, self.prepare_model)
+        """The canonical fp16 graph in this backend's form."""
+        return prepare_graph(graph, folder, self, options)
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the plan; with a GPU here, asks the engine inspector what each layer computes in."""
-        capability = _compute_capability()
+        capability = compute_capability()
         if self.name != RTX and capability is None:
             raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
-        plan = request.folder / PLAN
-        build_plan(self.name, request.onnx_path, _shapes(request), plan)
-        compute = compute_types(_inspect(self.name, plan.read_bytes())) if self.capabilities().executes else {}
+        plan, shapes = request.folder / PLAN, _shapes(request)
+        build_plan(self.name, request.onnx_path, shapes, plan, self._plan_options(request.options, capability))
+        compute = {}
+        if self.capabilities().executes and not request.options.stripped:  # one without weights cannot be opened
+            information = inspect_plan(importlib.import_module(self.name), plan.read_bytes(), shapes)
+            compute = compute_types(information)
+            table = json.dumps({"layers": layer_table(information)}, indent=1) + "\n"
+            (request.folder / LAYERS).write_text(table, encoding="utf-8")
         environment = self.environment() | {"device": _GPU}
         notes = {"target": "ahead of time: compute capability 8.6, 8.9, 12.0 and later"} if self.name == RTX else {}
         return Compiled((PLAN,), environment, compute, notes)
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> TensorRtRunner:
-        """A context on the GPU. Raises MissingEnvironmentError where there is none that can run it."""
+        """A context on the GPU; the weights of a stripped engine come from the graph that it was built from.
+
+        Raises:
+            MissingEnvironmentError: there is no GPU that can run it.
+            InputError: the graph of a stripped engine is not where it was. IntegrityError: it is another one.
+        """
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
         self._require_gpu(str(engine.folder))
-        return TensorRtRunner(self.name, bytes(files[PLAN]), bound)
+        plan = open_plan(self.name, bytes(files[PLAN]))
+        options = BuildOptions.from_json(engine.manifest.content["options"])
+        if options.stripped:
+            graph = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph"))
+            with tempfile.TemporaryDirectory() as folder:
+                refit(plan, self.prepare(graph, Path(folder), options))
+        return TensorRtRunner(plan, bound)
 
     def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
         """Builds a small model in a child process and runs it here; batch sizes 1 to 32."""
@@ -102,10 +132,19 @@ class TensorRtBackend:
         with tempfile.TemporaryDirectory() as folder:
             onnx_path, plan = Path(folder) / "block.onnx", Path(folder) / PLAN
             onnx_path.write_bytes(model.SerializeToString())
-            shapes = {value.name: _block_shapes(value) for value in model.graph.input}
+            specs = [spec_of(value) for value in model.graph.input]
+            shapes = profile_shapes(specs, ShapeProfile(), _BLOCK_ROWS)
             request = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
             run_child(_BUILDER, request, Path(folder), Limits(_BLOCK_TIMEOUT_S))
-            return TensorRtRunner(self.name, plan.read_bytes(), {})
+            return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
+
+    def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
+        timings = None
+        if self.name != RTX and capability is not None:
+            import torch
+
+            timings = str(timing_cache(str(self.capabilities().version), torch.cuda.get_device_name(), capability))
+        return PlanOptions(options.refit, options.stripped, timings)
 
     def _bound_to(self, capability: tuple[int, int] | None) -> dict[str, str]:
         if self.name == RTX:
@@ -116,48 +155,21 @@ class TensorRtBackend:
         }
 
     def _require_gpu(self, what: str) -> None:
-        capability = _compute_capability()
-        if capability is None:
-            raise MissingEnvironmentError(
-                f"{what} needs a CUDA GPU to run, and there is none here: load it on a machine with one"
-            )
-        if self.name == RTX and capability == _NOT_ON_RTX:
-            raise MissingEnvironmentError(
-                f"{what}: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
-            )
+        reason = refusal(self.name, compute_capability())
+        if reason is not None:
+            raise MissingEnvironmentError(f"{what} {reason}")
 
 
-def _compute_capability() -> tuple[int, int] | None:
-    import torch
-
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-def _inspect(library: str, plan: bytes) -> str:
-    trt = importlib.import_module(library)
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
-    information: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return information
+def refusal(library: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a GPU of this compute capability (None: no GPU) runs no engine of the library; None where it does."""
+    if capability is None:
+        return "needs a CUDA GPU to run, and there is none here: load it on a machine with one"
+    if library == RTX and capability == _NOT_ON_RTX:
+        return "cannot run here: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
+    return None
 
 
 def _shapes(request: CompileRequest) -> Shapes:
-    """Every input at the profile's batch sizes; the scale table's rows do not vary within one engine."""
-    profile = request.options.profile
-    fixed = request.example["act_scales"].shape if "act_scales" in request.example else ()
-    return {
-        spec.name: (fixed, fixed, fixed)
-        if spec.name == "act_scales"
-        else (
-            profile.shape(spec, profile.minimum),
-            profile.shape(spec, profile.optimum),
-            profile.shape(spec, profile.maximum),
-        )
-        for spec in request.inputs
-    }
-
-
-def _block_shapes(value: onnx.ValueInfoProto) -> list[list[int]]:
-    sizes = value.type.tensor_type.shape.dim
-    if any(size.dim_param not in {"", "batch"} for size in sizes):
-        raise InputError(f"input {value.name} has a dynamic size besides 'batch'")
-    return [[batch if size.dim_param else size.dim_value for size in sizes] for batch in (1, 2, 32)]
+    """Every input at the profile's batch sizes; tuned for the rows of the graph's own scale table."""
+    rows = len(request.example[BOUND]) if BOUND in request.example else 1
+    return profile_shapes(request.inputs, request.options.profile, rows)

@@ -1,14 +1,16 @@
-"""Runs a TensorRT engine: device buffers are allocated and bound once, at the profile's largest batch."""
+"""Runs a TensorRT engine: device buffers are allocated and bound once, at the profile's largest sizes."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s2p_deploy.engines.bound_scales import BOUND
 from s2p_deploy.engines.runner import ClosingRunner
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.engines.tensorrt.caches import runtime_cache
+from s2p_deploy.engines.tensorrt.contexts import GraphLauncher, Launcher, ManagedLauncher
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,84 +18,133 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines.profile_shapes import Shape
+    from s2p_deploy.engines.tensorrt.opened import OpenPlan
+
 
 class TensorRtRunner(ClosingRunner):
-    """An execution context on the current CUDA device. ``bound`` inputs are uploaded here and stay on the device."""
+    """A plan on the current CUDA device, with a stream of its own.
 
-    def __init__(self, library: str, plan: bytes, bound: Mapping[str, NDArray[Any]]) -> None:
+    ``bound`` inputs are uploaded here and stay on the device; those that the plan does not read are left out.
+    ``capture=False`` runs every step without a CUDA graph.
+    """
+
+    def __init__(self, plan: OpenPlan, bound: Mapping[str, NDArray[Any]], *, capture: bool = True) -> None:
         import torch
 
-        trt = importlib.import_module(library)
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise MissingEnvironmentError(
-                f"{library} cannot open this engine on {torch.cuda.get_device_name()}: build it for this GPU"
-            )
-        self._context = self._engine.create_execution_context()
+        self._plan: OpenPlan | None = plan
         self._stream = torch.cuda.Stream()
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        inputs = {n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
-        largest = {n: tuple(self._engine.get_tensor_profile_shape(n, 0)[2]) for n in inputs}
-        for name, shape in largest.items():
-            self._context.set_input_shape(name, shape)
-        self._outputs = [name for name in names if name not in inputs]
-        largest |= {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
-        self._buffers = {
-            name: torch.empty(shape, dtype=_torch_type(trt.nptype(self._engine.get_tensor_dtype(name))), device="cuda")
-            for name, shape in largest.items()
-        }
-        for name, buffer in self._buffers.items():
-            self._context.set_tensor_address(name, buffer.data_ptr())
-        for name, value in bound.items():
-            self._buffers[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+        inputs, self._outputs = _names(plan)
+        self._profile = {name: _profile(plan, name) for name in inputs}
+        self._buffers = _buffers(plan, {name: high for name, (_, high) in self._profile.items()}, self._outputs)
+        self._bound = {name: value.shape for name, value in bound.items() if name in inputs}
+        for name, shape in self._bound.items():
+            check_shape(name, shape, *self._profile[name])
+            self._front(name, shape).copy_(torch.from_numpy(np.ascontiguousarray(bound[name])))
         torch.cuda.synchronize()
+        addresses = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
+        self._launcher = _launcher(plan, addresses, self._stream, capture=capture)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs, copied to the host."""
+        """All outputs, copied to the host.
+
+        Raises:
+            InputError: an input's shape is outside the engine's profile.
+        """
         import torch
 
         outputs = self.infer_tensors({name: torch.from_numpy(value) for name, value in inputs.items()})
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same for tensors on any device; the results are on the GPU and valid until the next call.
+        """The same for tensors on any device, in any floating-point type.
+
+        The results are on the GPU, ordered on PyTorch's current stream, and valid until the next call; nothing here
+        waits for the GPU.
 
         Raises:
-            InputError: a batch is larger than the engine's profile allows.
+            InputError: an input's shape is outside the engine's profile.
         """
         import torch
 
+        if self._plan is None:
+            raise ValueError("the runner is closed")
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        for name, shape in shapes.items():
+            check_shape(name, shape, *self._profile[name])
+        caller = torch.cuda.current_stream()
+        self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(torch.cuda.default_stream())
             for name, value in inputs.items():
-                self._upload(name, value)
-            if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise InputError("TensorRT refused these inputs: see its log")
-        self._stream.synchronize()
+                self._front(name, shapes[name]).copy_(value, non_blocking=True)
+            self._launcher.run(shapes | self._bound)
+        caller.wait_stream(self._stream)
+        batch = _batch(shapes)
         # a batch below the largest fills the front of each buffer
-        return {n: self._front(n, tuple(self._context.get_tensor_shape(n))) for n in self._outputs}
+        return {name: self._buffers[name][:batch] for name in self._outputs}
 
     def close(self) -> None:
-        """Frees the context, the engine and the buffers."""
-        self._context = self._engine = self._runtime = None
+        """Frees contexts, graphs, the engine and the buffers."""
+        if self._plan is None:
+            return
+        self._launcher.close()
+        self._plan = None
         self._buffers = {}
 
-    def _upload(self, name: str, value: torch.Tensor) -> None:
-        if value.dim() and value.shape[0] > self._buffers[name].shape[0]:
-            raise InputError(
-                f"batch {value.shape[0]} is above this engine's {self._buffers[name].shape[0]}: "
-                "build with a larger profile"
-            )
-        if not self._context.set_input_shape(name, tuple(value.shape)):
-            raise InputError(f"input {name} has shape {list(value.shape)}, which is outside the engine's profile")
-        self._front(name, tuple(value.shape)).copy_(value, non_blocking=True)
-
-    def _front(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _front(self, name: str, shape: Shape) -> torch.Tensor:
         return self._buffers[name].flatten()[: int(np.prod(shape))].view(shape)
 
 
-def _torch_type(numpy_type: type[Any]) -> torch.dtype:
+def check_shape(name: str, shape: Shape, low: Shape, high: Shape) -> None:
+    """Raises InputError where a shape is outside a profile's smallest and largest."""
+    if shape and shape[0] > high[0] and shape[1:] == high[1:]:
+        raise InputError(
+            f"{name} has {shape[0]} in its first size, above this engine's {high[0]}: build with a larger profile"
+        )
+    if len(shape) != len(high) or not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+        raise InputError(f"input {name} has shape {list(shape)}, this engine takes {list(low)} to {list(high)}")
+
+
+def _names(plan: OpenPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the inputs and of the outputs."""
+    engine = plan.engine
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = tuple(n for n in names if engine.get_tensor_mode(n) == plan.library.TensorIOMode.INPUT)
+    return inputs, tuple(n for n in names if n not in inputs)
+
+
+def _profile(plan: OpenPlan, name: str) -> tuple[Shape, Shape]:
+    """Smallest and largest shape of an input."""
+    low, _, high = (tuple(shape) for shape in plan.engine.get_tensor_profile_shape(name, 0))
+    return low, high
+
+
+def _buffers(plan: OpenPlan, inputs: Mapping[str, Shape], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Memory for every tensor at its largest; an output's batch is the inputs'."""
     import torch
 
+    batch = _batch(inputs)
+    shapes = dict(inputs)
+    for name in outputs:
+        shapes[name] = tuple(batch if size < 0 else size for size in plan.engine.get_tensor_shape(name))
+    return {name: torch.zeros(shape, dtype=_torch_type(plan, name), device="cuda") for name, shape in shapes.items()}
+
+
+def _batch(shapes: Mapping[str, Shape]) -> int:
+    return next(shape[0] for name, shape in shapes.items() if name != BOUND)
+
+
+def _torch_type(plan: OpenPlan, name: str) -> torch.dtype:
+    import torch
+
+    numpy_type = plan.library.nptype(plan.engine.get_tensor_dtype(name))
     return torch.from_numpy(np.empty(0, numpy_type)).dtype
+
+
+def _launcher(plan: OpenPlan, addresses: Mapping[str, int], stream: torch.cuda.Stream, *, capture: bool) -> Launcher:
+    import torch
+
+    if plan.library.__name__ != "tensorrt_rtx":
+        return GraphLauncher(plan, addresses, stream, capture=capture)
+    kernels = runtime_cache(plan.library.__version__, torch.cuda.get_device_capability(), plan.digest)
+    return ManagedLauncher(plan, addresses, stream, kernels, capture=capture)

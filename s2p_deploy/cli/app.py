@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from s2p_deploy import __version__
+from s2p_deploy.cli.bench import bench
 from s2p_deploy.cli.build import build
 from s2p_deploy.cli.calibrate import calibrate
 from s2p_deploy.cli.compare import compare
@@ -21,7 +22,9 @@ from s2p_deploy.cli.generate import generate
 from s2p_deploy.cli.inspect import inspect
 from s2p_deploy.cli.outcome import show_error
 from s2p_deploy.cli.quiet import quiet_libraries
+from s2p_deploy.cli.sign import sign
 from s2p_deploy.cli.validate import validate
+from s2p_deploy.cli.verify import verify
 from s2p_deploy.errors import S2PError
 
 _INTERRUPTED = 130
@@ -33,7 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (dataset, calibrate, export, build, validate, compare, generate, inspect, doctor, demo):
+_ARTIFACTS = (dataset, calibrate, export, build, validate, bench, compare, generate)
+for command in (*_ARTIFACTS, inspect, verify, sign, doctor, demo):
     app.command()(command)
 
 

@@ -73,7 +73,8 @@ def compare(  # noqa: PLR0913 - its options
 
 
 def _schedule(text: str) -> Schedule:
-    from s2p_deploy.pipeline import Schedule, scheduler_names
+    from s2p_deploy.pipeline import Schedule
+    from s2p_deploy.schedulers import scheduler_names
 
     name, _, steps = text.partition(":")
     if name not in scheduler_names() or not steps.isascii() or not steps.isdigit() or int(steps) < 1:

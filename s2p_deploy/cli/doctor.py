@@ -1,20 +1,33 @@
-"""``s2p-deploy doctor``: what is installed here, what it can build and run, and what to install for the rest."""
+"""``s2p-deploy doctor``: what is installed here, what it can build and run, and what to install for the rest.
+
+With ``--probe``, every installed backend is asked to build small patterns, and to run them where it can.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from s2p_deploy import __version__
 from s2p_deploy.cli.options import JsonOption
 from s2p_deploy.cli.outcome import Outcome, show, table, two_columns
+from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.table import Table
+
     from s2p_deploy.engines import Capabilities
+    from s2p_deploy.engines.support_tables import SupportTable
 
 _LIBRARIES = (
     "torch",
@@ -38,8 +51,23 @@ _CPU_FLAGS = {
 }
 
 
-def doctor(*, as_json: JsonOption = False) -> int:
+def doctor(
+    *,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Build small patterns with every backend: what builds, fails, crashes.")
+    ] = False,
+    backend: Annotated[str | None, typer.Option(help="With --probe: this backend only.")] = None,
+    as_json: JsonOption = False,
+) -> int:
     """Print versions, what this CPU is good at, and which backends build and run here."""
+    if probe:
+        return show(_probed(backend), as_json=as_json)
+    if backend is not None:
+        raise InputError("--backend goes with --probe")
+    return show(_installed(), as_json=as_json)
+
+
+def _installed() -> Outcome:
     from s2p_deploy.engines import backend_by_name, backend_names
 
     libraries = {name: _version(name) for name in _LIBRARIES}
@@ -72,7 +100,38 @@ def doctor(*, as_json: JsonOption = False) -> int:
         ),
         table("Backends", ("backend", "version", "builds", "runs", "hints", "what to do"), map(_backend_row, backends)),
     )
-    return show(Outcome(data, text), as_json=as_json)
+    return Outcome(data, text)
+
+
+def _probed(backend: str | None) -> Outcome:
+    """Probes, and puts the result where builds look for it."""
+    from s2p_deploy.engines import backend_by_name, backend_names
+    from s2p_deploy.engines.probe.run import probe_backend
+    from s2p_deploy.engines.support_tables import write_to_cache
+
+    installed = [name for name in backend_names() if backend_by_name(name).capabilities().missing is None]
+    data: list[dict[str, Any]] = []
+    text: list[Table | str] = []
+    with progress_bars() as progress:
+        for name in [backend] if backend is not None else installed:
+            started = time.monotonic()
+            found = probe_backend(name, progress=progress)
+            path = write_to_cache(found)
+            data.append(asdict(found) | {"seconds": round(time.monotonic() - started, 1), "path": str(path)})
+            text += [*_probe_tables(found), f"written to {path}"]
+    return Outcome({"probes": data}, tuple(text))
+
+
+def _probe_tables(found: SupportTable) -> Iterator[Table]:
+    from s2p_deploy.engines.probe.matrix import COLUMNS, EXECUTES_NOT, dtypes_of, matrix_rows, problems
+
+    done = "built, not run" if found.key.device == EXECUTES_NOT else f"built and run on {found.key.device}"
+    for dtype in dtypes_of(found):
+        title = f"{found.key.backend} {found.key.version}, {dtype}, hint {found.hint}, {done}"
+        yield table(title, COLUMNS, matrix_rows(found, dtype))
+        reasons = [(p.verdict, p.detail, ", ".join(p.patterns)) for p in problems(found, dtype)]
+        if reasons:
+            yield table("Of those", ("verdict", "why", "patterns"), reasons)
 
 
 def _backend_row(found: Capabilities) -> tuple[str, ...]:

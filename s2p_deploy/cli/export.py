@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from s2p_deploy.cli.options import ForceOption, JsonOption, OutFolder
+from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, base_of
 from s2p_deploy.cli.outcome import artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
 
 
-def export(
+def export(  # noqa: PLR0913 - its options
     calibrated: Annotated[Path, typer.Argument(metavar="CALIB", help="What calibrate wrote.")],
     *,
     out: OutFolder,
@@ -21,8 +21,12 @@ def export(
     ] = "fp32",
     time_table: Annotated[
         Literal["constant", "input"],
-        typer.Option(help="Where the projected time features are: in the graph, or an input."),
+        typer.Option(
+            help="Where the projected time features are: in the graph, which runs schedules of integer timesteps, or "
+            "an input, which runs all."
+        ),
     ] = "constant",
+    model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -31,7 +35,11 @@ def export(
 
     opened = CalibratedModel.open(calibrated)
     from s2p_deploy.export import export_graph
+    from s2p_deploy.families import load_time_path
 
+    time_path = load_time_path(base_of(opened.manifest, model)) if time_table == "input" else None
     with progress_bars() as progress:
-        made = export_graph(opened, out, dtype=dtype, time_table=time_table, replace=force, progress=progress)
+        made = export_graph(
+            opened, out, dtype=dtype, time_table=time_table, time_path=time_path, replace=force, progress=progress
+        )
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from s2p_deploy.cli.options import JsonOption, ModelOption, base_of
+from s2p_deploy.cli.options import JsonOption, ModelOption, PublicKeyOption, base_of
 from s2p_deploy.cli.outcome import Outcome, show
 from s2p_deploy.errors import InputError
 
@@ -19,7 +20,12 @@ def generate(  # noqa: PLR0913 - its options
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     scheduler: Annotated[
-        str | None, typer.Option(help="pndm, ddim, unipc or euler; the pipeline's own where left out.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="pndm, ddim, euler, euler-linspace, euler-karras, heun, dpm++2m, dpm++2m-karras, unipc or lcm; "
+            "the pipeline's own where left out. Steps between timesteps need an engine of the input form.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps; those of the recipe where left out.")
@@ -28,30 +34,38 @@ def generate(  # noqa: PLR0913 - its options
         float | None, typer.Option(min=1.0, help="The recipe's or pipeline's where left out.")
     ] = None,
     model: ModelOption = None,
+    public_key: PublicKeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Draw a picture with a stock diffusers pipeline whose denoiser is the engine."""
-    from s2p_deploy.records import Engine, Prompt
+    """Draw a picture with a stock diffusers pipeline whose denoiser is the engine, on any schedule that it covers."""
+    from s2p_deploy.records import Prompt
+    from s2p_deploy.signing import open_engine
 
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
-    opened = Engine.open(engine)
+    opened = open_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.engines import load_engine
     from s2p_deploy.families import load_pipeline
-    from s2p_deploy.pipeline import Schedule, pipeline_with_engine
+    from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
+    from s2p_deploy.timesteps import row_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
     schedule = Schedule(steps or sampling.steps, scheduler)
     guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
-    pipe = pipeline_with_engine(load_pipeline(base), opened, load_engine(opened))
-    picture = draw(pipe, Prompt("command line", prompt), schedule=schedule, guidance_scale=guidance, seed=seed)
+    floating = load_pipeline(base)
+    timesteps = timesteps_of(floating, schedule)
+    with load_engine(opened, schedules=[timesteps]) as runner:
+        pipe = pipeline_with_engine(floating, opened, runner)
+        picture = draw(pipe, Prompt("command line", prompt), schedule=schedule, guidance_scale=guidance, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
-    data = {"picture": str(out), "prompt": prompt, "seed": seed, "steps": schedule.steps, "guidance_scale": guidance}
-    return show(
-        Outcome(data, (f"{out}: {picture.width}x{picture.height} pixels, {schedule.steps} steps, seed {seed}",)),
-        as_json=as_json,
+    data = {"picture": str(out), "prompt": prompt, "seed": seed, "scheduler": scheduler, "steps": schedule.steps}
+    origins = row_origins(timesteps, opened.timesteps)
+    text = (
+        f"{out}: {picture.width}x{picture.height} pixels, {schedule.steps} steps, seed {seed}",
+        f"Scales of the timesteps: {origins}",
     )
+    return show(Outcome(data | {"guidance_scale": guidance, "timesteps": asdict(origins)}, text), as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,15 +81,17 @@ def _calibrated(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]
     return (_rows(model.timesteps), *_average_bits(bits), *_plan(model.plan))
 
 
-def _graph(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
+def _graph(folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
     from s2p_deploy.records import ExportedGraph
 
     graph = ExportedGraph.open(folder)
+    full = ", ".join(manifest.content.get("full_sites", [])) or "none"
     tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [
         ("out", t.name, t.dtype, t.shape) for t in graph.outputs
     ]
     return (
         _rows(graph.timesteps),
+        two_columns([("sites in float32", full)]),
         table("Inputs and outputs", ("", "name", "type", "shape"), tensors),
         *_plan(graph.plan),
     )
@@ -108,7 +111,21 @@ def _engine(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
             "Precision as the backend reports it", (*columns[1:], "sites"), ((*kind, n) for kind, n in kinds.items())
         ),
         table("Sites", columns, sites),
+        *_layers(folder),
     )
+
+
+def _layers(folder: Path) -> tuple[RenderableType, ...]:
+    """The layers of a TensorRT engine, where the engine inspector could open it when it was built."""
+    file = folder / "layers.json"
+    if not file.is_file():
+        return ()
+    layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
+    rows = (
+        (layer["name"], layer["kind"], *(", ".join(map(str, layer[side])) for side in ("inputs", "outputs")))
+        for layer in layers
+    )
+    return (table("Layers as the backend reports them", ("layer", "kind", "inputs", "outputs"), rows),)
 
 
 def _report(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:

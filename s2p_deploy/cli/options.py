@@ -42,6 +42,15 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", help="Where the floating-point pipeline is now, where it was moved.")
 ]
 
+PublicKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.pem",
+        envvar="S2P_PUBLIC_KEY",
+        help="Refuse what was not signed with this key's private half (or S2P_PUBLIC_KEY).",
+    ),
+]
+
 _BUNDLED = "shapes:"
 
 

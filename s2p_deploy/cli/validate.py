@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, PromptsOption, prompts_from_option
+from s2p_deploy.cli.options import (
+    ForceOption,
+    JsonOption,
+    ModelOption,
+    OutFolder,
+    PromptsOption,
+    PublicKeyOption,
+    prompts_from_option,
+)
 from s2p_deploy.cli.outcome import Outcome, show, table
 from s2p_deploy.cli.progress_bars import progress_bars
 from s2p_deploy.errors import GateFailedError
@@ -30,13 +38,14 @@ def validate(  # noqa: PLR0913 - its options
         Path | None, typer.Option(help="Where the graph's calibrated model is now, where it was moved.")
     ] = None,
     model: ModelOption = None,
+    public_key: PublicKeyOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Compare an engine with its pipeline: numbers, pictures, a verdict. Exits 3 unless it passes."""
-    from s2p_deploy.records import Engine
+    from s2p_deploy.signing import open_engine
 
-    chosen, opened = prompts_from_option(prompts), Engine.open(engine)
+    chosen, opened = prompts_from_option(prompts), open_engine(engine, public_key)
     from s2p_deploy.validation import open_chain
     from s2p_deploy.validation import validate as validate_chain
 

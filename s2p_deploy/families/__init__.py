@@ -3,7 +3,7 @@
 from s2p_deploy.families.base import BasePipeline, load_pipeline, resolve_base
 from s2p_deploy.families.hot_denoiser import HotDenoiser, hot_denoiser_from_unet, new_hot_denoiser, set_time_table
 from s2p_deploy.families.sites import Site, block_names, discover_sites, readers_by_tensor
-from s2p_deploy.families.time_table import time_table_from_unet
+from s2p_deploy.families.time_table import TimePath, load_time_path, time_table_from_unet
 from s2p_deploy.families.transforms import (
     LowRankLinear,
     SmoothedLinear,
@@ -20,11 +20,13 @@ __all__ = [
     "Site",
     "SmoothedLinear",
     "SplitConv2d",
+    "TimePath",
     "apply_transforms",
     "block_names",
     "discover_sites",
     "hot_denoiser_from_unet",
     "load_pipeline",
+    "load_time_path",
     "module_of_kind",
     "new_hot_denoiser",
     "readers_by_tensor",

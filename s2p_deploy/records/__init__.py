@@ -1,6 +1,7 @@
 """The nouns that pass between stages: frozen, typed, on disk with a manifest. Nothing else crosses a stage's border."""
 
 from s2p_deploy.records.calibrated_model import CalibratedModel, TimeTable
+from s2p_deploy.records.chain import Link, verify_chain
 from s2p_deploy.records.comparison import (
     Comparison,
     FailedRecipe,
@@ -49,6 +50,7 @@ __all__ = [
     "GraphBlock",
     "GraphSite",
     "LatentDataset",
+    "Link",
     "Manifest",
     "Number",
     "PackedWeight",
@@ -77,6 +79,7 @@ __all__ = [
     "parent_folder",
     "read_manifest",
     "read_prompts",
+    "verify_chain",
     "verify_files",
     "write_artifact",
     "write_packed_weights",

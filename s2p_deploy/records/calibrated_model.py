@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.records.manifest import Manifest, open_artifact
+from s2p_deploy.records.json_forms import CalibratedContent, check_plan
+from s2p_deploy.records.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from s2p_deploy.records.packed_weights import packed_sites, read_packed_weight
-from s2p_deploy.records.precision_plan import PrecisionPlan, read_plan
-from s2p_deploy.records.scale_table import ScaleTable, read_scale_table
+from s2p_deploy.records.precision_plan import PrecisionPlan, plan_from_bytes
+from s2p_deploy.records.scale_table import ScaleTable, scale_table_from_bytes
 from s2p_deploy.records.simulation import Simulation, read_simulation
-from s2p_deploy.records.timestep_table import TimestepTable, read_timestep_table
+from s2p_deploy.records.strict import checked, reading_tensors
+from s2p_deploy.records.timestep_table import TimestepTable, timestep_table_from_bytes
 from s2p_deploy.records.transforms import TransformSpec
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WEIGHTS, _WEIGHT_SCALES, _LOW_BIT = "weights.safetensors", "weight_scales.safetensors", "low_bit.safetensors"
+_PLAN, _SCALES, _TIMESTEPS = "plan.yaml", "act_scales.safetensors", "timesteps.json"
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,18 @@ class CalibratedModel:
     @staticmethod
     def open(folder: Path) -> CalibratedModel:
         """Verifies and reads a calibrated model (its tensors stay on disk until asked for)."""
-        manifest = open_artifact(folder, "CalibratedModel")
+        manifest = read_manifest(folder, "CalibratedModel")
+        checked(CalibratedContent, manifest.content, folder / MANIFEST)
+        small = verify_files(folder, manifest, keep=(_PLAN, _SCALES, _TIMESTEPS))
+        plan = plan_from_bytes(small[_PLAN], folder / _PLAN)
+        scales = scale_table_from_bytes(small[_SCALES], folder / _SCALES)
+        check_plan(scales.points, plan.point_names(), folder / _SCALES)
         return CalibratedModel(
             folder,
             manifest,
-            read_plan(folder / "plan.yaml"),
-            read_scale_table(folder / "act_scales.safetensors"),
-            read_timestep_table(folder / "timesteps.json"),
+            plan,
+            scales,
+            timestep_table_from_bytes(small[_TIMESTEPS], folder / _TIMESTEPS),
             read_simulation(folder / "simulation.safetensors"),
         )
 
@@ -78,7 +86,9 @@ class CalibratedModel:
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """All parameters and buffers of the hot denoiser but the time table."""
         packed = [_weight_name(site) for site in packed_sites(self.folder / _LOW_BIT)]
-        return load_file(self.folder / _WEIGHTS) | {name: self.tensor(name) for name in packed}
+        with reading_tensors(self.folder / _WEIGHTS):
+            plain = load_file(self.folder / _WEIGHTS)
+        return plain | {name: self.tensor(name) for name in packed}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One of :meth:`weights`; the others are not read.
@@ -94,11 +104,14 @@ class CalibratedModel:
 
     def weight_scales(self) -> dict[str, NDArray[np.float32]]:
         """Weight scales by site."""
-        return load_file(self.folder / _WEIGHT_SCALES)
+        with reading_tensors(self.folder / _WEIGHT_SCALES):
+            return load_file(self.folder / _WEIGHT_SCALES)
 
     def time_table(self) -> TimeTable:
         """The projected time features of every row."""
-        projections = load_file(self.folder / "time_table.safetensors")["time_projections"]
+        file = self.folder / "time_table.safetensors"
+        with reading_tensors(file):
+            projections = load_file(file)["time_projections"]
         return TimeTable(projections, {k: (v[0], v[1]) for k, v in self.manifest.content["time_slices"].items()})
 
 
@@ -107,7 +120,7 @@ def _weight_name(site: str) -> str:
 
 
 def _read(file: Path, name: str) -> NDArray[np.float32]:
-    with safe_open(file, "numpy") as opened:
+    with reading_tensors(file), safe_open(file, "numpy") as opened:
         if name not in opened.keys():  # noqa: SIM118 - a safetensors file is no dictionary
             raise InputError(f"{file} lacks {name}: make the calibrated model again")
         tensor: NDArray[np.float32] = opened.get_tensor(name)

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2p_deploy.records.exported_graph import TensorSpec
-from s2p_deploy.records.manifest import Manifest, read_manifest, verify_files
-from s2p_deploy.records.scale_table import ScaleTable, read_scale_table
-from s2p_deploy.records.timestep_table import TimestepTable, read_timestep_table
+from s2p_deploy.records.json_forms import EngineContent, check_engine
+from s2p_deploy.records.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.scale_table import ScaleTable, scale_table_from_bytes
+from s2p_deploy.records.strict import checked
+from s2p_deploy.records.timestep_table import TimestepTable, timestep_table_from_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_SCALES, _TIMESTEPS = "act_scales.safetensors", "timesteps.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class SitePrecision:
 class Engine:
     """A folder with the backend's file(s) (``engine_files``), ``act_scales.safetensors`` and ``timesteps.json``.
 
+    Where the projected time features are an input, ``conditioning.onnx`` computes them, as in the exported graph.
     ``hint`` is the precision hint it was built with; ``environment`` what must match to load it (library version,
     device, compute capability); ``denoiser_config`` what a diffusers pipeline reads from its denoiser.
     """
@@ -48,12 +53,20 @@ class Engine:
     scales: ScaleTable
     timesteps: TimestepTable
 
+    @property
+    def takes_time_projections(self) -> bool:
+        """Whether the projected time features are an input: rows of any schedule can be bound."""
+        return any(spec.name == "time_projections" for spec in self.inputs)
+
     @staticmethod
     def open(folder: Path) -> Engine:
         """Reads and verifies all but the engine files: the backend's ``load`` hashes the very bytes it loads."""
         manifest = read_manifest(folder, "Engine")
-        content = manifest.content
-        verify_files(folder, manifest, leave_out=frozenset(content["engine_files"]))
+        content, path = manifest.content, folder / MANIFEST
+        form = checked(EngineContent, content, path)
+        small = verify_files(folder, manifest, leave_out=frozenset(form.engine_files), keep=(_SCALES, _TIMESTEPS))
+        scales = scale_table_from_bytes(small[_SCALES], folder / _SCALES)
+        check_engine(form, manifest.files, manifest.parents, scales.points, path)
         return Engine(
             folder,
             manifest,
@@ -66,6 +79,6 @@ class Engine:
             engine_files=tuple(content["engine_files"]),
             environment=content["environment"],
             denoiser_config=content["denoiser_config"],
-            scales=read_scale_table(folder / "act_scales.safetensors"),
-            timesteps=read_timestep_table(folder / "timesteps.json"),
+            scales=scales,
+            timesteps=timestep_table_from_bytes(small[_TIMESTEPS], folder / _TIMESTEPS),
         )

@@ -6,13 +6,18 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.records.manifest import Manifest, open_artifact
-from s2p_deploy.records.precision_plan import PrecisionPlan, read_plan
-from s2p_deploy.records.scale_table import ScaleTable, read_scale_table
-from s2p_deploy.records.timestep_table import TimestepTable, read_timestep_table
+from s2p_deploy.records.json_forms import GraphContent, GraphForm, check_plan, check_points
+from s2p_deploy.records.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.precision_plan import PrecisionPlan, plan_from_bytes
+from s2p_deploy.records.scale_table import ScaleTable, scale_table_from_bytes
+from s2p_deploy.records.strict import checked, read_as
+from s2p_deploy.records.timestep_table import TimestepTable, timestep_table_from_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+CONDITIONING_FILE = "conditioning.onnx"
+_GRAPH, _PLAN, _SCALES, _TIMESTEPS = "graph.json", "plan.yaml", "act_scales.safetensors", "timesteps.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class ExportedGraph:
     """An exported graph on disk.
 
     Files: ``denoiser.onnx``, ``denoiser.onnx.data``, ``graph.json`` (specs, sites, blocks),
-    ``act_scales.safetensors`` (what to bind), ``plan.yaml`` and ``timesteps.json``.
+    ``act_scales.safetensors`` (what to bind), ``plan.yaml`` and ``timesteps.json``. Where the projected time features
+    are an input, ``conditioning.onnx`` computes them: ``timesteps`` float32 [rows] to ``time_projections`` float32
+    [rows, P].
     """
 
     folder: Path
@@ -82,8 +89,14 @@ class ExportedGraph:
     @staticmethod
     def open(folder: Path) -> ExportedGraph:
         """Verifies and reads an exported graph (the ONNX file itself is not parsed)."""
-        manifest = open_artifact(folder, "ExportedGraph")
-        data = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(folder, "ExportedGraph")
+        form = checked(GraphContent, manifest.content, folder / MANIFEST)
+        small = verify_files(folder, manifest, keep=(_GRAPH, _PLAN, _SCALES, _TIMESTEPS))
+        data = read_as(GraphForm, small[_GRAPH], folder / _GRAPH).model_dump()
+        scales = scale_table_from_bytes(small[_SCALES], folder / _SCALES)
+        check_points(scales.points, form.points, folder / MANIFEST)
+        plan = plan_from_bytes(small[_PLAN], folder / _PLAN)
+        check_plan(scales.points, plan.point_names(), folder / _SCALES)
         return ExportedGraph(
             folder,
             manifest,
@@ -92,9 +105,9 @@ class ExportedGraph:
             outputs=tuple(_spec(item) for item in data["outputs"]),
             sites=tuple(GraphSite(**item) for item in data["sites"]),
             blocks=tuple(GraphBlock(**{**item, "sites": tuple(item["sites"])}) for item in data["blocks"]),
-            plan=read_plan(folder / "plan.yaml"),
-            scales=read_scale_table(folder / "act_scales.safetensors"),
-            timesteps=read_timestep_table(folder / "timesteps.json"),
+            plan=plan,
+            scales=scales,
+            timesteps=timestep_table_from_bytes(small[_TIMESTEPS], folder / _TIMESTEPS),
         )
 
 

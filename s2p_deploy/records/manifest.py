@@ -1,7 +1,8 @@
 """Manifests: every artifact is a directory whose ``manifest.json`` names, hashes and explains what is in it.
 
 An artifact is written under a temporary name, synced, and renamed, its manifest last: a directory with a manifest is
-whole. A nested directory that has a manifest of its own (a parent kept inside) is not part of the outer artifact.
+whole. A nested directory that has a manifest of its own (a parent kept inside) is not part of the outer artifact, and
+neither is ``manifest.sig``, a signature of the manifest's bytes.
 """
 
 from __future__ import annotations
@@ -11,17 +12,24 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from s2p_deploy import __version__
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.records.plain_files import is_plain_name, open_plain, read_at_most, read_plain
+from s2p_deploy.records.strict import Strict, checked, parsed_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
-MANIFEST = "manifest.json"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 SCHEMA = 1
+MOST_MANIFEST = 32 * 2**20  # bytes; an SDXL engine's has less than one MiB
+MOST_KEPT = 256 * 2**20  # bytes of a file that is parsed in memory: tables, plans, JSON
 
 
 @dataclass(frozen=True)
@@ -110,43 +118,66 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
         InputError: there is no artifact, or it is of another kind.
         IntegrityError: the manifest cannot be read as one.
     """
-    file = folder / MANIFEST
-    if not file.is_file():
+    if not os.path.lexists(folder / MANIFEST):
         raise InputError(f"{folder} is no artifact of s2p-deploy: it has no {MANIFEST} (an unfinished run leaves none)")
-    try:
-        text = file.read_bytes().decode()
-        data = json.loads(text)
-        data.pop("seal")
-        intact = text == _sealed_text(data)  # byte for byte, white space too
-        data["base"] = Base(**data["base"])
-        data["parents"] = {name: Parent(**parent) for name, parent in data["parents"].items()}
-        manifest = Manifest(**data)
-        manifest.digest  # noqa: B018 - fails on parts that are not JSON-like
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{file} is damaged ({type(error).__name__}): make the artifact again") from error
-    if not intact:
-        raise IntegrityError(f"{file} was changed after it was written: make the artifact again")
-    if manifest.schema != SCHEMA:
-        raise InputError(f"{folder} has schema {manifest.schema}, this version reads {SCHEMA}: make the artifact again")
+    manifest = manifest_from_bytes(read_plain(folder, MANIFEST, MOST_MANIFEST), folder)
     if kind is not None and manifest.kind != kind:
         raise InputError(f"{folder} is of kind {manifest.kind}, expected {kind}")
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest, leave_out: frozenset[str] = frozenset()) -> None:
-    """Hashes every file of an artifact against its manifest; the reader of those in ``leave_out`` hashes them itself.
+def manifest_from_bytes(text: bytes, folder: Path) -> Manifest:
+    """What the bytes of ``manifest.json`` say.
 
     Raises:
-        IntegrityError: a file is missing, changed, or not in the manifest, or its path leads out of the folder.
+        InputError: another version wrote it. IntegrityError: it was changed, or is none.
     """
-    present = {path.relative_to(folder).as_posix() for path in _own_files(folder)} - {MANIFEST}
+    file = folder / MANIFEST
+    data = parsed_json(text, file)
+    if not isinstance(data, dict) or data.pop("seal", None) is None:
+        raise IntegrityError(f"{file} is damaged (it has no seal): make the artifact again")
+    if not _is_sealed(text, data):
+        raise IntegrityError(f"{file} was changed after it was written: make the artifact again")
+    if data.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder} has schema {data.get('schema')}, this version reads {SCHEMA}: make the artifact again"
+        )
+    checked(_ManifestFile, data, file)
+    parents = {name: Parent(**parent) for name, parent in data.pop("parents").items()}
+    return Manifest(**data | {"base": Base(**data["base"]), "parents": parents})
+
+
+def verify_files(
+    folder: Path, manifest: Manifest, leave_out: frozenset[str] = frozenset(), keep: Collection[str] = ()
+) -> dict[str, bytes]:
+    """Hashes every file of an artifact against its manifest; the reader of those in ``leave_out`` hashes them itself.
+
+    Returns:
+        The content of the files in ``keep``: the very bytes that were hashed.
+
+    Raises:
+        IntegrityError: a file is missing, changed, not in the manifest or no regular file, or its path leads out of
+            the folder.
+    """
+    for name in keep:
+        if name not in manifest.files:
+            raise IntegrityError(f"{folder / name} is missing: make the artifact again")
+    kept = {}
     for name, digest in manifest.files.items():
-        if name not in present or (folder / name).is_symlink():
-            raise IntegrityError(f"{folder / name} is missing or a link: make the artifact again")
-        if name not in leave_out and file_digest(folder / name) != digest:
+        with open_plain(folder, name) as opened:
+            if name in keep:
+                kept[name] = read_at_most(opened, MOST_KEPT, folder / name)
+                found = hashlib.sha256(kept[name]).hexdigest()
+            elif name not in leave_out:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            else:
+                continue
+        if found != digest:
             raise IntegrityError(f"{folder / name} was changed after it was written: make the artifact again")
+    present = {path.relative_to(folder).as_posix() for path in _own_files(folder)} - {MANIFEST, SIGNATURE}
     for name in sorted(present - set(manifest.files)):
         raise IntegrityError(f"{folder / name} is not in the manifest: remove it or make the artifact again")
+    return kept
 
 
 def open_artifact(folder: Path, kind: str) -> Manifest:
@@ -165,7 +196,7 @@ def parent_folder(folder: Path, manifest: Manifest, name: str, given: Path | Non
     """
     parent = manifest.parents[name]
     place = given if given is not None else folder / parent.path
-    if not (place / MANIFEST).is_file():
+    if not os.path.lexists(place / MANIFEST):
         raise InputError(f"the {name} that {folder} was made from is not at {place}: pass --{name} PATH")
     if read_manifest(place).digest != parent.digest:
         raise IntegrityError(f"{place} is not the {name} that {folder} was made from (its digest differs)")
@@ -181,10 +212,61 @@ def file_digest(path: Path, *, sync: bool = False) -> str:
     return digest
 
 
+def _is_sealed(text: bytes, data: dict[str, Any]) -> bool:
+    """Whether ``text`` is what was written: byte for byte, white space too."""
+    try:
+        return text == _sealed_text(data).encode()
+    except (ValueError, RecursionError):  # deeper than what is ever written, or numbers too long to print
+        return False
+
+
 def _sealed_text(data: dict[str, Any]) -> str:
     """The text of ``manifest.json``: ``data`` and the SHA-256 of it."""
     seal = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
     return json.dumps(data | {"seal": seal}, indent=1, sort_keys=True) + "\n"
+
+
+def _file_of_artifact(name: str) -> str:
+    if not is_plain_name(name) or name in {MANIFEST, SIGNATURE}:
+        raise ValueError(f"{name!r} is no file name inside the folder")
+    return name
+
+
+def _relative(path: str) -> str:
+    if PurePosixPath(path).is_absolute() or "\0" in path:
+        raise ValueError("a hint must be relative")
+    return path
+
+
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_ParentName = Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")]
+
+
+class _Exact(Strict):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _ParentEntry(_Exact):
+    digest: _Sha256
+    path: Annotated[str, AfterValidator(_relative)]
+
+
+class _BaseEntry(_Exact):
+    source: str
+    digest: str
+
+
+class _ManifestFile(_Exact):
+    """``manifest.json`` without its seal."""
+
+    kind: str
+    base: _BaseEntry
+    recipe: dict[str, Any]
+    files: dict[Annotated[str, AfterValidator(_file_of_artifact)], _Sha256]
+    parents: dict[_ParentName, _ParentEntry]
+    content: dict[str, Any]
+    tool: str
+    schema_: int = Field(alias="schema")
 
 
 def _own_files(folder: Path) -> Iterator[Path]:

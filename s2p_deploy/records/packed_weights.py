@@ -9,6 +9,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from s2p_deploy.errors import IntegrityError
+from s2p_deploy.records.strict import reading_tensors
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -31,7 +34,8 @@ class PackedWeight:
         from s2p_deploy.numerics import dequantize, format_by_name, unpack_codes
 
         fmt = format_by_name(self.format)
-        assert fmt is not None  # what is packed has a format
+        if fmt is None:
+            raise IntegrityError(f"a packed weight has the format {self.format!r}: make the calibrated model again")
         codes = unpack_codes(torch.from_numpy(self.codes), fmt, self.shape)
         values: NDArray[np.float32] = dequantize(codes.float(), torch.from_numpy(scale)).numpy()
         return values
@@ -48,12 +52,12 @@ def packed_sites(path: Path) -> tuple[str, ...]:
     """The sites of ``low_bit.safetensors``; none where there is no file."""
     if not path.exists():
         return ()
-    with safe_open(path, "numpy") as opened:
+    with reading_tensors(path), safe_open(path, "numpy") as opened:
         return tuple(opened.keys())
 
 
 def read_packed_weight(path: Path, site: str) -> PackedWeight:
     """One site's weight; the others are not read."""
-    with safe_open(path, "numpy") as opened:
+    with reading_tensors(path), safe_open(path, "numpy") as opened:
         fmt, shape = opened.metadata()[site].split(" ")
         return PackedWeight(opened.get_tensor(site), tuple(int(size) for size in shape.split(",")), fmt)

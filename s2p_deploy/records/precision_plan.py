@@ -9,12 +9,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.records.strict import first_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 WeightFormat = Literal["int8", "int4", "levels3", "levels5", "levels9", "none"]
 ActFormat = Literal["int8", "int4"]
+
+MOST_BYTES = 4 * 2**20  # some ten thousand sites
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,25 @@ def read_plan(path: Path) -> PrecisionPlan:
             site and its act point do not know each other.
     """
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
+    return plan_from_bytes(data, path)
+
+
+def plan_from_bytes(text: bytes, path: Path) -> PrecisionPlan:
+    """The same for the bytes of the file at ``path``."""
+    if len(text) > MOST_BYTES:
+        raise InputError(f"{path} is no precision plan: it has more than {MOST_BYTES} bytes")
+    try:
+        read = _PlainLoader(text.decode()).get_single_data()
         if not isinstance(read, dict):
             raise InputError(f"{path} is no precision plan: it must be a mapping with act_points and sites")
         data = _PlanFile.model_validate(read)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{path} is no precision plan: {where}: {first['msg'].lower()}") from error
+        raise InputError(f"{path} is no precision plan: {first_problem(error)}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
     readers: dict[str, list[str]] = {}
     for name, site in data.sites.items():
         if site.act_point is not None:
@@ -108,6 +120,15 @@ def read_plan(path: Path) -> PrecisionPlan:
             for name, point in data.act_points.items()
         ),
     )
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of those can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a plan has no aliases")
+        return super().compose_node(parent, index)
 
 
 class _Entry(BaseModel):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from s2p_deploy.errors import InputError
 
@@ -64,13 +65,23 @@ def read_scale_table(path: Path) -> ScaleTable:
     Raises:
         InputError: it is no scale table, or a scale is zero, negative, infinite or NaN.
     """
-    from safetensors import SafetensorError, safe_open
+    try:
+        return scale_table_from_bytes(path.read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path} is no scale table") from error
+
+
+def scale_table_from_bytes(data: bytes, path: Path) -> ScaleTable:
+    """The same for the bytes of the file at ``path``."""
+    from safetensors import SafetensorError
 
     try:
-        tensors = load_file(path)
-        with safe_open(path, "numpy") as opened:
-            names = (opened.metadata() or {}).get("points", "")
+        tensors = load(data)  # checks the header, its length and every tensor's bounds
         scales, trained = tensors["act_scales"], tensors["trained"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise InputError(f"{path} is no scale table") from error
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no scale table ({type(error).__name__})") from error
+    if trained.dtype != np.int64 or trained.ndim != 1 or not ((trained >= 0) & (trained < len(scales))).all():
+        raise InputError(f"{path} is no scale table: its trained rows must be int64 and within the table")
+    names = header.get("__metadata__", {}).get("points", "")
     return ScaleTable(scales, tuple(names.split("\n")) if names else (), tuple(int(row) for row in trained))

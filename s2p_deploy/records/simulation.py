@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from s2p_deploy.records.strict import reading_tensors
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -31,5 +33,6 @@ def read_simulation(path: Path) -> Simulation | None:
     """Reads ``simulation.safetensors``; None where there is none."""
     if not path.exists():
         return None
-    tensors = load_file(path)
-    return Simulation(tensors["offsets"], tuple(int(row) for row in tensors["relaxed"]))
+    with reading_tensors(path):
+        tensors = load_file(path)
+        return Simulation(tensors["offsets"], tuple(int(row) for row in tensors["relaxed"]))

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s2p_deploy.records.json_forms import TimestepForm
+from s2p_deploy.records.strict import parsed_json, read_as
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,8 +23,12 @@ HELD_FRACTION = 0.06  # leading-spaced schedules stop that short of the last tra
 class TimestepTable:
     """The rows of a model: how many, which were calibrated, and each row's noise level.
 
-    Where the time table is constant (SD1/SD2), rows are the training timesteps, 0 to 999. ``angle`` float64 [rows] is
-    atan2(sigma, alpha): finite at both ends unlike log-SNR, and increasing with the row. ``calibrated`` is ascending.
+    The first rows are the training timesteps, 0 to 999: a calibrated model has no others. ``angle`` float64 [training
+    timesteps] is atan2(sigma, alpha): finite at both ends unlike log-SNR, and increasing with the row. For
+    ``flow_matching`` it is sigma itself, in [0, 1]. ``calibrated`` is ascending.
+
+    ``fractional`` float64 [n], ascending, are timesteps whose rows follow: those of the schedules that an engine of the
+    input form is bound to. None says that there can be none: the time table is constant.
     """
 
     scheduler_class: str
@@ -29,26 +36,36 @@ class TimestepTable:
     steps: int
     calibrated: tuple[int, ...]
     angle: NDArray[np.float64]
+    flow_matching: bool = False
+    fractional: NDArray[np.float64] | None = None
 
     @property
     def rows(self) -> int:
-        """Number of rows (training timesteps)."""
-        return len(self.angle)
+        """Number of rows: training timesteps, and fractional ones where schedules are bound."""
+        return len(self.angle) + (0 if self.fractional is None else len(self.fractional))
+
+    @property
+    def timesteps(self) -> NDArray[np.float64]:
+        """Every row's timestep, float64 [rows]."""
+        training = np.arange(len(self.angle), dtype=np.float64)
+        return training if self.fractional is None else np.concatenate([training, self.fractional])
 
     @property
     def covered(self) -> tuple[int, int]:
-        """First and last row that may be used: the calibrated range and at most 6 % of all rows beyond either end."""
-        margin = int(HELD_FRACTION * self.rows)
-        return max(0, self.calibrated[0] - margin), min(self.rows - 1, self.calibrated[-1] + margin)
+        """First and last timestep that may be used: the calibrated range and at most 6 % of all beyond either end."""
+        training = len(self.angle)
+        margin = int(HELD_FRACTION * training)
+        return max(0, self.calibrated[0] - margin), min(training - 1, self.calibrated[-1] + margin)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """JSON-ready form, without the rows that only a binding adds."""
         return {
             "scheduler_class": self.scheduler_class,
             "scheduler_config": self.scheduler_config,
             "steps": self.steps,
             "calibrated": list(self.calibrated),
             "angle": self.angle.tolist(),
+            "flow_matching": self.flow_matching,
         }
 
     @staticmethod
@@ -60,12 +77,19 @@ class TimestepTable:
             steps=data["steps"],
             calibrated=tuple(data["calibrated"]),
             angle=np.asarray(data["angle"], dtype=np.float64),
+            flow_matching=data.get("flow_matching", False),
         )
 
 
 def read_timestep_table(path: Path) -> TimestepTable:
-    """Reads ``timesteps.json``."""
-    return TimestepTable.from_json(json.loads(path.read_text(encoding="utf-8")))
+    """Reads ``timesteps.json``. Raises IntegrityError where it is no table of timesteps."""
+    return timestep_table_from_bytes(path.read_bytes(), path)
+
+
+def timestep_table_from_bytes(data: bytes, path: Path) -> TimestepTable:
+    """The same for the bytes of the file at ``path``."""
+    read_as(TimestepForm, data, path)
+    return TimestepTable.from_json(parsed_json(data, path))
 
 
 def write_timestep_table(table: TimestepTable, path: Path) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
-    from s2p_deploy.engines import Runner
+    from s2p_deploy.engines import Lowerings, Runner
     from s2p_deploy.progress import Progress
     from s2p_deploy.records import ActPoint, ExportedGraph
     from s2p_deploy.validation.latents import ValidationLatents
@@ -45,7 +45,12 @@ class Part:
 
     def infer(self, call: ReferenceCall, activation: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[Any]:
         """The part's output for one call of the reference."""
-        given = {**call.latents.inputs(), "act_scales": scales, self.entry: activation}
+        given = {
+            **call.latents.inputs(),
+            "act_scales": scales,
+            "time_projections": call.time_projections,
+            self.entry: activation,
+        }
         cast = {name: given[name].astype(kind, copy=False) for name, kind in self.types.items()}
         return self.runner.infer(cast)[self.output]
 
@@ -75,20 +80,25 @@ def code_agreement(
     return tuple(PointCodes(name, differing[name] / counts[name], largest[name], counts[name]) for name in points)
 
 
-def block_agreement(
+def block_agreement(  # noqa: PLR0913 - what is compared, on what, and how it runs
     fake_quant: FakeQuantDenoiser,
     graph: ExportedGraph,
     latents: ValidationLatents,
     backend: str,
     hint: str,
     progress: Progress = silent,
+    *,
+    lowerings: Lowerings | None = None,
 ) -> tuple[BlockAgreement, ...]:
-    """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same input."""
+    """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same input.
+
+    ``lowerings`` are the engine's (None: the graph's own).
+    """
     modules = block_modules([block.block for block in graph.blocks])
     borders = {block.block: Border(modules[block.block][0], modules[block.block][-1]) for block in graph.blocks}
     cuts = GraphParts(graph)
     parts = {
-        block.block: _part(cuts.block(block.block), block.input, block.output, backend, hint)
+        block.block: _part(cuts.block(block.block), block.input, block.output, backend, hint, lowerings)
         for block in graph.blocks
     }
     signal, noise = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
@@ -110,11 +120,13 @@ def _site_part(cuts: GraphParts, point: ActPoint) -> Part:
     return _part(cuts.site(site.site), site.input, site.codes, *REFERENCE)
 
 
-def _part(model: onnx.ModelProto, entry: str, output: str, backend: str, hint: str) -> Part:
+def _part(
+    model: onnx.ModelProto, entry: str, output: str, backend: str, hint: str, lowerings: Lowerings | None = None
+) -> Part:
     from onnx.helper import tensor_dtype_to_np_dtype
 
     types = {value.name: tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in model.graph.input}
-    return Part(runner_for_subgraph(model, backend, hint), entry, output, types)
+    return Part(runner_for_subgraph(model, backend, hint, lowerings), entry, output, types)
 
 
 def _reference_codes(

@@ -24,7 +24,7 @@ from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, with_schedule
+from s2p_deploy.pipeline import EngineDenoiser, Schedule, timesteps_of
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Sampling
 from s2p_deploy.records import Comparison, FailedRecipe, RecipeFigures, open_artifact, write_artifact
@@ -254,7 +254,12 @@ def _check(contest: Contest, pipe: StableDiffusionPipeline) -> None:
                 " sampling.guidance_scale for all of them"
             )
     for schedule in contest.schedules:
-        with_schedule(pipe, schedule)
+        timesteps = timesteps_of(pipe, schedule)
+        if (timesteps != timesteps.round()).any():
+            raise InputError(
+                f"{schedule.scheduler} at {schedule.steps} steps asks for fractional timesteps: compare simulates "
+                "the constant time table, which has none"
+            )
     learnt = {prompt.text for prompt in contest.train.prompts}
     for prompt in contest.held_out.prompts:
         if prompt.text in learnt:

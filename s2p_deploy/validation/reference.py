@@ -28,9 +28,13 @@ class Border:
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """One call: its ``latents``, and ``entering`` and ``leaving`` activations float32 [batch, ...] by region."""
+    """One call: its ``latents``, their rows' ``time_projections`` float32 [batch, P], and activations by region.
+
+    ``entering`` and ``leaving`` activations are float32 [batch, ...].
+    """
 
     latents: ValidationLatents
+    time_projections: NDArray[np.float32]
     entering: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     leaving: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -40,7 +44,8 @@ def reference_calls(
 ) -> Iterator[ReferenceCall]:
     """Runs the reference over all latents, few at a time, and gives what enters and leaves every region."""
     for part in latents.parts():
-        call = ReferenceCall(part)
+        projections = fake_quant.site("time_proj")(torch.from_numpy(part.rows))
+        call = ReferenceCall(part, projections.numpy())
         with ExitStack() as hooks, torch.no_grad():
             for name, border in regions.items():
                 _watch(fake_quant, name, border, call, hooks)

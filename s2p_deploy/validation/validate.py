@@ -9,10 +9,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.calib import fake_quant_denoiser
-from s2p_deploy.engines import backend_by_name, load_engine
+from s2p_deploy.engines import backend_by_name, load_engine, recorded_lowerings
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import load_pipeline, resolve_base
-from s2p_deploy.pipeline import Schedule, pipeline_with_engine
+from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import (
@@ -24,6 +24,7 @@ from s2p_deploy.records import (
     write_artifact,
 )
 from s2p_deploy.shapes.classifier import CLASSIFIER
+from s2p_deploy.timesteps import row_origins
 from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
 from s2p_deploy.validation.end_to_end import measure_end_to_end
 from s2p_deploy.validation.gates import judge, verdict_of
@@ -36,16 +37,18 @@ from s2p_deploy.validation.summary import plain, summary
 from s2p_deploy.validation.training_figures import read_training_log
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from diffusers import StableDiffusionPipeline
 
     from s2p_deploy.calib import FakeQuantDenoiser
-    from s2p_deploy.engines import Runner
+    from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.progress import Progress
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import Engine, Manifest, PromptSet
+    from s2p_deploy.timesteps import Timesteps
     from s2p_deploy.validation.latents import ValidationLatents
     from s2p_deploy.validation.measurements import BlockAgreement, PictureComparison
     from s2p_deploy.validation.pictures import Drawing
@@ -134,6 +137,7 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
     found, drawings = measure(chain, chosen, schedules, progress)
     gates = judge(found, chain.recipe.validation.gates)
     data = _described(chain, chosen, command) | plain({"gates": gates, "verdict": verdict_of(gates)}) | summary(found)
+    data["rows"] = _row_origins(chain, found)
 
     def fill(folder: Path) -> dict[str, Any]:
         (folder / "report.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -164,7 +168,7 @@ def measure(
     pipe, fake_quant = load_pipeline(chain.base), fake_quant_denoiser(chain.calibrated)
     schedule, guidance = Schedule(chain.recipe.sampling.steps), chain.guidance_scale
     with ExitStack() as stack:
-        runner = _runner(chain, stack)
+        runner = _runner(chain, stack, [timesteps_of(pipe, other) for other in schedules])
         reference = draw(pipe, prompts, schedule, guidance, stage="pictures, FP", progress=progress)
         latents = _latents(chain, pipe, reference, prompts)
         inside = _inside(chain, fake_quant, latents, runner, progress)
@@ -179,11 +183,11 @@ def measure(
     return found, Drawings(prompts, reference, candidate)
 
 
-def _runner(chain: Chain, stack: ExitStack) -> Runner | Skipped:
+def _runner(chain: Chain, stack: ExitStack, schedules: Sequence[Timesteps]) -> BoundRunner | Skipped:
     able = backend_by_name(chain.engine.backend).capabilities()
     if not able.executes:
         return Skipped(able.missing or f"{chain.engine.backend} cannot execute here: it needs a GPU")
-    return stack.enter_context(load_engine(chain.engine, chain.graph))
+    return stack.enter_context(load_engine(chain.engine, chain.graph, schedules=schedules))
 
 
 def _latents(chain: Chain, pipe: StableDiffusionPipeline, walk: Drawing, prompts: PromptSet) -> ValidationLatents:
@@ -214,7 +218,10 @@ def _inside(
     if isinstance(runner, Skipped):
         of_engine = runner
     elif (engine.backend, engine.hint) != REFERENCE:
-        of_engine = block_agreement(fake_quant, graph, latents, engine.backend, engine.hint, progress)
+        chosen = recorded_lowerings(engine, graph)
+        of_engine = block_agreement(
+            fake_quant, graph, latents, engine.backend, engine.hint, progress, lowerings=chosen
+        )
     return {
         "quantized": not chain.recipe.is_float,
         "graph_half": graph.dtype == "fp16",
@@ -238,6 +245,17 @@ def _compared(
         draw(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress) for pipe in (reference, candidate)
     )
     return compare_drawings(first, second, prompts, schedule, guidance_scale, CLASSIFIER)
+
+
+def _row_origins(chain: Chain, found: Measurements) -> list[dict[str, Any]]:
+    """For every schedule that was drawn: on how many timesteps the scales were trained, interpolated and held."""
+    drawn = () if isinstance(found.pictures, Skipped) else (found.pictures, *found.other_schedules)
+    table = chain.engine.timesteps
+    return [
+        {"scheduler": one.schedule.scheduler or "pipeline's own", "steps": one.schedule.steps}
+        | {kind: len(timesteps) for kind, timesteps in asdict(row_origins(one.timesteps, table)).items()}
+        for one in drawn
+    ]
 
 
 def _described(chain: Chain, prompts: PromptSet, command: str) -> dict[str, Any]:

@@ -73,6 +73,22 @@ def test_generate_depends_on_seed_and_prompt_alone(run: Run, made_chain: Chain, 
     assert not np.array_equal(first, picture("c.png", prompt, 4))
 
 
+@pytest.mark.slow
+def test_fractional_schedules_need_the_input_form(run: Run, made_chain: Chain, tmp_path: Path) -> None:
+    graph, engine, picture = tmp_path / "graph", tmp_path / "engine", tmp_path / "karras.png"
+    asked = ("--prompt", "a small red circle", "--scheduler", "euler-karras", "--steps", 4, "--out", picture, "--json")
+    refused = run("generate", made_chain.engine, *asked)
+    assert refused.code == 2
+    assert "--time-table input" in refused.data["error"]["message"]
+    assert run("export", made_chain.calib, "--out", graph, "--time-table", "input").code == 0
+    assert run("build", graph, "--backend", "onnxruntime", "--out", engine).code == 0
+    made = run("generate", engine, *asked)
+    assert made.code == 0, made.err
+    assert picture.is_file()
+    assert made.data["scheduler"] == "euler-karras"
+    assert sum(len(timesteps) for timesteps in made.data["timesteps"].values()) == 4
+
+
 def test_validate_writes_a_report_and_says_what_failed(run: Run, made_chain: Chain, tmp_path: Path) -> None:
     report = tmp_path / "report"
     done = run("validate", made_chain.engine, "--prompts", made_chain.prompts, "--out", report, "--json")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import convert_model_to_external_data
 
@@ -157,6 +158,12 @@ def small_inputs(batch: int = 3, seed: int = 1, dtype: str = "fp32") -> dict[str
         "step_index": np.asarray([(1, 501, 981, 700)[i % 4] for i in range(batch)], np.int64),
         "encoder_hidden_states": random.standard_normal((batch, TOKENS, CHANNELS)).astype(kind),
     }
+
+
+def on_the_gpu(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Inputs as a pipeline on a GPU has them: all there, but the rows."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    return {name: value if name == "step_index" else value.cuda() for name, value in tensors.items()}
 
 
 def _model(g: GraphWriter) -> onnx.ModelProto:

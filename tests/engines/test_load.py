@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from s2p_deploy.engines import check_scales, load_engine
+from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.engines.verified_bytes import verified_copy, verified_files
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
-from s2p_deploy.records import Engine, ScaleTable
+from s2p_deploy.records import Engine, ExportedGraph, ScaleTable
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CALIBRATED, POINTS, small_inputs, small_scales
+from tests.mutations.sealing import seal_anew
 
 
 @pytest.fixture
@@ -91,3 +97,74 @@ def test_other_scales_in_range_are_bound(engine: Engine) -> None:
     with load_engine(engine) as own, load_engine(engine, scales=ScaleTable(collapsed, POINTS, CALIBRATED)) as other:
         a, b = (runner.infer(inputs)["noise_pred"] for runner in (own, other))
     assert not np.array_equal(a, b)
+
+
+def sealed_anew(engine: Engine, folder: Path, name: str, data: bytes) -> Engine:
+    """A copy with another file, whose digests and seal fit."""
+    shutil.copytree(engine.folder, folder)
+    (folder / name).write_bytes(data)
+    seal_anew(folder)
+    return Engine.open(folder)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "s2p_deploy" / "tried"
+
+
+def test_an_engine_of_elsewhere_is_tried_once_in_a_child_process(
+    engine: Engine, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_engine(engine).close()
+    assert [path.name for path in own_cache.iterdir()] == [engine.manifest.digest]
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # a second trial would need it
+    load_engine(engine).close()
+
+
+def test_what_a_backend_cannot_load_is_refused_by_the_trial(engine: Engine, tmp_path: Path, own_cache: Path) -> None:
+    model = onnx.load_model(engine.folder / "denoiser.onnx", load_external_data=False)
+    del model.graph.node[3]
+    spoiled = sealed_anew(engine, tmp_path / "copy", "denoiser.onnx", model.SerializeToString())
+    with pytest.raises(IntegrityError, match="a trial run in a child process failed"):
+        load_engine(spoiled)
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+@pytest.mark.slow
+def test_a_native_crash_is_taken_by_the_trial(engine_of: EngineOf, tmp_path: Path, own_cache: Path) -> None:
+    """OpenVINO 2026.4 dies on an input without an element type."""
+    engine = engine_of("openvino", "f32", "int8")
+    text = (engine.folder / "denoiser.xml").read_text().replace("element_type=", "elementOtype=", 1)
+    spoiled = sealed_anew(engine, tmp_path / "copy", "denoiser.xml", text.encode())
+    with pytest.raises(IntegrityError, match=r"a trial run in a child process (crashed|failed)"):
+        load_engine(spoiled)
+
+
+def test_size_is_compared_before_memory_is_taken(engine: Engine, tmp_path: Path) -> None:
+    shutil.copytree(engine.folder, tmp_path / "copy")
+    os.truncate(tmp_path / "copy" / "denoiser.onnx.data", 1 << 40)
+    with pytest.raises(IntegrityError, match="was changed"):
+        verified_files(Engine.open(tmp_path / "copy"))
+
+
+def test_a_graph_that_changes_while_it_is_built_is_found(graph_of: GraphOf, tmp_path: Path) -> None:
+    """Between opening and preparing, which are two processes."""
+    shutil.copytree(graph_of("fp32", "int8").folder, tmp_path / "graph")
+    graph = ExportedGraph.open(tmp_path / "graph")
+    data = tmp_path / "graph" / "denoiser.onnx.data"
+    changed = bytearray(data.read_bytes())
+    changed[-1] ^= 1
+    data.write_bytes(changed)
+    with pytest.raises(IntegrityError, match="was changed"), verified_copy(graph, tmp_path):
+        pass
+
+
+def test_the_copy_that_is_read_cannot_change(graph_of: GraphOf, tmp_path: Path) -> None:
+    shutil.copytree(graph_of("fp32", "int8").folder, tmp_path / "graph")
+    graph = ExportedGraph.open(tmp_path / "graph")
+    with verified_copy(graph, tmp_path) as onnx_file:
+        (tmp_path / "graph" / "denoiser.onnx.data").write_bytes(b"x")
+        assert read_onnx(onnx_file).graph.initializers
+        assert onnx_file.parent.stat().st_mode & 0o077 == 0
+    assert not onnx_file.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from random import Random
 
 import onnx
 import onnx_ir as ir
@@ -12,6 +13,8 @@ import pytest
 from s2p_deploy.engines.onnx_files import check_external_bytes, read_onnx, write_onnx
 from s2p_deploy.errors import IntegrityError
 from tests.engines.small_graph import small_model
+from tests.mutations.file_mutations import Mutation
+from tests.mutations.onnx_mutations import EXTERNAL_MUTATIONS
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_links_are_refused(written: Path) -> None:
     other = written.parent.parent / "elsewhere"
     data.rename(other)
     data.symlink_to(other)
-    with pytest.raises(IntegrityError, match="regular file"):
+    with pytest.raises(IntegrityError, match="a link"):
         read_onnx(written)
     data.unlink()
     os.link(other, data)
@@ -71,6 +74,20 @@ def test_external_data_inside_a_node_is_refused(written: Path) -> None:
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=tensor))
     written.write_bytes(model.SerializeToString())
     with pytest.raises(IntegrityError, match="outside the main graph"):
+        read_onnx(written)
+
+
+@pytest.mark.parametrize("mutation", EXTERNAL_MUTATIONS, ids=lambda mutation: mutation.__name__)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_way_out_is_refused(written: Path, mutation: Mutation, seed: int) -> None:
+    mutation(written.parent, Random(seed))
+    with pytest.raises(IntegrityError):
+        read_onnx(written)
+
+
+def test_the_model_cannot_be_its_own_data(written: Path) -> None:
+    point_elsewhere(written, "location", written.name)
+    with pytest.raises(IntegrityError, match="own file"):
         read_onnx(written)
 
 

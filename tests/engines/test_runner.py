@@ -10,13 +10,14 @@ import torch
 
 from s2p_deploy.engines.runner import BoundRunner, ClosingRunner, TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.records import TensorSpec
+from s2p_deploy.records import TensorSpec, TimestepTable
 
 INPUTS = (
     TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
     TensorSpec("step_index", "int64", ("batch",)),
     TensorSpec("encoder_hidden_states", "float16", ("batch", 6, 48)),
 )
+ROWS = TimestepTable("DDIMScheduler", {}, 3, (1, 501, 981), np.linspace(0.03, 1.5, 1000))
 
 
 class Echo(ClosingRunner):
@@ -40,13 +41,13 @@ def given(batch: int = 2) -> dict[str, np.ndarray]:
 
 
 def test_inputs_are_cast_to_what_the_engine_takes() -> None:
-    outputs = BoundRunner(Echo(), INPUTS, rows=1000).infer(given())
+    outputs = BoundRunner(Echo(), INPUTS, ROWS).infer(given())
     assert {name: outputs[name].dtype.name for name in given()} == {spec.name: spec.dtype for spec in INPUTS}
 
 
 def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
     values = given()
-    result = BoundRunner(Echo(), INPUTS, rows=1000)(
+    result = BoundRunner(Echo(), INPUTS, ROWS)(
         values["sample"], values["step_index"], values["encoder_hidden_states"]
     )
     assert np.array_equal(result, values["sample"].astype(np.float16))
@@ -64,19 +65,19 @@ def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
 )
 def test_wrong_inputs_are_refused(change: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        BoundRunner(Echo(), INPUTS, rows=1000).infer(given() | change)
+        BoundRunner(Echo(), INPUTS, ROWS).infer(given() | change)
 
 
 def test_a_missing_input_is_named() -> None:
     values = given()
     del values["encoder_hidden_states"]
     with pytest.raises(InputError, match="encoder_hidden_states"):
-        BoundRunner(Echo(), INPUTS, rows=1000).infer(values)
+        BoundRunner(Echo(), INPUTS, ROWS).infer(values)
 
 
 def test_leaving_the_context_closes() -> None:
     echo = Echo()
-    with BoundRunner(echo, INPUTS, rows=1000):
+    with BoundRunner(echo, INPUTS, ROWS):
         assert not echo.closed
     assert echo.closed
 

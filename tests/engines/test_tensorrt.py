@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from s2p_deploy.engines import BuildOptions, ShapeProfile, build_engine, load_engine
+from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name, build_engine, load_engine
 from s2p_deploy.engines.isolation import Limits, run_child
-from s2p_deploy.engines.tensorrt.inspector import compute_types
+from s2p_deploy.engines.profile_shapes import profile_shapes, spec_of
+from s2p_deploy.engines.tensorrt.backend import refusal
+from s2p_deploy.engines.tensorrt.inspector import compute_types, layer_table
+from s2p_deploy.engines.tensorrt.opened import open_plan
+from s2p_deploy.engines.tensorrt.runner import TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
-from tests.engines.conftest import GraphOf
-from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, small_inputs, small_model
+from tests.engines.conftest import EngineOf, GraphOf
+from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
 
 WIDTH = 2048
 BUILDER = "s2p_deploy.engines.tensorrt.builder"
@@ -37,7 +42,7 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def child_request(folder: Path, model: onnx.ModelProto) -> dict[str, object]:
+def child_request(folder: Path, model: onnx.ModelProto, **options: bool) -> dict[str, object]:
     path = folder / "block.onnx"
     path.write_bytes(model.SerializeToString())
     batches = (1, 2, 8)
@@ -47,7 +52,8 @@ def child_request(folder: Path, model: onnx.ModelProto) -> dict[str, object]:
         "encoder_hidden_states": [[b, TOKENS, CHANNELS] for b in batches],
         "act_scales": [[ROWS, 2]] * 3,
     }
-    return {"library": "tensorrt_rtx", "onnx": str(path), "shapes": shapes, "out": str(folder / "plan")}
+    request = {"library": "tensorrt_rtx", "onnx": str(path), "shapes": shapes, "out": str(folder / "plan")}
+    return request | {"options": options}
 
 
 @pytest.mark.trt
@@ -100,6 +106,77 @@ def test_a_real_crash_of_the_builder_ends_as_an_error(tmp_path: Path) -> None:
         run_child(BUILDER, child_request(tmp_path, model), tmp_path, Limits(120))
 
 
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
+def test_rtx_builds_for_any_number_of_rows(tmp_path: Path) -> None:
+    """As the input form of the time table needs it: schedules are bound when the engine is loaded."""
+    model = small_model("fp16", "int8")
+    scales = next(value for value in model.graph.input if value.name == "act_scales")
+    scales.type.tensor_type.shape.dim[0].dim_param = "rows"
+    specs = [spec_of(value) for value in model.graph.input]
+    request = child_request(tmp_path, model) | {"shapes": profile_shapes(specs, ShapeProfile(1, 2, 8), rows=1000)}
+    run_child(BUILDER, request, tmp_path, Limits(240))
+    assert (tmp_path / "plan").stat().st_size > 100_000
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("option", ["refit", "stripped"])
+def test_without_a_driver_the_builder_makes_no_refittable_plan(tmp_path: Path, option: str) -> None:
+    """Why such builds are refused before they start."""
+    if has_gpu():
+        pytest.skip("needs a machine without a GPU")
+    request = child_request(tmp_path, small_model("fp16", "int8"), **{option: True})
+    with pytest.raises(EngineBuildError, match="CUDA_SUCCESS"):
+        run_child(BUILDER, request, tmp_path, Limits(240))
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("options", [BuildOptions(refit=True), BuildOptions(stripped=True)])
+def test_refittable_engines_are_refused_where_they_cannot_be_built(
+    graph_of: GraphOf, tmp_path: Path, options: BuildOptions
+) -> None:
+    if not has_gpu():
+        with pytest.raises(MissingEnvironmentError, match="beside a GPU's driver"):
+            build_engine(graph_of("fp16", "int8"), "tensorrt_rtx", tmp_path / "out", options=options)
+    with pytest.raises(InputError, match="onnxruntime engines cannot be refitted"):
+        build_engine(graph_of("fp16", "int8"), "onnxruntime", tmp_path / "out", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_cannot_run_the_library_is_named() -> None:
+    assert refusal("tensorrt_rtx", (8, 9)) is None
+    assert refusal("tensorrt", (9, 0)) is None
+    assert "TensorRT-RTX does not run on compute capability 9.0" in str(refusal("tensorrt_rtx", (9, 0)))
+    assert "--backend tensorrt" in str(refusal("tensorrt_rtx", (9, 0)))
+    assert "needs a CUDA GPU" in str(refusal("tensorrt", None))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tensorrt_rtx", "0.1.0"), ("device", "TPU"), ("compute_capability", "7.0")]
+)
+def test_another_version_or_device_is_refused_before_the_plan_is_read(
+    engine_of: EngineOf, key: str, value: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    built_for = backend_by_name("tensorrt_rtx").environment() | {key: value}
+    plan = replace(engine_of("onnxruntime", "reference", "int8"), backend="tensorrt_rtx", environment=built_for)
+    with pytest.raises(MissingEnvironmentError, match=f"needs {key} {value}, here it is "):
+        load_engine(plan)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((9, 4, 8, 8), "larger profile"), ((2, 4, 16, 16), "this engine takes"), ((0, 4, 8, 8), "this engine takes")],
+)
+def test_shapes_outside_the_profile_are_refused(shape: tuple[int, ...], message: str) -> None:
+    check_shape("sample", (8, 4, 8, 8), (1, 4, 8, 8), (8, 4, 8, 8))
+    with pytest.raises(InputError, match=message):
+        check_shape("sample", shape, (1, 4, 8, 8), (8, 4, 8, 8))
+
+
 @pytest.mark.usefixtures("rtx")
 def test_an_fp32_graph_is_refused_before_anything_starts(graph_of: GraphOf, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fp16 graphs"):
@@ -124,6 +201,74 @@ def test_an_engine_runs_on_the_gpu_as_onnxruntime_does(graph_of: GraphOf, tmp_pa
             assert 10 * np.log10((b**2).mean() / ((a - b) ** 2).mean()) > 25
         with pytest.raises(InputError, match="larger profile"):
             candidate.infer(small_inputs(9, dtype="fp16"))
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_captured_steps_equal_plain_ones_on_the_gpu(graph_of: GraphOf, tmp_path: Path, backend: str) -> None:
+    """Batches alternate, rows are mixed, and every step is asked for three times: run, captured, replayed."""
+    pytest.importorskip(backend)
+    graph = graph_of("fp16", "int8")
+    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
+    plan = open_plan(backend, (built.folder / "denoiser.plan").read_bytes())
+    bound = {"act_scales": built.scales.scales}
+    with TensorRtRunner(plan, bound, capture=False) as plain, TensorRtRunner(plan, bound) as captured:
+        for batch, seed in ((1, 1), (3, 2), (1, 3), (3, 4), (1, 5), (3, 6)):
+            inputs = small_inputs(batch, seed, dtype="fp16")
+            expected = plain.infer(inputs)["noise_pred"]
+            assert np.array_equal(captured.infer(inputs)["noise_pred"], expected)
+            on_device = captured.infer_tensors(on_the_gpu(inputs))["noise_pred"]
+            assert on_device.is_cuda
+            assert np.array_equal(on_device.cpu().numpy(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_mixed_rows_equal_lone_runs_on_the_gpu(graph_of: GraphOf, tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    graph = graph_of("fp16", "int8")
+    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
+    inputs = small_inputs(4, dtype="fp16")
+    with load_engine(built, graph) as runner:
+        together = runner.infer(inputs)["noise_pred"].astype(np.float64)
+        lone = [runner.infer({n: v[i : i + 1] for n, v in inputs.items()})["noise_pred"] for i in range(4)]
+    difference = together - np.concatenate(lone).astype(np.float64)
+    assert 10 * np.log10((together**2).mean() / max((difference**2).mean(), 1e-30)) > 25
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_a_stripped_engine_gets_its_weights_from_the_graph_on_the_gpu(
+    graph_of: GraphOf, tmp_path: Path, backend: str
+) -> None:
+    pytest.importorskip(backend)
+    graph = graph_of("fp16", "int8")
+    whole = build_engine(graph, backend, tmp_path / "whole", options=BuildOptions(refit=True))
+    stripped = build_engine(graph, backend, tmp_path / "stripped", options=BuildOptions(stripped=True))
+    with load_engine(whole, graph) as first, load_engine(stripped, graph) as second:
+        a, b = (runner.infer(small_inputs(2, dtype="fp16"))["noise_pred"] for runner in (first, second))
+    assert np.array_equal(a, b)
+    assert (whole.folder / "layers.json").is_file()
+
+
+def test_types_are_read_in_the_words_of_every_version() -> None:
+    tensors = [
+        {"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"},
+        {"Format/Datatype": "Row major linear FP16 format"},
+        {"Format": "Row major linear FP32 format (kLINEAR)", "DataType": "Float"},
+        {"Format": "Row major linear", "DataType": "BFloat16"},
+        {"Format/Datatype": "N/A due to dynamic shapes"},
+    ]
+    layer = {"Name": "x", "LayerType": "kgen", "Inputs": tensors, "Outputs": [], "Metadata": "[ONNX Layer: a/Conv]"}
+    (row,) = layer_table(json.dumps({"Layers": [layer, "a name alone"]}))
+    assert row["inputs"] == ["int8", "fp16", "fp32", "bf16", None]
+    assert (row["name"], row["kind"], row["nodes"], row["outputs"]) == ("x", "kgen", ["a/Conv"], [])
 
 
 def test_the_inspector_speaks_only_for_layers_with_one_product() -> None:

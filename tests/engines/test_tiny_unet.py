@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from s2p_deploy.engines import (
@@ -16,9 +17,12 @@ from s2p_deploy.engines import (
     runner_for_subgraph,
     sites_not_int8,
 )
+from s2p_deploy.engines.lowerings import Lowerings, PointLowering
+from s2p_deploy.engines.prepare import apply_passes, weight_only
 from s2p_deploy.export import block_subgraph, export_graph
 from s2p_deploy.records import ExportedGraph
 from tests.artifacts import tiny_calibrated, tiny_inputs
+from tests.engines.passes.reference_run import run_reference
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,60 @@ def test_w4a8_blocks_agree_when_fed_the_same(w4a8: ExportedGraph) -> None:
         with runner_for_subgraph(model, backend) as runner:
             outputs.append(next(iter(runner.infer(fed).values())))
     assert sqnr(*outputs) > 50
+
+
+def test_every_lowering_of_the_real_graph_computes_the_same(w4a8: ExportedGraph) -> None:
+    """Points take turns: static, runtime_q, rescale. One row, whose scales are the constants of the static ones."""
+    codes = {site.act_point: str(site.codes) for site in w4a8.sites if site.act_point}
+    names = w4a8.scales.points
+    turns = ("static", "runtime_q", "rescale")
+    chosen = Lowerings(tuple(PointLowering(n, codes[n], i, turns[i % 3]) for i, n in enumerate(names)))
+    scales = w4a8.scales.scales.copy()
+    for column in range(0, len(names), 3):
+        scales[:, column] = w4a8.manifest.content["points"][names[column]]["centre"]
+    given = {"act_scales": scales, **tiny_inputs(2), "step_index": np.full(2, 601)}
+    results = []
+    for lowerings in (Lowerings(), chosen):
+        model = ir.load(w4a8.onnx_file)
+        ir.external_data.load_to_model(model)
+        apply_passes(model, lowerings, weight_only)
+        results.append(run_reference(ir.to_proto(model), given)["noise_pred"])
+    left = {str(node.name): len(node.outputs) for node in model.graph if node.op_type == "Split"}
+    back = sum(count for name, count in left.items() if "from_centre" in name)
+    to = sum(count for name, count in left.items() if "to_centre" in name)
+    of = Counter(turns[i % 3] for i in range(len(names)))
+    assert to >= of["rescale"]
+    assert back == of["rescale"] + of["runtime_q"]
+    assert left["act_scales/first_row/split"] == of["runtime_q"]
+    assert sqnr(*results) > 20  # x/s and x·(c/s)/c round apart, and flips amplify
+    for point, lowering in chosen.by_point.items():
+        scaled = f"{point}/input_quantizer/scaled" in {str(node.name) for node in model.graph}
+        assert scaled is (lowering == "rescale")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "hint", "least"),
+    [("onnxruntime", "reference", None), ("openvino", "f32", 20), ("openvino", "bf16", 15)],
+)
+def test_every_sample_of_a_mixed_batch_equals_its_lone_run(
+    w4a8: ExportedGraph, tmp_path: Path, backend: str, hint: str, least: float | None
+) -> None:
+    """Batches of 1 to 8, none of which has the tuned shape. In dB (None: bit for bit); a wrong row is far below."""
+    engine = build_engine(w4a8, backend, tmp_path / "engine", options=BuildOptions(hint, ShapeProfile(1, 16, 16)))
+    inputs = tiny_inputs(8)
+    assert len(set(inputs["step_index"].tolist())) > 1
+    with load_engine(engine) as runner:
+        alone = [runner.infer({n: v[i : i + 1] for n, v in inputs.items()})["noise_pred"][0] for i in range(8)]
+        wrong = runner.infer(inputs | {"step_index": inputs["step_index"][::-1]})["noise_pred"]
+        for batch in range(1, 9):
+            together = runner.infer({n: v[:batch] for n, v in inputs.items()})["noise_pred"]
+            for lone, sample in zip(alone, together, strict=False):
+                if least is None:
+                    assert np.array_equal(lone, sample)
+                else:
+                    assert sqnr(lone, sample) > least
+    assert max(sqnr(lone, sample) for lone, sample in zip(alone, wrong, strict=True)) < (least or 60)
 
 
 @pytest.mark.slow

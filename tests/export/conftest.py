@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 import pytest
-from artifacts import tiny_calibrated
+from artifacts import tiny_calibrated, tiny_unet
 
 from s2p_deploy.export import export_graph
+from s2p_deploy.families import TimePath
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,4 +63,5 @@ def w8a8_half_graph(w8a8: CalibratedModel) -> ExportedGraph:
 @pytest.fixture(scope="session")
 def w4a4_graph(w4a4: CalibratedModel) -> ExportedGraph:
     """In the form whose time projections are an input."""
-    return export_graph(w4a4, w4a4.folder.parent / "input", time_table="input")
+    time_path = TimePath(tiny_unet(seed=0))
+    return export_graph(w4a4, w4a4.folder.parent / "input", time_table="input", time_path=time_path)

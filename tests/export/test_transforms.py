@@ -9,13 +9,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from artifacts import tiny_calibrated, tiny_inputs
+from artifacts import tiny_calibrated, tiny_inputs, tiny_unet
 
 from s2p_deploy.calib.quantization.fit_transforms import set_smoothing
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import GraphParts, export_graph
-from s2p_deploy.families import LowRankLinear, apply_transforms, discover_sites, module_of_kind, split_shortcuts
+from s2p_deploy.families import (
+    LowRankLinear,
+    TimePath,
+    apply_transforms,
+    discover_sites,
+    module_of_kind,
+    split_shortcuts,
+)
 from s2p_deploy.records import Simulation, TransformSpec
 
 if TYPE_CHECKING:
@@ -116,7 +123,8 @@ def test_inner_modules_are_sites_of_the_graph(graph: ExportedGraph) -> None:
 
 @pytest.mark.slow
 def test_a_half_graph_is_exported_too(calibrated: CalibratedModel, run_onnx: Callable) -> None:
-    graph = export_graph(calibrated, calibrated.folder.parent / "half", dtype="fp16", time_table="input")
+    options = {"time_table": "input", "time_path": TimePath(tiny_unet())}
+    graph = export_graph(calibrated, calibrated.folder.parent / "half", dtype="fp16", **options)
     block = next(block for block in graph.blocks if block.block == "up_blocks.1.resnets.0")
     source, expected = captured(calibrated, [block.block])[block.block]
     values = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tiny_inputs(3).items()}

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from s2p_deploy.errors import InputError, IntegrityError, S2PError
 from s2p_deploy.records import Base, Manifest, open_artifact, parent_folder, read_manifest, verify_files, write_artifact
+from s2p_deploy.records.manifest import _sealed_text
 
 BASE = Base("somewhere", "b" * 64)
 JSON_VALUES = st.recursive(
@@ -79,6 +81,88 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a" / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(IntegrityError, match=r"manifest\.json"):
         read_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("files", {"../secret": "0" * 64}),
+        ("files", {"/etc/passwd": "0" * 64}),
+        ("files", {"manifest.sig": "0" * 64}),
+        ("files", {"a.bin": "short"}),
+        ("files", ["a.bin"]),
+        ("parents", {"p": {"digest": "0" * 64, "path": "/etc"}}),
+        ("parents", {"p": {"digest": "0" * 64}}),
+        ("base", {"source": 3, "digest": ""}),
+        ("content", []),
+        ("extra", 1),
+        ("kind", None),
+    ],
+)
+def test_a_sealed_manifest_of_nonsense_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    data = asdict(write(tmp_path / "a")) | {key: value}
+    (tmp_path / "a" / "manifest.json").write_text(_sealed_text(data))
+    with pytest.raises(IntegrityError, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"seal":' + "9" * 100_000 + "}", '{"seal":1,"a":' + "[" * 500 + "]" * 500 + "}"],
+    ids=["deep", "long", "nested"],
+)
+def test_text_that_hurts_a_parser_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"manifest\.json"):
+        read_manifest(tmp_path / "a")
+
+
+def test_sizes_are_limited_before_memory_is_taken(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    manifest = write(out)
+    os.truncate(out / "a.bin", 1 << 40)
+    with pytest.raises(IntegrityError, match="too much"):
+        verify_files(out, manifest, keep=("a.bin",))
+    os.truncate(out / "manifest.json", 1 << 40)
+    with pytest.raises(IntegrityError, match="too much"):
+        read_manifest(out)
+
+
+def test_links_and_special_files_are_refused_without_being_opened(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    manifest = write(out)
+    (out / "a.bin").unlink()
+    os.mkfifo(out / "a.bin")  # opened without care, it would block for ever
+    with pytest.raises(IntegrityError, match="regular file"):
+        verify_files(out, manifest)
+    (out / "manifest.json").rename(tmp_path / "manifest.json")
+    (out / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    with pytest.raises(IntegrityError, match="link"):
+        read_manifest(out)
+
+
+def test_a_linked_folder_on_the_way_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    manifest = write(out)
+    (out / "deep").rename(tmp_path / "elsewhere")
+    (out / "deep").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="link"):
+        verify_files(out, manifest)
+
+
+def test_what_is_kept_is_what_was_hashed(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    manifest = write(out)
+    assert verify_files(out, manifest, keep=("a.bin",)) == {"a.bin": b"abc"}
+    with pytest.raises(IntegrityError, match="missing"):
+        verify_files(out, manifest, keep=("other.bin",))
+
+
+def test_a_signature_is_no_part_of_the_artifact(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "a")
+    (tmp_path / "a" / "manifest.sig").write_bytes(b"any")
+    assert open_artifact(tmp_path / "a", "Thing") == manifest
 
 
 def test_missing_extra_and_linked_files_are_found(tmp_path: Path) -> None:
@@ -213,10 +297,6 @@ def test_a_parent_is_found_by_hint_or_by_what_is_given(tmp_path: Path) -> None:
 
 
 def test_another_schema_is_refused_with_its_number(tmp_path: Path) -> None:
-    from dataclasses import asdict
-
-    from s2p_deploy.records.manifest import _sealed_text
-
     manifest = write(tmp_path / "a")
     text = _sealed_text(asdict(manifest) | {"schema": 99})
     (tmp_path / "a" / "manifest.json").write_text(text)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.engines import backend_by_name
+from s2p_deploy.engines import backend_by_name, build_engine
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.export import export_graph
+from s2p_deploy.families import load_time_path
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import PromptSet, ValidationReport
 from s2p_deploy.validation import Chain, open_chain, validate
@@ -93,3 +95,20 @@ def test_parents_that_are_gone_are_named(chain: Chain, tmp_path: Path) -> None:
         open_chain(chain.engine, graph=tmp_path)
     with pytest.raises(InputError, match="--calib PATH"):
         open_chain(chain.engine, calib=tmp_path)
+
+
+@pytest.mark.slow
+def test_an_engine_of_the_input_form_validates_and_draws_fractional_schedules(
+    chain: Chain, prompts: PromptSet, tmp_path: Path
+) -> None:
+    path = load_time_path(chain.base)
+    graph = export_graph(chain.calibrated, tmp_path / "graph", time_table="input", time_path=path)
+    opened = open_chain(build_engine(graph, "onnxruntime", tmp_path / "engine"), calib=chain.calibrated.folder)
+    report = validate(opened, prompts, tmp_path / "report", schedules=(Schedule(4, "euler-karras"),))
+    assert report.verdict == "passed", [gate for gate in report.gates if gate.status != "passed"]
+    data = json.loads((report.folder / "report.json").read_text(encoding="utf-8"))
+    own, karras = data["rows"]
+    assert (own["calibrated"], own["interpolated"], own["held"]) == (5, 0, 0)
+    assert (karras["scheduler"], karras["steps"]) == ("euler-karras", 4)
+    assert karras["interpolated"] >= 2
+    assert data["other_schedules"][0]["median"]["psnr"]["value"] > 20

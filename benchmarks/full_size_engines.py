@@ -1,0 +1,243 @@
+"""Engines at Stable Diffusion v1-4's size, random weights: time against NNCF, OpenVINO and ONNX Runtime; RTX builds.
+
+Made in this order, each step by itself (what is there already is kept), all in one work folder of about 40 GB:
+
+    python benchmarks/full_size_ptq.py fp|w8a8|w4a8     # three calibrated models
+    python benchmarks/nncf_baseline.py graph            # and quantize, in NNCF's own environment
+    python benchmarks/full_size_engines.py graphs       # fp32 of fp and w8a8, fp16 of all
+    python benchmarks/full_size_engines.py engines      # OpenVINO and ONNX Runtime
+    python benchmarks/full_size_engines.py time         # all in one run, in turns; wants a machine of its own
+    python benchmarks/full_size_engines.py layers       # where OpenVINO spends a step, ours and NNCF's
+    python benchmarks/full_size_engines.py rtx          # TensorRT-RTX ahead of time: fp16, w8a8, w4a8
+
+``time`` and ``layers`` take ``--hint bf16`` or ``f32``; every step takes ``--work``. Each writes its part of
+``results/full_size_engines.json``; ``engines_page.py`` makes the page of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from s2p_deploy.bench.figures import ratio_of_medians
+from s2p_deploy.bench.machine import this_machine
+from s2p_deploy.bench.measure import WORKER, load_request
+from s2p_deploy.bench.turns import Child, children, in_turns
+from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, build_engine
+from s2p_deploy.export import export_graph
+from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = Path(__file__).resolve().parent
+BATCH = 2
+GRAPHS = (("fp", "fp32"), ("w8a8", "fp32"), ("fp", "fp16"), ("w8a8", "fp16"), ("w4a8", "fp16"))
+ENGINES = (
+    ("w8a8", "openvino", "bf16"),
+    ("fp", "openvino", "bf16"),
+    ("w8a8", "openvino", "f32"),
+    ("fp", "openvino", "f32"),
+    ("fp", "onnxruntime", "fast"),
+)
+RTX_FORMS = ("fp", "w8a8", "w4a8")
+BUILD_TIMEOUT_S = 7200.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("graphs", "engines", "time", "layers", "rtx"))
+    parser.add_argument("--work", type=Path, default=Path("build/full_size"))
+    parser.add_argument("--hint", choices=("bf16", "f32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--nncf", default="nncf", help="folder of the NNCF model in the work folder")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "full_size_engines.json")
+    asked = parser.parse_args()
+    match asked.step:
+        case "graphs":
+            write_graphs(asked.work)
+        case "engines":
+            build_engines(asked.work)
+        case "time":
+            found = time_engines(asked.work, asked.hint, asked.rounds, asked.nncf)
+            note(asked.out, "time", asked.hint, found)
+        case "layers":
+            note(asked.out, "layers", asked.hint, layer_times(asked.work, asked.hint, asked.nncf))
+        case "rtx":
+            for form in RTX_FORMS:
+                note(asked.out, "rtx", form, build_rtx(asked.work, form))
+
+
+def write_graphs(work: Path) -> None:
+    """The graphs that are not there yet, of the models that are."""
+    for form, dtype in GRAPHS:
+        out = work / f"graph-{form}-{dtype}"
+        if not out.exists() and (work / f"model-{form}").exists():
+            start = time.perf_counter()
+            export_graph(CalibratedModel.open(work / f"model-{form}"), out, dtype=dtype)
+            print(f"{out.name}: {time.perf_counter() - start:.0f} s, peak so far {_own_peak_gb():.1f} GB", flush=True)
+
+
+def build_engines(work: Path) -> None:
+    """The CPU engines that are not there yet, of the graphs that are; tuned for the batch that is measured."""
+    for form, backend, hint in ENGINES:
+        out, folder = engine_folder(work, form, backend, hint), work / f"graph-{form}-fp32"
+        if not out.exists() and folder.exists():
+            graph = ExportedGraph.open(folder)
+            options = BuildOptions(hint, ShapeProfile(1, BATCH, BATCH))
+            made = build_engine(graph, backend, out, options=options, limits=Limits(BUILD_TIMEOUT_S))
+            print(f"{out.name}: {made.manifest.content['build_seconds']} s", flush=True)
+
+
+def engine_folder(work: Path, form: str, backend: str, hint: str) -> Path:
+    return work / f"engine-{form}-{backend}-{hint}"
+
+
+def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any]:
+    """Seconds per step of four contenders in turns, two steps a turn after one unmeasured; ratios ours over theirs."""
+    engines = {
+        "ours": engine_folder(work, "w8a8", "openvino", hint),
+        "openvino": engine_folder(work, "fp", "openvino", hint),
+        "onnxruntime": engine_folder(work, "fp", "onnxruntime", "fast"),
+    }
+    loads: dict[str, dict[str, Any]] = {
+        name: load_request(Engine.open(folder)) | {"drawing": None} for name, folder in engines.items()
+    }
+    loads["nncf"] = {"xml": str((work / nncf / "denoiser.xml").resolve()), "hint": hint}
+    commands = [(name, WORKER if name in engines else (str(HERE / "full_size_ir_worker.py"),)) for name in loads]
+    with children(commands) as asked:
+        loaded = {child.name: child.ask("load", batch=BATCH, **loads[child.name]) for child in asked}
+        print({name: round(found["seconds"], 1) for name, found in loaded.items()}, flush=True)
+        seconds, memory = _measured(asked, rounds)
+    times = {name: np.asarray(found) for name, found in seconds.items()}
+    return {
+        "machine": this_machine().model_dump(),
+        "batch": BATCH,
+        "hint": hint,
+        "nncf": json.loads((work / nncf / "about.json").read_text(encoding="utf-8")),
+        "contenders": {
+            name: {
+                "best_s": float(found.min()),
+                "median_s": float(np.median(found)),
+                "steps": int(found.size),
+                "load_s": loaded[name]["seconds"],
+                "peak_memory_gb": memory[name]["peak"] / 1e9,
+            }
+            for name, found in times.items()
+        },
+        "ours_over": {name: _ratio(times["ours"], found) for name, found in times.items() if name != "ours"},
+    }
+
+
+def _measured(asked: Sequence[Child], rounds: int) -> tuple[dict[str, list[list[float]]], dict[str, dict[str, Any]]]:
+    seconds: dict[str, list[list[float]]] = {child.name: [] for child in asked}
+    memory: dict[str, dict[str, Any]] = {}
+
+    def visit(member: int, number: int) -> None:
+        child = asked[member]
+        memory[child.name] = child.ask("steps", count=2)
+        seconds[child.name].append(memory[child.name]["seconds"])
+        print(f"round {number + 1}/{rounds} {child.name}: {memory[child.name]['seconds']}", flush=True)
+
+    in_turns(len(asked), rounds, visit)
+    return seconds, memory
+
+
+def _ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
+    medians = ratio_of_medians(ours, theirs)
+    return {"best": float(ours.min() / theirs.min()), "median": medians.value, "low": medians.low, "high": medians.high}
+
+
+def layer_times(work: Path, hint: str, nncf: str) -> dict[str, Any]:
+    """Milliseconds per kind of layer in one step by OpenVINO's own counters, for ours and NNCF's."""
+    folders = {"ours": engine_folder(work, "w8a8", "openvino", hint), "nncf": work / nncf}
+    return {
+        "machine": this_machine().model_dump(),
+        "layers": {name: _profiled(folder / "denoiser.xml", hint) for name, folder in folders.items()},
+    }
+
+
+def _profiled(xml: Path, hint: str) -> dict[str, dict[str, float]]:
+    """Kind of layer and its kernel -> milliseconds and number; the fastest of three steps."""
+    import openvino
+
+    model = openvino.Core().read_model(xml)
+    inputs = {port.get_any_name(): _example(port) for port in model.inputs}
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    properties = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": "YES"}
+    request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
+    runs = []
+    for _ in range(4):
+        request.infer(inputs)
+        runs.append(request.get_profiling_info())
+    fastest = min(runs[1:], key=lambda run: sum(layer.real_time.total_seconds() for layer in run))
+    spent: Counter[str] = Counter()
+    number: Counter[str] = Counter()
+    for layer in fastest:
+        kind = f"{layer.node_type} {layer.exec_type}"
+        spent[kind] += layer.real_time.total_seconds() * 1e3
+        number[kind] += layer.real_time.total_seconds() > 0
+    return {kind: {"ms": round(ms, 2), "layers": number[kind]} for kind, ms in spent.most_common() if ms >= 0.1}
+
+
+def _example(port: Any) -> np.ndarray:  # noqa: ANN401 - openvino is not typed
+    shape = [size.get_length() if size.is_static else BATCH for size in port.get_partial_shape()]
+    fill = 1 if port.get_any_name() in {"act_scales", "step_index", "timestep"} else 0
+    return np.full(shape, fill, port.get_element_type().to_dtype())
+
+
+def build_rtx(work: Path, form: str) -> dict[str, Any]:
+    """Builds one plan and deletes it; what it took, its size, and what its sites are stored in."""
+    out = work / f"engine-{form}-rtx"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    options = BuildOptions(profile=ShapeProfile(1, BATCH, 4))
+    graph = ExportedGraph.open(work / f"graph-{form}-fp16")
+    made = build_engine(graph, "tensorrt_rtx", out, options=options, replace=True, limits=Limits(BUILD_TIMEOUT_S))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    content = made.manifest.content
+    found = {
+        "machine": this_machine().model_dump(),
+        "profile": dataclasses.asdict(options.profile),
+        "build_s": content["build_seconds"],
+        "processor_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "peak_memory_gb": round(content["peak_rss_bytes"] / 1e9, 2),
+        "plan_mb": round(sum(content["sizes"].values()) / 1e6, 1),
+        "sites": _site_kinds(made),
+    }
+    print(json.dumps({form: {key: value for key, value in found.items() if key != "machine"}}), flush=True)
+    shutil.rmtree(out)
+    return found
+
+
+def _site_kinds(engine: Engine) -> list[dict[str, Any]]:
+    """How many sites there are of each op, lowering, stored bits, activation bits and reported compute type."""
+    kinds = Counter(
+        (site.op, site.lowering, site.weight_storage_bits, site.activation_bits, site.compute) for site in engine.sites
+    )
+    names = ("op", "lowering", "weight_storage_bits", "activation_bits", "compute")
+    return [dict(zip(names, kind, strict=True)) | {"sites": count} for kind, count in kinds.most_common()]
+
+
+def note(out: Path, part: str, name: str, found: dict[str, Any]) -> None:
+    """Puts one part into the JSON file, which keeps the others."""
+    known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"kind": "FullSizeEngines"}
+    known.setdefault(part, {})[name] = found
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def _own_peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""ONNX Runtime's execution providers for NVIDIA GPUs: which can be used here, their options, and a session on one.
+
+TensorRT's compile the graph when a session opens and keep the result in the user's private cache folder, apart for
+every engine: their own names for it depend on the graph, not on its weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from s2p_deploy.engines.libraries import has_nvidia_driver
+from s2p_deploy.engines.profile_shapes import profile_shapes
+from s2p_deploy.engines.user_cache import private_folder
+from s2p_deploy.errors import MissingEnvironmentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import onnxruntime
+
+    from s2p_deploy.engines.options import ShapeProfile
+    from s2p_deploy.engines.profile_shapes import Shape, Shapes
+    from s2p_deploy.records import TensorSpec
+
+_RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+_SWAP = "pip uninstall onnxruntime, then pip install"  # both packages own the same folder
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider by ONNX Runtime's name, and what to install for it."""
+
+    name: str
+    advice: str
+
+
+PROVIDERS = {
+    "cuda": Provider("CUDAExecutionProvider", f"{_SWAP} 's2p-deploy[gpu]'"),
+    "tensorrt": Provider("TensorrtExecutionProvider", f"{_SWAP} 's2p-deploy[gpu,tensorrt]'"),
+    "nv_tensorrt_rtx": Provider("NvTensorRTRTXExecutionProvider", "pip install onnxruntime-ep-nv-tensorrt-rtx"),
+}
+
+
+@dataclass(frozen=True)
+class GraphTraits:
+    """What the options of a provider depend on.
+
+    The shapes of the inputs, whether it is in fp16, whether it has quantized activations, and a digest of everything
+    that it is made of, weights included.
+    """
+
+    shapes: Shapes
+    fp16: bool
+    quantized: bool
+    digest: str
+
+
+def unavailable() -> dict[str, str]:
+    """Hints that cannot be used here, and what to do about it."""
+    import onnxruntime
+
+    built_in = set(onnxruntime.get_available_providers())
+    found: dict[str, str] = {}
+    for hint, provider in PROVIDERS.items():
+        plugged = hint == "nv_tensorrt_rtx" and importlib.util.find_spec(_RTX_PLUGIN) is not None
+        if provider.name not in built_in and not plugged:
+            found[hint] = provider.advice
+        elif not has_nvidia_driver():
+            found[hint] = "it needs an NVIDIA GPU and its driver"
+    return found
+
+
+def graph_traits(
+    inputs: Iterable[TensorSpec], profile: ShapeProfile, *, quantized: bool, digest: str
+) -> GraphTraits:
+    """The traits of a graph with the given inputs. Raises InputError where a size that must not vary does."""
+    specs = tuple(inputs)
+    rows = next((spec.shape[0] for spec in specs if spec.name == "act_scales"), 1)
+    tuned = rows if isinstance(rows, int) else 1000  # the training timesteps
+    fp16 = any(spec.dtype == "float16" for spec in specs)
+    return GraphTraits(profile_shapes(specs, profile, tuned), fp16, quantized, digest)
+
+
+def provider_options(hint: str, traits: GraphTraits, cache: str) -> dict[str, str]:
+    """Options of a hint's provider; ``cache`` is the folder for what it compiles.
+
+    No calibration: the graph quantizes explicitly, the INT8 flag only allows integer kernels.
+    """
+    if hint == "cuda":
+        return {"device_id": "0", "use_tf32": "0"}  # TF32 would round products behind the graph's back
+    shapes = {
+        f"profile_{kind}_shapes": ",".join(f"{name}:{_sizes(three[at])}" for name, three in traits.shapes.items())
+        for at, kind in enumerate(("min", "opt", "max"))
+    }
+    if hint == "nv_tensorrt_rtx":
+        own = {"enable_cuda_graph": "1", "nv_runtime_cache_path": cache}
+        return {"device_id": "0"} | own | {f"nv_{name}": value for name, value in shapes.items()}
+    precisions = {
+        "trt_fp16_enable": str(int(traits.fp16)),
+        "trt_int8_enable": str(int(traits.quantized)),
+    }
+    caches = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+    }
+    return {"device_id": "0"} | precisions | caches | {f"trt_{name}": value for name, value in shapes.items()}
+
+
+def gpu_session(
+    model: str | bytes, options: onnxruntime.SessionOptions, hint: str, traits: GraphTraits | None
+) -> onnxruntime.InferenceSession:
+    """A session on the provider of a hint; without ``traits`` it has that provider's default options.
+
+    Raises:
+        MissingEnvironmentError: the provider cannot be used: ONNX Runtime would go on with the CPU.
+    """
+    import onnxruntime
+
+    onnxruntime.preload_dlls()  # CUDA's libraries, where they came as Python packages
+    provider = PROVIDERS[hint]
+    chosen: dict[str, str] = {}
+    if traits is not None:
+        cache = private_folder(f"onnxruntime-{hint}") / traits.digest
+        cache.mkdir(mode=0o700, exist_ok=True)
+        chosen = provider_options(hint, traits, str(cache))
+    if provider.name in onnxruntime.get_available_providers():
+        providers = [(provider.name, chosen)]
+        if hint == "tensorrt":  # for what TensorRT leaves out
+            providers.append((PROVIDERS["cuda"].name, {"device_id": "0", "use_tf32": "0"}))
+        session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
+    else:
+        _plug_in(options, chosen)
+        session = onnxruntime.InferenceSession(model, options)
+    if session.get_providers()[0] != provider.name:
+        raise MissingEnvironmentError(
+            f"ONNX Runtime could not start {provider.name} and would run on the CPU: see its log"
+        )
+    return session
+
+
+def _plug_in(options: onnxruntime.SessionOptions, chosen: Mapping[str, str]) -> None:
+    """Adds the TensorRT-RTX plugin's device to a session's options."""
+    import onnxruntime
+
+    plugin = importlib.import_module(_RTX_PLUGIN)
+    name = plugin.get_ep_name()
+    if not any(device.ep_name == name for device in onnxruntime.get_ep_devices()):
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise MissingEnvironmentError(f"{name} finds no GPU that it runs on: it needs an RTX 30 series or later")
+    options.add_provider_for_devices(devices[:1], dict(chosen))
+
+
+def _sizes(shape: Shape) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,113 @@
+"""The measurement on real engines, each in its own process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from s2p_deploy.bench.measure import Load, bench
+from s2p_deploy.bench.result import BenchResult
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families import BasePipeline
+from s2p_deploy.records import Base, Engine
+from tests.named_engines import NamedEngines
+
+QUICK = Load(batch=3, rounds=2, pictures=0)
+
+
+@pytest.fixture(scope="module")
+def measured(engine_of: NamedEngines) -> BenchResult:
+    return bench([engine_of("w8a8", "fast")], engine_of("fp", "fast"), QUICK)
+
+
+def test_every_figure_says_how_many_samples_it_has(measured: BenchResult) -> None:
+    (engine,) = measured.engines
+    for figures in (measured.baseline, engine):
+        assert figures.step_p50.n == figures.step_p95.n == 2 * measured.steps_per_round
+        assert 0 < figures.step_p50.value <= figures.step_p95.value
+        assert figures.load_seconds > figures.step_p50.value
+    assert engine.ratios is not None
+    assert engine.ratios.step.value == pytest.approx(engine.step_p50.value / measured.baseline.step_p50.value)
+    assert engine.ratios.load == pytest.approx(engine.load_seconds / measured.baseline.load_seconds)
+    assert measured.baseline.ratios is None
+
+
+def test_memory_is_that_of_the_engines_own_process(measured: BenchResult) -> None:
+    for figures in (measured.baseline, *measured.engines):
+        memory = figures.memory
+        assert 10_000_000 < memory.before < 200_000_000, "the process holds little besides the engine"
+        assert memory.before < memory.loaded <= memory.peak
+        assert memory.before < memory.steady <= memory.peak
+
+
+def test_sizes_are_those_on_disk(measured: BenchResult, engine_of: NamedEngines) -> None:
+    (engine,) = measured.engines
+    assert engine.ratios is not None
+    folder = engine_of("w8a8", "fast").folder
+    assert engine.size == sum(file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json")
+    assert engine.ratios.size == pytest.approx(engine.size / measured.baseline.size)
+
+
+def test_no_pictures_were_asked_for(measured: BenchResult) -> None:
+    assert measured.pictures == 0
+    assert measured.baseline.images_per_minute is None
+
+
+def test_the_result_is_json_without_this_machines_paths(measured: BenchResult, engine_of: NamedEngines) -> None:
+    text = measured.model_dump_json()
+    assert BenchResult.model_validate_json(text) == measured
+    assert json.loads(text)["kind"] == "Bench"
+    assert str(engine_of("fp", "fast").folder.parent) not in text
+    assert measured.machine.cores >= 1
+    assert {"onnxruntime", "python"} <= set(measured.machine.versions)
+
+
+@pytest.mark.slow
+def test_pictures_go_from_text_to_pixels(drawing_engine: Engine, drawing_base: BasePipeline) -> None:
+    told: list[tuple[str, int, int]] = []
+    found = bench(
+        [drawing_engine],
+        drawing_engine,
+        Load(rounds=1, pictures=2),
+        base=drawing_base,
+        progress=lambda stage, done, total: told.append((stage, done, total)),
+    )
+    (engine,) = found.engines
+    assert (found.pictures, found.sampling_steps) == (2, 2)
+    assert engine.picture_seconds is not None
+    assert engine.picture_seconds.n == 2
+    assert engine.picture_seconds.value > 2 * engine.step_p50.value
+    assert engine.images_per_minute == pytest.approx(60 / engine.picture_seconds.value)
+    assert engine.ratios is not None
+    assert engine.ratios.images_per_minute is not None
+    assert [told[i] for i in (0, -1)] == [("load", 0, 2), ("draw pictures", 4, 4)]
+
+
+def test_a_baseline_of_another_hint_is_refused(engine_of: NamedEngines) -> None:
+    with pytest.raises(InputError, match=r"hint fast.*hint reference"):
+        bench([engine_of("w8a8", "fast")], engine_of("fp", "reference"), QUICK)
+
+
+def test_a_quantized_baseline_is_refused(engine_of: NamedEngines) -> None:
+    with pytest.raises(InputError, match="recipe w8a8: give an engine of recipe fp"):
+        bench([engine_of("fp", "fast")], engine_of("w8a8", "fast"), QUICK)
+
+
+def test_another_pipelines_baseline_is_refused(engine_of: NamedEngines) -> None:
+    fp = engine_of("fp", "fast")
+    other = dataclasses.replace(fp, manifest=dataclasses.replace(fp.manifest, base=Base("other", "1" * 64)))
+    with pytest.raises(InputError, match="different pipelines"):
+        bench([engine_of("w8a8", "fast")], other, QUICK)
+
+
+def test_a_changed_engine_is_refused_by_its_process(engine_of: NamedEngines, tmp_path: Path) -> None:
+    fp = engine_of("fp", "fast")
+    shutil.copytree(fp.folder, tmp_path / "changed")
+    file = tmp_path / "changed" / fp.engine_files[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(IntegrityError, match="changed"):
+        bench([fp], dataclasses.replace(fp, folder=tmp_path / "changed"), QUICK)

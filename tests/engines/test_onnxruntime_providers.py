@@ -1,0 +1,131 @@
+"""ONNX Runtime's execution providers for NVIDIA GPUs: chosen by hint, refused by name where they cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name, build_engine, load_engine
+from s2p_deploy.engines.onnxruntime.backend import OnnxRuntimeRunner
+from s2p_deploy.engines.onnxruntime.device_runner import DeviceRunner
+from s2p_deploy.engines.onnxruntime.providers import PROVIDERS, graph_traits, provider_options, unavailable
+from s2p_deploy.engines.tensor_runner import TensorRunner
+from s2p_deploy.errors import MissingEnvironmentError
+from s2p_deploy.records import TensorSpec
+from tests.engines.conftest import EngineOf, GraphOf
+from tests.engines.small_graph import on_the_gpu, small_inputs, small_model, small_scales
+
+INPUTS = (
+    TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
+    TensorSpec("step_index", "int64", ("batch",)),
+    TensorSpec("act_scales", "float32", ("rows", 2)),
+)
+TRAITS = graph_traits(INPUTS, ShapeProfile(1, 2, 8), quantized=True, digest="d")
+
+
+def open_session() -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(small_model().SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_tensorrts_options_name_precisions_shapes_and_caches() -> None:
+    options = provider_options("tensorrt", TRAITS, "/cache")
+    assert options["trt_profile_min_shapes"] == "sample:1x4x8x8,step_index:1,act_scales:1x2"
+    assert options["trt_profile_opt_shapes"] == "sample:2x4x8x8,step_index:2,act_scales:1000x2"
+    assert options["trt_profile_max_shapes"] == "sample:8x4x8x8,step_index:8,act_scales:4096x2"
+    assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == ("1", "1")
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/cache"
+    assert not any("calibration" in name for name in options)
+
+
+def test_precisions_follow_the_graph() -> None:
+    floating = provider_options("tensorrt", replace(TRAITS, fp16=False, quantized=False), "/cache")
+    assert (floating["trt_fp16_enable"], floating["trt_int8_enable"]) == ("0", "0")
+
+
+def test_rtx_has_shapes_graphs_and_a_runtime_cache() -> None:
+    options = provider_options("nv_tensorrt_rtx", TRAITS, "/cache")
+    assert options["nv_profile_max_shapes"] == "sample:8x4x8x8,step_index:8,act_scales:4096x2"
+    assert (options["enable_cuda_graph"], options["nv_runtime_cache_path"]) == ("1", "/cache")
+
+
+def test_what_cannot_run_here_says_what_to_do(graph_of: GraphOf, tmp_path: Path) -> None:
+    found = backend_by_name("onnxruntime").capabilities()
+    assert set(found.hints) | set(found.unavailable) == {"reference", "fast", *PROVIDERS}
+    assert found.hints[0] == "reference"
+    for hint, advice in found.unavailable.items():
+        with pytest.raises(MissingEnvironmentError) as caught:
+            build_engine(graph_of("fp16", "int8"), "onnxruntime", tmp_path / hint, options=BuildOptions(hint))
+        assert advice in str(caught.value)
+        assert caught.value.exit_code == 4
+
+
+def test_a_gpu_engine_whose_hint_was_changed_does_not_run_on_the_cpu(engine_of: EngineOf) -> None:
+    engine = engine_of("onnxruntime", "reference", "int8")
+    gpu = {"device": "CUDA GPU", "provider": PROVIDERS["cuda"].name}
+    with pytest.raises(MissingEnvironmentError, match="needs device CUDA GPU, here it is cpu"):
+        load_engine(replace(engine, environment=engine.environment | gpu))
+
+
+@pytest.mark.parametrize("hint", list(PROVIDERS))
+def test_a_gpu_engine_is_refused_where_its_provider_is_missing(engine_of: EngineOf, hint: str) -> None:
+    lacking = unavailable()
+    if hint not in lacking:
+        pytest.skip("this machine has the provider")
+    engine = engine_of("onnxruntime", "reference", "int8")
+    needed = engine.environment | {"provider": PROVIDERS[hint].name}
+    needed["device"] = backend_by_name("onnxruntime").environment(hint)["device"]
+    with pytest.raises(MissingEnvironmentError) as caught:
+        load_engine(replace(engine, hint=hint, environment=needed))
+    assert f"needs provider {PROVIDERS[hint].name}, here it is missing" in str(caught.value)
+    assert lacking[hint] in str(caught.value)
+
+
+def test_an_engine_on_the_cpu_takes_no_tensors(engine_of: EngineOf) -> None:
+    with load_engine(engine_of("onnxruntime", "reference", "int8")) as runner:
+        assert not isinstance(runner, TensorRunner)
+
+
+def test_bound_buffers_compute_what_a_plain_run_does() -> None:
+    """On the CPU: the same calls that bind buffers on a GPU."""
+    bound = {"act_scales": small_scales()}
+    plain, device = OnnxRuntimeRunner(open_session(), bound), DeviceRunner(open_session(), bound, "cpu")
+    for batch, seed in ((1, 1), (3, 2), (3, 3), (1, 4)):  # again a size that was bound before
+        inputs = small_inputs(batch, seed)
+        expected = plain.infer(inputs)["noise_pred"]
+        assert np.array_equal(device.infer(inputs)["noise_pred"], expected)
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        assert np.array_equal(device.infer_tensors(tensors)["noise_pred"].numpy(), expected)
+    device.close()
+    with pytest.raises(ValueError, match="closed"):
+        device.infer(small_inputs(1))
+
+
+def test_old_sizes_make_room() -> None:
+    device = DeviceRunner(open_session(), {"act_scales": small_scales()}, "cpu")
+    for batch in range(1, 11):
+        assert len(device.infer(small_inputs(batch))["noise_pred"]) == batch
+    assert len(device.infer(small_inputs(1))["noise_pred"]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hint", list(PROVIDERS))
+def test_a_provider_computes_what_the_reference_does(graph_of: GraphOf, tmp_path: Path, hint: str) -> None:
+    lacking = unavailable()
+    if hint in lacking:
+        pytest.skip(lacking[hint])
+    graph, options = graph_of("fp16", "int8"), BuildOptions(hint, ShapeProfile(1, 2, 8))
+    built = build_engine(graph, "onnxruntime", tmp_path / hint, options=options)
+    reference = build_engine(graph, "onnxruntime", tmp_path / "reference")
+    with load_engine(built, graph) as candidate, load_engine(reference, graph) as expected:
+        for batch in (1, 3, 8, 3):
+            inputs = small_inputs(batch, dtype="fp16")
+            a, b = (r.infer(inputs)["noise_pred"].astype(np.float64) for r in (candidate, expected))
+            assert 10 * np.log10((b**2).mean() / ((a - b) ** 2).mean()) > 25
+            assert isinstance(candidate, TensorRunner)
+            found = candidate.infer_tensors(on_the_gpu(inputs))["noise_pred"]
+            assert np.array_equal(found.cpu().numpy(), a.astype(np.float16))

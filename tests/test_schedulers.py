@@ -1,0 +1,211 @@
+"""Every scheduler through the rows: each timestep has its row, and the whole loop is that of diffusers' own UNet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+from s2p_deploy.engines import TorchRunner
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import TimePath, hot_denoiser_from_unet, load_pipeline
+from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, pipeline_with_denoiser, timesteps_of
+from s2p_deploy.records import TimestepTable, TimeTable
+from s2p_deploy.schedulers import scheduler_by_name, scheduler_names
+from s2p_deploy.timesteps import angles_from_alphas, row_origins, rows_of_timesteps, with_schedules
+from tests.tiny_pipeline import tiny_base
+
+PROMPT = "a small red circle at the top left, white background"
+TOLERANCE = 1e-4  # of the latents' norm, at the end of the loop: float32 in another order
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ANGLE = angles_from_alphas(torch.cumprod(1 - BETAS, 0).numpy())
+TABLE = TimestepTable("PNDMScheduler", {}, 50, tuple(range(1, 982, 20)), ANGLE)  # what 50 PNDM steps calibrate
+
+Config = dict[str, Any]
+Make = Callable[[Config], SchedulerMixin]
+
+
+def of_class(name: str, **options: object) -> Make:
+    return lambda config: getattr(diffusers, name).from_config(config, **options)
+
+
+# What the command line has no names for.
+OTHERS: dict[str, Make] = {
+    "pndm with prk": of_class("PNDMScheduler", skip_prk_steps=False),
+    "ddim trailing": of_class("DDIMScheduler", clip_sample=False, timestep_spacing="trailing"),
+    "euler ancestral": of_class("EulerAncestralDiscreteScheduler"),
+    "lms": of_class("LMSDiscreteScheduler"),
+    "euler trailing": of_class("EulerDiscreteScheduler", timestep_spacing="trailing"),
+    "kdpm2": of_class("KDPM2DiscreteScheduler"),
+    "heun karras": of_class("HeunDiscreteScheduler", use_karras_sigmas=True),
+}
+NAMED: dict[str, Make] = {
+    name: lambda config, name=name: scheduler_by_name(name, config) for name in scheduler_names()
+}
+SCHEDULERS = NAMED | OTHERS
+FRACTIONAL = {"euler-linspace", "euler-karras", "kdpm2", "heun karras"}  # linspace by numbers that do not divide 999
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    return load_pipeline(tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline"))
+
+
+def timesteps_asked(base: StableDiffusionPipeline, name: str, steps: int) -> np.ndarray:
+    scheduler = SCHEDULERS[name](base.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.double().numpy()
+
+
+def row_path(base: StableDiffusionPipeline, table: TimestepTable) -> EngineDenoiser:
+    """The floating-point hot denoiser on the rows of ``table``, behind the runner's interface."""
+    unet = copy.deepcopy(base.unet)
+    path = TimePath(unet)
+    with torch.no_grad():
+        features = path(torch.from_numpy(table.timesteps).float()).numpy()
+    hot = hot_denoiser_from_unet(unet, TimeTable(features, path.slices)).eval()
+    return EngineDenoiser(TorchRunner(hot), base.unet.config, table)
+
+
+def drawn(pipe: DiffusionPipeline, scheduler: SchedulerMixin, **options: object) -> np.ndarray:
+    pipe.scheduler = scheduler  # as users do it
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"guidance_scale": 1.0, "output_type": "latent", "generator": torch.Generator().manual_seed(3)}
+    if isinstance(pipe, StableDiffusionPipeline):
+        arguments["latents"] = initial_noise([7], pipe.unet.config)
+    return pipe(PROMPT, **arguments | options).images.numpy()
+
+
+def assert_same_loop(base: StableDiffusionPipeline, table: TimestepTable, make: Make, **options: object) -> None:
+    kind = StableDiffusionImg2ImgPipeline if "image" in options else StableDiffusionPipeline
+    shared = {"requires_safety_checker": False, "safety_checker": None, "feature_extractor": None}
+    results = []
+    for unet in (base.unet, row_path(base, table)):
+        pipe = kind(**base.components | {"unet": unet} | shared)
+        results.append(drawn(pipe, make(base.scheduler.config), **options))
+    reference, found = results
+    assert np.isfinite(reference).all()
+    assert np.linalg.norm(found - reference) <= TOLERANCE * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 20, 25, 50])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_timestep_has_its_row(base: StableDiffusionPipeline, name: str, steps: int) -> None:
+    asked = timesteps_asked(base, name, steps)
+    bound = with_schedules(TABLE, [asked])
+    rows = rows_of_timesteps(asked, bound)
+    assert bound.timesteps[rows] == pytest.approx(asked, abs=1e-3)
+    distinct = np.unique(asked)
+    origins = row_origins(asked, TABLE)
+    assert len(origins.calibrated + origins.interpolated + origins.held) == len(distinct)
+    if (np.abs(asked - np.rint(asked)) > 1e-3).any():
+        assert name in FRACTIONAL
+        assert bound.rows > 1000
+        with pytest.raises(InputError, match="fractional: this schedule needs an engine exported with --time-table"):
+            rows_of_timesteps(asked, TABLE)
+    else:
+        assert bound.rows == 1000
+        assert rows.tolist() == rows_of_timesteps(asked, TABLE).tolist() == np.rint(asked).tolist()
+
+
+def test_the_table_of_calls_is_the_one_that_is_relied_on(base: StableDiffusionPipeline) -> None:
+    """Calls and distinct timesteps of 20 steps: a counter would be wrong for the first of each pair."""
+    calls = {name: timesteps_asked(base, name, 20) for name in ("pndm", "pndm with prk", "heun", "kdpm2", "ddim")}
+    found = {name: (len(asked), len(np.unique(asked))) for name, asked in calls.items()}
+    assert found == {
+        "pndm": (21, 20),
+        "pndm with prk": (29, 23),
+        "heun": (39, 20),
+        "kdpm2": (39, 39),
+        "ddim": (20, 20),
+    }
+
+
+@pytest.mark.parametrize("form", ["constant", "input"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_whole_loop_is_that_of_the_unet(base: StableDiffusionPipeline, name: str, form: str) -> None:
+    steps = 5
+    if form == "constant" and name in FRACTIONAL:
+        pipe, scheduler = pipeline_with_denoiser(base, row_path(base, TABLE)), SCHEDULERS[name](base.scheduler.config)
+        with pytest.raises(InputError, match="--time-table input"):  # at the first step
+            drawn(pipe, scheduler, num_inference_steps=steps)
+        return
+    others = timesteps_asked(base, "euler-linspace", 7)  # bound too, never asked for
+    table = TABLE if form == "constant" else with_schedules(TABLE, [others, timesteps_asked(base, name, steps)])
+    assert_same_loop(base, table, SCHEDULERS[name], num_inference_steps=steps)
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim", "heun", "dpm++2m", "euler-karras", "heun karras"])
+def test_the_last_part_of_a_schedule_runs_too(base: StableDiffusionPipeline, name: str) -> None:
+    steps = 8
+    table = with_schedules(TABLE, [timesteps_asked(base, name, steps)])
+    image = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    assert_same_loop(base, table, SCHEDULERS[name], image=image, strength=0.5, num_inference_steps=steps)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm++2m", "heun"])
+def test_chosen_timesteps_run_too(base: StableDiffusionPipeline, name: str) -> None:
+    assert_same_loop(base, TABLE, SCHEDULERS[name], timesteps=[981, 640, 333, 21])
+
+
+def test_chosen_sigmas_run_once_their_timesteps_are_bound(base: StableDiffusionPipeline) -> None:
+    sigmas = [11.0, 4.0, 1.5, 0.4, 0.1]
+    scheduler = SCHEDULERS["euler"](base.scheduler.config)
+    scheduler.set_timesteps(sigmas=sigmas)
+    table = with_schedules(TABLE, [scheduler.timesteps.numpy()])
+    assert table.rows > 1000
+    assert_same_loop(base, table, SCHEDULERS["euler"], sigmas=sigmas)
+
+
+def test_the_first_part_of_a_schedule_has_the_same_rows(base: StableDiffusionPipeline) -> None:
+    """What ``denoising_end`` leaves of one."""
+    asked = timesteps_asked(base, "euler-karras", 20)
+    table = with_schedules(TABLE, [asked])
+    assert rows_of_timesteps(asked[:12], table).tolist() == rows_of_timesteps(asked, table)[:12].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("timesteps", [[981.0, 1.0, 500.0], [981.0, 700.25, 30.5]])
+def test_samples_of_one_batch_are_on_timesteps_of_their_own(
+    base: StableDiffusionPipeline, timesteps: list[float]
+) -> None:
+    table = TABLE if timesteps == np.rint(timesteps).tolist() else with_schedules(TABLE, [timesteps])
+    sample, text = initial_noise(range(3), base.unet.config), torch.ones(3, 24, 128)
+    expected = base.unet(sample, torch.tensor(timesteps), text).sample
+    found = row_path(base, table)(sample, torch.tensor(timesteps), text).sample
+    assert float((found - expected).norm() / expected.norm()) <= TOLERANCE
+
+
+def test_a_schedule_that_is_not_bound_is_refused_at_the_first_step(base: StableDiffusionPipeline) -> None:
+    denoiser = row_path(base, with_schedules(TABLE, [timesteps_asked(base, "euler-karras", 20)]))
+    scheduler = SCHEDULERS["euler-karras"](base.scheduler.config)
+    with pytest.raises(InputError, match="the engine is not bound to this schedule"):
+        drawn(pipeline_with_denoiser(base, denoiser), scheduler, num_inference_steps=11)
+
+
+@pytest.mark.parametrize("name", scheduler_names())
+def test_the_noise_schedule_is_the_pipelines(base: StableDiffusionPipeline, name: str) -> None:
+    scheduler = scheduler_by_name(name, base.scheduler.config)
+    assert scheduler.config.beta_end == base.scheduler.config.beta_end
+    assert scheduler.config.prediction_type == base.scheduler.config.get("prediction_type", "epsilon")
+    assert not scheduler.config.get("clip_sample", False), "latents are no pictures"
+
+
+def test_a_named_scheduler_does_not_inherit_the_sigmas_of_another(base: StableDiffusionPipeline) -> None:
+    karras = scheduler_by_name("dpm++2m-karras", base.scheduler.config)
+    for name in ("dpm++2m", "euler", "euler-linspace", "heun", "unipc"):
+        assert scheduler_by_name(name, karras.config).config.use_karras_sigmas is False
+
+
+def test_timesteps_of_a_schedule_are_what_the_pipeline_asks_for(base: StableDiffusionPipeline) -> None:
+    asked = timesteps_of(base, Schedule(20, "pndm"))
+    assert len(asked) == 21
+    assert asked.tolist() == timesteps_asked(base, "pndm", 20).tolist()
+    with pytest.raises(InputError, match="LCMScheduler has no 60 steps"):
+        timesteps_of(base, Schedule(60, "lcm"))
