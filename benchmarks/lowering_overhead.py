@@ -1,9 +1,9 @@
 """What the lowerings of one graph cost beside each other: ``rescale`` and ``runtime_q`` against ``static``.
 
-Engines of one graph that differ in nothing but the lowering of their act points run in turn, a few steps each per round,
+Engines of one graph that differ in nothing but the lowering of their act points run in turn, some steps each a round,
 on the bundled UNet and on a UNet of one block of Stable Diffusion v1-4's first resolution (320 channels, 64x64 latents,
 random weights). Times are the process's CPU seconds on one thread, which a shared machine disturbs least, and wall
-seconds; a ratio is the median of the rounds' ratios, with its quartiles, and ``least`` that of the least CPU times.
+seconds; a ratio is the median of the rounds' ratios, with its quartiles.
 ``runtime_q`` takes one row per batch, so all samples are on one.
 
     python benchmarks/lowering_overhead.py [--rounds 15] [--case bundled] [--work build/lowering_overhead]
@@ -123,7 +123,7 @@ def measure(
             "lowering": name,
             "cpu_ms": round(float(np.median(cpu[:, index])) * 1000, 2),
             "wall_ms": round(float(np.median(wall[:, index])) * 1000, 2),
-            "cpu_ratio": quartiles(cpu[:, index] / cpu[:, 0]) | {"least": ratio_of_least(cpu[:, index], cpu[:, 0])},
+            "cpu_ratio": quartiles(cpu[:, index] / cpu[:, 0]),
             "wall_ratio": quartiles(wall[:, index] / wall[:, 0]),
         }
         for index, name in enumerate(LOWERINGS)
@@ -163,10 +163,6 @@ def seconds_of(runner: BoundRunner, inputs: dict[str, np.ndarray], steps: int) -
     for _ in range(steps):
         runner.infer(inputs)
     return (time.process_time() - start[0]) / steps, (time.perf_counter() - start[1]) / steps
-
-
-def ratio_of_least(values: np.ndarray, others: np.ndarray) -> float:
-    return round(float(values.min() / others.min()), 3)
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:

@@ -70,8 +70,10 @@ never holds all scores. The hint `reference` keeps the graph as it is.
 
 ## Measured cost
 
-Engines of one graph that differ only in their lowering, run in turn, one step per round; ratios of processor seconds to
-`static` in the same round, median and quartiles. The limit for `rescale` is {limit:.2f} times `static`.
+Engines of one graph that differ only in their lowering, run in turn, some steps each a round; ratios of processor
+seconds to `static` in the same round, median and quartiles, on a machine shared with other work. `rescale` is meant to
+stay within {limit:.2f} times `static`. OpenVINO computes sites of `runtime_q` in floating point: a quantizer whose
+scale is not a constant is no INT8 to it.
 """
 
 

@@ -16,7 +16,7 @@ from s2p_deploy.engines.trial import remembered
 from s2p_deploy.engines.verified_bytes import copy_verified
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import Progress, silent
-from s2p_deploy.records import Engine, write_artifact
+from s2p_deploy.records import Engine, check_vacant, write_artifact
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE
 
 if TYPE_CHECKING:
@@ -54,17 +54,8 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
 
     Before the first build with a version of which it is not known what it takes, small patterns are built to learn it.
     """
-    chosen = usable_backend(backend)
-    dtypes = chosen.capabilities().dtypes
-    if graph.dtype not in dtypes:
-        raise InputError(
-            f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
-        )
-    asked = options or BuildOptions()
-    asked = dataclasses.replace(asked, hint=check_hint(chosen, asked.hint))
-    check_refit(chosen, asked)
     limits = limits or Limits(TIMEOUT_S)
-    check_resources(estimate(graph, backend), out.parent, limits.memory)
+    asked = check_build(graph, backend, out, options or BuildOptions(), limits, replace=replace)
     if any(site.weight is not None for site in graph.sites):
         ensure_probed(backend, progress)
 
@@ -86,6 +77,28 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         replace=replace,
     )
     return remembered(Engine.open(out))
+
+
+def check_build(
+    graph: ExportedGraph, backend: str, out: Path, options: BuildOptions, limits: Limits, *, replace: bool
+) -> BuildOptions:
+    """Refuses what :func:`build_engine` would refuse before any work; returns the options with their hint.
+
+    Raises:
+        InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
+        MissingEnvironmentError: the backend's library, memory or disk is missing.
+    """
+    chosen = usable_backend(backend)
+    dtypes = chosen.capabilities().dtypes
+    if graph.dtype not in dtypes:
+        raise InputError(
+            f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
+        )
+    check_vacant(out, replace=replace)
+    asked = dataclasses.replace(options, hint=check_hint(chosen, options.hint))
+    check_refit(chosen, asked)
+    check_resources(estimate(graph, backend), out.parent, limits.memory)
+    return asked
 
 
 def _copy_tables(graph: ExportedGraph, folder: Path) -> None:

@@ -139,7 +139,7 @@ def _holds_its_values(tensor: onnx.TensorProto) -> bool:
     count = math.prod(tensor.dims)
     if tensor.raw_data:
         return bool(tensor.data_type in _TYPES and len(tensor.raw_data) == _bytes_of(tensor))
-    return count <= 4 * int(max(len(getattr(tensor, name)) for name in _VALUES))
+    return bool(count <= 4 * max(len(getattr(tensor, name)) for name in _VALUES))
 
 
 def _bytes_of(tensor: onnx.TensorProto) -> int:

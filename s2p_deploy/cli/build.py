@@ -51,7 +51,8 @@ def build(  # noqa: PLR0913 - its options
     from s2p_deploy.records import ExportedGraph
 
     opened = ExportedGraph.open(graph)
-    from s2p_deploy.engines import BuildOptions, Limits, backend_by_name, build_engine
+    from s2p_deploy.engines import BuildOptions, Limits, build_engine
+    from s2p_deploy.engines.build import check_build
     from s2p_deploy.engines.preflight import estimate
 
     options = BuildOptions(
@@ -63,7 +64,8 @@ def build(  # noqa: PLR0913 - its options
         stripped=stripped,
     )
     limits = Limits(seconds_from_option(timeout), None if memory_limit is None else bytes_from_option(memory_limit))
-    needed = estimate(opened, backend_by_name(backend).name)
+    options = check_build(opened, backend, out, options, limits, replace=force)
+    needed = estimate(opened, backend)
     sys.stderr.write(f"build: {needed}\n")
     with progress_bars() as progress:
         made = build_engine(opened, backend, out, options=options, replace=force, limits=limits, progress=progress)

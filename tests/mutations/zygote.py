@@ -43,7 +43,8 @@ def main(request_file: str) -> None:
     with Path(request["results"]).open("w", encoding="utf-8") as results:
         for number in range(request["first"], request["first"] + request["count"]):
             result = run_case(make_case(number, targets), root)
-            if "crash" in result or (result["outcome"].startswith("native") and isolated <= request["count"] // _ISOLATED_OF):
+            sampled = result["outcome"].startswith("native") and isolated <= request["count"] // _ISOLATED_OF
+            if sampled or "crash" in result:
                 isolated += 1
                 result["isolated"] = run_isolated(make_case(number, targets), root)
             results.write(json.dumps(result) + "\n")
