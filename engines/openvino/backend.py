@@ -17,6 +17,7 @@ from s2p_deploy.engines.libraries import installed_version, platform_name
 from s2p_deploy.engines.lowerings import int4_rule
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.engines.openvino.precisions import compute_types, product_names
+from s2p_deploy.engines.passes.split_linears import SplitLinears
 from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.support import support_of
@@ -55,9 +56,13 @@ class OpenVinoBackend:
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
     def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The chosen lowerings. Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32."""
+        """The chosen lowerings, and gated layers as two products.
+
+        Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32.
+        """
         keep = int4_rule(support_of(self.name), lowerings, wanted=weight_only, untried=weight_only)
         apply_passes(model, lowerings, keep)
+        SplitLinears()(model)
 
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical graph in this backend's form."""
