@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from s2p_deploy.engines.backend import CompileRequest, example_inputs, usable_backend
-from s2p_deploy.engines.isolation import end_with_parent
+from s2p_deploy.engines.isolation import answer_request
 from s2p_deploy.engines.lowerings import MIXED_ROWS, RECORDED
 from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.prepare import backend_lowerings, prepared_inputs
 from s2p_deploy.engines.site_report import site_precisions, storage_bits
-from s2p_deploy.errors import S2PError
 from s2p_deploy.records import ExportedGraph
 
 
@@ -61,17 +59,5 @@ def peak_rss() -> int:
             return int(line.split()[1]) * 1024
     return 0
 
-
-def main(request_file: str, result_file: str) -> None:
-    """Reads the request, builds, writes the result; an expected error is a result too."""
-    end_with_parent()
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    try:
-        result = build(request)
-    except S2PError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer_request(sys.argv[1], sys.argv[2], build)

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy import errors
@@ -18,7 +19,6 @@ from s2p_deploy.errors import EngineBuildError, S2PError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 TAIL_LINES = 40
 _MEMORY_WORDS = (
@@ -107,6 +107,17 @@ def summary(ended: Ended, limits: Limits) -> str:
 def native_errors(lines: list[str]) -> list[str]:
     """Those lines of a log in which a native library says what went wrong."""
     return [line for line in lines if "[E]" in line]
+
+
+def answer_request(request_file: str, result_file: str, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The child's side of :func:`run_child`: ``work`` on the request gives the result; an expected error is one too."""
+    end_with_parent()
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    try:
+        result = work(request)
+    except S2PError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
 
 
 def end_with_parent() -> None:

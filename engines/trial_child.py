@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s2p_deploy.engines.isolation import answer_request
 from s2p_deploy.engines.load import load_engine
 from s2p_deploy.engines.runner import OUTPUT
-from s2p_deploy.errors import IntegrityError, S2PError
+from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Engine
 
 if TYPE_CHECKING:
@@ -49,16 +49,11 @@ def _inputs(engine: Engine, batch: int) -> dict[str, NDArray[Any]]:
     return {name: np.full(shape, row if name == "step_index" else 0) for name, shape in shapes.items()}
 
 
-def main(request_file: str, result_file: str) -> None:
-    """Reads the request, tries, writes the result; an expected error is a result too."""
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
-    result: dict[str, Any] = {}
-    try:
-        try_engine(Path(request["engine"]), request["digest"])
-    except S2PError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Tries the engine that is asked for; there is nothing to say of one that runs."""
+    try_engine(Path(request["engine"]), request["digest"])
+    return {}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer_request(sys.argv[1], sys.argv[2], answer)

@@ -20,8 +20,7 @@ class FusedAttention(ir.passes.InPlacePass):
             =  MultiHeadAttention(q, k, v, num_heads=H, scale=a·b)
 
     Condition: (1) a and b are constants; (2) all three have the same number of heads; (3) nobody else reads a value in
-    between. One attention of SD v1-4's first resolution (4096 tokens, 8 heads of 40, batch 2) takes a fifth of the
-    time on one core.
+    between.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -16,9 +16,8 @@ class SplitLinears(ir.passes.InPlacePass):
         Split(r·(x @ W) + b, axis=-1)  =  r·(x @ W_1) + b_1,  r·(x @ W_2) + b_2,  ...
 
     with W, its scales and b cut by columns: the same numbers, no copy of the result, and each part can be fused with
-    what reads it. OpenVINO runs a Split as a copy by a reference kernel: without it a GEGLU of SD v1-4's first
-    resolution takes two thirds of the time. The first part keeps the names of nodes and tensors, so that a site is
-    still found by them.
+    what reads it. OpenVINO runs a Split as a copy by a reference kernel (docs/engines.md). The first part keeps the
+    names of nodes and tensors, so that a site is still found by them.
 
     Condition: (1) the parts are equal and the axis is the last; (2) between the MatMul and the Split there are only
     sums and products with constants of one dimension or with values that do not vary along the axis; (3) W is a

@@ -7,13 +7,13 @@ The compiler can crash, so this only ever runs in a child process: inside a buil
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2p_deploy.engines.isolation import answer_request
 from s2p_deploy.engines.tensorrt.versions import build_flags
 
 if TYPE_CHECKING:
@@ -82,14 +82,13 @@ def _set_flags(library: ModuleType, config: trt.IBuilderConfig, names: tuple[str
         config.set_flag(getattr(library.BuilderFlag, name))
 
 
-def main(request_file: str, result_file: str) -> None:
-    """Reads the request, builds, writes an empty result."""
-    request: dict[str, Any] = json.loads(Path(request_file).read_text(encoding="utf-8"))
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Builds what is asked for; the result is the file."""
     shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in request["shapes"].items()}
     options = PlanOptions(**request.get("options", {}))
     build_plan(request["library"], Path(request["onnx"]), shapes, Path(request["out"]), options)
-    Path(result_file).write_text("{}", encoding="utf-8")
+    return {}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer_request(sys.argv[1], sys.argv[2], answer)
