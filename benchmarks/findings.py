@@ -77,7 +77,7 @@ def activation_error(
     base: BasePipeline, model: CalibratedModel, plan: PrecisionPlan, points: StoredPoints
 ) -> np.ndarray:
     """Mean squared error [n] of each output with floating-point weights and the plan's quantized activations."""
-    hot = fp_denoiser(base)
+    hot = fp_denoiser(base, 50)
     apply_transforms(hot, model.transforms)
     floating = replace(plan, sites=tuple(replace(site, weights="none") for site in plan.sites))
     columns = [model.scales.points.index(name) for name in floating.point_names()]
@@ -127,7 +127,7 @@ def rank_stability(base: BasePipeline, model: CalibratedModel, how: str) -> floa
     for count in SAMPLES:
         mixed = Mixed.model_validate({"sensitivity": how, "latents": count})
         scores = site_sensitivities(
-            fp_denoiser(base), model.plan, scheduler, dataset, mixed, seed=count, progress=silent
+            fp_denoiser(base, 50), model.plan, scheduler, dataset, mixed, seed=count, progress=silent
         )
         ranks.append(np.argsort(np.argsort(list(scores.values()))))
     return round(float(np.corrcoef(ranks)[0, 1]), 3)

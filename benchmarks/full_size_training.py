@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from full_size_pipeline import SD_V1
 from training_cost import Case, random_batch, s2p_iteration
 
-from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
+from s2p_deploy.families import hot_denoiser, time_table_of
 
 PAPER = {"iterations": 10_000, "batch": 12, "hours": 4.5, "hardware": "one A100"}
 
@@ -51,7 +51,7 @@ def measure(training: dict[str, Any], iterations: int, device: torch.device) -> 
     torch.manual_seed(0)
     start = time.perf_counter()
     unet = UNet2DConditionModel(**SD_V1)
-    hot = hot_denoiser_from_unet(unet, time_table_from_unet(unet, 1000)).eval()
+    hot = hot_denoiser(unet, time_table_of(unet, 1000)).eval()
     batch = random_batch(hot, Case(lambda: unet, training["batch"], 77)).to(device)
     run = s2p_iteration(hot, batch, training, device)
     built = time.perf_counter() - start

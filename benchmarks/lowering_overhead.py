@@ -143,7 +143,7 @@ def step_inputs(graph: ExportedGraph, batch: int) -> dict[str, np.ndarray]:
     shapes = {spec.name: tuple(batch if isinstance(n, str) else n for n in spec.shape) for spec in graph.inputs}
     names = ("sample", "encoder_hidden_states")
     values = {name: generator.standard_normal(shapes[name]).astype(np.float32) for name in names}
-    return values | {"step_index": np.full(batch, graph.timesteps.calibrated[0])}
+    return values | {"step_index": np.full(batch, graph.timesteps.calibrated_rows[0])}
 
 
 def taken(runners: dict[str, BoundRunner], inputs: dict[str, np.ndarray], rounds: int) -> np.ndarray:

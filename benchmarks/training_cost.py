@@ -36,10 +36,10 @@ from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.families import (
     HotDenoiser,
     discover_sites,
-    hot_denoiser_from_unet,
+    hot_denoiser,
     load_pipeline,
     resolve_base,
-    time_table_from_unet,
+    time_table_of,
 )
 from s2p_deploy.recipe import Scales, load_recipe
 
@@ -94,7 +94,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Medians of CPU and wall seconds of each kind of iteration, and the ratios of the CPU seconds."""
     torch.manual_seed(0)
     unet = case.unet()
-    hot = hot_denoiser_from_unet(unet, time_table_from_unet(unet, 1000)).eval()
+    hot = hot_denoiser(unet, time_table_of(unet, 1000)).eval()
     batch = random_batch(hot, case)
     kinds = {
         "plain": plain_iteration(copy.deepcopy(hot), batch),
@@ -115,7 +115,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def random_batch(hot: HotDenoiser, case: Case) -> Batch:
     """Noise on random rows: the values do not matter for the time."""
-    config = hot.unet.config
+    config = hot.network.config
     shape = (case.batch, config.in_channels, config.sample_size, config.sample_size)
     index = torch.randint(ROWS, (case.batch,))
     texts = torch.randn(case.batch, case.tokens, config.cross_attention_dim)

@@ -12,7 +12,6 @@ import torch
 from s2p_deploy.calib.atomic import link_or_copy, link_or_copy_files
 from s2p_deploy.calib.dataset.generate import generate_dataset
 from s2p_deploy.calib.dataset.shards import dataset_request, open_finished
-from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.calib.job import KIND, Job, claim, finished
 from s2p_deploy.calib.lock import claimed
 from s2p_deploy.calib.model_files import Found, write_model
@@ -20,6 +19,7 @@ from s2p_deploy.calib.quantization.quantization import Quantization, quantizatio
 from s2p_deploy.calib.quantization.scale_start import StartingGrids, calibrated_rows
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.start import start_of
+from s2p_deploy.calib.streaming.stream import stream_model, streams
 from s2p_deploy.calib.summary import training_summary
 from s2p_deploy.calib.training.act_scales import ActScales
 from s2p_deploy.calib.training.prepare import setting_of, teacher_of
@@ -27,7 +27,7 @@ from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.calib.training.train import LOG, TrainingOutcome, train
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import silent
-from s2p_deploy.records import CalibratedModel, PromptSet, TransformSpec, write_artifact
+from s2p_deploy.records import CalibratedModel, PromptSet, write_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from s2p_deploy.records import PrecisionPlan
 
 _DATASET = "dataset"
+_NO_PROMPTS = PromptSet(())
 
 
 def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and options by keyword
     base: BasePipeline,
     recipe: Recipe,
-    prompts: PromptSet,
+    prompts: PromptSet | None,
     out: Path,
     *,
     plan: PrecisionPlan | None = None,
@@ -61,16 +62,19 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
 
     Work in progress stands in ``<out>.partial``: a second start with the same request goes on there, and a finished
     ``out`` of the same request is returned as it is. Where the recipe leaves the guidance scale open, the pipeline's
-    default is taken, and stored.
+    default is taken, and stored. A recipe that looks at no activation (``fp``, ``ptq-stream``) is streamed: it reads
+    one weight at a time, walks no prompt and leaves nothing behind where it is stopped.
 
     Args:
         base: the floating-point pipeline.
         recipe: what to do.
-        prompts: the first are walked for the dataset, those after them select the checkpoint.
+        prompts: the first are walked for the dataset, those after them select the checkpoint; a streamed recipe reads
+            none.
         out: folder of the artifact.
         plan: stands in place of the plan that the recipe gives.
         initial: a finished model of the same pipeline to go on from, with its plan and its transforms; such as for a
-            short training on another schedule.
+            short training on another schedule. With ``scales.activations: given`` a model, of another pipeline too,
+            whose activation scales are taken.
         dataset: the LatentDataset of this pipeline, these prompts and the recipe's sections, made there where there is
             none; recipes that agree in :func:`dataset_name` can share it. None: made for this calibration alone.
         device: where training runs; the walk is made there too.
@@ -85,23 +89,18 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         IntegrityError: a finished artifact was changed.
     """
     resolved = recipe.with_guidance(base.default_guidance)
-    if initial is not None:
+    streamed = streams(resolved, plan)
+    if initial is not None and not streamed:
         _check_initial(initial, base, plan)
-    used = prompts.first(resolved.dataset.prompts)
-    selection = _selection_prompts(resolved, prompts)
+    used, selection = (_NO_PROMPTS, _NO_PROMPTS) if streamed else _prompts(resolved, prompts)
     job = Job(base, resolved, used, selection, out, plan, initial, dataset, device, replace, progress)
     with claimed(job.partial):
         if out.exists() and not replace:
             return finished(job)
-        if dataset is not None:  # before the claim, as what follows: what does not fit leaves nothing behind
-            open_finished(dataset_request(base, resolved, used, dataset))
-        start = start_of(job)
-        claim(job)
-        if resolved.is_float and plan is None:
-            _calibrate_float(job, start)
+        if streamed:
+            stream_model(job)
         else:
-            _calibrate_quantized(job, start, tell)
-        shutil.rmtree(job.partial)
+            _calibrate_from_dataset(job, tell)
     return CalibratedModel.open(out)
 
 
@@ -119,31 +118,24 @@ def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: Precision
         raise InputError(f"cannot go on from {initial.folder}: {reason}")
 
 
-def _selection_prompts(recipe: Recipe, prompts: PromptSet) -> PromptSet:
+def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, PromptSet]:
+    """Those that are walked, and those that select the checkpoint."""
+    if prompts is None:
+        raise InputError(f"recipe {recipe.name} walks prompts: pass --prompts FILE")
     first, count = recipe.dataset.prompts, recipe.training.selection.prompts
     if count and len(prompts.prompts) < first + count:
         raise InputError(
             f"recipe {recipe.name} walks {first} prompts and selects by {count} others, of {len(prompts.prompts)}:"
             " give more prompts, or lower dataset.prompts or training.selection.prompts"
         )
-    return PromptSet(prompts.prompts[first : first + count])
+    return prompts.first(first), PromptSet(prompts.prompts[first : first + count])
 
 
-def _calibrate_float(job: Job, start: Start) -> None:
-    """Recipe fp: nothing is learned, so nothing is walked; its rows are the schedule's."""
-    start.pipe.scheduler.set_timesteps(job.recipe.sampling.steps)
-    rows = tuple(sorted(set(call_rows(start.pipe.scheduler))))
-    denoiser = QuantizedDenoiser(start.hot, start.plan, {})
-    found = Found(denoiser, TransformSpec(), rows, StartingGrids(torch.ones(len(rows), 0)))
-
-    def fill(folder: Path) -> dict[str, Any]:
-        return write_model(folder, job, start, found)
-
-    recipe = job.recipe.model_dump(mode="json")
-    write_artifact(job.out, kind=KIND, base=job.base.base, recipe=recipe, fill=fill, replace=job.replace)
-
-
-def _calibrate_quantized(job: Job, start: Start, tell: Callable[[Estimate], None] | None) -> None:
+def _calibrate_from_dataset(job: Job, tell: Callable[[Estimate], None] | None) -> None:
+    if job.dataset is not None:  # before the claim, as what follows: what does not fit leaves nothing behind
+        open_finished(dataset_request(job.base, job.recipe, job.prompts, job.dataset))
+    start = start_of(job)
+    claim(job)
     dataset = generate_dataset(
         start.pipe,
         start.hot,
@@ -180,6 +172,7 @@ def _calibrate_quantized(job: Job, start: Start, tell: Callable[[Estimate], None
         parents={_DATASET: (job.out / _DATASET, dataset.manifest)},
         replace=job.replace,
     )
+    shutil.rmtree(job.partial)
 
 
 def _starting_state(job: Job, start: Start, quantization: Quantization, rows: tuple[int, ...]) -> TrainingState:

@@ -17,10 +17,9 @@ from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import (
     HotDenoiser,
     apply_transforms,
-    hot_denoiser_from_unet,
+    hot_denoiser_of,
     load_pipeline,
     new_hot_denoiser,
-    time_table_from_unet,
 )
 from s2p_deploy.numerics import INT10, IntegerFormat, fake_quantize, format_by_name, quantize
 
@@ -156,24 +155,32 @@ class QuantizedDenoiser(nn.Module):
             _replace(
                 hot,
                 site,
-                _quantized(hot.unet.get_submodule(site.site), site, plan, weight_scales.get(site.site), bake=bake),
+                _quantized(hot.network.get_submodule(site.site), site, plan, weight_scales.get(site.site), bake=bake),
             )
         self._columns = {
-            f"hot.unet.{name}.input_quantizer": column
+            f"hot.network.{name}.input_quantizer": column
             for column, point in enumerate(plan.act_points)
             for name in point.sites
         }
 
-    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, grids: SampleGrids) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        step_index: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond: Tensor | None,
+        grids: SampleGrids,
+    ) -> Tensor:
         """The network's raw output [batch, C, H, W].
 
         Args:
             sample: float32 [batch, C, H, W] latents after ``scale_model_input``.
             step_index: int64 [batch] row of each sample.
             encoder_hidden_states: float32 [batch, tokens, D] text states.
+            added_cond: float32 [batch, A], not read where A is 0.
             grids: activation grids of each sample, already looked up.
         """
-        output: Tensor = self.within(grids, lambda hot: hot(sample, step_index, encoder_hidden_states))
+        output: Tensor = self.within(grids, lambda hot: hot(sample, step_index, encoder_hidden_states, added_cond))
         return output
 
     def within(self, grids: SampleGrids, function: Callable[[HotDenoiser], Result]) -> Result:
@@ -193,7 +200,7 @@ class QuantizedDenoiser(nn.Module):
 
     def site(self, name: str) -> nn.Module:
         """The module of a site; its forward input is the activation before quantization."""
-        module: nn.Module = self.hot.unet.get_submodule(name)
+        module: nn.Module = self.hot.network.get_submodule(name)
         return module
 
     def hot_state(self) -> dict[str, Tensor]:
@@ -247,14 +254,16 @@ class FakeQuantDenoiser(nn.Module):
         self.register_buffer("act_offsets", offsets, persistent=False)
         self.register_buffer("relaxed_rows", relaxed, persistent=False)
 
-    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
+    ) -> Tensor:
         """The network's raw output [batch, C, H, W]; arguments as :meth:`HotDenoiser.forward`."""
         grids = SampleGrids(
             self.act_scales[step_index],
             None if self.act_offsets is None else self.act_offsets[step_index],
             None if self.relaxed_rows is None else self.relaxed_rows[step_index],
         )
-        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, grids)
+        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, added_cond, grids)
         return output
 
     def site(self, name: str) -> nn.Module:
@@ -271,7 +280,7 @@ class FakeQuantDenoiser(nn.Module):
 def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
     """The fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU; the FP model for fp."""
     config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
-    hot = new_hot_denoiser(config, calibrated.time_table())
+    hot = new_hot_denoiser(config, calibrated.time_source())
     apply_transforms(hot, calibrated.transforms)
     hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
     scales = {name: torch.from_numpy(value) for name, value in calibrated.weight_scales().items()}
@@ -283,11 +292,12 @@ def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
     )
 
 
-def fp_denoiser(base: BasePipeline) -> HotDenoiser:
-    """The floating-point hot denoiser of a pipeline, in evaluation mode, float32 on the CPU."""
-    pipe = load_pipeline(base)
-    table = time_table_from_unet(pipe.unet, pipe.scheduler.config.num_train_timesteps)
-    return hot_denoiser_from_unet(pipe.unet, table).eval().requires_grad_(requires_grad=False)
+def fp_denoiser(base: BasePipeline, steps: int) -> HotDenoiser:
+    """The floating-point hot denoiser of a pipeline, in evaluation mode, float32 on the CPU.
+
+    Its rows are those of ``steps`` of the pipeline's scheduler. Raises InputError where that has no such schedule.
+    """
+    return hot_denoiser_of(load_pipeline(base), steps).eval().requires_grad_(requires_grad=False)
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -329,4 +339,4 @@ def _input_quantizer(site: SitePlan, plan: PrecisionPlan) -> nn.Module:
 
 def _replace(hot: HotDenoiser, site: SitePlan, module: nn.Module) -> None:
     parent, _, leaf = site.site.rpartition(".")
-    hot.unet.get_submodule(parent).register_module(leaf, module)
+    hot.network.get_submodule(parent).register_module(leaf, module)

@@ -5,39 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from s2p_deploy.calib.quantization.fit_transforms import transform_spec
 from s2p_deploy.calib.quantization.plan import check_plan, plan_from_recipe
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import (
     apply_transforms,
+    denoiser_of,
     discover_sites,
-    hot_denoiser_from_unet,
+    hot_denoiser,
+    hot_skeleton,
+    kind_of,
     load_pipeline,
-    new_hot_denoiser,
-    time_table_from_unet,
+    network_config,
+    time_table_of,
 )
 from s2p_deploy.numerics import format_by_name
+from s2p_deploy.timesteps import timestep_table_of
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from s2p_deploy.calib.job import Job
     from s2p_deploy.families import HotDenoiser, Site
-    from s2p_deploy.records import PrecisionPlan, TimeTable, TransformSpec
+    from s2p_deploy.records import PrecisionPlan, TimestepTable, TimeTable, TransformSpec
 
 
 @dataclass(frozen=True)
 class Start:
     """``hot`` is the pipeline's own denoiser, not yet transformed; ``plan`` is over its sites after ``spec``.
 
-    ``time_table`` is the one to deploy; ``hot`` has the exact one.
+    ``timesteps`` are the rows, the whole schedule's calibrated. ``time_table`` is the one to deploy, or None where the
+    features depend on the prompt too; ``hot`` has the exact one.
     """
 
-    pipe: StableDiffusionPipeline
+    pipe: DiffusionPipeline
     config: dict[str, Any]
-    time_table: TimeTable
+    timesteps: TimestepTable
+    time_table: TimeTable | None
     hot: HotDenoiser
     spec: TransformSpec
     sites: tuple[Site, ...]
@@ -51,26 +55,28 @@ def start_of(job: Job) -> Start:
         InputError: the recipe or the plan does not fit the pipeline, or its scheduler is of another kind.
     """
     pipe = load_pipeline(job.base)
-    if not hasattr(pipe.scheduler, "alphas_cumprod"):
-        name = type(pipe.scheduler).__name__
-        raise InputError(f"{name} has no alphas_cumprod: calibrate needs a variance-preserving scheduler")
-    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
-    rows = pipe.scheduler.config.num_train_timesteps
+    network = denoiser_of(pipe)
+    config = network_config(network)
+    conditioned = bool(kind_of(network).added_width(config))
+    timesteps = timestep_table_of(pipe.scheduler, job.recipe.sampling.steps, fractional=conditioned)
     fmt = format_by_name(job.recipe.weights) if job.recipe.transforms.time_layers == "quantized" else None
-    table, deployed = (time_table_from_unet(pipe.unet, rows, quantized=quantized) for quantized in (None, fmt))
-    hot = hot_denoiser_from_unet(pipe.unet, table).eval()
+    if conditioned and fmt is not None:
+        raise InputError("transforms.time_layers: quantized needs a constant time table, this model has none")
+    rows = len(timesteps.angle)
+    table, deployed = (time_table_of(network, rows, quantized=quantized) for quantized in (None, fmt))
+    hot = hot_denoiser(network, table or timesteps).eval()
     plain = plan_from_recipe(job.recipe, discover_sites(hot))
     linears = [site.site for site in plain.sites if site.op == "linear" and site.act_point is not None]
     spec = transform_spec(hot, job.recipe.transforms, linears)
-    sites = sites_after(spec, config, table)
+    sites = sites_after(spec, config, table or timesteps)
     if job.plan is not None:
         check_plan(job.plan, sites)
-    return Start(pipe, config, deployed, hot, spec, sites, job.plan or plan_from_recipe(job.recipe, sites))
+    plan = job.plan or plan_from_recipe(job.recipe, sites)
+    return Start(pipe, config, timesteps, deployed, hot, spec, sites, plan)
 
 
-def sites_after(spec: TransformSpec, config: dict[str, Any], table: TimeTable) -> tuple[Site, ...]:
+def sites_after(spec: TransformSpec, config: dict[str, Any], time: TimeTable | TimestepTable) -> tuple[Site, ...]:
     """The sites of a denoiser of this configuration after ``spec``, found without its weights."""
-    with torch.device("meta"):
-        hot = new_hot_denoiser(config, table).to(device="meta")
-        apply_transforms(hot, spec)
+    hot = hot_skeleton(config, time).hot
+    apply_transforms(hot, spec)
     return discover_sites(hot)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy.calib.quantized_denoiser import SampleGrids
+from s2p_deploy.families import zero_inputs
 from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def average_bits(denoiser: QuantizedDenoiser, tokens: int = 77) -> dict[str, Any
 @torch.no_grad()
 def _input_elements(denoiser: QuantizedDenoiser, tokens: int) -> list[int]:
     """Elements of every site's input for one sample, seen in one forward pass."""
-    config, weight = denoiser.hot.unet.config, denoiser.hot.unet.conv_in.weight
+    hot = denoiser.hot
     found: dict[str, int] = {}
     hooks = [
         denoiser.site(site.site).register_forward_pre_hook(
@@ -53,11 +54,9 @@ def _input_elements(denoiser: QuantizedDenoiser, tokens: int) -> list[int]:
         )
         for site in denoiser.plan.sites
     ]
-    sample = weight.new_zeros(1, config.in_channels, config.sample_size, config.sample_size)
-    text = weight.new_zeros(1, tokens, config.cross_attention_dim)
-    row = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    inputs = zero_inputs(hot, tokens=tokens)
     try:
-        denoiser(sample, row, text, SampleGrids(weight.new_ones(1, len(denoiser.plan.act_points))))
+        denoiser(*inputs.arguments(), SampleGrids(inputs.sample.new_ones(1, len(denoiser.plan.act_points))))
     finally:
         for hook in hooks:
             hook.remove()

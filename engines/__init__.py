@@ -13,7 +13,7 @@ from s2p_deploy.engines.build import build_engine
 from s2p_deploy.engines.isolation import Limits
 from s2p_deploy.engines.load import load_engine
 from s2p_deploy.engines.lowerings import Lowerings, recorded_lowerings
-from s2p_deploy.engines.options import BuildOptions, ShapeProfile
+from s2p_deploy.engines.options import BuildOptions, ShapeProfile, Span
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
 from s2p_deploy.engines.site_report import sites_not_int8
 from s2p_deploy.engines.subgraph import runner_for_subgraph
@@ -27,6 +27,7 @@ __all__ = [
     "Lowerings",
     "Runner",
     "ShapeProfile",
+    "Span",
     "TorchRunner",
     "backend_by_name",
     "backend_names",

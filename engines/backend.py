@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from s2p_deploy.engines.options import ShapeProfile
+from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import BuildOptions
+    from s2p_deploy.engines.options import BuildOptions, ShapeProfile
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
 
@@ -169,15 +169,15 @@ def check_refit(backend: Backend, options: BuildOptions) -> None:
         )
 
 
-def example_inputs(graph: ExportedGraph, batch: int) -> dict[str, NDArray[Any]]:
-    """Inputs for a trial run: zeros, a calibrated row, and the graph's own scales."""
-    profile = ShapeProfile(1, batch, batch)
-    row = graph.timesteps.calibrated[0]
+def example_inputs(graph: ExportedGraph, profile: ShapeProfile) -> dict[str, NDArray[Any]]:
+    """Inputs for a trial run at the sizes tuned for: zeros, a calibrated row, and the graph's own scales."""
+    sizes = profile.sizes("optimum")
+    row = graph.timesteps.calibrated_rows[0]
     values: dict[str, NDArray[Any]] = {}
     for spec in graph.inputs:
         if spec.name == "act_scales":
             values[spec.name] = graph.scales.scales
         else:
             fill = row if spec.name == "step_index" else 0
-            values[spec.name] = np.full(profile.shape(spec, batch), fill, dtype=spec.dtype)
+            values[spec.name] = np.full(shape_at(spec, sizes), fill, dtype=spec.dtype)
     return values

@@ -12,12 +12,13 @@ from s2p_deploy.engines.isolation import Limits, run_child
 from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.preflight import check_resources, estimate
 from s2p_deploy.engines.probe.run import ensure_probed
+from s2p_deploy.engines.profile_shapes import profile_for
 from s2p_deploy.engines.trial import remembered
 from s2p_deploy.engines.verified_bytes import copy_verified
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import Engine, check_vacant, write_artifact
-from s2p_deploy.records.exported_graph import CONDITIONING_FILE
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
 
 if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
@@ -95,15 +96,17 @@ def check_build(
             f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
         )
     check_vacant(out, replace=replace)
-    asked = dataclasses.replace(options, hint=check_hint(chosen, options.hint))
+    profile = profile_for(graph, options.profile)
+    asked = dataclasses.replace(options, hint=check_hint(chosen, options.hint), profile=profile)
     check_refit(chosen, asked)
     check_resources(estimate(graph, backend), out.parent, limits.memory)
     return asked
 
 
 def _copy_tables(graph: ExportedGraph, folder: Path) -> None:
-    for name in ("act_scales.safetensors", "timesteps.json", CONDITIONING_FILE):
-        if name in graph.manifest.files:
+    for name in graph.manifest.files:
+        side_graph = name.startswith((CONDITIONING_FILE, TEXT_FILE))
+        if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
             copy_verified(graph, name, folder / name)
 
 
@@ -128,8 +131,9 @@ def _described(graph: ExportedGraph, backend: str, options: BuildOptions) -> dic
         "hint": options.hint,
         "options": dataclasses.asdict(options),
         "dtype": graph.dtype,
-        "profile": dataclasses.asdict(options.profile),
+        "profile": options.profile.to_json(),
         "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
         "points": graph.manifest.content["points"],
+        "added_cond": graph.manifest.content.get("added_cond", 0),
         "denoiser_config": graph.manifest.content["denoiser_config"],
     }

@@ -27,8 +27,10 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     lowerings = backend_lowerings(graph, backend.name, options)
     prepared = backend.prepare(graph, scratch, options)
     inputs = prepared_inputs(graph, prepared)
-    example = example_inputs(graph, options.profile.optimum)
+    example = example_inputs(graph, options.profile)
     storage = storage_bits(prepared)  # before compile, which may move the file
+    if graph.text:
+        storage |= storage_bits(graph.text_file)
     compiled = backend.compile(
         CompileRequest(
             onnx_path=prepared,
@@ -58,6 +60,7 @@ def peak_rss() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
 
 if __name__ == "__main__":
     answer_request(sys.argv[1], sys.argv[2], build)

@@ -1,56 +1,117 @@
-"""Projected time features of the rows that are bound to an engine of the input form."""
+"""Projected time features of the rows that are bound to an engine of the input form, by its conditioning graph."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from s2p_deploy.engines.onnx_files import check_external_bytes
 from s2p_deploy.engines.runner import PROJECTIONS
-from s2p_deploy.engines.verified_bytes import verified_file
+from s2p_deploy.engines.side_graph import SideGraph
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     from s2p_deploy.records import Engine
 
-_ERRORS_ONLY = 3
+    # timesteps float32 [n] and added_cond float32 [n, A] -> features [n, P] in the engine's dtype
+    Condition = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating[Any]]]
+
+_MOST_BYTES = 2**29  # of features that are kept for prompts seen before
 
 
-def time_projections(engine: Engine, timesteps: NDArray[np.float64]) -> NDArray[np.floating[Any]]:
-    """The features [rows, P] of timesteps [rows], in the engine's dtype, computed by its ``conditioning.onnx``.
+class TimeFeatures(Protocol):
+    """Projected time features by row. ``added_width`` is A, the width of what else they depend on."""
 
-    ONNX Runtime runs it, on the CPU, whatever the engine's backend is.
+    added_width: int
+
+    def of(self, rows: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
+        """Features [batch, P] of rows [batch], for ``added_cond`` [batch, A] where A is not 0."""
+
+
+class StoredFeatures:
+    """Features [rows, P] of all rows, where they depend on the timestep alone."""
+
+    added_width = 0
+
+    def __init__(self, table: NDArray[np.floating[Any]]) -> None:
+        self.table = table
+
+    def of(self, rows: NDArray[np.int64], _added_cond: NDArray[np.float32] | None = None) -> NDArray[np.floating[Any]]:
+        """Rows of the table."""
+        found: NDArray[np.floating[Any]] = self.table[rows]
+        return found
+
+
+class PromptFeatures:
+    """Features that depend on the prompt too: computed once per prompt for all rows ``ahead``, and kept.
+
+    Other rows are computed when they are asked for. The prompts used last are kept, in 512 MB at most.
+    """
+
+    def __init__(
+        self, condition: Condition, timesteps: NDArray[np.float64], ahead: Sequence[int], added_width: int
+    ) -> None:
+        self.added_width = added_width
+        self._condition, self._timesteps, self._ahead = condition, timesteps.astype(np.float32), tuple(ahead)
+        self._kept: OrderedDict[bytes, dict[int, NDArray[np.floating[Any]]]] = OrderedDict()
+
+    def of(self, rows: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
+        """See :class:`TimeFeatures`."""
+        assert added_cond is not None, "the inputs were checked"
+        return np.stack([self._one(int(row), added) for row, added in zip(rows, added_cond, strict=True)])
+
+    def _one(self, row: int, added: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+        known = self._kept.setdefault(added.tobytes(), {})
+        self._kept.move_to_end(added.tobytes())
+        if row not in known:
+            missing = [row] if known else list(dict.fromkeys((row, *self._ahead)))
+            found = self._condition(self._timesteps[missing], np.repeat(added[None], len(missing), 0))
+            known.update(zip(missing, found, strict=True))
+            self._forget(known[row].nbytes)
+        return known[row]
+
+    def _forget(self, each: int) -> None:
+        """Drops prompts from the oldest on, never the last."""
+        while len(self._kept) > 1 and each * sum(map(len, self._kept.values())) > _MOST_BYTES:
+            self._kept.popitem(last=False)
+
+
+def time_features(engine: Engine, timesteps: NDArray[np.float64], ahead: Sequence[int]) -> TimeFeatures:
+    """The features of an engine's rows, whose ``timesteps`` are float64 [rows], by its ``conditioning.onnx``.
+
+    ONNX Runtime runs it, on the CPU, whatever the engine's backend is. ``ahead`` are the rows that a prompt will ask
+    for.
 
     Raises:
         IntegrityError: the file is missing or was changed, or is no graph of that kind.
     """
-    path = engine.folder / CONDITIONING_FILE
-    if CONDITIONING_FILE not in engine.manifest.files:
-        raise IntegrityError(f"{path} is missing: export the graph again with --time-table input, and build again")
-    data = bytes(verified_file(engine, CONDITIONING_FILE))
-    check_external_bytes(data, {})
-    try:
-        found = _run(data, timesteps.astype(np.float32))
-    except Exception as error:  # ONNX Runtime's errors have no class of their own in common
-        raise IntegrityError(f"{path} is no conditioning graph ({type(error).__name__}): export it again") from error
+    width = engine.added_width
+    condition = _conditioning(engine)
+    if width:
+        condition(timesteps[list(ahead[:1])].astype(np.float32), np.zeros((1, width), np.float32))  # is it one?
+        return PromptFeatures(condition, timesteps, ahead, width)
+    return StoredFeatures(condition(timesteps.astype(np.float32), np.zeros((len(timesteps), 0), np.float32)))
+
+
+def _conditioning(engine: Engine) -> Condition:
+    graph = SideGraph(engine, CONDITIONING_FILE, "--time-table input")
     spec = next(spec for spec in engine.inputs if spec.name == PROJECTIONS)
-    wanted = (len(timesteps), spec.shape[1])
-    with np.errstate(over="ignore"):
-        features = np.ascontiguousarray(found, dtype=spec.dtype)
-    if features.shape != wanted or not np.isfinite(features).all():
-        raise IntegrityError(f"{path} gives no {list(wanted)} features, finite in {spec.dtype}: export the graph again")
-    return features
 
+    def condition(timesteps: NDArray[np.float32], added_cond: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+        given = {"timesteps": timesteps} | ({"added_cond": added_cond} if added_cond.shape[1] else {})
+        wanted = (len(timesteps), spec.shape[1])
+        with np.errstate(over="ignore"):
+            features: NDArray[np.floating[Any]] = graph.run(PROJECTIONS, given).astype(spec.dtype, copy=False)
+        if features.shape != wanted or not np.isfinite(features).all():
+            raise IntegrityError(
+                f"{graph.path} gives no {list(wanted)} features, finite in {spec.dtype}: export the graph again"
+            )
+        return features
 
-def _run(model: bytes, timesteps: NDArray[np.float32]) -> NDArray[np.float32]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    found: NDArray[np.float32] = session.run([PROJECTIONS], {"timesteps": timesteps})[0]
-    return found
+    return condition

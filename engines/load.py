@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.bound_scales import BOUND, check_scales
-from s2p_deploy.engines.conditioning import time_projections
+from s2p_deploy.engines.conditioning import time_features
 from s2p_deploy.engines.lowerings import MIXED_ROWS
 from s2p_deploy.engines.one_row import OneRowRunner
+from s2p_deploy.engines.options import ShapeProfile
 from s2p_deploy.engines.runner import BoundRunner
 from s2p_deploy.engines.tensor_runner import BoundTensorRunner, TensorRunner
+from s2p_deploy.engines.text_projections import text_projections
 from s2p_deploy.engines.trial import require_trial
 from s2p_deploy.engines.verified_bytes import verified_files
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
@@ -58,10 +62,15 @@ def load_engine(
     check_scales(engine, table)
     if len(table.scales) != engine.timesteps.rows:
         raise InputError(f"the scale table has {len(table.scales)} rows, {engine.folder} has {engine.timesteps.rows}")
-    table = scales_of_rows(table, timesteps)
+    table = scales_of_rows(table, engine.timesteps, timesteps)
     if not tried:
         require_trial(engine)
-    features = time_projections(engine, timesteps.timesteps) if engine.takes_time_projections else None
+    features = None
+    if engine.takes_time_projections:
+        asked = np.concatenate([rows_of_timesteps(schedule, timesteps) for schedule in schedules or [[]]])
+        ahead = np.unique(asked).tolist() or list(timesteps.calibrated_rows)
+        features = time_features(engine, timesteps.timesteps, ahead)
+    texts = text_projections(engine) if engine.takes_text_projections else None
     files = verified_files(engine)
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
     runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {})
@@ -69,7 +78,8 @@ def load_engine(
         runner = OneRowRunner(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    return kind(runner, per_step, timesteps, features)
+    profile = ShapeProfile.from_json(engine.manifest.content["profile"])
+    return kind(runner, per_step, timesteps, features, texts, profile=profile)
 
 
 def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepTable:

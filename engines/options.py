@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2p_deploy.errors import InputError
@@ -10,39 +10,76 @@ from s2p_deploy.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from s2p_deploy.records import TensorSpec
-
 Lowering = Literal["auto", "rescale", "runtime_q"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Latent rows or columns of an engine: fewest, tuned for, most; all are multiples of ``step``."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise InputError(f"sizes {self.minimum}:{self.optimum}:{self.maximum} must be ascending from 1")
+        odd = [size for size in (self.minimum, self.optimum, self.maximum) if size % self.step]
+        if odd:
+            raise InputError(f"a latent size of {odd[0]} is no multiple of {self.step}, as this network needs")
+
+    def __str__(self) -> str:
+        if self.minimum == self.maximum:
+            return str(self.minimum)
+        return f"{self.minimum} to {self.maximum} in steps of {self.step}"
+
+    def __contains__(self, size: int) -> bool:
+        return self.minimum <= size <= self.maximum and size % self.step == 0
 
 
 @dataclass(frozen=True)
 class ShapeProfile:
     """Batch sizes of an engine: the smallest, the one it is tuned for, the largest.
 
-    TensorRT engines refuse others; the CPU backends take any.
+    TensorRT engines refuse others; the CPU backends take any. Where a graph's latents may have any size, ``height`` and
+    ``width`` say which ones the engine takes (None: the trained size); every backend's refuse others.
     """
 
     minimum: int = 1
     optimum: int = 2
     maximum: int = 32
+    height: Span | None = None
+    width: Span | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise InputError(f"batch profile {self.minimum}/{self.optimum}/{self.maximum} must be ascending from 1")
 
-    def shape(self, spec: TensorSpec, batch: int, rows: int | None = None) -> tuple[int, ...]:
-        """The sizes of a tensor at a batch size, and at a number of ``rows`` of the scale table where that varies too.
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ShapeProfile:
+        """The profile that :meth:`to_json` made a mapping of."""
+        return ShapeProfile(**{key: Span(**value) if isinstance(value, dict) else value for key, value in data.items()})
 
-        Raises:
-            InputError: another size is dynamic.
-        """
-        sizes = {"batch": batch} if rows is None else {"batch": batch, "rows": rows}
-        other = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
-        if other:
+    def to_json(self) -> dict[str, Any]:
+        """As a mapping; without height and width where those are fixed."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def sizes(self, end: Literal["minimum", "optimum", "maximum"]) -> dict[str, int]:
+        """Every open size by its name in the graph."""
+        spans = {"height": self.height, "width": self.width}
+        latents = {name: int(getattr(span, end)) for name, span in spans.items() if span is not None}
+        return {"batch": int(getattr(self, end))} | latents
+
+    def check_latents(self, height: int, width: int) -> None:
+        """Raises InputError where latents of that size are outside the profile."""
+        if self.height is None or self.width is None:
+            return
+        if height not in self.height or width not in self.width:
             raise InputError(
-                f"input {spec.name} has the dynamic size {other[0]!r}: only {' and '.join(sizes)} may be dynamic"
+                f"this engine takes latents of height {self.height} and width {self.width}, got {height}x{width}: "
+                "build one for that size"
             )
-        return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
 
 
 @dataclass(frozen=True)
@@ -66,4 +103,4 @@ class BuildOptions:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BuildOptions:
         """The options that ``dataclasses.asdict`` made a mapping of."""
-        return BuildOptions(**{**data, "profile": ShapeProfile(**data["profile"])})
+        return BuildOptions(**{**data, "profile": ShapeProfile.from_json(data["profile"])})

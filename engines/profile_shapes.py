@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from s2p_deploy.engines.options import ShapeProfile, Span
+from s2p_deploy.errors import InputError
 from s2p_deploy.records import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import onnx
 
-    from s2p_deploy.engines.options import ShapeProfile
+    from s2p_deploy.records import ExportedGraph
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape, Shape]]
@@ -25,18 +28,51 @@ def profile_shapes(inputs: Iterable[TensorSpec], profile: ShapeProfile, rows: in
     Where the graph leaves the ``rows`` of its scale table open, one profile spans 1 to 4096 and is tuned for ``rows``.
 
     Raises:
-        InputError: another size than ``batch`` and ``rows`` is dynamic.
+        InputError: a size is dynamic that neither the profile nor ``rows`` gives.
     """
-    low = (profile.minimum, 1)
-    tuned = (profile.optimum, min(rows, MOST_ROWS))
-    high = (profile.maximum, MOST_ROWS)
-    return {
-        spec.name: (profile.shape(spec, *low), profile.shape(spec, *tuned), profile.shape(spec, *high))
-        for spec in inputs
-    }
+    low = profile.sizes("minimum") | {"rows": 1}
+    tuned = profile.sizes("optimum") | {"rows": min(rows, MOST_ROWS)}
+    high = profile.sizes("maximum") | {"rows": MOST_ROWS}
+    return {spec.name: (shape_at(spec, low), shape_at(spec, tuned), shape_at(spec, high)) for spec in inputs}
+
+
+def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+    """The shape of a tensor whose dynamic sizes are given by name.
+
+    Raises:
+        InputError: another size is dynamic.
+    """
+    other = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
+    if other:
+        raise InputError(
+            f"input {spec.name} has the dynamic size {other[0]!r}: only {' and '.join(sizes)} may be dynamic"
+        )
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+
+def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
+    """The profile with the heights and widths of latents that an engine of ``graph`` takes; left out, the trained ones.
+
+    Raises:
+        InputError: the graph has one size, or a size is no multiple of what its network needs.
+    """
+    trained = graph.manifest.content.get("latents")
+    if trained is not None:
+        height, width = (
+            _span(asked, trained[side], trained["multiple"])
+            for side, asked in (("height", profile.height), ("width", profile.width))
+        )
+        return replace(profile, height=height, width=width)
+    if profile.height is not None or profile.width is not None:
+        raise InputError(f"{graph.folder} takes latents of one size: export it with --sizes dynamic")
+    return profile
+
+
+def _span(asked: Span | None, trained: int, step: int) -> Span:
+    return Span(trained, trained, trained, step) if asked is None else replace(asked, step=step)
 
 
 def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
-    """Name and shape of an ONNX graph's input (its type is not read)."""
+    """Name and shape of an ONNX graph's input (its type is not read); a size without a name is ``?``."""
     sizes = value.type.tensor_type.shape.dim
-    return TensorSpec(value.name, "", tuple(size.dim_param or size.dim_value for size in sizes))
+    return TensorSpec(value.name, "", tuple(size.dim_param or size.dim_value or "?" for size in sizes))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import Engine, ExportedGraph, GraphSite, PrecisionPlan
 
 UNKNOWN = "unknown"
+_ON_CPU = "fp32"
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -27,7 +28,10 @@ def storage_bits(prepared: Path) -> dict[str, int]:
 def site_precisions(
     graph: ExportedGraph, lowerings: Lowerings, storage: Mapping[str, int], compute: Mapping[str, str]
 ) -> tuple[SitePrecision, ...]:
-    """One entry per site. ``storage`` maps the prepared graph's tensors to bits, ``compute`` ONNX nodes to types."""
+    """One entry per site. ``storage`` maps the graphs' tensors to bits, ``compute`` ONNX nodes to types.
+
+    Sites of ``text.onnx`` are computed by ONNX Runtime on the CPU: their products are float32 ones there.
+    """
     chosen = lowerings.by_point
     floating = 32 if graph.dtype == "fp32" else 16
     return tuple(
@@ -37,7 +41,7 @@ def site_precisions(
             lowering=_lowering(site, chosen),
             weight_storage_bits=floating if site.weight is None else storage[site.weight],
             activation_bits=_BITS.get(site.activations, floating),
-            compute=compute.get(site.node, UNKNOWN),
+            compute=_ON_CPU if site.graph == "text" else compute.get(site.node, UNKNOWN),
         )
         for site in graph.sites
     )

@@ -17,7 +17,7 @@ from s2p_deploy.records import Engine
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_PER_STEP = ("sample", "step_index", "encoder_hidden_states")
+    from s2p_deploy.engines.runner import BoundRunner
 
 
 def try_engine(folder: Path, digest: str) -> None:
@@ -32,20 +32,15 @@ def try_engine(folder: Path, digest: str) -> None:
     profile = engine.manifest.content["profile"]
     with load_engine(engine, tried=True) as runner:
         for batch in sorted({profile["minimum"], profile["optimum"]}):
-            inputs = _inputs(engine, batch)
+            inputs = _inputs(runner, engine.timesteps.calibrated_rows[0], batch)
             found = runner.infer(inputs)[OUTPUT]
             if found.shape != inputs["sample"].shape:
                 raise IntegrityError(f"{folder} gives {OUTPUT} of shape {list(found.shape)}: build it again")
 
 
-def _inputs(engine: Engine, batch: int) -> dict[str, NDArray[Any]]:
-    """Zeros on a calibrated row."""
-    shapes = {
-        spec.name: [batch if isinstance(size, str) else size for size in spec.shape]
-        for spec in engine.inputs
-        if spec.name in _PER_STEP
-    }
-    row = engine.timesteps.calibrated[0]
+def _inputs(runner: BoundRunner, row: int, batch: int) -> dict[str, NDArray[Any]]:
+    """Zeros on a row."""
+    shapes = {spec.name: [batch if isinstance(size, str) else size for size in spec.shape] for spec in runner.inputs}
     return {name: np.full(shape, row if name == "step_index" else 0) for name, shape in shapes.items()}
 
 

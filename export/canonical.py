@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
@@ -17,24 +17,29 @@ from s2p_deploy.export.overflow import overflowing_sites
 from s2p_deploy.export.passes.fill_weights import FillWeights
 from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.passes.full_sites import FullSites
+from s2p_deploy.export.passes.hoisted_text import HoistedText
+from s2p_deploy.export.passes.open_sizes import OpenSizes
 from s2p_deploy.export.passes.readable_names import ReadableNames
 from s2p_deploy.export.passes.scale_rows import PointSpec, ScaleRows
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
 from s2p_deploy.export.passes.time_projections import TimeProjections
 from s2p_deploy.export.passes.transposed_keys import TransposedKeys
 from s2p_deploy.export.passes.weight_quantizers import WeightQuantizers
-from s2p_deploy.export.regions import SiteNode, block_border, block_modules, conditions, locate_sites
-from s2p_deploy.export.scopes import inside
+from s2p_deploy.export.regions import SiteNode, conditions, locate_sites, tapped
+from s2p_deploy.export.scopes import inside, module_path
 from s2p_deploy.export.tensors import DTYPES
 from s2p_deploy.export.tracing import trace_denoiser
 from s2p_deploy.numerics import format_by_name
-from s2p_deploy.records import GraphBlock, GraphSite
+from s2p_deploy.records import GraphBlock, GraphSite, GraphTap, TimeTable
 
 if TYPE_CHECKING:
+    from s2p_deploy.export.tracing import Sizes
+    from s2p_deploy.families import Block, Tap
     from s2p_deploy.records import CalibratedModel
 
 DType = Literal["fp32", "fp16"]
 TimeTableForm = Literal["constant", "input"]
+TextProjectionsForm = Literal["graph", "input"]
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -42,27 +47,39 @@ _TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 class CanonicalGraph:
     """The canonical graph in memory (its weights not read yet), and where sites and blocks are in it.
 
-    ``full_sites`` are those that a half-precision graph computes in float32.
+    ``full_sites`` are those that a half-precision graph computes in float32. Where the products of the text are an
+    input, ``text_model`` computes them, and ``text`` says where its columns come from.
     """
 
     model: ir.Model
     sites: tuple[GraphSite, ...]
     blocks: tuple[GraphBlock, ...]
     full_sites: tuple[str, ...] = ()
+    text_model: ir.Model | None = None
+    text: tuple[GraphTap, ...] = ()
 
 
-def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeTableForm) -> CanonicalGraph:
+def canonical_graph(
+    calibrated: CalibratedModel,
+    dtype: DType,
+    time_table: TimeTableForm,
+    text_projections: TextProjectionsForm = "graph",
+    sizes: Sizes = "fixed",
+) -> CanonicalGraph:
     """The canonical graph, its initializers still to be read. See :func:`export_graph`."""
     _refuse_simulation(calibrated)
+    if text_projections == "input":
+        _refuse_quantized_text(calibrated)
     kind, plan = DTYPES[dtype], calibrated.plan
-    table = calibrated.time_table()
+    source = calibrated.time_source()
     config, transforms = denoiser_config(calibrated), calibrated.transforms
-    traced = trace_denoiser(config, table, transforms, tokens=calibrated.tokens, dtype=_TORCH[dtype])
+    traced = trace_denoiser(config, source, transforms, tokens=calibrated.tokens, dtype=_TORCH[dtype], sizes=sizes)
     model = traced.model
+    _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" else []))
+    if isinstance(source, TimeTable):
+        _run(model, TimeProjections(source.projections, time_table, kind))
     _run(
         model,
-        FoldConstants(),
-        TimeProjections(table.projections, time_table, kind),
         FillWeights(calibrated.tensor, kind),
         TransposedKeys(),
         ReadableNames(),
@@ -72,8 +89,8 @@ def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeT
     blocks = _blocks(model.graph, traced.blocks, sites)
     described = tuple(_describe(site, calibrated) for site in sites)
     centres = usable_centres(calibrated.scales, dtype)
-    sizes = {site.plan.site: _weights_per_channel(site) for site in sites}
-    overflowing = overflowing_sites(calibrated, sizes, centres) if dtype == "fp16" else frozenset()
+    counts = {site.plan.site: _weights_per_channel(site) for site in sites}
+    overflowing = overflowing_sites(calibrated, counts, centres) if dtype == "fp16" else frozenset()
     full = [site for site in sites if site.plan.site in overflowing]
     points = _point_specs(calibrated, sites, centres)
     rows = ScaleRows(points, "rows" if time_table == "input" else len(calibrated.scales.scales), kind)
@@ -83,8 +100,12 @@ def canonical_graph(calibrated: CalibratedModel, dtype: DType, time_table: TimeT
         assert fmt is not None  # an act point has a format
         members = [site for site in sites if site.plan.act_point == point.name]
         lower_rescale(model.graph, point.name, fmt, members, rows.scales[point.name])
-    _run(model, FullSites(full), StripMetadata())
-    return CanonicalGraph(model, described, blocks, tuple(site.plan.site for site in full))
+    _run(model, FullSites(full))
+    made = CanonicalGraph(model, described, blocks, tuple(site.plan.site for site in full))
+    if text_projections == "input":
+        made = _with_text_apart(made, sites)
+    _run(model, StripMetadata())
+    return made
 
 
 def denoiser_config(calibrated: CalibratedModel) -> dict[str, Any]:
@@ -109,6 +130,31 @@ def _refuse_simulation(calibrated: CalibratedModel) -> None:
         )
 
 
+def _refuse_quantized_text(calibrated: CalibratedModel) -> None:
+    """The scales of a quantized text are looked up by the timestep, though they are the same for all of them."""
+    quantized = [point for point in calibrated.plan.act_points if not point.timestep_dependent]
+    if quantized:
+        raise InputError(
+            f"{quantized[0].sites[0]} reads the text in {quantized[0].activations}, so it is computed in every step: "
+            "export with --text-projections graph, or calibrate with the rule {match: text, activations: none}"
+        )
+
+
+def _with_text_apart(whole: CanonicalGraph, sites: tuple[SiteNode, ...]) -> CanonicalGraph:
+    hoisted = HoistedText([site.node for site in sites])
+    made_by = {str(value.name): module_path(node) for node in whole.model.graph for value in node.outputs}
+    _run(whole.model, hoisted)
+    assert hoisted.text_graph is not None  # it was made
+    _run(hoisted.text_graph, StripMetadata())
+    apart = {site.plan.site for site in sites if site.node in hoisted.moved}
+    return replace(
+        whole,
+        sites=tuple(replace(site, graph="text") if site.site in apart else site for site in whole.sites),
+        text_model=hoisted.text_graph,
+        text=tuple(GraphTap(made_by[str(v.name)], "output", str(v.name)) for v in hoisted.columns),
+    )
+
+
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
     for transformation in passes:
         transformation(model)
@@ -121,14 +167,22 @@ def _name_outputs(graph: ir.Graph, sites: tuple[SiteNode, ...]) -> None:
             site.output.name = f"{site.plan.site}/output"
 
 
-def _blocks(graph: ir.Graph, blocks: tuple[str, ...], sites: tuple[SiteNode, ...]) -> tuple[GraphBlock, ...]:
+def _blocks(graph: ir.Graph, blocks: tuple[Block, ...], sites: tuple[SiteNode, ...]) -> tuple[GraphBlock, ...]:
     ignored = conditions(graph)
-    found = []
-    for block, modules in block_modules(blocks).items():
-        entering, leaving = block_border(graph, block, modules, ignored)
-        members = tuple(site.plan.site for site in sites if inside(site.plan.site, modules))
-        found.append(GraphBlock(block, str(entering.name), str(leaving.name), members))
-    return tuple(found)
+
+    def taps(wanted: tuple[Tap, ...]) -> tuple[GraphTap, ...]:
+        found = ((tap, tapped(graph, tap, ignored)) for tap in wanted)
+        return tuple(GraphTap(tap.module, tap.side, str(value.name)) for tap, value in found if value is not None)
+
+    return tuple(
+        GraphBlock(
+            block.name,
+            taps(block.entering),
+            taps(block.leaving),
+            tuple(site.plan.site for site in sites if inside(site.plan.site, block.modules)),
+        )
+        for block in blocks
+    )
 
 
 def _weights_per_channel(site: SiteNode) -> int:

@@ -1,4 +1,4 @@
-"""The conditioning graph of the input form: every row's projected time features from its timestep, at load time."""
+"""The conditioning graph: projected time features of rows, computed outside the denoiser, once for every prompt."""
 
 from __future__ import annotations
 
@@ -9,38 +9,92 @@ import onnx_ir as ir
 import torch
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.export.passes.fill_weights import FillWeights
+from s2p_deploy.export.passes.fold_constants import FoldConstants
+from s2p_deploy.export.passes.half_storage import HalfStorage
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
 from s2p_deploy.export.tracing import OPSET, quiet_exporter
+from s2p_deploy.families import hot_skeleton
+from s2p_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from s2p_deploy.families import TimePath
+    from s2p_deploy.families.network_kind import Config
     from s2p_deploy.records import CalibratedModel
 
-TIMESTEPS = "timesteps"
+TIMESTEPS, ADDED_COND = "timesteps", "added_cond"
 _TOLERANCE = 1e-3  # of the largest feature; a table made on a GPU differs from one made here by about 1e-5
+_INLINE_UP_TO = 2**25  # bytes of weights that stay inside the graph file
+_PATH = "time.path."
 
 
-def write_conditioning(time_path: TimePath, file: Path) -> None:
-    """Writes the time path as ONNX, weights inside: ``timesteps`` float32 [rows] -> ``time_projections`` [rows, P]."""
+def write_time_path(time_path: TimePath, file: Path) -> None:
+    """Writes a time path as ONNX, float32: ``timesteps`` float32 [rows] -> ``time_projections`` [rows, P]."""
+    state = {name: tensor.numpy() for name, tensor in time_path.state_dict().items()}
+    model = _traced(time_path, (torch.arange(2, dtype=torch.float32),), (TIMESTEPS,), state.__getitem__)
+    _save(model, file, silent)
+
+
+def write_conditioning(
+    calibrated: CalibratedModel, config: Config, file: Path, *, half: bool, progress: Progress = silent
+) -> None:
+    """Writes the time path of a model whose features depend on the prompt too, its weights read one at a time.
+
+    ``timesteps`` float32 [rows] and ``added_cond`` float32 [rows, A] -> ``time_projections`` float32 [rows, P]. With
+    ``half`` the weights are stored in float16.
+    """
+    hot = hot_skeleton(config, calibrated.timesteps).hot
+    path = hot.get_submodule(_PATH.removesuffix(".")).eval()
+    examples = (torch.zeros(2, device="meta"), torch.zeros(2, hot.added_width, device="meta"))
+    model = _traced(path, examples, (TIMESTEPS, ADDED_COND), lambda name: calibrated.tensor(_PATH + name))
+    if half:
+        HalfStorage()(model)
+    _save(model, file, progress)
+
+
+def _traced(
+    path: torch.nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    names: tuple[str, ...],
+    read: Callable[[str], NDArray[np.float32]],
+) -> ir.Model:
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            time_path,
-            (torch.arange(2, dtype=torch.float32),),
+            path.to("meta"),
+            tuple(example.to("meta") for example in examples),
             dynamo=True,
-            optimize=True,
+            optimize=False,
             verbose=False,
             opset_version=OPSET,
-            input_names=[TIMESTEPS],
+            input_names=names,
             output_names=[TIME_PROJECTIONS],
-            dynamic_shapes=({0: "rows"},),
+            dynamic_shapes=({0: "rows"},) * len(names),
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    StripMetadata()(program.model)
-    ir.save(program.model, file)
+    for transformation in (FoldConstants(), FillWeights(read, ir.DataType.FLOAT), StripMetadata()):
+        transformation(program.model)
+    return program.model
+
+
+def _save(model: ir.Model, file: Path, progress: Progress) -> None:
+    """Small graphs as one file, others with ``<file>.data`` beside them, tensor by tensor."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if weights <= _INLINE_UP_TO:
+        ir.save(model, file)
+        return
+    ir.save(
+        model,
+        file,
+        external_data=f"{file.name}.data",
+        callback=lambda _tensor, info: progress("write conditioning", info.index + 1, info.total),
+    )
 
 
 @torch.no_grad()
@@ -52,7 +106,7 @@ def check_time_path(time_path: TimePath | None, calibrated: CalibratedModel) -> 
     """
     if time_path is None:
         raise InputError("--time-table input needs the time path of the pipeline that the model was calibrated from")
-    table, rows = calibrated.time_table(), list(calibrated.timesteps.calibrated)
+    table, rows = calibrated.time_table(), list(calibrated.timesteps.calibrated_rows)
     if time_path.slices != table.slices:
         raise InputError(f"{calibrated.folder} has time features of other layers than the pipeline: pass --model")
     found = time_path(torch.tensor(rows, dtype=torch.float32)).numpy()

@@ -8,14 +8,14 @@ import onnx
 import onnx_ir as ir
 
 from s2p_deploy.errors import GraphContractError, InputError
-from s2p_deploy.export.canonical import DType, TimeTableForm, canonical_graph, denoiser_config
+from s2p_deploy.export.canonical import DType, TextProjectionsForm, TimeTableForm, canonical_graph, denoiser_config
 from s2p_deploy.export.centres import usable_centres
-from s2p_deploy.export.conditioning import check_time_path, write_conditioning
+from s2p_deploy.export.conditioning import check_time_path, write_conditioning, write_time_path
 from s2p_deploy.export.graph_contract import check_graph
 from s2p_deploy.export.tracing import OPSET
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import ExportedGraph, TensorSpec, check_vacant, write_artifact
-from s2p_deploy.records.exported_graph import CONDITIONING_FILE, graph_json
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE, graph_json
 from s2p_deploy.records.precision_plan import write_plan
 from s2p_deploy.records.scale_table import write_scale_table
 from s2p_deploy.records.timestep_table import write_timestep_table
@@ -23,10 +23,12 @@ from s2p_deploy.records.timestep_table import write_timestep_table
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from s2p_deploy.export.canonical import CanonicalGraph
+    from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import TimePath
     from s2p_deploy.records import CalibratedModel
 
-GRAPH_FILE, DATA_FILE = "denoiser.onnx", "denoiser.onnx.data"
+GRAPH_FILE = "denoiser.onnx"
 _INLINE_UP_TO = 1024  # bytes; scales, zero points and shapes stay readable in the graph file
 
 
@@ -35,8 +37,10 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     out: Path,
     *,
     dtype: DType = "fp32",
-    time_table: TimeTableForm = "constant",
+    time_table: TimeTableForm | None = None,
     time_path: TimePath | None = None,
+    text_projections: TextProjectionsForm = "graph",
+    sizes: Sizes = "fixed",
     replace: bool = False,
     progress: Progress = silent,
 ) -> ExportedGraph:
@@ -47,36 +51,44 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         out: folder of the artifact.
         dtype: type of all floating-point tensors but the scales, which stay float32 until their ratios are taken.
         time_table: ``constant`` keeps the projected time features of every row in the graph; ``input`` makes the row's
-            features an input and the rows of ``act_scales`` dynamic.
-        time_path: with ``input``, what computes the features: of the pipeline that the model was calibrated from.
+            features an input and the rows of ``act_scales`` dynamic. None: ``constant`` where the model has such a
+            table, ``input`` where its features depend on the prompt too.
+        time_path: with ``input`` in place of a table, what computes the features: of the pipeline that the model was
+            calibrated from.
+        text_projections: ``graph`` computes the products of the text in every step; ``input`` makes them an input,
+            which ``text.onnx`` computes once per prompt.
+        sizes: ``fixed`` takes latents of the trained size; ``dynamic`` any whose height and width are multiples of what
+            the network's levels or patches ask for.
         replace: whether an artifact at ``out`` may be replaced.
         progress: told about every tensor written.
 
     Raises:
-        InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``; ``time_path`` is
-            missing, or not that of the model's time table.
+        InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``; the model has no
+            constant time table; ``time_path`` is missing, or not that of the model's time table; the text is
+            quantized where its products were to be an input.
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
     if out.exists() and not replace:
         raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
-    if time_table == "input":
+    form = _form(calibrated, time_table)
+    if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
-    graph = canonical_graph(calibrated, dtype, time_table)
+    graph = canonical_graph(calibrated, dtype, form, text_projections, sizes)
 
     def fill(folder: Path) -> dict[str, Any]:
-        _write_model(graph.model, folder, progress)
-        check_graph(folder / GRAPH_FILE, calibrated.plan)
-        inputs = tuple(_spec(value) for value in graph.model.graph.inputs)
-        outputs = tuple(_spec(value) for value in graph.model.graph.outputs)
-        text = graph_json(dtype=dtype, inputs=inputs, outputs=outputs, sites=graph.sites, blocks=graph.blocks)
-        (folder / "graph.json").write_text(text, encoding="utf-8")
+        _write_graph(graph, dtype, folder, progress)
+        check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
         write_scale_table(calibrated.scales, folder / "act_scales.safetensors")
         write_plan(calibrated.plan, folder / "plan.yaml")
         write_timestep_table(calibrated.timesteps, folder / "timesteps.json")
-        if time_table == "input" and time_path is not None:
-            write_conditioning(time_path, folder / CONDITIONING_FILE)
-        return _content(calibrated, dtype, time_table) | {"full_sites": list(graph.full_sites)}
+        if calibrated.added_width:
+            config, file = denoiser_config(calibrated), folder / CONDITIONING_FILE
+            write_conditioning(calibrated, config, file, half=dtype == "fp16", progress=progress)
+        elif form == "input" and time_path is not None:
+            write_time_path(time_path, folder / CONDITIONING_FILE)
+        forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
+        return _content(calibrated, dtype) | forms
 
     write_artifact(
         out,
@@ -90,16 +102,41 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     return ExportedGraph.open(out)
 
 
-def _write_model(model: ir.Model, folder: Path, progress: Progress) -> None:
+def _form(calibrated: CalibratedModel, asked: TimeTableForm | None) -> TimeTableForm:
+    if calibrated.added_width and asked == "constant":
+        raise InputError(
+            f"the time features of {calibrated.folder} depend on the prompt too, they cannot be constant:"
+            " export with --time-table input"
+        )
+    return asked or ("input" if calibrated.added_width else "constant")
+
+
+def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Progress) -> None:
+    """Writes the models, and ``graph.json``, which describes them."""
+    _write_model(graph.model, folder / GRAPH_FILE, progress)
+    if graph.text_model is not None:
+        _write_model(graph.text_model, folder / TEXT_FILE, progress)
+    described = graph_json(
+        dtype=dtype,
+        inputs=tuple(_spec(value) for value in graph.model.graph.inputs),
+        outputs=tuple(_spec(value) for value in graph.model.graph.outputs),
+        sites=graph.sites,
+        blocks=graph.blocks,
+        text=graph.text,
+    )
+    (folder / "graph.json").write_text(described, encoding="utf-8")
+
+
+def _write_model(model: ir.Model, file: Path, progress: Progress) -> None:
     """Writes the graph and its one external data file, tensor by tensor, and checks it as ONNX."""
     ir.save(
         model,
-        folder / GRAPH_FILE,
-        external_data=DATA_FILE,
+        file,
+        external_data=f"{file.name}.data",
         size_threshold_bytes=_INLINE_UP_TO,
         callback=lambda _tensor, info: progress("write weights", info.index + 1, info.total),
     )
-    onnx.checker.check_model(str(folder / GRAPH_FILE), full_check=True)
+    onnx.checker.check_model(str(file), full_check=True)
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -110,14 +147,14 @@ def _spec(value: ir.Value) -> TensorSpec:
     )
 
 
-def _content(calibrated: CalibratedModel, dtype: DType, time_table: TimeTableForm) -> dict[str, Any]:
+def _content(calibrated: CalibratedModel, dtype: DType) -> dict[str, Any]:
     """What the manifest says of the graph; ``points`` gives every act point's centre and range of scales."""
     centres = usable_centres(calibrated.scales, dtype)
     columns = dict(zip(calibrated.scales.points, calibrated.scales.scales.T, strict=True))
     return {
         "dtype": dtype,
         "opset": OPSET,
-        "time_table": time_table,
+        "added_cond": calibrated.added_width,
         "lowering": "rescale",
         "sites": len(calibrated.plan.sites),
         "points": {

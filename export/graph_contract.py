@@ -14,64 +14,89 @@ Rules, each one function:
 7. types: one floating-point type everywhere but in the part that takes ratios of scales, and around sites that a
    half-precision graph computes in float32 because they could overflow: such values have names that end in ``_fp32``
 8. data: external data lies in one file beside the graph
+9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those sites and keeps rules 1 to 8
+   with ``encoder_hidden_states`` alone as input; it joins on the last axis, in order and with their names, the tensors
+   that the graph divides
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from s2p_deploy.errors import GraphContractError
+from s2p_deploy.export.passes.hoisted_text import TEXT, TEXT_PROJECTIONS
 from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
 from s2p_deploy.export.tensors import FULL, storage_type
 from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
 from s2p_deploy.numerics import format_by_name
+from s2p_deploy.records import PrecisionPlan
+from s2p_deploy.records.exported_graph import TEXT_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from s2p_deploy.records import PrecisionPlan, SitePlan
+    from s2p_deploy.records import SitePlan
 
 _OPS = {"conv": "Conv", "linear": "MatMul"}
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 
-def check_graph(path: Path, plan: PrecisionPlan) -> None:
+def check_graph(path: Path, plan: PrecisionPlan, text_sites: Collection[str] = ()) -> None:
     """Checks the graph in a file (its data beside it) against the contract and its plan.
+
+    ``text_sites`` are those that ``text.onnx`` beside it computes.
 
     Raises:
         GraphContractError: a rule is broken; the message names the rule's subject and the node, tensor or site.
     """
     model = ir.load(path)
-    dtype = _check_interface(model, plan)
-    _check_names(model.graph)
-    _check_weighted_nodes(model.graph, plan)
-    _check_quantizers(model.graph)
-    _check_act_points(model.graph, plan)
-    nodes = {str(node.name): node for node in model.graph}
+    own = PrecisionPlan(tuple(site for site in plan.sites if site.site not in text_sites), plan.act_points)
+    dtype = _check_interface(model, own, TEXT_PROJECTIONS if text_sites else TEXT)
+    _check_parts(model.graph, own, dtype, path)
+    if text_sites:
+        text, text_path = ir.load(path.with_name(TEXT_FILE)), path.with_name(TEXT_FILE)
+        _check_text_interface(text, dtype)
+        apart = PrecisionPlan(tuple(site for site in plan.sites if site.site in text_sites), ())
+        _check_parts(text.graph, apart, dtype, text_path)
+        _check_joint(text.graph, model.graph)
+
+
+def _check_parts(graph: ir.Graph, plan: PrecisionPlan, dtype: ir.DataType, path: Path) -> None:
+    """Rules 2 to 8."""
+    _check_names(graph)
+    _check_weighted_nodes(graph, plan)
+    _check_quantizers(graph)
+    _check_act_points(graph, plan)
+    nodes = {str(node.name): node for node in graph}
     for site in plan.sites:
         _check_site(nodes[f"{site.site}/{_OPS[site.op]}"], site, dtype)
-    _check_types(model.graph, dtype)
-    _check_external_data(model.graph, path)
+    _check_types(graph, dtype)
+    _check_external_data(graph, path)
 
 
-def _check_interface(model: ir.Model, plan: PrecisionPlan) -> ir.DataType:
-    """Rule 1; returns the graph's floating-point type."""
+def _check_opset(model: ir.Model) -> None:
     if set(model.opset_imports) != {""} or model.opset_imports[""] < OPSET or model.functions:
         raise GraphContractError(
             f"opsets are {dict(model.opset_imports)}: the contract is plain ONNX, opset {OPSET} or later"
         )
+
+
+def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.DataType:
+    """Rule 1, with ``text`` as the input that carries it; returns the graph's floating-point type."""
+    _check_opset(model)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
-    expected = [*INPUTS, *([ACT_SCALES] if plan.act_points else [])]
+    expected = [text if name == TEXT else name for name in INPUTS] + ([ACT_SCALES] if plan.act_points else [])
     if [name for name in inputs if name != TIME_PROJECTIONS] != expected:
         raise GraphContractError(
             f"inputs are {', '.join(map(str, inputs))}: expected {', '.join(expected)} in this order"
@@ -95,6 +120,29 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan) -> ir.DataType:
             f"outputs are {[value.name for value in graph.outputs]}: expected {OUTPUT} alone, of type {dtype}"
         )
     return dtype
+
+
+def _check_text_interface(model: ir.Model, dtype: ir.DataType) -> None:
+    """Rule 9: rule 1 of the text's graph."""
+    _check_opset(model)
+    for values, name in ((model.graph.inputs, TEXT), (model.graph.outputs, TEXT_PROJECTIONS)):
+        found = [(value.name, value.dtype, _first_dimension(value)) for value in values]
+        if found != [(name, dtype, "batch")]:
+            raise GraphContractError(f"{TEXT_FILE} has {found}: expected {name} alone, {dtype}, batch first")
+
+
+def _check_joint(text: ir.Graph, graph: ir.Graph) -> None:
+    """Rule 9: what one graph joins is what the other divides."""
+    joined = text.outputs[0].producer()
+    divided = [node for node, _ in next(v for v in graph.inputs if v.name == TEXT_PROJECTIONS).uses()]
+    if joined is None or joined.op_type != "Concat" or [node.op_type for node in divided] != ["Split"]:
+        raise GraphContractError(f"{TEXT_PROJECTIONS} must come from one Concat, and go to one Split")
+    ends = [(value.name, _sizes(value)) for value in joined.inputs if value is not None]
+    starts = [(value.name, _sizes(value)) for value in divided[0].outputs]
+    wrong = next((pair for pair in zip_longest(ends, starts) if pair[0] != pair[1]), None)
+    axes = [node.attributes.get_int("axis", 0) for node in (joined, *divided)]
+    if wrong is not None or set(axes) != {2}:
+        raise GraphContractError(f"{TEXT_PROJECTIONS} is joined and divided otherwise: {wrong}, axes {axes}")
 
 
 def _sizes(value: ir.Value | None) -> tuple[object, ...]:

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from s2p_deploy.families import Tap
     from s2p_deploy.records import SitePlan
 
-TAIL = "output"
-_TAIL_MODULES = ("conv_norm_out", "conv_act", "conv_out")
 _OPS = {"conv": "Conv", "linear": "MatMul"}
 _CONDITIONS = frozenset({"step_index", "act_scales", "encoder_hidden_states", "time_projections"})
 
@@ -46,11 +45,6 @@ class SiteNode:
     def output(self) -> ir.Value:
         """The site's result, bias included, in a graph that is not lowered yet."""
         return (self.bias_node or self.node).outputs[0]
-
-
-def block_modules(blocks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Module paths of every block, and of the tail behind the last one (``output``)."""
-    return {block: (block,) for block in blocks} | {TAIL: _TAIL_MODULES}
 
 
 def locate_sites(graph: ir.Graph, plans: Sequence[SitePlan]) -> tuple[SiteNode, ...]:
@@ -89,38 +83,37 @@ def _bias_node(plan: SitePlan, node: ir.Node) -> ir.Node | None:
 
 
 def conditions(graph: ir.Graph) -> frozenset[ir.Value]:
-    """Values that depend only on initializers, the row, the scales, the time projections or the text."""
+    """Values that depend only on initializers, the row, the scales, the time projections or the text, and sizes."""
     known = {value for value in graph.inputs if value.name in _CONDITIONS} | set(graph.initializers.values())
     for node in graph:
-        if all(value is None or value in known for value in node.inputs):
+        if node.op_type == "Shape" or all(value is None or value in known for value in node.inputs):
             known.update(node.outputs)
     return frozenset(known)
 
 
-def block_border(
-    graph: ir.Graph, block: str, modules: tuple[str, ...], ignored: frozenset[ir.Value]
-) -> tuple[ir.Value, ir.Value]:
-    """The one activation that enters a block and the one that leaves it; ``ignored`` (see conditions) do not count.
+def tapped(graph: ir.Graph, tap: Tap, ignored: frozenset[ir.Value]) -> ir.Value | None:
+    """The activation at a tap; None where nothing enters but what is ``ignored`` (see conditions).
 
     Raises:
-        GraphContractError: a block has not exactly one of either.
+        GraphContractError: a module has several activations there, or gives none.
     """
-    nodes = [node for node in graph if inside(module_path(node), modules)]
+    nodes = [node for node in graph if inside(module_path(node), (tap.module,))]
+    found = _entering(nodes, ignored) if tap.side == "input" else _leaving(graph, nodes, ignored)
+    if len(found) > 1 or (tap.side == "output" and not found):
+        raise GraphContractError(f"module {tap.module} has {len(found)} activations as {tap.side}, expected one")
+    return found[0] if found else None
+
+
+def _entering(nodes: Sequence[ir.Node], ignored: frozenset[ir.Value]) -> list[ir.Value]:
     members = set(nodes)
-    outputs = set(graph.outputs)
-    read = [value for node in nodes for value in node.inputs if value is not None]
-    entering = _distinct(v for v in read if v.producer() not in members and v not in ignored)
-    leaving = _distinct(
-        v
-        for node in nodes
-        for v in node.outputs
-        if v in outputs or any(reader not in members for reader, _ in v.uses())
-    )
-    if len(entering) != 1 or len(leaving) != 1:
-        raise GraphContractError(
-            f"block {block} has {len(entering)} activations in and {len(leaving)} out, expected one of each"
-        )
-    return entering[0], leaving[0]
+    read = (value for node in nodes for value in node.inputs if value is not None)
+    return _distinct(value for value in read if value.producer() not in members and value not in ignored)
+
+
+def _leaving(graph: ir.Graph, nodes: Sequence[ir.Node], ignored: frozenset[ir.Value]) -> list[ir.Value]:
+    members, outputs = set(nodes), set(graph.outputs)
+    made = (value for node in nodes for value in node.outputs if value not in ignored)
+    return _distinct(v for v in made if v in outputs or any(reader not in members for reader, _ in v.uses()))
 
 
 def _distinct(values: Iterable[ir.Value]) -> list[ir.Value]:

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-_ROOT = "unet"  # the hot denoiser's own attribute: module paths are relative to it
+_ROOT = "network"  # the hot denoiser's own attribute: module paths are relative to it
 
 
 def module_path(node: ir.Node) -> str:
     """Path of the innermost module that ``node`` came from, relative to the UNet; empty for the UNet itself.
 
-    The exporter's list ends with the operator: ``['', 'unet', 'unet.conv_in', 'conv2d']`` gives ``conv_in``.
+    The exporter's list ends with the operator: ``['', 'network', 'network.conv_in', 'conv2d']`` gives ``conv_in``.
     """
     scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "['', '']"))
     innermost: str = scopes[-2] if len(scopes) > 1 else ""

@@ -34,8 +34,9 @@ class GraphParts:
     def block(self, block: str) -> onnx.ModelProto:
         """One block with its weights inside.
 
-        Inputs: the block's activation under its own name, then those graph inputs that it needs (``step_index``,
-        ``encoder_hidden_states``, ``act_scales``, ``time_projections``). Output: the block's activation.
+        Inputs: the entering activations under their own names, then those graph inputs that it needs (``step_index``,
+        ``encoder_hidden_states`` or ``text_projections``, ``act_scales``, ``time_projections``). Outputs: the leaving
+        activations.
 
         Raises:
             InputError: there is no such block. GraphContractError: the file does not hold the block's tensors.
@@ -44,7 +45,7 @@ class GraphParts:
         if found is None:
             names = ", ".join(item.block for item in self.graph.blocks)
             raise InputError(f"no block {block} in {self.graph.folder}: use one of {names}")
-        return self._cut(found.input, [found.output])
+        return self._cut([tap.tensor for tap in found.entering], [tap.tensor for tap in found.leaving])
 
     def site(self, site: str) -> onnx.ModelProto:
         """One site with its quantizers and weights, otherwise as :meth:`block`.
@@ -54,16 +55,16 @@ class GraphParts:
         found = next((item for item in self.graph.sites if item.site == site), None)
         if found is None:
             raise InputError(f"no site {site} in the plan of {self.graph.folder}")
-        return self._cut(found.input, [found.output, found.codes] if found.codes else [found.output])
+        return self._cut([found.input], [found.output, found.codes] if found.codes else [found.output])
 
-    def _cut(self, entry: str, outputs: Sequence[str]) -> onnx.ModelProto:
-        """The nodes between ``entry`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
-        missing = [name for name in (entry, *outputs) if name not in self._values]
+    def _cut(self, entries: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+        """The nodes between ``entries`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
+        missing = [name for name in (*entries, *outputs) if name not in self._values]
         if missing:
             raise GraphContractError(f"{self.file} has no tensor {missing[0]}: it is not made from this graph")
-        start, ends = self._values[entry], [self._values[name] for name in outputs]
+        starts, ends = ([self._values[name] for name in names] for names in (entries, outputs))
         graph = self._model.graph
-        inputs = [start, *(value for value in _reached_inputs(graph, start, ends) if value is not start)]
+        inputs = [*starts, *(value for value in _reached_inputs(graph, starts, ends) if value not in starts)]
         part = ir.Model(ir.convenience.extract(graph, inputs, ends), ir_version=self._model.ir_version)
         ir.external_data.load_to_model(part)
         return ir.to_proto(part)
@@ -75,13 +76,17 @@ def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = No
 
 
 def site_subgraph(graph: ExportedGraph, site: str, onnx_file: Path | None = None) -> onnx.ModelProto:
-    """One site as a model of its own: :meth:`GraphParts.site` of a file that is used once."""
-    return GraphParts(graph, onnx_file).site(site)
+    """One site as a model of its own: :meth:`GraphParts.site` of a file that is used once.
+
+    Without ``onnx_file`` that is the graph's file that the site is in.
+    """
+    apart = any(item.site == site and item.graph == "text" for item in graph.sites)
+    return GraphParts(graph, onnx_file or (graph.text_file if apart else graph.onnx_file)).site(site)
 
 
-def _reached_inputs(graph: ir.Graph, start: ir.Value, ends: Sequence[ir.Value]) -> list[ir.Value]:
-    """Graph inputs that ``ends`` depend on other than through ``start``, in the graph's order."""
-    pending, seen = list(ends), {start}
+def _reached_inputs(graph: ir.Graph, starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> list[ir.Value]:
+    """Graph inputs that ``ends`` depend on other than through ``starts``, in the graph's order."""
+    pending, seen = list(ends), set(starts)
     while pending:
         value = pending.pop()
         if value in seen:

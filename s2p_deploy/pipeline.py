@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import ModelMixin, StableDiffusionPipeline
+from diffusers import ModelMixin, StableDiffusion3Pipeline
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from s2p_deploy.engines.runner import OUTPUT
+from s2p_deploy.engines.runner import ADDED_COND, OUTPUT
 from s2p_deploy.engines.tensor_runner import TensorRunner
 from s2p_deploy.errors import InputError
+from s2p_deploy.families import denoiser_of, kind_of_config, latent_shape_of, with_denoiser
 from s2p_deploy.schedulers import scheduler_by_name
 from s2p_deploy.timesteps import rows_of_timesteps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Engine, Prompt, TimestepTable
+
+
+_ADDED = ("added_cond_kwargs", "pooled_projections")  # what carries the added conditions
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to sample: a scheduler by name (None: the pipeline's own) and a number of steps."""
+    """How to sample: a scheduler by name (None: the pipeline's own) and a number of steps.
+
+    ``max_sequence_length`` is that of SD3's third text encoder, which others do not have.
+    """
 
     steps: int
     scheduler: str | None = None
+    max_sequence_length: int = 256
+
+    @staticmethod
+    def of(sampling: Sampling) -> Schedule:
+        """A recipe's own."""
+        return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length)
 
 
 class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
-    """A denoiser that a stock pipeline calls like its UNet, and that asks a runner.
+    """A denoiser that a stock pipeline calls like its own UNet, and that asks a runner.
 
     A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
     It holds no weights; its device and dtype are those of the tensors around it, the runner's are its own affair.
@@ -52,6 +69,10 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         self.runner = runner
         self.timesteps = timesteps
         self._config = FrozenDict(config)
+        self._kind = kind_of_config(config)
+        self._added_width = self._kind.added_width(dict(config))
+        width = config.get("projection_class_embeddings_input_dim")
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))  # SDXL's pipeline looks there
         self.register_buffer("placement", torch.empty(0), persistent=False)
 
     @property
@@ -85,32 +106,41 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
             timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
             encoder_hidden_states: [batch, tokens, D] text states.
             return_dict: a record with ``sample``, or a tuple of one.
-            conditions: everything else that a UNet takes; accepted only where it asks for nothing.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
+                it asks for nothing.
 
         Raises:
             InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
                 the table or has no row, or the latents have another size than the engine's.
         """
-        asked = [name for name, value in conditions.items() if value is not None and value != {}]
+        result = self._answer(sample, timestep, encoder_hidden_states, conditions)
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _answer(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
+    ) -> Tensor:
+        taken = set(_ADDED) if self._added_width else set()
+        asked = [name for name, value in conditions.items() if name not in taken and value is not None and value != {}]
         if asked:
             raise InputError(f"an engine's network is fixed, it cannot take {asked[0]}: merge it before you calibrate")
         self._check_size(sample)
-        result = self._asked(sample.detach(), self._rows(timestep, len(sample)), encoder_hidden_states.detach())
-        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+        given = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
+        if self._added_width:
+            added = self._kind.added_cond(conditions)
+            if added is None:
+                raise InputError("this engine needs the pooled text that its own pipeline gives: use that pipeline")
+            given[ADDED_COND] = added.detach()
+        return self._asked(given, self._rows(timestep, len(sample)))
 
-    def _asked(self, sample: Tensor, rows: NDArray[np.int64], text: Tensor) -> Tensor:
+    def _asked(self, given: dict[str, Tensor], rows: NDArray[np.int64]) -> Tensor:
         """What the runner answers; on a GPU without a way through the host, where the runner takes tensors."""
+        sample = given["sample"]
         if sample.is_cuda and isinstance(self.runner, TensorRunner):
-            given = {"sample": sample, "step_index": torch.from_numpy(rows), "encoder_hidden_states": text}
             # its memory is written again in the next call
-            return self.runner.infer_tensors(given)[OUTPUT].to(sample.dtype, copy=True)
-        outputs = self.runner.infer(
-            {
-                "sample": sample.float().cpu().numpy(),
-                "step_index": rows,
-                "encoder_hidden_states": text.float().cpu().numpy(),
-            }
-        )
+            answer = self.runner.infer_tensors(given | {"step_index": torch.from_numpy(rows)})[OUTPUT]
+            return answer.to(sample.dtype, copy=True)
+        arrays = {name: tensor.float().cpu().numpy() for name, tensor in given.items()}
+        outputs = self.runner.infer(arrays | {"step_index": rows})
         return torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
 
     def _rows(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
@@ -121,9 +151,7 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         return np.broadcast_to(rows, (batch,)).copy()
 
     def _check_size(self, sample: Tensor) -> None:
-        size = self.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        wanted, given = (self.config["in_channels"], height, width), tuple(sample.shape[1:])
+        wanted, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != wanted:
             raise InputError(f"this engine takes latents of {wanted}, got {given}: leave height and width out")
 
@@ -155,23 +183,49 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         raise InputError("an engine's network is fixed, FreeU cannot be switched on")
 
 
+class EngineTransformer(EngineDenoiser):
+    """The same for pipelines of Stable Diffusion 3, which call their transformer otherwise."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The network's raw output, in new memory, on the device and in the dtype of ``hidden_states``.
+
+        Args:
+            hidden_states: [batch, C, H, W] latents.
+            encoder_hidden_states: [batch, tokens, D] joint text states.
+            pooled_projections: [batch, A] pooled text.
+            timestep: the scheduler's value, a scalar tensor or one of [batch].
+            return_dict: a record with ``sample``, or a tuple of one.
+            conditions: everything else that a transformer takes; accepted only where it asks for nothing.
+
+        Raises:
+            InputError: as :meth:`EngineDenoiser.forward`.
+        """
+        given = conditions | {"pooled_projections": pooled_projections}
+        result = self._answer(hidden_states, timestep, encoder_hidden_states, given)
+        return Transformer2DModelOutput(sample=result) if return_dict else (result,)
+
+
+def engine_denoiser(runner: Runner, config: Mapping[str, Any], timesteps: TimestepTable) -> EngineDenoiser:
+    """The component that stands where a network of that configuration stood."""
+    kind = EngineTransformer if kind_of_config(config).component == "transformer" else EngineDenoiser
+    return kind(runner, config, timesteps)
+
+
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
     """The denoiser of a loaded engine, with the rows that ``runner`` is bound to."""
-    return EngineDenoiser(runner, engine.denoiser_config, runner.timesteps)
+    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps)
 
 
-def pipeline_with_denoiser(base: StableDiffusionPipeline, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
-    """A stock pipeline that shares all of ``base`` but the denoiser and the scheduler (it has a state)."""
-    scheduler = type(base.scheduler).from_config(base.scheduler.config)
-    components = base.components | {"unet": denoiser, "scheduler": scheduler}
-    pipe = StableDiffusionPipeline(**components, requires_safety_checker=base.config.requires_safety_checker)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pipeline_with_engine(
-    base: StableDiffusionPipeline, engine: Engine, runner: BoundRunner
-) -> StableDiffusionPipeline:
+def pipeline_with_engine(base: DiffusionPipeline, engine: Engine, runner: BoundRunner) -> DiffusionPipeline:
     """``base`` with a loaded engine as its denoiser. ``base`` stays as it is.
 
     Schedules with fractional timesteps must have been named when the engine was loaded::
@@ -179,22 +233,22 @@ def pipeline_with_engine(
         timesteps = timesteps_of(base, Schedule(20, "euler-karras"))
         pipe = pipeline_with_engine(base, engine, load_engine(engine, schedules=[timesteps]))
     """
-    return pipeline_with_denoiser(base, denoiser_from_engine(engine, runner))
+    return with_denoiser(base, denoiser_from_engine(engine, runner))
 
 
-def with_schedule(pipe: StableDiffusionPipeline, schedule: Schedule) -> StableDiffusionPipeline:
+def with_schedule(pipe: DiffusionPipeline, schedule: Schedule) -> DiffusionPipeline:
     """``pipe`` with a fresh scheduler of the asked kind, made from the noise schedule of its own.
 
     Raises:
         InputError: there is no scheduler of that name.
     """
-    other = pipeline_with_denoiser(pipe, pipe.unet)
+    other = with_denoiser(pipe, denoiser_of(pipe))
     if schedule.scheduler is not None:
         other.scheduler = scheduler_by_name(schedule.scheduler, pipe.scheduler.config)
     return other
 
 
-def timesteps_of(pipe: StableDiffusionPipeline, schedule: Schedule) -> NDArray[np.float64]:
+def timesteps_of(pipe: DiffusionPipeline, schedule: Schedule) -> NDArray[np.float64]:
     """Every timestep that ``pipe`` asks its denoiser for on a schedule, float64 [calls], in order.
 
     Raises:
@@ -211,27 +265,37 @@ def timesteps_of(pipe: StableDiffusionPipeline, schedule: Schedule) -> NDArray[n
 
 def initial_noise(seeds: Sequence[int], denoiser_config: Mapping[str, Any]) -> Tensor:
     """Standard normal noise float32 [n, C, H, W]; each sample depends on its own seed alone."""
-    size = denoiser_config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, denoiser_config["in_channels"], height, width)
+    shape = (1, *latent_shape_of(dict(denoiser_config)))
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompt: Prompt, *, schedule: Schedule, guidance_scale: float, seed: int | None = None
+    pipe: DiffusionPipeline, prompt: Prompt, *, schedule: Schedule, guidance_scale: float, seed: int | None = None
 ) -> Image:
     """One picture; its noise comes from ``seed``, or from the prompt's id.
 
     Raises:
         InputError: no such scheduler, or the engine's table does not cover the schedule.
     """
-    noise = initial_noise([prompt.noise_seed if seed is None else seed], pipe.unet.config)
-    result = with_schedule(pipe, schedule)(
-        prompt.text,
-        negative_prompt=prompt.negative,
-        latents=noise.to(pipe.unet.dtype),
-        num_inference_steps=schedule.steps,
-        guidance_scale=guidance_scale,
-    )
-    picture: Image = result.images[0]
+    noise = initial_noise([prompt.noise_seed if seed is None else seed], denoiser_of(pipe).config)
+    given = call_arguments(pipe, [prompt], schedule, guidance_scale)
+    picture: Image = with_schedule(pipe, schedule)(**given, latents=noise.to(denoiser_of(pipe).dtype)).images[0]
     return picture
+
+
+def call_arguments(
+    pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
+) -> dict[str, Any]:
+    """What a stock pipeline is called with to draw ``prompts``.
+
+    Where no prompt has a negative one, none is given: SDXL takes zeros then, not the states of an empty text.
+    """
+    negatives = [prompt.negative for prompt in prompts]
+    pads = isinstance(pipe, StableDiffusion3Pipeline)
+    padded = {"max_sequence_length": schedule.max_sequence_length} if pads else {}
+    return padded | {
+        "prompt": [prompt.text for prompt in prompts],
+        "negative_prompt": negatives if any(negatives) else None,
+        "num_inference_steps": schedule.steps,
+        "guidance_scale": guidance_scale,
+    }

@@ -27,8 +27,9 @@ class _Section(BaseModel):
 class Rule(_Section):
     """One rule of the precision plan. Rules are read in order and the last that matches a site decides.
 
-    ``match`` is a shell pattern over the site's module path (``conv_in``, ``*.attn2.to_k``) or ``text`` for every site
-    that reads only the text. A pattern that matches no site is an error.
+    ``match`` is a shell pattern over the site's module path (``mid_block.*``, ``*.attn2.to_k``), or ``input`` for the
+    site that reads the latents, ``output`` for the one that writes the prediction, ``text`` for every site that reads
+    only the text. A pattern that matches no site is an error.
     """
 
     match: str
@@ -85,6 +86,10 @@ class Scales(_Section):
 
     ``calibrator``: ``own`` uses the other keys; ``modelopt`` and ``modelopt_smoothquant`` take nvidia-modelopt's INT8
     default and SmoothQuant configurations, which have one activation scale for all timesteps.
+    ``activations``: from stored latents, the clip with the smallest squared error (``mse``) or the peak (``max``); or
+    without a look at any, so that a model of any size is streamed through: those of a calibrated model of the same act
+    points (``given``, with ``calibrate --from``), or ``default`` ones as if every activation were unit normal, from
+    which an engine gets its size and speed, and no pictures.
     ``timesteps``: one activation scale per row (``each``), or the rows' scales collapsed to one.
     ``latents``: stored points per row that decide its scale. ``zero_point``: asymmetric activations, simulation only.
     ``progressive``: a row's latents come from a walk whose earlier calls are quantized already, and the share
@@ -93,18 +98,27 @@ class Scales(_Section):
 
     calibrator: Literal["own", "modelopt", "modelopt_smoothquant"] = "own"
     weights: Literal["least_squares", "max"] = "least_squares"
-    activations: Literal["mse", "max"] = "mse"
+    activations: Literal["mse", "max", "default", "given"] = "mse"
     timesteps: Literal["each", "max", "mean", "min"] = "each"
     latents: int = Field(64, ge=1)
     zero_point: bool = False
     progressive: bool = False
     relaxed: float = Field(0.0, ge=0, le=1)
 
+    @property
+    def measured(self) -> bool:
+        """Whether activations are looked at, which takes a dataset and the denoiser's forward passes."""
+        return self.activations in {"mse", "max"}
+
 
 class Sampling(_Section):
-    """The deployed sampling: the pipeline's scheduler, number of steps and guidance scale (null: the pipeline's)."""
+    """The deployed sampling: the pipeline's scheduler, number of steps and guidance scale (null: the pipeline's).
+
+    ``max_sequence_length`` is how many tokens of SD3's third text encoder (or zeros in their place) follow the others'.
+    """
 
     steps: int = Field(50, ge=1, le=1000)
+    max_sequence_length: int = Field(256, ge=1, le=4096)
     guidance_scale: float | None = Field(None, ge=1.0)
 
 

@@ -1,8 +1,8 @@
 """Rows: which row of the scale table a sample on some timestep uses, and where the scales of each row come from.
 
 The first rows are the training timesteps 0..999, so a sample's row is its integer timestep. Where the time table is an
-input, rows of fractional timesteps follow: those of the schedules that are bound. The row is data that travels with the
-sample, never a counter.
+input, rows of fractional timesteps follow: those of the calibrated schedule and of the schedules that are bound. The
+row is data that travels with the sample, never a counter.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.records import ScaleTable
+from s2p_deploy.records import ScaleTable, TimestepTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
-
-    from s2p_deploy.records import TimestepTable
 
     Timesteps = Sequence[float] | NDArray[np.floating[Any]]
 
@@ -43,6 +41,40 @@ class RowOrigins:
 
     def __str__(self) -> str:
         return ", ".join(f"{len(getattr(self, kind.name))} {kind.name}" for kind in dataclasses.fields(self))
+
+
+def timestep_table_of(
+    scheduler: Any,  # noqa: ANN401 - diffusers' schedulers share no typed base
+    steps: int,
+    *,
+    fractional: bool,
+) -> TimestepTable:
+    """The rows of a scheduler, all of its schedule calibrated; ``fractional`` timesteps get rows of their own.
+
+    Raises:
+        InputError: it has no such number of steps, no known kind of noise schedule, or fractional timesteps that are
+            not allowed.
+    """
+    name, copied = type(scheduler).__name__, type(scheduler).from_config(scheduler.config)
+    try:
+        copied.set_timesteps(steps)
+    except ValueError as error:
+        raise InputError(f"{name} has no {steps} steps: {error}") from error
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    flow = not hasattr(scheduler, "alphas_cumprod")
+    if flow and not hasattr(scheduler, "scale_noise"):
+        raise InputError(f"{name} is neither variance preserving (alphas_cumprod) nor flow matching (scale_noise)")
+    training = config["num_train_timesteps"]
+    levels = np.arange(training + 1) / training if flow else angles_from_alphas(scheduler.alphas_cumprod.numpy())
+    asked = np.unique(_flat(copied.timesteps.double().numpy()))
+    whole = _close(asked, np.rint(asked))
+    if not (fractional or whole.all()):
+        raise InputError(
+            f"{name} asks for the fractional timestep {asked[~whole][0]:g}: use a schedule of integer timesteps"
+        )
+    calibrated = np.where(whole, np.rint(asked), asked)  # a scheduler's way from sigma to timestep rounds
+    own = calibrated if flow or not whole.all() else _flat(())
+    return TimestepTable(name, config, steps, tuple(calibrated.tolist()), levels, flow, own if fractional else None)
 
 
 def angles_from_alphas(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -68,39 +100,44 @@ def angles_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[n
     return angles
 
 
-def with_schedules(table: TimestepTable, schedules: Iterable[Timesteps]) -> TimestepTable:
-    """``table`` with rows for all timesteps of the schedules: each distinct fractional one gets a row of its own.
+def with_schedules(table: TimestepTable, schedules: Iterable[Timesteps], *, covered: bool = True) -> TimestepTable:
+    """``table`` with rows for all timesteps of the schedules too: each distinct fractional one gets a row of its own.
 
     For an engine whose time table is an input. Integer timesteps have their rows already.
 
     Raises:
-        InputError: a timestep is outside the covered range, or no number.
+        InputError: a timestep is outside the covered range (where ``covered`` is asked for), or no number.
     """
     values = np.unique(np.concatenate([_flat(()), *(_flat(schedule) for schedule in schedules)]))
-    _check_covered(values, table)
+    if covered:
+        _check_covered(values, table)
     if np.isnan(values).any():
         raise InputError("a schedule has a timestep that is no number")
-    return dataclasses.replace(table, fractional=values[~_close(values, np.rint(values))])
+    known = _flat(()) if table.fractional is None else table.fractional
+    added = values[~_is_training(values, table)]
+    if len(known):
+        added = added[np.abs(added[:, None] - known).min(1) > _SAME]
+    return dataclasses.replace(table, fractional=np.union1d(known, added))
 
 
-def rows_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[np.int64]:
+def rows_of_timesteps(timesteps: Timesteps, table: TimestepTable, *, covered: bool = True) -> NDArray[np.int64]:
     """Rows int64 [n] of scheduler timesteps, each looked up by its value, to a thousandth of a timestep.
 
     Raises:
-        InputError: a timestep is outside the covered range, or fractional and without a row.
+        InputError: a timestep is outside the covered range (where ``covered`` is asked for), or has no row.
     """
     values = _flat(timesteps)
-    _check_covered(values, table)
-    nearest = np.rint(values)
-    whole = _close(values, nearest)
-    rows = np.where(whole, nearest, -1).astype(np.int64)
+    if covered:
+        _check_covered(values, table)
+    whole = _is_training(values, table)
+    rows = np.where(whole, np.rint(values), -1).astype(np.int64)
     if whole.all():
         return rows
     fractional = _flat(()) if table.fractional is None else table.fractional
     if len(fractional):
         gaps = np.abs(values[~whole, None] - fractional)
         found = gaps.argmin(1)
-        rows[~whole] = np.where(gaps.min(1) <= _SAME, len(table.angle) + found, -1)
+        rows[~whole] = np.where(gaps.min(1) <= _SAME, table.training_rows + found, -1)
     if (rows < 0).any():
         raise InputError(f"timestep {values[rows < 0][0]:g} is fractional: {_remedy(table)}")
     return rows
@@ -122,31 +159,33 @@ def spread_over_rows(scales: NDArray[np.float32], table: TimestepTable) -> NDArr
     Calibrated rows keep their values bit for bit; rows between them interpolate log scale linearly over the angle; rows
     beyond either end hold the end row's value.
     """
-    known = np.asarray(table.calibrated)
+    known = list(table.calibrated_rows)
     if scales.shape[0] != len(known):
         raise InputError(f"{scales.shape[0]} rows of scales for {len(known)} calibrated timesteps")
-    spread = _interpolated(scales, table, table.angle)
+    spread = _interpolated(scales, table, angles_of_timesteps(table.timesteps, table))
     spread[known] = scales
     return spread
 
 
-def scales_of_rows(scales: ScaleTable, table: TimestepTable) -> ScaleTable:
-    """``scales`` [training timesteps, points] with rows for the fractional timesteps of ``table``, if it has any.
+def scales_of_rows(scales: ScaleTable, own: TimestepTable, bound: TimestepTable) -> ScaleTable:
+    """``scales`` [rows of ``own``, points] with rows for the further timesteps of ``bound``, if it has any.
 
     Rows that are there keep every bit; the others come from the calibrated rows as in :func:`spread_over_rows`.
     """
-    if table.fractional is None or not len(table.fractional):
+    if bound.rows == own.rows:
         return scales
-    angles = angles_of_timesteps(table.fractional, table)
-    added = _interpolated(scales.scales[np.asarray(table.calibrated)], table, angles)
-    return dataclasses.replace(scales, scales=np.concatenate([scales.scales, added]))
+    present = rows_of_timesteps(own.timesteps, bound, covered=False)
+    calibrated = scales.scales[list(own.calibrated_rows)]
+    spread = _interpolated(calibrated, own, angles_of_timesteps(bound.timesteps, own))
+    spread[present] = scales.scales
+    return dataclasses.replace(scales, scales=spread)
 
 
 def _interpolated(
     scales: NDArray[np.float32], table: TimestepTable, angles: NDArray[np.float64]
 ) -> NDArray[np.float32]:
     """Scales float32 [len(angles), points] from those of the calibrated rows, [len(calibrated), points]."""
-    known = table.angle[np.asarray(table.calibrated)]
+    known = angles_of_timesteps(np.asarray(table.calibrated), table)
     logs = np.log(scales.astype(np.float64))
     columns = [np.interp(angles, known, logs[:, point]) for point in range(scales.shape[1])]
     values = np.exp(np.stack(columns, axis=1)) if columns else np.ones((len(angles), 0))
@@ -158,8 +197,13 @@ def _check_covered(values: NDArray[np.float64], table: TimestepTable) -> None:
     outside = (values < first - _SAME) | (values > last + _SAME)
     if outside.any():
         raise InputError(
-            f"timestep {values[outside][0]:g} is outside the calibrated table ({first} to {last}): calibrate for it"
+            f"timestep {values[outside][0]:g} is outside the calibrated table ({first:g} to {last:g}): calibrate for it"
         )
+
+
+def _is_training(values: NDArray[np.float64], table: TimestepTable) -> NDArray[np.bool_]:
+    """Which of the values are training timesteps with rows of their own."""
+    return _close(values, np.rint(values)) & (table.training_rows > 0)
 
 
 def _remedy(table: TimestepTable) -> str:

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.numpy import save_file
 
-from s2p_deploy.families import HotDenoiser, Site, discover_sites, hot_denoiser_from_unet, time_table_from_unet
+from s2p_deploy.families import HotDenoiser, Site, discover_sites, hot_denoiser, network_config, time_table_of
 from s2p_deploy.numerics import format_by_name, least_squares_weight_scale, mse_best_scale
 from s2p_deploy.recipe import load_recipe
 from s2p_deploy.records import (
@@ -100,9 +100,9 @@ def tiny_calibrated(
     int8, int4 or none; both ``none`` gives what recipe ``fp`` gives. ``rewrite`` transforms the denoiser first.
     """
     unet = tiny_unet(seed, config)
-    table = time_table_from_unet(unet, ROWS)
-    config = dict(unet.config)
-    denoiser = hot_denoiser_from_unet(unet, table)
+    table = time_table_of(unet, ROWS)
+    config = network_config(unet)
+    denoiser = hot_denoiser(unet, table)
     transforms = rewrite(denoiser) if rewrite else TransformSpec()
     plan = tiny_plan(discover_sites(denoiser), weights, activations)
     timesteps = _timesteps()
@@ -131,7 +131,7 @@ def tiny_plan(sites: tuple[Site, ...], weights: str, activations: str) -> Precis
     planned = []
     for site in sites:
         edge = site.name in {"conv_in", "conv_out"}
-        floating = edge or site.branch or site.reads_text or activations == "none"
+        floating = edge or site.branch or site.reads == "text" or activations == "none"
         point = None if floating else points.setdefault(site.tensor, site.name)
         kind = "none" if plain or site.branch else "int8" if edge else weights
         planned.append(SitePlan(site.name, site.op, kind, point, "edge" if edge else "default"))
@@ -153,15 +153,14 @@ def _scales(denoiser: HotDenoiser, plan: PrecisionPlan, timesteps: TimestepTable
     measured = np.ones((len(CALIBRATED), len(names)), np.float32)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
-        denoiser.unet.get_submodule(plan.point(name).sites[0]).register_forward_pre_hook(
+        denoiser.network.get_submodule(plan.point(name).sites[0]).register_forward_pre_hook(
             lambda _module, args, name=name: seen.update({name: args[0]})
         )
         for name in names
     ]
     for index, row in enumerate(CALIBRATED):
-        inputs = {
-            k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, denoiser.unet.config.cross_attention_dim).items()
-        }
+        width = denoiser.network.config.cross_attention_dim
+        inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, width).items()}
         inputs["step_index"] = torch.full((4,), row)
         denoiser(**inputs)
         stretch = 0.8 + 0.5 * index / len(CALIBRATED)
@@ -179,7 +178,7 @@ def _weight_scales(denoiser: HotDenoiser, plan: PrecisionPlan) -> dict[str, np.n
     for site in plan.sites:
         fmt = format_by_name(site.weights)
         if fmt is not None:
-            weight = denoiser.unet.get_submodule(site.site).weight
+            weight = denoiser.network.get_submodule(site.site).weight
             scales[site.site] = least_squares_weight_scale(weight, fmt).numpy()
     return scales
 
@@ -189,6 +188,5 @@ def _slices(table: TimeTable) -> dict[str, list[int]]:
 
 
 def _write_config(config: dict[str, Any], out: Path) -> None:
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    text = json.dumps(plain, indent=1, sort_keys=True, default=list)
+    text = json.dumps(config, indent=1, sort_keys=True)
     (out / "denoiser_config.json").write_text(text, encoding="utf-8")

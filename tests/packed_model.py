@@ -24,7 +24,7 @@ def packed_copy(model: CalibratedModel, folder: Path) -> CalibratedModel:
     hot.load_state_dict({name: torch.from_numpy(value) for name, value in model.weights().items()})
     scales = {name: torch.from_numpy(value) for name, value in model.weight_scales().items()}
     codes = packed_weights(QuantizedDenoiser(hot, model.plan, scales))
-    packed = {f"unet.{site}.weight" for site in codes}
+    packed = {f"network.{site}.weight" for site in codes}
 
     def fill(out: Path) -> dict[str, Any]:
         for name in model.manifest.files:

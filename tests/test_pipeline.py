@@ -16,7 +16,7 @@ from s2p_deploy.pipeline import (
     Schedule,
     generate,
     initial_noise,
-    pipeline_with_denoiser,
+    with_denoiser,
     with_schedule,
 )
 from s2p_deploy.records import Prompt, TimestepTable
@@ -62,7 +62,7 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_stock_pipeline_draws_the_same_with_the_denoiser_in_place(
     base: StableDiffusionPipeline, denoiser: EngineDenoiser, options: dict[str, Any]
 ) -> None:
-    pipe = pipeline_with_denoiser(base, denoiser)
+    pipe = with_denoiser(base, denoiser)
     assert type(pipe) is StableDiffusionPipeline
     pictures = draw(pipe, **options)
     assert len(pictures) == options.get("num_images_per_prompt", 1)
@@ -76,7 +76,7 @@ def test_every_named_scheduler_runs_and_draws_the_same(
     schedule, prompt = Schedule(5, name), Prompt("id", PROMPT)
     pictures = [
         np.asarray(generate(pipe, prompt, schedule=schedule, guidance_scale=2.5))
-        for pipe in (base, pipeline_with_denoiser(base, denoiser))
+        for pipe in (base, with_denoiser(base, denoiser))
     ]
     np.testing.assert_array_equal(*pictures)
 
@@ -94,9 +94,7 @@ def test_few_steps_stay_on_the_table_of_fifty(
         return sample
 
     engine = EngineDenoiser(TorchRunner(answer), base.unet.config, table)
-    picture = generate(
-        pipeline_with_denoiser(base, engine), Prompt("id", PROMPT), schedule=schedule, guidance_scale=2.0
-    )
+    picture = generate(with_denoiser(base, engine), Prompt("id", PROMPT), schedule=schedule, guidance_scale=2.0)
     assert picture.size == (64, 64)
     scheduler = with_schedule(base, schedule).scheduler
     scheduler.set_timesteps(schedule.steps)
@@ -169,18 +167,18 @@ def test_conditions_that_ask_for_nothing_are_taken(denoiser: EngineDenoiser) -> 
 
 def test_another_picture_size_is_refused(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
     with pytest.raises(InputError, match="leave height and width out"):
-        pipeline_with_denoiser(base, denoiser)(PROMPT, height=32, width=32, num_inference_steps=2)
+        with_denoiser(base, denoiser)(PROMPT, height=32, width=32, num_inference_steps=2)
 
 
 def test_a_pipeline_with_an_engine_is_not_saved_without_it(
     base: StableDiffusionPipeline, denoiser: EngineDenoiser, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="an engine is not saved with a pipeline"):
-        pipeline_with_denoiser(base, denoiser).save_pretrained(tmp_path / "saved")
+        with_denoiser(base, denoiser).save_pretrained(tmp_path / "saved")
 
 
 def test_adapters_are_refused(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
-    pipe = pipeline_with_denoiser(base, denoiser)
+    pipe = with_denoiser(base, denoiser)
     with pytest.raises(InputError, match="FreeU"):
         pipe.enable_freeu(1.0, 1.0, 1.0, 1.0)
     with pytest.raises(InputError, match="LoRA"):  # what load_lora_weights calls, where PEFT is installed
@@ -188,7 +186,7 @@ def test_adapters_are_refused(base: StableDiffusionPipeline, denoiser: EngineDen
 
 
 def test_the_new_pipeline_has_a_scheduler_of_its_own(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
-    pipe = pipeline_with_denoiser(base, denoiser)
+    pipe = with_denoiser(base, denoiser)
     assert pipe.scheduler is not base.scheduler
     assert pipe.scheduler.config == base.scheduler.config
     assert base.unet is not pipe.unet

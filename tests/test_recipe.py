@@ -9,7 +9,7 @@ import yaml
 from s2p_deploy.errors import InputError
 from s2p_deploy.recipe import Recipe, load_recipe, preset_names, recipe_from_data
 
-PRESETS = {"fp", "ptq", "w4a8", "w8a8"}
+PRESETS = {"fp", "ptq", "ptq-stream", "w4a8", "w8a8"}
 RIVALS = {
     "bitsfusion",
     "collapse",
@@ -65,12 +65,18 @@ def test_what_the_presets_say() -> None:
     assert formats == {
         "fp": ("none", "none"),
         "ptq": ("int8", "int8"),
+        "ptq-stream": ("int8", "int8"),
         "w4a8": ("int4", "int8"),
         "w8a8": ("int8", "int8"),
     }
     assert [name for name in preset_names() if load_recipe(name).is_float] == ["fp"]
     kept = {rule.match: (rule.weights, rule.activations) for rule in load_recipe("w4a8").rules}
     assert kept == {"conv_in": ("int8", "none"), "conv_out": ("int8", "none"), "text": (None, "none")}
+
+
+def test_only_ptq_stream_looks_at_no_activation() -> None:
+    assert [name for name in preset_names() if not load_recipe(name).scales.measured] == ["ptq-stream"]
+    assert changed_keys(load_recipe("ptq-stream"), load_recipe("ptq")) == {"scales"}
 
 
 def changed_keys(recipe: Recipe, other: Recipe) -> set[str]:

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionImg2ImgP
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import TimePath, hot_denoiser_from_unet, load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, pipeline_with_denoiser, timesteps_of
+from s2p_deploy.families import TimePath, hot_denoiser, load_pipeline
+from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, with_denoiser, timesteps_of
 from s2p_deploy.records import TimestepTable, TimeTable
 from s2p_deploy.schedulers import scheduler_by_name, scheduler_names
 from s2p_deploy.timesteps import angles_from_alphas, row_origins, rows_of_timesteps, with_schedules
@@ -45,9 +45,7 @@ OTHERS: dict[str, Make] = {
     "kdpm2": of_class("KDPM2DiscreteScheduler"),
     "heun karras": of_class("HeunDiscreteScheduler", use_karras_sigmas=True),
 }
-NAMED: dict[str, Make] = {
-    name: lambda config, name=name: scheduler_by_name(name, config) for name in scheduler_names()
-}
+NAMED: dict[str, Make] = {name: lambda config, name=name: scheduler_by_name(name, config) for name in scheduler_names()}
 SCHEDULERS = NAMED | OTHERS
 FRACTIONAL = {"euler-linspace", "euler-karras", "kdpm2", "heun karras"}  # linspace by numbers that do not divide 999
 
@@ -69,7 +67,7 @@ def row_path(base: StableDiffusionPipeline, table: TimestepTable) -> EngineDenoi
     path = TimePath(unet)
     with torch.no_grad():
         features = path(torch.from_numpy(table.timesteps).float()).numpy()
-    hot = hot_denoiser_from_unet(unet, TimeTable(features, path.slices)).eval()
+    hot = hot_denoiser(unet, TimeTable(features, path.slices)).eval()
     return EngineDenoiser(TorchRunner(hot), base.unet.config, table)
 
 
@@ -132,7 +130,7 @@ def test_the_table_of_calls_is_the_one_that_is_relied_on(base: StableDiffusionPi
 def test_the_whole_loop_is_that_of_the_unet(base: StableDiffusionPipeline, name: str, form: str) -> None:
     steps = 5
     if form == "constant" and name in FRACTIONAL:
-        pipe, scheduler = pipeline_with_denoiser(base, row_path(base, TABLE)), SCHEDULERS[name](base.scheduler.config)
+        pipe, scheduler = with_denoiser(base, row_path(base, TABLE)), SCHEDULERS[name](base.scheduler.config)
         with pytest.raises(InputError, match="--time-table input"):  # at the first step
             drawn(pipe, scheduler, num_inference_steps=steps)
         return
@@ -186,7 +184,7 @@ def test_a_schedule_that_is_not_bound_is_refused_at_the_first_step(base: StableD
     denoiser = row_path(base, with_schedules(TABLE, [timesteps_asked(base, "euler-karras", 20)]))
     scheduler = SCHEDULERS["euler-karras"](base.scheduler.config)
     with pytest.raises(InputError, match="the engine is not bound to this schedule"):
-        drawn(pipeline_with_denoiser(base, denoiser), scheduler, num_inference_steps=11)
+        drawn(with_denoiser(base, denoiser), scheduler, num_inference_steps=11)
 
 
 @pytest.mark.parametrize("name", scheduler_names())

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
     KDPM2DiscreteScheduler,
 )
 from hypothesis import given
@@ -24,6 +27,7 @@ from s2p_deploy.timesteps import (
     rows_of_timesteps,
     scales_of_rows,
     spread_over_rows,
+    timestep_table_of,
     with_schedules,
 )
 
@@ -136,8 +140,15 @@ def diffusion_table(calibrated: tuple[int, ...] = STEPS_OF_50) -> TimestepTable:
 
 
 def flow_table() -> TimestepTable:
+    timesteps = (10.0, 400.0, 800.0, 1000.0)
     return TimestepTable(
-        "FlowMatchEulerDiscreteScheduler", {}, 4, (10, 400, 800, 1000), np.arange(1001) / 1000, flow_matching=True
+        "FlowMatchEulerDiscreteScheduler",
+        {},
+        4,
+        timesteps,
+        np.arange(1001) / 1000,
+        flow_matching=True,
+        fractional=np.asarray(timesteps),
     )
 
 
@@ -184,7 +195,7 @@ def test_the_level_of_flow_matching_is_sigma_itself(shift: float) -> None:
     rows = rows_of_timesteps(timesteps, table)
     assert table.timesteps[rows] == pytest.approx(timesteps, abs=1e-3)
     scales = spread_over_rows(np.float32([[1], [2], [4], [3]]), flow_table())
-    full = scales_of_rows(ScaleTable(scales, ("p",), flow_table().calibrated), table)
+    full = scales_of_rows(ScaleTable(scales, ("p",), (0, 1, 2, 3)), flow_table(), table)
     expected = np.exp(np.interp(sigmas, [0.01, 0.4, 0.8, 1], np.log([1, 2, 4, 3])))
     assert full.scales[rows, 0] == pytest.approx(expected, rel=1e-5)
 
@@ -220,13 +231,132 @@ def test_scales_of_fractional_rows_lie_on_the_way_between_calibrated_ones() -> N
     plain = diffusion_table((1, 501, 981))
     scales = ScaleTable(spread_over_rows(np.float32([[1], [4], [2]]), plain), ("p",), plain.calibrated)
     table = with_schedules(plain, [[500.5, 700.25, 990.5, 0.5]])
-    full = scales_of_rows(scales, table)
+    full = scales_of_rows(scales, plain, table)
     assert full.scales[:1000].tobytes() == scales.scales.tobytes()
     held_low, near, between, held_high = full.scales[1000:, 0]
     assert (held_low, held_high) == (1, 2)
     assert scales.scales[500, 0] < near < 4
     assert min(scales.scales[700:702, 0]) <= between <= max(scales.scales[700:702, 0])
-    assert scales_of_rows(scales, plain) is scales
+    assert scales_of_rows(scales, plain, plain) is scales
+
+
+def test_rows_that_are_there_keep_every_bit_where_others_come_between() -> None:
+    own = with_schedules(diffusion_table((1, 501, 981)), [[250.5, 700.25]])
+    random = np.random.default_rng(0)
+    scales = ScaleTable(np.float32(random.uniform(1, 2, (own.rows, 1))), ("p",), (1, 501, 981))
+    bound = with_schedules(own, [[100.5, 250.5003, 600.75, 960.5]])
+    assert bound.timesteps[1000:].tolist() == [100.5, 250.5, 600.75, 700.25, 960.5]
+    full = scales_of_rows(scales, own, bound).scales
+    assert full[:1000].tobytes() == scales.scales[:1000].tobytes()
+    assert full[[1001, 1003]].tobytes() == scales.scales[[1000, 1001]].tobytes()
+    ends = scales.scales[[501, 981]]
+    assert ends.min() <= full[1002, 0] <= ends.max(), "from the calibrated rows alone"
+
+
+def test_calibrated_timesteps_may_be_fractional() -> None:
+    plain = with_schedules(diffusion_table((1,)), [[1, 40.25]])
+    table = dataclasses.replace(plain, calibrated=(1.0, 40.25))
+    assert table.calibrated_rows == (1, 1000)
+    full = spread_over_rows(np.float32([[1], [4]]), table)
+    assert full.shape == (1001, 1)
+    assert full[[1, 1000], 0].tolist() == [1, 4]
+    assert 1 < full[30, 0] < full[39, 0] < 4
+    assert full[41:1000].tolist() == [[4]] * 959
+    assert row_origins([1, 30, 40.25], table).calibrated == (1, 40.25)
+
+
+def test_rows_of_a_scheduler_of_whole_timesteps() -> None:
+    scheduler = DDIMScheduler(**SD, steps_offset=1)
+    table = timestep_table_of(scheduler, 50, fractional=False)
+    assert (table.scheduler_class, table.steps, table.flow_matching) == ("DDIMScheduler", 50, False)
+    assert table.scheduler_config["steps_offset"] == 1
+    assert table.calibrated == STEPS_OF_50
+    assert table.calibrated_rows == STEPS_OF_50
+    assert np.array_equal(table.angle, angles_from_alphas(scheduler.alphas_cumprod.numpy()))
+    assert (table.rows, table.fractional) == (1000, None)
+    assert scheduler.num_inference_steps is None, "it is left as it was"
+
+
+def test_rows_of_a_scheduler_of_fractional_timesteps() -> None:
+    scheduler = EulerDiscreteScheduler(**SD, timestep_spacing="linspace")
+    with pytest.raises(InputError, match=r"EulerDiscreteScheduler asks for the fractional timestep 249\.75"):
+        timestep_table_of(scheduler, 5, fractional=False)
+    table = timestep_table_of(scheduler, 5, fractional=True)
+    assert table.calibrated == (0, 249.75, 499.5, 749.25, 999)
+    assert table.calibrated_rows == (0, 1, 2, 3, 4), "rows rise with the timestep, whole ones among them"
+    scheduler.set_timesteps(5)
+    assert rows_of_timesteps(scheduler.timesteps.numpy(), table).tolist() == [4, 3, 2, 1, 0]
+    assert timestep_table_of(scheduler, 6, fractional=True).rows == 6
+
+
+def test_some_rows_of_a_schedule_may_be_calibrated() -> None:
+    """Whatever timesteps they are of, they are where they were."""
+    table = timestep_table_of(EulerDiscreteScheduler(**SD, timestep_spacing="linspace"), 5, fractional=True)
+    ends = dataclasses.replace(table, calibrated=(0.0, 999.0))
+    assert ends.calibrated_rows == (0, 4)
+    assert ends.timesteps.tolist() == table.timesteps.tolist()
+    full = spread_over_rows(np.float32([[1], [4]]), ends)[:, 0]
+    assert full[[0, 4]].tolist() == [1, 4]
+    assert (np.diff(full) > 0).all()
+
+
+def test_other_schedules_can_be_bound_to_a_table_of_a_schedules_rows() -> None:
+    table = timestep_table_of(EulerDiscreteScheduler(**SD, timestep_spacing="linspace"), 5, fractional=True)
+    bound = with_schedules(table, [[981, 500.0, 249.7503, 20.5]])
+    assert bound.timesteps.tolist() == [0, 20.5, 249.75, 499.5, 500, 749.25, 981, 999]
+    assert rows_of_timesteps([500, 249.75], bound).tolist() == [4, 2]
+    assert bound.calibrated_rows == (0, 2, 3, 5, 7)
+
+
+def test_a_schedule_of_fractional_timesteps_alone_comes_behind_the_training_timesteps() -> None:
+    table = timestep_table_of(EulerDiscreteScheduler(**SD, use_karras_sigmas=True, steps_offset=1), 6, fractional=True)
+    inner = table.timesteps[list(table.calibrated_rows)]
+    assert inner.tolist() == sorted(inner)
+    whole = timestep_table_of(DDIMScheduler(**SD, steps_offset=1), 50, fractional=True)
+    assert (whole.rows, whole.calibrated_rows) == (1000, STEPS_OF_50)
+    assert whole.fractional is not None
+    assert len(whole.fractional) == 0
+
+
+def test_rows_of_flow_matching_are_those_of_its_schedule() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    table = timestep_table_of(scheduler, 4, fractional=True)
+    scheduler.set_timesteps(4)
+    timesteps = np.sort(scheduler.timesteps.double().numpy())
+    assert table.flow_matching
+    assert table.timesteps == pytest.approx(timesteps, abs=1e-3)
+    assert table.calibrated_rows == (0, 1, 2, 3)
+    assert angles_of_timesteps(table.timesteps, table) == pytest.approx(np.sort(scheduler.sigmas[:-1]), abs=1e-6)
+    assert timestep_table_of(scheduler, 4, fractional=True).to_json() == table.to_json()
+
+
+def test_a_timestep_of_flow_matching_without_a_row() -> None:
+    table = timestep_table_of(FlowMatchEulerDiscreteScheduler(), 4, fractional=True)
+    with pytest.raises(InputError, match=r"timestep 500 .*the engine is not bound to this schedule"):
+        rows_of_timesteps([500], table)
+
+
+def test_schedulers_that_have_no_such_schedule() -> None:
+    with pytest.raises(InputError, match="DDIMScheduler has no 2000 steps"):
+        timestep_table_of(DDIMScheduler(**SD), 2000, fractional=False)
+    with pytest.raises(InputError, match="KarrasVeScheduler is neither variance preserving"):
+        timestep_table_of(KarrasVeScheduler(), 4, fractional=True)
+
+
+def test_a_schedule_may_be_bound_beyond_what_is_covered_where_that_is_asked_for() -> None:
+    table = with_schedules(diffusion_table((501,)), [[0.5, 998.5]], covered=False)
+    assert table.timesteps[1000:].tolist() == [0.5, 998.5]
+    assert rows_of_timesteps([998.5], table, covered=False).tolist() == [1001]
+
+
+def test_a_table_of_fractional_rows_comes_back_from_its_file(tmp_path: Path) -> None:
+    for name, scheduler in (("flow", FlowMatchEulerDiscreteScheduler()), ("euler", EulerDiscreteScheduler(**SD))):
+        table = timestep_table_of(scheduler, 7, fractional=True)
+        write_timestep_table(table, tmp_path / name)
+        read = read_timestep_table(tmp_path / name)
+        assert read.to_json() == table.to_json()
+        assert read.timesteps.tobytes() == table.timesteps.tobytes()
+        assert read.calibrated_rows == table.calibrated_rows
 
 
 def test_it_is_said_where_scales_come_from() -> None:

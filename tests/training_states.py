@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def new_state(base: BasePipeline, recipe: Recipe, dataset: LatentDataset, act_scale: float = 0.05) -> TrainingState:
     """One activation scale for every point and row."""
-    hot = fp_denoiser(base).requires_grad_()
+    hot = fp_denoiser(base, 50).requires_grad_()
     plan = plan_from_recipe(recipe, discover_sites(hot))
     scales = {}
     for site in plan.sites:
         fmt = format_by_name(site.weights)
         if fmt is not None:
-            scales[site.site] = least_squares_weight_scale(hot.unet.get_submodule(site.site).weight, fmt)
+            scales[site.site] = least_squares_weight_scale(hot.network.get_submodule(site.site).weight, fmt)
     rows = torch.tensor(calibrated_rows(dataset))
     act_scales = torch.full((len(rows), len(plan.act_points)), act_scale)
     static = [not point.timestep_dependent for point in plan.act_points]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2p_deploy.calib.dataset.trajectories import latent_shape
 from s2p_deploy.errors import InputError
+from s2p_deploy.families import latent_shape, zero_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,10 +44,11 @@ def point_bytes(teacher: HotDenoiser) -> int:
     return 3 * 2 * channels * height * width + 2 * 8
 
 
-def text_bytes(prompts: PromptSet, tokens: int, features: int) -> int:
-    """Bytes of the text states: the distinct texts in float32, each prompt's two places among them in int64."""
-    texts = {text for prompt in prompts.prompts for text in (prompt.text, prompt.negative)}
-    return 4 * len(texts) * tokens * features + 2 * 8 * len(prompts.prompts)
+def text_bytes(prompts: PromptSet, teacher: HotDenoiser, tokens: int) -> int:
+    """Bytes of the texts: the distinct ones in float32, each prompt's two places among them in int64."""
+    texts = len({prompt.text for prompt in prompts.prompts}) + len({prompt.negative for prompt in prompts.prompts})
+    each = tokens * teacher.kind.text_width(teacher.config) + teacher.added_width
+    return 4 * texts * each + 2 * 8 * len(prompts.prompts)
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -64,14 +65,11 @@ def check_room(folder: Path, size: int) -> None:
 @torch.no_grad()
 def seconds_per_call(teacher: HotDenoiser, width: int, tokens: int) -> float:
     """Measured seconds of a call with 2 * ``width`` samples, on the teacher's device."""
-    device, batch = teacher.unet.device, 2 * width
-    sample = torch.zeros(batch, *latent_shape(teacher), device=device)
-    rows = torch.zeros(batch, dtype=torch.int64, device=device)
-    texts = torch.zeros(batch, tokens, teacher.unet.config.cross_attention_dim, device=device)
+    inputs = zero_inputs(teacher, tokens=tokens, batch=2 * width).arguments()
 
     def timed() -> float:
         started = time.perf_counter()
-        teacher(sample, rows, texts).cpu()  # the copy waits for the device
+        teacher(*inputs).cpu()  # the copy waits for the device
         return time.perf_counter() - started
 
     first = timed()

@@ -12,10 +12,19 @@ from s2p_deploy import __version__
 from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.calib.dataset.estimate import Estimate, check_room, point_bytes, seconds_per_call, text_bytes
 from s2p_deploy.calib.dataset.merge import merge_shards
+from s2p_deploy.calib.dataset.sampler import Sampler
 from s2p_deploy.calib.dataset.shards import DatasetRequest, claim_work, claimed_rank, missing_shards, open_finished
 from s2p_deploy.calib.dataset.texts import texts_once
-from s2p_deploy.calib.dataset.trajectories import Itinerary, call_rows, choose_calls, slot_queues, walk, walk_length
-from s2p_deploy.families import hot_denoiser_from_unet, load_pipeline, time_table_from_unet
+from s2p_deploy.calib.dataset.trajectories import (
+    Itinerary,
+    call_rows,
+    choose_calls,
+    schedule_table,
+    slot_queues,
+    walk,
+    walk_length,
+)
+from s2p_deploy.families import hot_denoiser_of, load_pipeline, text_tokens
 from s2p_deploy.progress import silent
 from s2p_deploy.records import LatentDataset
 
@@ -23,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from s2p_deploy.calib.dataset.shards import Shard
-    from s2p_deploy.calib.dataset.texts import TextStates
+    from s2p_deploy.calib.dataset.texts import PromptTexts
     from s2p_deploy.calib.dataset.trajectories import StoredPoint
     from s2p_deploy.families import BasePipeline, HotDenoiser
     from s2p_deploy.progress import Progress
@@ -44,7 +53,7 @@ class Walker:
     ``tell`` is given what there is to do before it begins, for which the denoiser is timed.
     """
 
-    pipe: StableDiffusionPipeline
+    pipe: DiffusionPipeline
     teacher: HotDenoiser
     device: torch.device = _CPU
     rank: int = 0
@@ -68,15 +77,20 @@ class Walker:
         }
 
 
-def load_walker(base: BasePipeline, *, device: torch.device = _CPU, rank: int = 0, ranks: int = 1) -> Walker:
-    """A walker of a pipeline on disk. Raises InputError where that cannot be loaded."""
+def load_walker(
+    base: BasePipeline, steps: int, *, device: torch.device = _CPU, rank: int = 0, ranks: int = 1
+) -> Walker:
+    """A walker of a pipeline on disk, for walks of so many steps.
+
+    Raises:
+        InputError: the pipeline cannot be loaded, or its scheduler has no such schedule.
+    """
     pipe = load_pipeline(base)
-    table = time_table_from_unet(pipe.unet, pipe.scheduler.config.num_train_timesteps)
-    return Walker(pipe, hot_denoiser_from_unet(pipe.unet, table).eval(), device, rank, ranks)
+    return Walker(pipe, hot_denoiser_of(pipe, steps).eval(), device, rank, ranks)
 
 
 def generate_dataset(  # noqa: PLR0913 - what a dataset is made from, by whom, and where to
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     teacher: HotDenoiser,
     base: Base,
     prompts: PromptSet,
@@ -132,18 +146,23 @@ def write_shards(request: DatasetRequest, walker: Walker) -> None:
         queues = _joint_queues(own, chosen, request.recipe.dataset.width)
         if own and walker.tell is not None:
             walker.tell(_estimate(request, walker, queues, chosen))
-        texts = texts_once(walker.pipe, request.prompts, request.texts)
+        texts = texts_once(walker.pipe, request.prompts, request.recipe.sampling.max_sequence_length, request.texts)
         _walk(request, walker, own, queues, _itineraries(request, chosen, texts))
 
 
 def _chosen_calls(request: DatasetRequest, walker: Walker) -> list[tuple[int, ...]]:
-    """The stored calls of every prompt; sets the scheduler's timesteps."""
-    scheduler, dataset = walker.pipe.scheduler, request.recipe.dataset
-    scheduler.set_timesteps(request.recipe.sampling.steps)
-    calls = len(call_rows(scheduler))
+    """The stored calls of every prompt."""
+    dataset, calls = request.recipe.dataset, len(_rows(request, walker))
     return [
         choose_calls(prompt, calls, dataset.points_per_prompt, dataset.timesteps) for prompt in request.prompts.prompts
     ]
+
+
+def _rows(request: DatasetRequest, walker: Walker) -> tuple[int, ...]:
+    """The row of every call; sets the scheduler's timesteps."""
+    scheduler, steps = walker.pipe.scheduler, request.recipe.sampling.steps
+    scheduler.set_timesteps(steps)
+    return call_rows(scheduler, schedule_table(walker.pipe, walker.teacher, steps))
 
 
 def _joint_queues(shards: Sequence[Shard], chosen: Sequence[tuple[int, ...]], width: int) -> list[list[int]]:
@@ -161,7 +180,7 @@ def _joint_queues(shards: Sequence[Shard], chosen: Sequence[tuple[int, ...]], wi
 
 def _bytes(request: DatasetRequest, walker: Walker, points: int) -> int:
     """What so many stored points take on the disk, with the texts where they are not there yet."""
-    texts = 0 if request.texts.exists() else text_bytes(request.prompts, *_text_shape(walker))
+    texts = 0 if request.texts.exists() else text_bytes(request.prompts, walker.teacher, _tokens(request, walker))
     return points * point_bytes(walker.teacher) + texts
 
 
@@ -171,18 +190,18 @@ def _estimate(
     calls = max(sum(walk_length(chosen[prompt]) for prompt in queue) for queue in queues)
     width = request.recipe.dataset.width
     points = sum(len(chosen[prompt]) for queue in queues for prompt in queue)
-    per_call = seconds_per_call(walker.teacher, width, _text_shape(walker)[0])
+    per_call = seconds_per_call(walker.teacher, width, _tokens(request, walker))
     return Estimate(points, _bytes(request, walker, points), calls, 2 * width, calls * per_call)
 
 
-def _text_shape(walker: Walker) -> tuple[int, int]:
-    """(tokens, D) of a text state."""
-    return walker.pipe.tokenizer.model_max_length, walker.teacher.unet.config.cross_attention_dim
+def _tokens(request: DatasetRequest, walker: Walker) -> int:
+    return text_tokens(walker.pipe, request.recipe.sampling.max_sequence_length)
 
 
-def _itineraries(request: DatasetRequest, chosen: Sequence[tuple[int, ...]], texts: TextStates) -> list[Itinerary]:
+def _itineraries(request: DatasetRequest, chosen: Sequence[tuple[int, ...]], texts: PromptTexts) -> list[Itinerary]:
     each = zip(request.prompts.prompts, chosen, texts.cond.tolist(), texts.uncond.tolist(), strict=True)
-    return [Itinerary(prompt, calls, texts.states[cond], texts.states[uncond]) for prompt, calls, cond, uncond in each]
+    distinct = texts.distinct
+    return [Itinerary(prompt, calls, distinct[cond], distinct[uncond]) for prompt, calls, cond, uncond in each]
 
 
 def _walk(
@@ -200,7 +219,8 @@ def _walk(
     walker.progress("dataset", done, total)
     shard_of = {prompt: shard for shard in shards for prompt in shard.prompts}
     arrived: dict[int, list[StoredPoint]] = {}
-    for prompt, points in walk(walker.teacher, walker.pipe.scheduler, itineraries, queues, guidance_scale=guidance):
+    sampler = Sampler(walker.pipe.scheduler, _rows(request, walker))
+    for prompt, points in walk(walker.teacher, sampler, itineraries, queues, guidance_scale=guidance):
         if points is not None:
             arrived[prompt] = points
             shard = shard_of[prompt]
@@ -224,8 +244,9 @@ def _shard_tensors(points: dict[int, list[StoredPoint]]) -> dict[str, Tensor]:
 @contextmanager
 def _placed(walker: Walker) -> Iterator[None]:
     """The networks on the walker's device, in full float32 there, and back where they were."""
-    modules = (walker.teacher, walker.pipe.text_encoder)
-    before = walker.teacher.unet.device
+    encoders = (part for name, part in walker.pipe.components.items() if name.startswith("text_encoder"))
+    modules = (walker.teacher, *(encoder for encoder in encoders if encoder is not None))
+    before = walker.teacher.network.device
     try:
         for module in modules:
             module.to(walker.device)

@@ -24,22 +24,24 @@ class StoredPoints:
     """The first half of all tensors is of the unconditional branch, the second, in the same order, of the other.
 
     ``sample`` float32 [n, C, H, W] network inputs; ``row`` int64 [n]; ``text`` int64 [n] indexes ``texts`` float32
-    [m, tokens, D]; ``output`` float32 [n, C, H, W] what the teacher answered.
+    [m, tokens, D] and ``added_cond`` float32 [m, A]; ``output`` float32 [n, C, H, W] what the teacher answered.
     """
 
     sample: Tensor
     row: Tensor
     text: Tensor
     texts: Tensor
+    added_cond: Tensor
     output: Tensor
 
     def batches(self) -> Iterator[Tensor]:
         """Indices int64 that together are all of them, as many as fit into memory."""
         return iter(torch.arange(len(self.sample)).split(max(1, _ELEMENTS // self.sample[0].numel())))
 
-    def inputs(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The denoiser's arguments for some of them."""
-        return self.sample[which], self.row[which], self.texts[self.text[which]]
+        text = self.text[which]
+        return self.sample[which], self.row[which], self.texts[text], self.added_cond[text]
 
 
 def draw_points(dataset: LatentDataset, count: int, seed: int) -> StoredPoints:
@@ -56,6 +58,7 @@ def points_at(dataset: LatentDataset, which: NDArray[np.int64]) -> StoredPoints:
         torch.from_numpy(dataset.rows[which]).repeat(2),
         torch.from_numpy(np.concatenate([dataset.uncond_text[prompt], dataset.cond_text[prompt]])),
         torch.from_numpy(dataset.texts),
+        torch.from_numpy(dataset.added_cond),
         torch.from_numpy(np.concatenate([dataset.uncond[which], dataset.cond[which]])).float(),
     )
 

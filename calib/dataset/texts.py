@@ -1,4 +1,4 @@
-"""Text states of prompts, each distinct text once."""
+"""What prompts are to the denoiser, each distinct text once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from s2p_deploy.calib.atomic import write_tensors
+from s2p_deploy.families import EncodedText, encode_texts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from s2p_deploy.records import PromptSet
@@ -23,32 +25,41 @@ TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
-class TextStates:
-    """``states`` float32 [m, tokens, D] of the distinct texts; ``cond`` and ``uncond`` int64 [prompts] index them."""
+class PromptTexts:
+    """The ``distinct`` texts of prompts; ``cond`` and ``uncond`` int64 [prompts] index them."""
 
-    states: Tensor
+    distinct: EncodedText
     cond: Tensor
     uncond: Tensor
 
 
-def encode_texts(pipe: StableDiffusionPipeline, prompts: PromptSet) -> TextStates:
-    """Text states of prompts and negative prompts by the pipeline's own text encoder, where that is; on the CPU."""
-    texts = list(dict.fromkeys(text for prompt in prompts.prompts for text in (prompt.text, prompt.negative)))
-    batches = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
-    device = pipe.text_encoder.device
-    with torch.no_grad():
-        encoded = [pipe.encode_prompt(batch, device, 1, do_classifier_free_guidance=False)[0] for batch in batches]
-    place = {text: index for index, text in enumerate(texts)}
-    cond = torch.tensor([place[prompt.text] for prompt in prompts.prompts])
-    uncond = torch.tensor([place[prompt.negative] for prompt in prompts.prompts])
-    return TextStates(torch.cat([states.float().cpu() for states in encoded]), cond, uncond)
+def encode_prompts(pipe: DiffusionPipeline, prompts: PromptSet, max_sequence_length: int) -> PromptTexts:
+    """Prompts and negative prompts by the pipeline's own text encoders, where those are; on the CPU.
+
+    ``max_sequence_length`` as for :func:`encode_texts`.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts.prompts))
+    negatives = list(dict.fromkeys(prompt.negative for prompt in prompts.prompts))
+    parts = [(batch, False) for batch in _batches(texts)] + [(batch, True) for batch in _batches(negatives)]
+    encoded = [
+        encode_texts(pipe, batch, negative=negative, max_sequence_length=max_sequence_length)
+        for batch, negative in parts
+    ]
+    cond = torch.tensor([texts.index(prompt.text) for prompt in prompts.prompts])
+    uncond = torch.tensor([len(texts) + negatives.index(prompt.negative) for prompt in prompts.prompts])
+    return PromptTexts(EncodedText.cat(encoded), cond, uncond)
 
 
-def texts_once(pipe: StableDiffusionPipeline, prompts: PromptSet, path: Path) -> TextStates:
-    """The text states in ``path``, made by the process that comes first; any other waits for it."""
+def _batches(texts: Sequence[str]) -> list[Sequence[str]]:
+    return [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
+
+
+def texts_once(pipe: DiffusionPipeline, prompts: PromptSet, max_sequence_length: int, path: Path) -> PromptTexts:
+    """The texts in ``path``, made by the process that comes first; any other waits for it."""
     with FileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():
-            texts = encode_texts(pipe, prompts)
-            write_tensors(path, {"texts": texts.states, "cond_text": texts.cond, "uncond_text": texts.uncond})
+            made = encode_prompts(pipe, prompts, max_sequence_length)
+            named = {"texts": made.distinct.states, "added_cond": made.distinct.added_cond}
+            write_tensors(path, named | {"cond_text": made.cond, "uncond_text": made.uncond})
     stored = load_file(path)
-    return TextStates(stored["texts"], stored["cond_text"], stored["uncond_text"])
+    return PromptTexts(EncodedText(stored["texts"], stored["added_cond"]), stored["cond_text"], stored["uncond_text"])

@@ -6,9 +6,7 @@ neighbors are: so neither kills nor the number of processes change a bit.
 
 from __future__ import annotations
 
-import copy
 import heapq
-import inspect
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -16,15 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from s2p_deploy.errors import InputError
+from s2p_deploy.families import EncodedText, latent_shape
+from s2p_deploy.timesteps import rows_of_timesteps, timestep_table_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
+    from s2p_deploy.calib.dataset.sampler import Sampler
     from s2p_deploy.families import HotDenoiser
-    from s2p_deploy.records import Prompt
+    from s2p_deploy.records import Prompt, TimestepTable
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class StoredPoint:
 
 @dataclass(frozen=True)
 class Itinerary:
-    """What one prompt asks for: which of the scheduler's calls are stored (ascending), and its two text states."""
+    """What one prompt asks for: which of the scheduler's calls are stored (ascending), and its two texts."""
 
     prompt: Prompt
     calls: tuple[int, ...]
-    cond_text: Tensor
-    uncond_text: Tensor
+    cond: EncodedText
+    uncond: EncodedText
 
     @property
     def length(self) -> int:
@@ -74,20 +75,22 @@ def choose_calls(prompt: Prompt, calls: int, count: int, timesteps: Literal["uni
     return tuple(sorted(chosen))
 
 
-def call_rows(scheduler: Any) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
+def schedule_table(pipe: DiffusionPipeline, denoiser: HotDenoiser, steps: int) -> TimestepTable:
+    """The rows of a pipeline's own scheduler with a number of steps, under one of its denoisers.
+
+    Raises:
+        InputError: as :func:`timestep_table_of`.
+    """
+    return timestep_table_of(pipe.scheduler, steps, fractional=bool(denoiser.added_width))
+
+
+def call_rows(scheduler: Any, table: TimestepTable) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
     """The row of every call of a scheduler whose timesteps are set: PNDM's 50 steps are 51 calls on 50 rows.
 
     Raises:
-        InputError: a timestep is fractional, so that it names no row of a constant time table.
+        InputError: a timestep has no row in ``table``.
     """
-    timesteps = [float(timestep) for timestep in scheduler.timesteps]
-    for timestep in timesteps:
-        if timestep != round(timestep):
-            name = type(scheduler).__name__
-            raise InputError(
-                f"{name} asks for the fractional timestep {timestep:g}: use a schedule of integer timesteps"
-            )
-    return tuple(int(timestep) for timestep in timesteps)
+    return tuple(rows_of_timesteps(scheduler.timesteps.double().numpy(), table).tolist())
 
 
 def slot_queues(lengths: Mapping[int, int], width: int, shard: int) -> tuple[tuple[int, ...], ...]:
@@ -110,7 +113,7 @@ def slot_queues(lengths: Mapping[int, int], width: int, shard: int) -> tuple[tup
 @torch.no_grad()
 def walk(
     teacher: HotDenoiser,
-    scheduler: Any,  # noqa: ANN401 - as above
+    sampler: Sampler,
     itineraries: Sequence[Itinerary],
     queues: Sequence[Sequence[int]],
     *,
@@ -118,17 +121,17 @@ def walk(
 ) -> Iterator[tuple[int, list[StoredPoint] | None]]:
     """Walks the prompts (indices of ``itineraries``) of every slot's queue, the slots side by side.
 
-    ``scheduler`` has its timesteps set and is copied for every walk. Yields (prompt, None) after each call of the
+    ``sampler`` is copied for every walk. Yields (prompt, None) after each call of the
     denoiser that a prompt took part in, and (prompt, points) in place of the last.
     """
-    device = teacher.unet.device  # looked up once: diffusers takes milliseconds to find it
+    device = teacher.network.device  # looked up once: diffusers takes milliseconds to find it
     waiting = [deque(queue) for queue in queues]
     slots: list[_Walk | None] = [None] * len(queues)
     while True:
         for slot, queue in enumerate(waiting):
             if slots[slot] is None and queue:
                 prompt = queue.popleft()
-                slots[slot] = _Walk(prompt, itineraries[prompt], scheduler, latent_shape(teacher))
+                slots[slot] = _Walk(prompt, itineraries[prompt], sampler, latent_shape(teacher))
         if not any(slots):
             return
         inputs = [None if active is None else active.net_input() for active in slots]
@@ -146,21 +149,18 @@ def walk(
 class _Walk:
     """One prompt on its way down the schedule."""
 
-    def __init__(self, index: int, itinerary: Itinerary, scheduler: Any, shape: tuple[int, ...]) -> None:  # noqa: ANN401 - as above
+    def __init__(self, index: int, itinerary: Itinerary, sampler: Sampler, shape: tuple[int, ...]) -> None:
         self.index = index
         self.itinerary = itinerary
-        self.scheduler = copy.deepcopy(scheduler)
-        self.rows = call_rows(scheduler)
+        self.sampler = sampler.copy()
         self.generator = torch.Generator().manual_seed(itinerary.prompt.noise_seed)
-        self.latents = torch.randn((1, *shape), generator=self.generator) * self.scheduler.init_noise_sigma
+        self.latents = self.sampler.start(torch.randn((1, *shape), generator=self.generator))
         self.call = 0
         self.points: list[StoredPoint] = []
-        draws = "generator" in inspect.signature(self.scheduler.step).parameters
-        self.step_arguments: dict[str, Any] = {"generator": self.generator} if draws else {}
 
     @property
     def row(self) -> int:
-        return self.rows[self.call]
+        return self.sampler.rows[self.call]
 
     @property
     def finished(self) -> bool:
@@ -168,8 +168,7 @@ class _Walk:
 
     def net_input(self) -> Tensor:
         """float32 [C, H, W], rounded to float16, so that the stored answer belongs to the stored input exactly."""
-        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.scheduler.timesteps[self.call])
-        return scaled[0].half().float()
+        return self.sampler.net_input(self.latents, self.call)[0].half().float()
 
     def advance(self, net_input: Tensor, uncond: Tensor, cond: Tensor, guidance_scale: float) -> None:
         """Takes the answers, float32 [C, H, W]; stores the call if it was chosen, and steps unless it is the last."""
@@ -177,17 +176,8 @@ class _Walk:
             self.points.append(StoredPoint(net_input.half(), self.row, cond.half(), uncond.half()))
         if self.call < self.itinerary.calls[-1]:
             guided = (uncond + guidance_scale * (cond - uncond)).unsqueeze(0)
-            timestep = self.scheduler.timesteps[self.call]
-            self.latents = self.scheduler.step(
-                guided, timestep, self.latents, return_dict=False, **self.step_arguments
-            )[0]
+            self.latents = self.sampler.step(guided, self.call, self.latents, self.generator)
         self.call += 1
-
-
-def latent_shape(teacher: HotDenoiser) -> tuple[int, int, int]:
-    """(C, H, W) of what the denoiser is trained on."""
-    config = teacher.unet.config
-    return config.in_channels, config.sample_size, config.sample_size
 
 
 def _answer(
@@ -202,7 +192,9 @@ def _answer(
     active = [walk for walk in (slots[slot] for slot in filled) if walk is not None]
     sample = torch.stack([taken for taken in (inputs[slot] for slot in filled) if taken is not None])
     rows = torch.tensor([walk.row for walk in active])
-    texts = torch.stack([walk.itinerary.uncond_text for walk in active] + [walk.itinerary.cond_text for walk in active])
-    output = teacher(torch.cat([sample, sample]).to(device), torch.cat([rows, rows]).to(device), texts.to(device))
+    uncond, cond = ([getattr(walk.itinerary, branch) for walk in active] for branch in ("uncond", "cond"))
+    texts = EncodedText.stack(uncond + cond).to(device)
+    both_samples, both_rows = torch.cat([sample, sample]).to(device), torch.cat([rows, rows]).to(device)
+    output = teacher(both_samples, both_rows, texts.states, texts.added_cond)
     both: Tensor = output.cpu().unflatten(0, (2, len(slots)))
     return both

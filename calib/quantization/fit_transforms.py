@@ -9,7 +9,7 @@ import torch
 
 from s2p_deploy.calib.dataset.stored_points import points_at
 from s2p_deploy.errors import InputError, S2PError
-from s2p_deploy.families import LowRankLinear, SmoothedLinear, module_of_kind, readers_by_tensor, split_shortcuts
+from s2p_deploy.families import LowRankLinear, SmoothedLinear, module_of_kind, readers_by_tensor
 from s2p_deploy.records import TransformSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def transform_spec(hot: HotDenoiser, transforms: Transforms, linears: Sequence[s
 
 
 def _splits(hot: HotDenoiser, which: str) -> dict[str, int]:
-    found = split_shortcuts(hot.unet) if which != "none" else {}
+    found = hot.kind.split_shortcuts(hot.network) if which != "none" else {}
     return {path: leading for path, leading in found.items() if which == "all" or path.endswith(".conv_shortcut")}
 
 
@@ -138,7 +138,7 @@ def _input_peaks(
     stored, done = points_at(dataset, np.concatenate(first)), 0
     try:
         for which in stored.batches():
-            hot(*(argument.to(hot.unet.device) for argument in stored.inputs(which)))
+            hot(*(argument.to(hot.network.device) for argument in stored.inputs(which)))
             done += len(which)
             progress("smoothing", done, len(stored.row))
     finally:

@@ -63,7 +63,7 @@ def low_bit_plan(
     sites = [site.site for site in plan.sites if site.weights == INT4.name and site.rule != SENSITIVE]
     if mixed.low_bit is None or not sites:
         return plan
-    weights = {name: hot.unet.get_submodule(name).weight.detach() for name in sites}
+    weights = {name: hot.network.get_submodule(name).weight.detach() for name in sites}
     sizes = [weight.numel() for weight in weights.values()]
     errors = _output_errors(hot, weights, draw_points(dataset, mixed.latents, _SEED), progress)
     scores = [[error * size**_SIZE_POWER for error in row] for row, size in zip(errors, sizes, strict=True)]
@@ -120,17 +120,15 @@ def _output_errors(
 
 
 def _inputs(hot: HotDenoiser, points: StoredPoints, which: Tensor) -> tuple[Tensor, ...]:
-    return tuple(argument.to(hot.unet.device) for argument in points.inputs(which))
+    return tuple(argument.to(hot.network.device) for argument in points.inputs(which))
 
 
 def _on_grid(weight: Tensor, fmt: IntegerFormat) -> Tensor:
     return fake_quantize(weight, least_squares_weight_scale(weight, fmt), fmt)
 
 
-def _output_error(
-    hot: HotDenoiser, name: str, weight: Tensor, points: StoredPoints, exact: Sequence[Tensor]
-) -> float:
-    changed = {f"unet.{name}.weight": weight}
+def _output_error(hot: HotDenoiser, name: str, weight: Tensor, points: StoredPoints, exact: Sequence[Tensor]) -> float:
+    changed = {f"network.{name}.weight": weight}
     total = 0.0
     for which, expected in zip(points.batches(), exact, strict=True):
         output = torch.func.functional_call(hot, changed, _inputs(hot, points, which))

@@ -100,7 +100,7 @@ def modelopt_start(
 def _switches(plan: PrecisionPlan) -> Iterator[dict[str, Any]]:
     yield {"quantizer_name": "*", "enable": False}
     for site in plan.sites:
-        path = f"unet.{_plain(site.site)}"
+        path = f"network.{_plain(site.site)}"
         if site.weights != "none":
             yield {"quantizer_name": f"{path}.weight_quantizer", "enable": True}
         if site.act_point is not None:
@@ -112,7 +112,7 @@ def _show(model: HotDenoiser, dataset: LatentDataset, progress: Progress) -> Non
     stored = points_at(dataset, np.arange(len(dataset.rows)))
     done = 0
     for which in stored.batches():
-        model(*(argument.to(model.unet.device) for argument in stored.inputs(which)))
+        model(*(argument.to(model.network.device) for argument in stored.inputs(which)))
         done += len(which)
         progress("modelopt", done, len(stored.row))
 
@@ -121,7 +121,7 @@ def _read(model: HotDenoiser, plan: PrecisionPlan) -> ModeloptStart:
     weight_peaks, act_peaks, smoothing = {}, {}, {}
     for site in plan.sites:
         name = _plain(site.site)
-        module: Any = model.unet.get_submodule(name)
+        module: Any = model.network.get_submodule(name)
         if site.weights != "none":
             peaks = module.weight_quantizer.amax.detach().float().cpu()
             weight_peaks[name] = peaks.view(weight_scale_shape(module.weight))

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from s2p_deploy.families import Site
     from s2p_deploy.recipe import Mixed, Override, Recipe, Rule
 
-TEXT = "text"  # the word that matches every site that reads only the text
+# words in place of a pattern: sites that read only the text, that read the latents, and the one that comes last
+TEXT, INPUT, OUTPUT = "text", "input", "output"
 SENSITIVE, INSENSITIVE = "sensitive", "insensitive"  # rules of the sites that mixed precision chose
 _DEFAULT = "default"
 _BRANCH = "low-rank branch"
@@ -104,7 +105,8 @@ def check_plan(plan: PrecisionPlan, sites: Sequence[Site]) -> None:
 
 
 def _matches(rule: Rule, site: Site) -> bool:
-    return site.reads_text if rule.match == TEXT else fnmatchcase(site.name, rule.match)
+    named = {TEXT: site.reads == "text", INPUT: site.reads == "sample", OUTPUT: site.last}
+    return named[rule.match] if rule.match in named else fnmatchcase(site.name, rule.match)
 
 
 def _check_rule(rule: Rule, sites: Sequence[Site]) -> None:
@@ -178,6 +180,6 @@ def _act_points(sites: Sequence[Site], choices: Mapping[str, _Choice]) -> tuple[
         name = f"{group[0].name}:{activations}" if tensor in named else group[0].name
         named.add(tensor)
         points.append(
-            ActPoint(name, activations, tuple(site.name for site in group), timestep_dependent=not group[0].reads_text)
+            ActPoint(name, activations, tuple(site.name for site in group), timestep_dependent=group[0].reads != "text")
         )
     return tuple(points)

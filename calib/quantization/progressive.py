@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from s2p_deploy.calib.dataset.trajectories import Itinerary, call_rows, walk
+from s2p_deploy.calib.dataset.trajectories import Itinerary, walk
 from s2p_deploy.calib.quantization.scale_start import RangeFinder, StartingGrids, calibrated_rows
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, SampleGrids
-from s2p_deploy.families import HotDenoiser
+from s2p_deploy.families import EncodedText, HotDenoiser
 from s2p_deploy.records import PrecisionPlan
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from s2p_deploy.calib.dataset.sampler import Sampler
     from s2p_deploy.progress import Progress
     from s2p_deploy.recipe import Scales
     from s2p_deploy.records import LatentDataset, PromptSet
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GuidedSampling:
-    """What is walked: the prompts of ``dataset`` in its order, by a scheduler whose timesteps are set."""
+    """What is walked: the prompts of ``dataset`` in its order."""
 
     prompts: PromptSet
     dataset: LatentDataset
-    scheduler: Any  # diffusers' schedulers share no typed base
+    sampler: Sampler
     guidance_scale: float
 
 
@@ -65,7 +66,7 @@ def progressive_grids(
     itineraries = _whole_walks(sampling, scales.latents)
     total = sum(itinerary.length for itinerary in itineraries)
     slots = [(prompt,) for prompt in range(len(itineraries))]
-    steps = walk(teacher, sampling.scheduler, itineraries, slots, guidance_scale=sampling.guidance_scale)
+    steps = walk(teacher, sampling.sampler, itineraries, slots, guidance_scale=sampling.guidance_scale)
     for done, _ in enumerate(steps, 1):
         progress("progressive scales", done, total)
     return teacher.finder.grids(rows, torch.stack([teacher.ranges[row] for row in rows]), [1] * len(rows))
@@ -74,10 +75,10 @@ def progressive_grids(
 def _whole_walks(sampling: GuidedSampling, count: int) -> list[Itinerary]:
     """The first prompts, each on its way to the schedule's last call: of one length, so they stay side by side."""
     dataset = sampling.dataset
-    texts = torch.from_numpy(dataset.texts)
-    last = (len(call_rows(sampling.scheduler)) - 1,)
+    texts = EncodedText(torch.from_numpy(dataset.texts), torch.from_numpy(dataset.added_cond))
+    last = (len(sampling.sampler.rows) - 1,)
     return [
-        Itinerary(prompt, last, texts[dataset.cond_text[index]], texts[dataset.uncond_text[index]])
+        Itinerary(prompt, last, texts[int(dataset.cond_text[index])], texts[int(dataset.uncond_text[index])])
         for index, prompt in enumerate(sampling.prompts.first(count).prompts)
     ]
 
@@ -88,18 +89,20 @@ class _Progressive(HotDenoiser):
     def __init__(
         self, hot: HotDenoiser, plan: PrecisionPlan, weight_scales: Mapping[str, Tensor], finder: RangeFinder
     ) -> None:
-        super().__init__(hot.unet)
+        super().__init__(hot.network, hot.time, hot.config)
         self.observed = QuantizedDenoiser(copy.deepcopy(hot), _weights_only(plan), weight_scales, bake=True).hot
         self.quantized = QuantizedDenoiser(copy.deepcopy(hot), plan, weight_scales, bake=True)
         self.finder = finder
         self.ranges: dict[int, Tensor] = {}
 
-    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        row = int(step_index[0])
+    def forward(
+        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
+    ) -> Tensor:
+        row, inputs = int(step_index[0]), (sample, step_index, encoder_hidden_states, added_cond)
         if row not in self.ranges:
-            self.ranges[row] = self.finder.find(self.observed, sample, step_index, encoder_hidden_states)
+            self.ranges[row] = self.finder.find(self.observed, *inputs)
         grids = self.finder.grids((row,), self.ranges[row].unsqueeze(0), (1,))
-        output: Tensor = self.quantized(sample, step_index, encoder_hidden_states, _of_batch(grids, sample))
+        output: Tensor = self.quantized(*inputs, _of_batch(grids, sample))
         return output
 
 

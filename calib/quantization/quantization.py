@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from s2p_deploy.calib.atomic import write_tensors
+from s2p_deploy.calib.dataset.sampler import Sampler
+from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.calib.quantization.fit_transforms import fit_transforms, set_smoothing
 from s2p_deploy.calib.quantization.low_bit import low_bit_plan
 from s2p_deploy.calib.quantization.modelopt_start import modelopt_start, smoothed_by_modelopt
@@ -28,6 +30,7 @@ from s2p_deploy.calib.start import sites_after
 from s2p_deploy.families import apply_transforms, set_time_table
 from s2p_deploy.records import TransformSpec
 from s2p_deploy.records.precision_plan import read_plan, write_plan
+from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows, with_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.calib.job import Job
     from s2p_deploy.calib.start import Start
-    from s2p_deploy.families import HotDenoiser, Site
+    from s2p_deploy.families import Site
     from s2p_deploy.records import CalibratedModel, LatentDataset, PrecisionPlan
 
 _PLAN = "plan.yaml"
@@ -62,21 +65,25 @@ def quantization_of(job: Job, start: Start, dataset: LatentDataset) -> Quantizat
         InputError: what the recipe asks for does not fit the denoiser.
         S2PError: an activation is not finite.
     """
-    set_time_table(start.hot, start.time_table)
+    if start.time_table is not None:
+        set_time_table(start.hot, start.time_table)
     if job.initial is not None:
-        return _continued(job.initial, start.hot, dataset)
+        return _continued(job.initial, start, dataset)
     if job.recipe.scales.calibrator == "own":
         return _own(job, start, dataset)
     return _by_modelopt(job, start, dataset)
 
 
-def _continued(initial: CalibratedModel, hot: HotDenoiser, dataset: LatentDataset) -> Quantization:
+def _continued(initial: CalibratedModel, start: Start, dataset: LatentDataset) -> Quantization:
     """Everything as a finished calibration left it; rows that it did not visit start at their interpolated scales."""
+    hot = start.hot
     apply_transforms(hot, initial.transforms)
     hot.load_state_dict({name: torch.from_numpy(value) for name, value in initial.weights().items()})
     weight_scales = {name: torch.from_numpy(value) for name, value in initial.weight_scales().items()}
-    rows = list(calibrated_rows(dataset))
-    grids = StartingGrids(torch.from_numpy(initial.scales.scales[rows]))
+    timesteps = start.timesteps.timesteps[list(calibrated_rows(dataset))]
+    bound = with_schedules(initial.timesteps, [timesteps], covered=False)
+    scales = scales_of_rows(initial.scales, initial.timesteps, bound).scales
+    grids = StartingGrids(torch.from_numpy(scales[rows_of_timesteps(timesteps, bound, covered=False)]))
     return Quantization(initial.transforms, initial.plan, weight_scales, grids)
 
 
@@ -93,7 +100,8 @@ def _own(job: Job, start: Start, dataset: LatentDataset) -> Quantization:
         scheduler, guidance = start.pipe.scheduler, job.recipe.sampling.guidance_scale
         assert guidance is not None, "the recipe is resolved"
         scheduler.set_timesteps(job.recipe.sampling.steps)
-        sampling = GuidedSampling(job.prompts, dataset, scheduler, guidance)
+        sampler = Sampler(scheduler, call_rows(scheduler, start.timesteps))
+        sampling = GuidedSampling(job.prompts, dataset, sampler, guidance)
         return weight_scales, progressive_grids(hot, plan, weight_scales, sampling, scales, job.progress)
 
     return Quantization(spec, plan, *_starts_once(job, find))
@@ -106,7 +114,7 @@ def _by_modelopt(job: Job, start: Start, dataset: LatentDataset) -> Quantization
     spec = TransformSpec(smoothed=smoothed_by_modelopt(start.plan) if found.smoothing else ())
     apply_transforms(start.hot, spec)
     set_smoothing(start.hot, found.smoothing)
-    sites = sites_after(spec, start.config, start.time_table)
+    sites = sites_after(spec, start.config, start.time_table or start.timesteps)
     plan = _plan_once(job, start, plan_from_recipe(job.recipe, sites), sites, dataset)
     rows = len(set(dataset.rows.tolist()))
     return Quantization(spec, plan, found.weight_scales(plan), found.grids(plan, rows))
@@ -123,7 +131,7 @@ def _plan_once(
         if mixed.sensitivity != "none":
             seed = job.recipe.training.seed
             scores = site_sensitivities(
-                start.hot, plan, start.pipe.scheduler, dataset, mixed, seed=seed, progress=job.progress
+                start.hot, plan, start.timesteps, dataset, mixed, seed=seed, progress=job.progress
             )
             plan = mixed_plan(plan, sites, scores, mixed)
         write_plan(low_bit_plan(start.hot, plan, dataset, mixed, job.progress), file)

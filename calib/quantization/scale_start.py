@@ -56,7 +56,7 @@ def starting_weight_scales(hot: HotDenoiser, plan: PrecisionPlan, scales: Scales
     scale_of = least_squares_weight_scale if scales.weights == "least_squares" else max_weight_scale
     formats = {site.site: format_by_name(site.weights) for site in plan.sites}
     return {
-        name: scale_of(hot.unet.get_submodule(name).weight, fmt) for name, fmt in formats.items() if fmt is not None
+        name: scale_of(hot.network.get_submodule(name).weight, fmt) for name, fmt in formats.items() if fmt is not None
     }
 
 
@@ -65,7 +65,7 @@ def calibrated_rows(dataset: LatentDataset) -> tuple[int, ...]:
     return tuple(int(row) for row in np.unique(dataset.rows))
 
 
-def seen(dataset: LatentDataset, points: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+def seen(dataset: LatentDataset, points: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stored ``points`` int64 [n] as the denoiser's arguments: 2n samples, one for either CFG branch."""
     both = points_at(dataset, points)
     return both.inputs(torch.arange(len(both.row)))
@@ -92,8 +92,6 @@ def starting_grids(
     return finder.grids(rows, torch.stack(ranges), counts)
 
 
-
-
 @dataclass(frozen=True)
 class RangeFinder:
     """Finds the ranges that act points cover on a row, and makes grids of them.
@@ -113,7 +111,9 @@ class RangeFinder:
         return RangeFinder(plan, scales, rows[count - 1] if count else -1)
 
     @torch.no_grad()
-    def find(self, hot: HotDenoiser, sample: Tensor, rows: Tensor, texts: Tensor) -> Tensor:
+    def find(
+        self, hot: HotDenoiser, sample: Tensor, rows: Tensor, texts: Tensor, added_cond: Tensor | None = None
+    ) -> Tensor:
         """Ranges float32 [points, 2] on the CPU of what the sites of ``hot`` read in one call.
 
         Args:
@@ -121,6 +121,7 @@ class RangeFinder:
             sample: float32 [batch, C, H, W] latents after ``scale_model_input``.
             rows: int64 [batch], the same row for all samples.
             texts: float32 [batch, tokens, D].
+            added_cond: float32 [batch, A], not read where A is 0.
 
         Raises:
             S2PError: an activation holds NaN or infinity.
@@ -134,22 +135,21 @@ class RangeFinder:
             found[point.name] = torch.stack(_range_of(x, self._format(point, row), self.scales)).cpu()
 
         hooks = [
-            hot.unet.get_submodule(point.sites[0]).register_forward_pre_hook(
+            hot.network.get_submodule(point.sites[0]).register_forward_pre_hook(
                 lambda _, args, point=point: observe(point, args[0])
             )
             for point in self.plan.act_points
         ]
-        device = hot.unet.device
+        device = hot.network.device
+        added = None if added_cond is None else added_cond.to(device)
         try:
-            hot(sample.to(device), rows.to(device), texts.to(device))
+            hot(sample.to(device), rows.to(device), texts.to(device), added)
         finally:
             for hook in hooks:
                 hook.remove()
         for name, ends in found.items():
             if not torch.isfinite(ends).all():
-                raise S2PError(
-                    f"the activation {name} is not finite at timestep {row}: the pipeline's weights are broken"
-                )
+                raise S2PError(f"the activation {name} is not finite on row {row}: the pipeline's weights are broken")
         return torch.stack([found[point.name] for point in self.plan.act_points])
 
     def grids(self, rows: Sequence[int], ranges: Tensor, counts: Sequence[int]) -> StartingGrids:

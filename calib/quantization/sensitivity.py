@@ -9,9 +9,10 @@ tensors is the sum over their elements, and a sample m is one latent with one of
     vanish at the floating-point weights, where the gradient of any distance to the teacher is zero.
 ``literal``: the printed formula at the floating-point weights. L is the diffusion loss, the mean over elements of
     (eps_fp(x_t) - eps)^2 and over samples. x_t = alpha_t x_0 + sigma_t eps has eps ~ N(0, I) and t uniform over the
-    scheduler's training timesteps; x_0 is the clean latent that the guided output at the least noisy stored point of a
-    random prompt predicts (best with all points stored). v-prediction compares with alpha_t eps - sigma_t x_0, and
-    prediction of the picture with x_0.
+    rows (the scheduler's training timesteps, or where those have none its schedule); x_0 is the clean latent that the
+    guided output at the least noisy stored point of a random prompt predicts (best with all points stored).
+    v-prediction compares with alpha_t eps - sigma_t x_0, prediction of the picture with x_0, and flow matching with
+    eps - x_0.
 ``quantized``: the printed formula at the weights on their starting (least-squares) grids, activations in floating
     point. L is L_out: the mean of (eps_q(x_m) - eps_fp(x_m))^2 over elements and stored points, eps_fp as stored.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from torch import nn
 from s2p_deploy.calib.dataset.stored_points import draw_points, least_noisy, points_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.numerics import fake_quantize, format_by_name, least_squares_weight_scale
+from s2p_deploy.timesteps import angles_of_timesteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from s2p_deploy.families import HotDenoiser
     from s2p_deploy.progress import Progress
     from s2p_deploy.recipe import Mixed
-    from s2p_deploy.records import LatentDataset, PrecisionPlan
+    from s2p_deploy.records import LatentDataset, PrecisionPlan, TimestepTable
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Question:
 def site_sensitivities(  # noqa: PLR0913 - what is asked, of whom, and on which points
     hot: HotDenoiser,
     plan: PrecisionPlan,
-    scheduler: Any,  # noqa: ANN401 - diffusers' schedulers share no typed base
+    timesteps: TimestepTable,
     dataset: LatentDataset,
     mixed: Mixed,
     *,
@@ -73,7 +75,7 @@ def site_sensitivities(  # noqa: PLR0913 - what is asked, of whom, and on which 
     Args:
         hot: the floating-point denoiser, left as it was.
         plan: its sites, and the weight formats for ``quantized``.
-        scheduler: noise levels and kind of prediction, for ``literal``.
+        timesteps: noise levels of the rows and kind of prediction, for ``literal``.
         dataset: stored points.
         mixed: the reading, and how many stored points.
         seed: of all draws.
@@ -88,7 +90,7 @@ def site_sensitivities(  # noqa: PLR0913 - what is asked, of whom, and on which 
         probes = torch.randn(points.sample.shape, generator=generator)
         question = _Question(points, probes, {}, _projection, _mean_of_squares)
     elif mixed.sensitivity == "literal":
-        question = _diffusion_question(dataset, scheduler, len(points.sample) // 2, generator)
+        question = _diffusion_question(dataset, timesteps, len(points.sample) // 2, generator)
     elif mixed.sensitivity == "quantized":
         question = _Question(points, points.output, _weights_on_grids(hot, plan), _squared_error, _as_printed)
     else:
@@ -120,7 +122,7 @@ def _as_printed(products: Tensor) -> Tensor:
 
 def _products(hot: HotDenoiser, names: list[str], question: _Question, progress: Progress) -> Tensor:
     """g_m^T W_i of every sample and site, float64 [n, sites]."""
-    points, device, found = question.points, hot.unet.device, []
+    points, device, found = question.points, hot.network.device, []
     for which in points.batches():
         inputs = tuple(argument.to(device) for argument in points.inputs(which))
         with torch.enable_grad(), _weight_factors(hot, names) as factors:
@@ -151,7 +153,7 @@ def _weight_factors(hot: HotDenoiser, names: list[str]) -> Iterator[dict[str, Te
             shift = bias.detach().view(-1, 1, 1) if isinstance(module, nn.Conv2d) else bias.detach()
             return output * factor + shift * (1 - factor)
 
-        handle: RemovableHandle = hot.unet.get_submodule(name).register_forward_hook(multiply)
+        handle: RemovableHandle = hot.network.get_submodule(name).register_forward_hook(multiply)
         return handle
 
     hooks = [watch(name) for name in names]
@@ -168,38 +170,37 @@ def _weights_on_grids(hot: HotDenoiser, plan: PrecisionPlan) -> dict[str, Tensor
     for site in plan.sites:
         fmt = format_by_name(site.weights)
         if fmt is not None:
-            weight = hot.unet.get_submodule(site.site).weight.detach()
-            found[f"unet.{site.site}.weight"] = fake_quantize(weight, least_squares_weight_scale(weight, fmt), fmt)
+            weight = hot.network.get_submodule(site.site).weight.detach()
+            found[f"network.{site.site}.weight"] = fake_quantize(weight, least_squares_weight_scale(weight, fmt), fmt)
     return found
 
 
 def _diffusion_question(
-    dataset: LatentDataset,
-    scheduler: Any,  # noqa: ANN401 - as above
-    count: int,
-    generator: torch.Generator,
+    dataset: LatentDataset, timesteps: TimestepTable, count: int, generator: torch.Generator
 ) -> _Question:
     """The diffusion loss on ``count`` clean latents, each under both texts of its prompt."""
     sources = least_noisy(dataset)
     chosen = torch.randint(len(sources), (count,), generator=generator).numpy()
     points = points_at(dataset, sources[chosen])
     guidance = float(dataset.manifest.content["sampling"]["guidance_scale"])
-    kind, alphas = scheduler.config.prediction_type, scheduler.alphas_cumprod.float()
+    kind = "flow" if timesteps.flow_matching else timesteps.scheduler_config["prediction_type"]
     uncond, cond = points.output.chunk(2)
     guided = uncond + guidance * (cond - uncond)
-    clean = _clean(kind, points.sample[:count], guided, *_levels(alphas, points.row[:count]))
-    row = torch.randint(len(alphas), (count,), generator=generator)
+    clean = _clean(kind, points.sample[:count], guided, *_levels(timesteps, points.row[:count]))
+    row = torch.randint(timesteps.rows, (count,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    alpha, sigma = _levels(alphas, row)
-    answers = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}
+    alpha, sigma = _levels(timesteps, row)
+    velocity = alpha * noise - sigma * clean
+    answers = {"epsilon": noise, "v_prediction": velocity, "sample": clean, "flow": noise - clean}
     noised = replace(points, sample=(alpha * clean + sigma * noise).repeat(2, 1, 1, 1), row=row.repeat(2))
     return _Question(noised, answers[kind].repeat(2, 1, 1, 1), {}, _squared_error, _as_printed)
 
 
-def _levels(alphas_cumprod: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+def _levels(timesteps: TimestepTable, row: Tensor) -> tuple[Tensor, Tensor]:
     """Alpha and sigma float32 [n, 1, 1, 1] of rows."""
-    alpha = alphas_cumprod[row].view(-1, 1, 1, 1)
-    return alpha.sqrt(), (1 - alpha).sqrt()
+    angle = torch.from_numpy(angles_of_timesteps(timesteps.timesteps[row.numpy()], timesteps)).view(-1, 1, 1, 1)
+    alpha, sigma = (1 - angle, angle) if timesteps.flow_matching else (angle.cos(), angle.sin())
+    return alpha.float(), sigma.float()
 
 
 def _clean(kind: str, sample: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -208,4 +209,6 @@ def _clean(kind: str, sample: Tensor, output: Tensor, alpha: Tensor, sigma: Tens
         return (sample - sigma * output) / alpha
     if kind == "v_prediction":
         return alpha * sample - sigma * output
+    if kind == "flow":
+        return sample - sigma * output
     return output

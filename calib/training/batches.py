@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples float32 [b, C, H, W] on their rows, their text states and what the teacher answered.
+    """Samples float32 [b, C, H, W] on their rows, their texts and what the teacher answered.
 
-    ``row`` int64 [b] is the timestep, ``index`` int64 [b] the row's place among the calibrated ones. A paired batch
+    ``row`` int64 [b], ``index`` int64 [b] the row's place among the calibrated ones. A paired batch
     holds the text branches of some points and then the empty branches of the same points.
     """
 
@@ -28,7 +28,12 @@ class Batch:
     row: Tensor
     index: Tensor
     texts: Tensor
+    added_cond: Tensor
     target: Tensor
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The denoiser's arguments."""
+        return self.sample, self.row, self.texts, self.added_cond
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -37,6 +42,7 @@ class Batch:
             self.row.to(device),
             self.index.to(device),
             self.texts.to(device),
+            self.added_cond.to(device),
             self.target.to(device),
         )
 
@@ -67,13 +73,14 @@ def take_pairs(dataset: LatentDataset, rows: Tensor, points: NDArray[np.int64]) 
 def take(dataset: LatentDataset, rows: Tensor, points: NDArray[np.int64], uncond: NDArray[np.bool_]) -> Batch:
     """Stored points int64 [b], each as the branch that ``uncond`` bool [b] names."""
     prompt = dataset.prompt[points]
-    texts = dataset.texts[np.where(uncond, dataset.uncond_text[prompt], dataset.cond_text[prompt])]
+    text = np.where(uncond, dataset.uncond_text[prompt], dataset.cond_text[prompt])
     target = np.where(uncond[:, None, None, None], dataset.uncond[points], dataset.cond[points])
     row = torch.from_numpy(dataset.rows[points])
     return Batch(
         sample=torch.from_numpy(dataset.latents[points]).float(),
         row=row,
         index=torch.searchsorted(rows, row),
-        texts=torch.from_numpy(texts),
+        texts=torch.from_numpy(dataset.texts[text]),
+        added_cond=torch.from_numpy(dataset.added_cond[text]),
         target=torch.from_numpy(target).float(),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,29 +16,28 @@ if TYPE_CHECKING:
     from s2p_deploy.families import HotDenoiser
 
 DELTA = 1e-6  # keeps a relative error finite where the teacher's feature is zero
-_BLOCK = re.compile(r"(?:down|up)_blocks\.\d+|mid_block")
 
 
 def feature_targets(setting: TrainingSetting, hot: HotDenoiser) -> tuple[str, ...]:
-    """Module paths in the UNet whose outputs are compared; none where the recipe has no feature loss."""
+    """Module paths in the network whose outputs are compared; none where the recipe has no feature loss."""
     targets = setting.training.features.targets
     if targets == "blocks":
-        return tuple(name for name, _ in hot.unet.named_modules() if _BLOCK.fullmatch(name))
+        return tuple(name for name, _ in hot.network.named_modules() if hot.kind.distilled.fullmatch(name))
     return setting.sensitive if targets == "sensitive" else ()
 
 
 @contextmanager
 def tapped(hot: HotDenoiser, targets: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Within, a forward pass leaves the outputs of ``targets`` in the dictionary; of a block's tuple, the first."""
+    """Within, a forward pass leaves the outputs of ``targets`` in the dictionary; of a block's tuple, the image's."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[name] = output if isinstance(output, torch.Tensor) else output[0]
+            found[name] = output if isinstance(output, torch.Tensor) else output[hot.kind.image_output]
 
         return hook
 
-    hooks = [hot.unet.get_submodule(name).register_forward_hook(keep(name)) for name in targets]
+    hooks = [hot.network.get_submodule(name).register_forward_hook(keep(name)) for name in targets]
     try:
         yield found
     finally:

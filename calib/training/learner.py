@@ -45,7 +45,7 @@ class Learner:
             freeze_layers(state, setting.sensitivities or {}, training.freezing.trained)
         state.to(setting.device)
         if training.checkpointing:
-            state.denoiser.hot.unet.enable_gradient_checkpointing()
+            state.denoiser.hot.network.enable_gradient_checkpointing()
         self.state, self.training = state, training
         trained = state.modules().named_parameters()
         self.parameters = {name: parameter for name, parameter in trained if parameter.requires_grad}
@@ -132,7 +132,7 @@ class Learner:
                 self._set(self.kept[name])
                 break
         merge_adapters(self.state)
-        self.state.denoiser.hot.unet.disable_gradient_checkpointing()
+        self.state.denoiser.hot.network.disable_gradient_checkpointing()
 
     def tensors(self) -> Tensors:
         """All of it by name, on any device."""

@@ -68,21 +68,20 @@ def row_weights(setting: TrainingSetting, rows: Tensor, start: RowErrors, shares
     if setting.training.loss == "uniform":
         return torch.ones_like(error).float()
     weights = {
-        "sampler": lambda: sampler_steps(_given(setting.alphas_cumprod), rows),
+        "sampler": lambda: sampler_steps(_given(setting.noise_levels)[rows]),
         "trajectory": lambda: _given(setting.influence).double(),
     }.get(setting.training.loss, lambda: error**-setting.training.balance)()
     return (weights / (shares * weights * error).sum()).float()
 
 
-def sampler_steps(alphas_cumprod: Tensor, rows: Tensor) -> Tensor:
-    """(d x_0 / d eps)^2 of the schedule alone, float64 [calibrated rows].
+def sampler_steps(levels: Tensor) -> Tensor:
+    """(d x_0 / d output)^2 of the schedule alone, float64 [calibrated rows], of the rows' noise ``levels``, ascending.
 
     A deterministic step of a variance-preserving schedule from row r to the next row r' below moves latents in units
-    of x_0 by eps (nsr(r') - nsr(r)), nsr = sqrt((1 - abar) / abar); below the last row nsr is 0.
+    of x_0 by eps (level(r') - level(r)), level = sigma / alpha; one of flow matching by the velocity and its levels are
+    sigma. Below the last row the level is 0.
     """
-    alphas = alphas_cumprod.double()[rows]
-    nsr = ((1 - alphas) / alphas).sqrt()
-    return nsr.diff(prepend=nsr.new_zeros(1)).square()
+    return levels.double().diff(prepend=levels.new_zeros(1).double()).square()
 
 
 def _given(tensor: Tensor | None) -> Tensor:

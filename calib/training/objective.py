@@ -38,7 +38,7 @@ class Objective:
 
         def learn(hot: HotDenoiser) -> tuple[Tensor, Tensor]:
             with tapped(hot, self.targets) as found, self._precision():
-                output = hot(batch.sample, batch.row, batch.texts)
+                output = hot(*batch.inputs())
             errors = batch_errors(output, batch.target, self.setting)
             out = (errors * self.weights[batch.index[: len(errors)]]).mean()
             features = self.setting.training.features
@@ -55,7 +55,7 @@ class Objective:
         if self.teacher is None:
             return {}
         with tapped(self.teacher, self.targets) as wanted, self._precision():
-            self.teacher(batch.sample, batch.row, batch.texts)
+            self.teacher(*batch.inputs())
         return wanted
 
     def _precision(self) -> torch.autocast:

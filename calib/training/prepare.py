@@ -15,6 +15,7 @@ from s2p_deploy.calib.training.row_influence import row_influence
 from s2p_deploy.calib.training.selection import held_out_walk
 from s2p_deploy.calib.training.setting import TrainingSetting
 from s2p_deploy.families import apply_transforms
+from s2p_deploy.timesteps import angles_of_timesteps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.training.selection import HeldOut
     from s2p_deploy.calib.training.state import TrainingState
     from s2p_deploy.families import HotDenoiser
-    from s2p_deploy.records import PrecisionPlan
+    from s2p_deploy.records import PrecisionPlan, TimestepTable
 
 _INFLUENCE = "row_influence"
 _INFLUENCE_PROMPTS = 8
@@ -54,7 +55,7 @@ def setting_of(
     return TrainingSetting(
         training=job.recipe.training,
         guidance_scale=guidance,
-        alphas_cumprod=start.pipe.scheduler.alphas_cumprod,
+        noise_levels=_noise_levels(start.timesteps),
         influence=_influence(job, start, state, teacher),
         teacher=teacher if job.recipe.training.features.targets != "none" else None,
         sensitive=tuple(site.site for site in plan.sites if site.rule == SENSITIVE),
@@ -62,6 +63,11 @@ def setting_of(
         held_out=_held_out(job, start, teacher),
         device=torch.device(job.device),
     )
+
+
+def _noise_levels(timesteps: TimestepTable) -> Tensor:
+    angles = torch.from_numpy(angles_of_timesteps(timesteps.timesteps, timesteps))
+    return angles if timesteps.flow_matching else angles.tan()
 
 
 def _held_out(job: Job, start: Start, teacher: HotDenoiser | None) -> HeldOut | None:
@@ -78,6 +84,6 @@ def _influence(job: Job, start: Start, state: TrainingState, teacher: HotDenoise
     assert teacher is not None, "the loss asks for one"
     file = job.partial / f"{_INFLUENCE}.safetensors"
     if not file.exists():
-        inputs = sampler_inputs(start.pipe, job.prompts.first(_INFLUENCE_PROMPTS), job.recipe)
+        inputs = sampler_inputs(start.pipe, teacher, job.prompts.first(_INFLUENCE_PROMPTS), job.recipe)
         write_tensors(file, {_INFLUENCE: row_influence(teacher, state, inputs, job.progress)})
     return load_file(file)[_INFLUENCE]

@@ -32,7 +32,7 @@ def row_errors(
         chunk = points[begin : begin + _POINTS]
         batch = take_pairs(dataset, state.rows, chunk)
         there = batch.to(device)
-        output = state.answer(there.sample, there.row, there.texts)
+        output = state.answer(*there.inputs())
         plain = squared_errors(output, there.target).unflatten(0, (2, -1)).mean(0)
         signal = there.target.square().mean((1, 2, 3)).unflatten(0, (2, -1)).mean(0)
         found = torch.stack([plain, guided_errors(output, there.target, guidance_scale), signal])

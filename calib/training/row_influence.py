@@ -37,7 +37,7 @@ def row_influence(teacher: HotDenoiser, state: TrainingState, inputs: SamplerInp
         starts, final = _floating_point(teacher, part)
         for index, row in enumerate(state.rows.tolist()):
             if row not in starts:
-                raise InputError(f"the sampler makes no call at timestep {row}, which is calibrated: set its steps")
+                raise InputError(f"the sampler makes no call on row {row}, which is calibrated: set its steps")
             last, error = _quantized_at(row, starts[row].copy(), teacher, state)
             moved[index] += float((last - final).double().square().mean()) * len(final)
             caused[index] += error * len(final)

@@ -10,7 +10,7 @@ import torch
 from s2p_deploy.calib.dataset.sampler_walk import SamplerInputs, final_latents, sampler_inputs
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from s2p_deploy.calib.dataset.sampler_walk import Denoise
@@ -31,11 +31,9 @@ class HeldOut:
         return HeldOut(self.inputs.to(device), self.final.to(device))
 
 
-def held_out_walk(
-    pipe: StableDiffusionPipeline, teacher: HotDenoiser, prompts: PromptSet, recipe: Recipe
-) -> HeldOut:
+def held_out_walk(pipe: DiffusionPipeline, teacher: HotDenoiser, prompts: PromptSet, recipe: Recipe) -> HeldOut:
     """Walks the floating-point ``teacher`` (on the CPU) over held-out ``prompts`` under the recipe's sampling."""
-    inputs = sampler_inputs(pipe, prompts, recipe)
+    inputs = sampler_inputs(pipe, teacher, prompts, recipe)
     return HeldOut(inputs, final_latents(teacher, inputs))
 
 

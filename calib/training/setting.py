@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class TrainingSetting:
     """The recipe's section and what its choices need; the rest may stay None.
 
-    ``alphas_cumprod`` float [timesteps] of the scheduler for the loss ``sampler``; ``influence`` float32
-    [calibrated rows] from :func:`row_influence` for ``trajectory``; ``teacher`` for feature losses, the floating-point
-    denoiser with the module paths of the trained one; ``sensitive`` names the sites of ``features.targets: sensitive``;
-    ``sensitivities`` by site for ``freezing.what: layers``; ``held_out`` where ``selection.prompts`` is not 0.
+    ``noise_levels`` float64 [rows], sigma over alpha (sigma for flow matching), for the loss ``sampler``; ``influence``
+    float32 [calibrated rows] from :func:`row_influence` for ``trajectory``; ``teacher`` for feature losses, the
+    floating-point denoiser with the module paths of the trained one; ``sensitive`` names the sites of
+    ``features.targets: sensitive``; ``sensitivities`` by site for ``freezing.what: layers``; ``held_out`` where
+    ``selection.prompts`` is not 0.
     ``device`` decides the bits, as the number of threads does.
 
     Raises:
@@ -35,7 +36,7 @@ class TrainingSetting:
 
     training: Training
     guidance_scale: float
-    alphas_cumprod: Tensor | None = None
+    noise_levels: Tensor | None = None
     influence: Tensor | None = None
     teacher: HotDenoiser | None = None
     sensitive: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class TrainingSetting:
         training = self.training
         targets, freezing = training.features.targets, training.freezing.what
         for asked, given, key, need in (
-            (training.loss == "sampler", self.alphas_cumprod is not None, "loss: sampler", "the scheduler's alphas"),
+            (training.loss == "sampler", self.noise_levels is not None, "loss: sampler", "the rows' noise levels"),
             (training.loss == "trajectory", self.influence is not None, "loss: trajectory", "measured influences"),
             (targets != "none", self.teacher is not None, f"features.targets: {targets}", "a teacher"),
             (targets == "sensitive", bool(self.sensitive), f"features.targets: {targets}", "sensitive sites"),

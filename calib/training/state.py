@@ -39,9 +39,9 @@ class TrainingState:
             and isinstance(site.weight_quantizer, WeightQuantizer)
         }
 
-    def answer(self, sample: Tensor, row: Tensor, texts: Tensor) -> Tensor:
+    def answer(self, sample: Tensor, row: Tensor, texts: Tensor, added_cond: Tensor) -> Tensor:
         """The quantized network's raw output [batch, C, H, W] on calibrated rows ``row`` int64 [batch]."""
-        output: Tensor = self.denoiser(sample, row, texts, self.act_scales(self.index(row)))
+        output: Tensor = self.denoiser(sample, row, texts, added_cond, self.act_scales(self.index(row)))
         return output
 
     def index(self, row: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ def unavailable() -> dict[str, str]:
     return found
 
 
-def graph_traits(
-    inputs: Iterable[TensorSpec], profile: ShapeProfile, *, quantized: bool, digest: str
-) -> GraphTraits:
+def graph_traits(inputs: Iterable[TensorSpec], profile: ShapeProfile, *, quantized: bool, digest: str) -> GraphTraits:
     """The traits of a graph with the given inputs. Raises InputError where a size that must not vary does."""
     specs = tuple(inputs)
     rows = next((spec.shape[0] for spec in specs if spec.name == "act_scales"), 1)

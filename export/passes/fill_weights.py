@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FillWeights(ir.passes.InPlacePass):
-    """Parameters ``unet.conv_in.weight`` become lazy initializers ``conv_in.weight`` in the graph's dtype.
+    """Parameters ``network.conv_in.weight`` become lazy initializers ``conv_in.weight`` in the graph's dtype.
 
     ``read`` gives a parameter's data by its name.
 

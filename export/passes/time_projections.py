@@ -22,7 +22,7 @@ class TimeProjections(ir.passes.InPlacePass):
     ``constant``: the table becomes the initializer ``time_projections`` [rows, P]. ``input``: the Gather goes, and its
     output becomes the graph input ``time_projections`` [batch, P].
 
-    Requires: exactly one Gather of module ``time_proj``, reading ``step_index``.
+    Requires: exactly one Gather of module ``time``, reading ``step_index``.
     """
 
     def __init__(
@@ -57,4 +57,4 @@ class TimeProjections(ir.passes.InPlacePass):
 
 
 def _table_gathers(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == "Gather" and module_path(node) == "time_proj"]
+    return [node for node in model.graph if node.op_type == "Gather" and module_path(node) == "time"]

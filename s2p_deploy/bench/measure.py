@@ -126,6 +126,8 @@ def _drawing(base: BasePipeline, recipe: Recipe, steps: int) -> dict[str, Any]:
         "source": base.base.source,
         "digest": base.base.digest,
         "guidance_scale": recipe.sampling.guidance_scale or base.default_guidance,
+        "pipeline_class": base.pipeline_class,
+        "max_sequence_length": recipe.sampling.max_sequence_length,
         "steps": steps,
     }
 

@@ -11,9 +11,8 @@ from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Base, Engine, Prompt
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-_PER_STEP = ("sample", "step_index", "encoder_hidden_states")
 _PROMPT = "a large red circle on the left and a small blue square on the right, white background"
 
 
@@ -23,15 +22,14 @@ class EngineWorkload:
     def __init__(self, engine: Engine, batch: int, drawing: dict[str, Any] | None) -> None:
         self._engine = engine
         self._runner = load_engine(self._engine, tried=True)  # this process may crash: its parent lives on
-        self._specs = [spec for spec in self._engine.inputs if spec.name in _PER_STEP]
         self._batch = batch
         self._drawing = drawing or {}
-        self._pipe: StableDiffusionPipeline | None = None
+        self._pipe: DiffusionPipeline | None = None
 
     def step(self, number: int) -> None:
         """One call of the engine on random latents and text, on one calibrated row after the other."""
-        rows = self._engine.timesteps.calibrated
-        self._runner.infer(random_inputs(self._specs, self._batch, rows[number % len(rows)], number))
+        rows = self._engine.timesteps.calibrated_rows
+        self._runner.infer(random_inputs(self._runner.inputs, self._batch, rows[number % len(rows)], number))
 
     def open_pipeline(self) -> None:
         """Loads the stock pipeline with the engine as its denoiser."""
@@ -39,7 +37,12 @@ class EngineWorkload:
         from s2p_deploy.pipeline import pipeline_with_engine
 
         found = self._drawing
-        base = BasePipeline(Path(found["folder"]), Base(found["source"], found["digest"]), found["guidance_scale"])
+        base = BasePipeline(
+            Path(found["folder"]),
+            Base(found["source"], found["digest"]),
+            found["guidance_scale"],
+            found["pipeline_class"],
+        )
         self._pipe = pipeline_with_engine(load_pipeline(base), self._engine, self._runner)
 
     def draw(self, number: int) -> None:
@@ -47,8 +50,11 @@ class EngineWorkload:
         from s2p_deploy.pipeline import Schedule, generate
 
         assert self._pipe is not None  # the pipeline is opened first
-        schedule, guidance = Schedule(self._drawing["steps"]), self._drawing["guidance_scale"]
-        generate(self._pipe, Prompt("bench", _PROMPT), schedule=schedule, guidance_scale=guidance, seed=number)
+        found = self._drawing
+        schedule = Schedule(found["steps"], max_sequence_length=found["max_sequence_length"])
+        generate(
+            self._pipe, Prompt("bench", _PROMPT), schedule=schedule, guidance_scale=found["guidance_scale"], seed=number
+        )
 
 
 def _opened(request: dict[str, Any]) -> EngineWorkload:

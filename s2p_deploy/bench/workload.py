@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.records import TensorSpec
 
+_OF_THE_PROMPT = {"encoder_hidden_states", "added_cond"}
 _UNITS = {"rss": "VmRSS", "peak": "VmHWM"}
 
 
@@ -72,14 +73,18 @@ def memory() -> dict[str, int]:
 
 
 def random_inputs(specs: Sequence[TensorSpec], batch: int, row: int, number: int) -> dict[str, NDArray[Any]]:
-    """Standard normal values for every input but ``step_index``: all samples are on one row, as in a pipeline."""
-    random = np.random.default_rng(number)
+    """Standard normal values for every input but ``step_index``: all samples are on one row, as in a pipeline.
+
+    What comes from the prompt is the same for every ``number``, as it is for a picture's steps.
+    """
+    of_step, of_prompt = np.random.default_rng(number), np.random.default_rng(0)
     values: dict[str, NDArray[Any]] = {}
     for spec in specs:
         shape = tuple(batch if isinstance(size, str) else size for size in spec.shape)
         if spec.name == "step_index":
             values[spec.name] = np.full(shape, row, np.int64)
         else:
+            random = of_prompt if spec.name in _OF_THE_PROMPT else of_step
             values[spec.name] = random.standard_normal(shape).astype(spec.dtype)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,6 @@ from s2p_deploy.cli.options import (
     JsonOption,
     ModelArgument,
     OutFolder,
-    PromptsOption,
     SettingsOption,
     device_from_option,
     overrides_from_settings,
@@ -22,19 +22,29 @@ from s2p_deploy.cli.options import (
 from s2p_deploy.cli.outcome import artifact_outcome, show
 from s2p_deploy.cli.progress_bars import progress_bars
 
+_DEFAULT_SCALES = "its activation scales are defaults: engines have their real size and speed, but draw no pictures"
+
 
 def calibrate(  # noqa: PLR0913 - its options
     model: ModelArgument,
     *,
     recipe: Annotated[str, typer.Option(help="A recipe's name (w4a8, w8a8, fp, ...), or the path of a YAML file.")],
-    prompts: PromptsOption,
     out: OutFolder,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts to walk, as for dataset; fp and ptq-stream need none."),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="An edited plan.yaml that decides the formats in place of the recipe's."),
     ] = None,
     initial: Annotated[
-        Path | None, typer.Option("--from", metavar="CALIB", help="A calibrated model to go on from.")
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="CALIB",
+            help="A calibrated model to go on from; with scales.activations=given, one to take activation scales from.",
+        ),
     ] = None,
     dataset: Annotated[
         Path | None,
@@ -49,7 +59,7 @@ def calibrate(  # noqa: PLR0913 - its options
     from s2p_deploy.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides_from_settings(settings))
-    chosen = prompts_from_option(prompts)
+    chosen = None if prompts is None else prompts_from_option(prompts)
     from s2p_deploy.calib import calibrate as calibrate_pipeline
     from s2p_deploy.families import resolve_base
     from s2p_deploy.records import CalibratedModel
@@ -65,4 +75,7 @@ def calibrate(  # noqa: PLR0913 - its options
     }
     with progress_bars() as progress:
         made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, progress=progress, **options)
-    return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)
+    outcome = artifact_outcome(made.folder, made.manifest)
+    if resolved.scales.activations == "default":
+        outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
+    return show(outcome, as_json=as_json)

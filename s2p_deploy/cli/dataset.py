@@ -25,7 +25,6 @@ from s2p_deploy.cli.progress_bars import progress_bars
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-
     from s2p_deploy.calib.dataset.shards import DatasetRequest
     from s2p_deploy.families import BasePipeline
 
@@ -83,7 +82,9 @@ def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outco
     made = open_finished(request)
     if made is None:
         place = state.device if device == "auto" else wanted
-        walker = load_walker(base, device=place, rank=state.process_index, ranks=state.num_processes)
+        walker = load_walker(
+            base, request.recipe.sampling.steps, device=place, rank=state.process_index, ranks=state.num_processes
+        )
         with progress_bars() as progress:
             if state.is_main_process:
                 walker = replace(walker, progress=progress, tell=tell_estimate)
@@ -101,7 +102,7 @@ def _part(request: DatasetRequest, base: BasePipeline, device: str, rank: int, r
     made = open_finished(request)
     if made is not None:
         return artifact_outcome(made.folder, made.manifest)
-    walker = load_walker(base, device=device_from_option(device), rank=rank, ranks=ranks)
+    walker = load_walker(base, request.recipe.sampling.steps, device=device_from_option(device), rank=rank, ranks=ranks)
     with progress_bars() as progress:
         write_shards(request, replace(walker, progress=progress, tell=tell_estimate))
     missing = [shard.number for shard in request.shards if not shard.path.exists()]

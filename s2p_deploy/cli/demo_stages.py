@@ -11,8 +11,8 @@ import numpy as np
 from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser, fp_denoiser
 from s2p_deploy.engines import TorchRunner, build_engine, load_engine
 from s2p_deploy.export import export_graph
-from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, generate, pipeline_with_engine
+from s2p_deploy.families import denoiser_of, load_pipeline
+from s2p_deploy.pipeline import Schedule, engine_denoiser, generate, pipeline_with_engine
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import (
     CalibratedModel,
@@ -87,7 +87,7 @@ class DemoRun:
         guidance = recipe.sampling.guidance_scale or self.base.default_guidance
         with load_engine(engine) as runner:
             pipe = pipeline_with_engine(load_pipeline(self.base), engine, runner)
-            schedule = Schedule(recipe.sampling.steps)
+            schedule = Schedule.of(recipe.sampling)
             generate(pipe, Prompt("demo", prompt), schedule=schedule, guidance_scale=guidance, seed=seed).save(out)
         return out
 
@@ -110,14 +110,14 @@ class DemoRun:
         recipe = recipe_from_data(start.manifest.recipe, str(start.folder))
         pipe = load_pipeline(self.base)
         reference, candidate = (
-            EngineDenoiser(TorchRunner(module), pipe.unet.config, start.timesteps)
-            for module in (fp_denoiser(self.base), fake_quant_denoiser(start))
+            engine_denoiser(TorchRunner(module), denoiser_of(pipe).config, start.timesteps)
+            for module in (fp_denoiser(self.base, recipe.sampling.steps), fake_quant_denoiser(start))
         )
         prompts = self.held_out.first(recipe.validation.pictures)
         guidance = recipe.sampling.guidance_scale or self.base.default_guidance
         progress = self._told(start.folder.parent.name)
         progress("pictures before training", 0, 1)
-        found = picture_psnr(pipe, reference, candidate, prompts, Schedule(recipe.sampling.steps), guidance)
+        found = picture_psnr(pipe, reference, candidate, prompts, Schedule.of(recipe.sampling), guidance)
         progress("pictures before training", 1, 1)
         return [float(value) for value in found]
 
@@ -137,14 +137,13 @@ def _label(out: Path) -> str:
 
 def milliseconds_per_step(engine: Engine) -> float:
     """Median wall time of one denoiser call for one guided picture (batch 2), in milliseconds, on this machine."""
-    values = {
-        spec.name: np.zeros([_LATENCY_BATCH if isinstance(size, str) else size for size in spec.shape], spec.dtype)
-        for spec in engine.inputs
-        if spec.name != "act_scales"
-    }
-    values["step_index"] += engine.timesteps.calibrated[0]
     times = []
     with load_engine(engine) as runner:
+        values = {
+            spec.name: np.zeros([_LATENCY_BATCH if isinstance(size, str) else size for size in spec.shape], spec.dtype)
+            for spec in runner.inputs
+        }
+        values["step_index"] += engine.timesteps.calibrated_rows[0]
         for _ in range(_LATENCY_CALLS):
             start = time.perf_counter()
             runner.infer(values)

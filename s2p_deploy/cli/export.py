@@ -20,12 +20,19 @@ def export(  # noqa: PLR0913 - its options
         Literal["fp32", "fp16"], typer.Option(help="fp32 for CPU engines and parity, fp16 for TensorRT.")
     ] = "fp32",
     time_table: Annotated[
-        Literal["constant", "input"],
+        Literal["constant", "input"] | None,
         typer.Option(
             help="Where the projected time features are: in the graph, which runs schedules of integer timesteps, or "
-            "an input, which runs all."
+            "an input, which runs all. Features that depend on the prompt too (SDXL, SD3) are always an input."
         ),
-    ] = "constant",
+    ] = None,
+    text_projections: Annotated[
+        Literal["graph", "input"],
+        typer.Option(
+            help="Where the products of the text (keys and values of cross-attention) are computed: in the graph, in "
+            "every step, or beside it, once per prompt."
+        ),
+    ] = "graph",
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -37,9 +44,17 @@ def export(  # noqa: PLR0913 - its options
     from s2p_deploy.export import export_graph
     from s2p_deploy.families import load_time_path
 
-    time_path = load_time_path(base_of(opened.manifest, model)) if time_table == "input" else None
+    needs_path = time_table == "input" and not opened.added_width
+    time_path = load_time_path(base_of(opened.manifest, model)) if needs_path else None
     with progress_bars() as progress:
         made = export_graph(
-            opened, out, dtype=dtype, time_table=time_table, time_path=time_path, replace=force, progress=progress
+            opened,
+            out,
+            dtype=dtype,
+            time_table=time_table,
+            time_path=time_path,
+            text_projections=text_projections,
+            replace=force,
+            progress=progress,
         )
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

@@ -53,7 +53,7 @@ def generate(  # noqa: PLR0913 - its options
     from s2p_deploy.timesteps import row_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
-    schedule = Schedule(steps or sampling.steps, scheduler)
+    schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
     guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
     floating = load_pipeline(base)
     timesteps = timesteps_of(floating, schedule)

@@ -86,12 +86,13 @@ def _graph(folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
 
     graph = ExportedGraph.open(folder)
     full = ", ".join(manifest.content.get("full_sites", [])) or "none"
+    of_text = sum(site.graph == "text" for site in graph.sites)
     tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [
         ("out", t.name, t.dtype, t.shape) for t in graph.outputs
     ]
     return (
         _rows(graph.timesteps),
-        two_columns([("sites in float32", full)]),
+        two_columns([("sites in float32", full), ("sites in text.onnx", of_text or "none")]),
         table("Inputs and outputs", ("", "name", "type", "shape"), tensors),
         *_plan(graph.plan),
     )

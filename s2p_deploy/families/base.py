@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.families.kinds import kind_of_config
 from s2p_deploy.records import Base, file_digest
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
+
+    from s2p_deploy.families.network_kind import Config, NetworkKind
 
 BUNDLED = "shapes"
-_PIPELINES = {"StableDiffusionPipeline"}
+_PIPELINES = {  # and the name of the denoiser among their components
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "unet",
+    "StableDiffusion3Pipeline": "transformer",
+}
 _ALLOWED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
 
@@ -29,6 +36,21 @@ class BasePipeline:
     folder: Path
     base: Base
     default_guidance: float
+    pipeline_class: str = "StableDiffusionPipeline"
+
+    @property
+    def denoiser_folder(self) -> Path:
+        """Where the denoiser's configuration and weights are."""
+        return self.folder / _PIPELINES[self.pipeline_class]
+
+    @property
+    def kind(self) -> NetworkKind:
+        """The kind of its denoiser."""
+        return kind_of_config(self.denoiser_config())
+
+    def denoiser_config(self) -> Config:
+        """The denoiser's diffusers configuration."""
+        return _read_json(self.denoiser_folder / "config.json")
 
 
 def resolve_base(source: str) -> BasePipeline:
@@ -40,27 +62,31 @@ def resolve_base(source: str) -> BasePipeline:
     """
     folder = _locate(source)
     index = _read_json(folder / "model_index.json")
-    if index.get("_class_name") not in _PIPELINES:
-        raise InputError(
-            f"{source} is a {index.get('_class_name')}: supported pipelines are {', '.join(sorted(_PIPELINES))}"
-        )
+    pipeline_class = str(index.get("_class_name"))
+    if pipeline_class not in _PIPELINES:
+        raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_PIPELINES))}")
     for config in (folder / "model_index.json", *sorted(folder.glob("*/config.json"))):
         asked = [key for key in _CODE_KEYS if key in _read_json(config)]
         if asked:
             raise InputError(f"{config} asks for code to be run ({asked[0]}): refused")
     hints = folder / "sampling.json"
     guidance = float(_read_json(hints)["guidance_scale"]) if hints.is_file() else 7.5
-    return BasePipeline(folder, Base(source, _digest(folder)), guidance)
+    found = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
+    kind_of_config(found.denoiser_config())
+    return found
 
 
-def load_pipeline(base: BasePipeline, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+def load_pipeline(base: BasePipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The stock diffusers pipeline on the CPU, float32 unless asked otherwise; safetensors only, no progress bar."""
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
 
+    kind = getattr(diffusers, base.pipeline_class)
+    index = _read_json(base.folder / "model_index.json")
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's third text encoder
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True
+        pipe = kind.from_pretrained(
+            base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -89,7 +115,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt"]
+    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

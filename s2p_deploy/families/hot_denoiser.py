@@ -1,86 +1,114 @@
-"""The hot denoiser: diffusers' own UNet, its time path replaced by a table, called with rows instead of timesteps."""
+"""The hot denoiser: diffusers' own network without its time path, called with rows instead of timesteps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
+
+from s2p_deploy.families.kinds import kind_of, kind_of_config, network_config
+from s2p_deploy.families.pipelines import denoiser_of
+from s2p_deploy.families.time_features import GivenFeatures, PathRows, TableRows
+from s2p_deploy.families.time_path import TimePath, time_table_of
+from s2p_deploy.records import TimestepTable, TimeTable
+from s2p_deploy.timesteps import timestep_table_of
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
-    from s2p_deploy.records import TimeTable
+    from s2p_deploy.families.network_kind import Config
 
 
 class HotDenoiser(torch.nn.Module):
-    """What is trained, exported and timed. ``unet`` keeps diffusers' module paths: site names are relative to it."""
+    """What is trained, exported and timed.
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    ``network`` keeps diffusers' module paths: site names are relative to it. ``time`` gives a row's projected time
+    features. ``config`` is the network's as it was, with its time path; ``added_width`` that of ``added_cond``.
+    """
+
+    def __init__(self, network: torch.nn.Module, time: torch.nn.Module, config: Config) -> None:
         super().__init__()
-        self.unet = unet
+        self.network, self.time, self.config = network, time, config
+        self.kind = kind_of_config(config)
+        self.added_width = self.kind.added_width(config)
 
-    def forward(self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
+    ) -> Tensor:
         """The network's raw output.
 
         Args:
             sample: [batch, C, H, W] latents after ``scale_model_input``.
             step_index: int64 [batch] row of each sample.
             encoder_hidden_states: [batch, tokens, D] text states.
+            added_cond: [batch, A] what the time features depend on besides the row; not read where A is 0.
         """
-        result: Tensor = self.unet(sample, step_index, encoder_hidden_states, return_dict=False)[0]
-        return result
+        features = self.time(step_index, added_cond)
+        return self.kind.denoise(self.network, sample, features, encoder_hidden_states)
 
 
-def hot_denoiser_from_unet(unet: UNet2DConditionModel, table: TimeTable) -> HotDenoiser:
-    """Replaces the time path of ``unet`` (in place) by ``table`` and wraps it. The time path's weights are gone."""
-    dtype = next(unet.parameters()).dtype
-    unet.time_proj = _TableRows(torch.from_numpy(table.projections).to(dtype))
-    unet.time_embedding = _PassThrough()
-    for name, (start, stop) in table.slices.items():
-        resnet = unet.get_submodule(name)
-        resnet.skip_time_act = True  # the table's features are already activated and projected
-        resnet.time_emb_proj = _Columns(start, stop)
-    return HotDenoiser(unet)
+@dataclass(frozen=True)
+class Skeleton:
+    """A hot denoiser on the meta device.
+
+    ``sources``: the name in the pipeline's checkpoint of every tensor in the hot denoiser's state.
+    """
+
+    hot: HotDenoiser
+    sources: dict[str, str]
+
+
+def hot_denoiser(network: torch.nn.Module, time: TimeTable | TimestepTable) -> HotDenoiser:
+    """Takes the time path out of ``network`` (in place) and wraps it.
+
+    A table of features stands in the time path's place, whose weights are gone; with a table of timesteps the time
+    path stays, beside the network, and gives the features of the timesteps.
+    """
+    kind, config = kind_of(network), network_config(network)
+    kind.check(config)
+    if isinstance(time, TimeTable):
+        kind.release_time_path(network, time.slices)
+        return HotDenoiser(network, TableRows(time, next(network.parameters()).dtype), config)
+    path = TimePath(network)
+    kind.release_time_path(network, path.slices)
+    return HotDenoiser(network, PathRows(path, time.timesteps), config)
+
+
+def hot_denoiser_of(pipe: DiffusionPipeline, steps: int) -> HotDenoiser:
+    """The denoiser of a pipeline (changed in place) with the rows of ``steps`` of the pipeline's own scheduler.
+
+    Raises:
+        InputError: the scheduler has no such schedule.
+    """
+    network = denoiser_of(pipe)
+    conditioned = bool(kind_of(network).added_width(network_config(network)))
+    timesteps = timestep_table_of(pipe.scheduler, steps, fractional=conditioned)
+    return hot_denoiser(network, time_table_of(network, len(timesteps.angle)) or timesteps)
+
+
+def new_hot_denoiser(config: Config, time: TimeTable | TimestepTable) -> HotDenoiser:
+    """A hot denoiser with untrained weights from a diffusers configuration."""
+    return hot_denoiser(kind_of_config(config).build(config), time)
+
+
+def hot_skeleton(config: Config, time: TimeTable | TimestepTable) -> Skeleton:
+    """A hot denoiser of a configuration on the meta device, and where its weights come from."""
+    with torch.device("meta"):
+        network = kind_of_config(config).build(config)
+        names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
+        hot = hot_denoiser(network, time)
+        sources = {name: names[id(tensor)] for name, tensor in hot.state_dict(keep_vars=True).items()}
+    return Skeleton(hot.to(device="meta"), sources)
+
+
+def given_features(hot: HotDenoiser) -> HotDenoiser:
+    """The same network called with projected features [batch, P] in the place of ``added_cond``."""
+    return HotDenoiser(hot.network, GivenFeatures(), hot.config)
 
 
 def set_time_table(hot: HotDenoiser, table: TimeTable) -> None:
     """Puts the values of another table of the same shape into ``hot``."""
-    present = hot.unet.time_proj.table
-    hot.unet.time_proj.table = torch.from_numpy(table.projections).to(present.device, present.dtype)
-
-
-def new_hot_denoiser(config: dict[str, Any], table: TimeTable) -> HotDenoiser:
-    """A hot denoiser with untrained weights from a diffusers configuration."""
-    return hot_denoiser_from_unet(UNet2DConditionModel.from_config(config), table)
-
-
-class _TableRows(torch.nn.Module):
-    """Timesteps to rows of the table: int64 [batch] -> [batch, P]."""
-
-    table: Tensor
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(rows, self.table)
-
-
-class _PassThrough(torch.nn.Module):
-    """Stands where the time embedding's MLP was; takes its unused condition too."""
-
-    def forward(self, features: Tensor, _condition: Tensor | None = None) -> Tensor:
-        return features
-
-
-class _Columns(torch.nn.Module):
-    """Stands where one resnet's projection was: its slice of the row."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        super().__init__()
-        self.start, self.stop = start, stop
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.start : self.stop]
+    present = hot.time.table
+    hot.time.table = torch.from_numpy(table.projections).to(present.device, present.dtype)

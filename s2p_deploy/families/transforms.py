@@ -11,7 +11,6 @@ from torch import nn
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
     from torch import Tensor
 
     from s2p_deploy.families.hot_denoiser import HotDenoiser
@@ -132,28 +131,10 @@ def apply_transforms(hot: HotDenoiser, spec: TransformSpec) -> None:
         _put(hot, path, LowRankLinear(linear, rank))
 
 
-def split_shortcuts(unet: UNet2DConditionModel) -> dict[str, int]:
-    """The convolutions over cat(h, skip) in up blocks, and the number of channels of h.
-
-    h is what the resnet before made, in the first up block what the middle (or, without one, the last down block) made.
-    """
-    below = unet.mid_block if unet.mid_block is not None else unet.down_blocks[-1]
-    channels = below.resnets[-1].conv2.out_channels
-    found = {}
-    for number, block in enumerate(unet.up_blocks):
-        for index, resnet in enumerate(block.resnets):
-            path = f"up_blocks.{number}.resnets.{index}"
-            found[f"{path}.conv1"] = channels
-            if resnet.conv_shortcut is not None:
-                found[f"{path}.conv_shortcut"] = channels
-            channels = resnet.conv2.out_channels
-    return found
-
-
 def module_of_kind(hot: HotDenoiser, path: str, kind: type[Kind]) -> Kind:
     """The module of a path that a transform names. Raises InputError where there is none of that kind."""
     try:
-        module = hot.unet.get_submodule(path)
+        module = hot.network.get_submodule(path)
     except AttributeError as error:
         raise InputError(f"transform: {path} is not in this denoiser: the transforms are of another one") from error
     if not isinstance(module, kind):
@@ -181,4 +162,4 @@ def _zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
 
 def _put(hot: HotDenoiser, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
-    hot.unet.get_submodule(parent).register_module(leaf, module)
+    hot.network.get_submodule(parent).register_module(leaf, module)

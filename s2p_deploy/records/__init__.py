@@ -13,7 +13,7 @@ from s2p_deploy.records.comparison import (
     StepErrors,
 )
 from s2p_deploy.records.engine import Engine, SitePrecision
-from s2p_deploy.records.exported_graph import ExportedGraph, GraphBlock, GraphSite, TensorSpec
+from s2p_deploy.records.exported_graph import ExportedGraph, GraphBlock, GraphSite, GraphTap, TensorSpec
 from s2p_deploy.records.latent_dataset import LatentDataset
 from s2p_deploy.records.manifest import (
     Base,
@@ -49,6 +49,7 @@ __all__ = [
     "GateResult",
     "GraphBlock",
     "GraphSite",
+    "GraphTap",
     "LatentDataset",
     "Link",
     "Manifest",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _WEIGHTS, _WEIGHT_SCALES, _LOW_BIT = "weights.safetensors", "weight_scales.safetensors", "low_bit.safetensors"
 _PLAN, _SCALES, _TIMESTEPS = "plan.yaml", "act_scales.safetensors", "timesteps.json"
@@ -41,11 +42,12 @@ class TimeTable:
 class CalibratedModel:
     """A calibrated model on disk.
 
-    Files: ``weights.safetensors`` (float32, names as in the hot denoiser), ``weight_scales.safetensors`` (one float32
-    [out, 1, ...] per weight-quantized site), ``act_scales.safetensors``, ``time_table.safetensors``,
-    ``plan.yaml``, ``timesteps.json`` and ``denoiser_config.json`` (the denoiser's diffusers configuration). A model
-    with ``simulation.safetensors`` exists for comparison only and cannot be exported. Weights of few bits may lie
-    packed in ``low_bit.safetensors`` in place of ``weights.safetensors``: they read back as codes times scale.
+    Files: ``weights.safetensors`` (names as in the hot denoiser; float32, or where they are the pipeline's own in its
+    dtype), ``weight_scales.safetensors`` (one float32 [out, 1, ...] per weight-quantized site),
+    ``act_scales.safetensors``, ``time_table.safetensors``, ``plan.yaml``, ``timesteps.json`` and
+    ``denoiser_config.json`` (the denoiser's diffusers configuration). A model with ``simulation.safetensors`` exists
+    for comparison only and cannot be exported. Weights of few bits may lie packed in ``low_bit.safetensors`` in place
+    of ``weights.safetensors``: they read back as codes times scale.
     """
 
     folder: Path
@@ -84,14 +86,15 @@ class CalibratedModel:
         return TransformSpec.from_json(self.manifest.content["transforms"])
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """All parameters and buffers of the hot denoiser but the time table."""
+        """All parameters and buffers of the hot denoiser but the time table, as float32."""
         packed = [_weight_name(site) for site in packed_sites(self.folder / _LOW_BIT)]
-        with reading_tensors(self.folder / _WEIGHTS):
-            plain = load_file(self.folder / _WEIGHTS)
+        file = self.folder / _WEIGHTS
+        with reading_tensors(file), safe_open(file, "pt") as opened:
+            plain = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 - no dictionary
         return plain | {name: self.tensor(name) for name in packed}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """One of :meth:`weights`; the others are not read.
+        """One of :meth:`weights`, as float32; the others are not read.
 
         Raises:
             InputError: there is none of that name.
@@ -107,6 +110,15 @@ class CalibratedModel:
         with reading_tensors(self.folder / _WEIGHT_SCALES):
             return load_file(self.folder / _WEIGHT_SCALES)
 
+    @property
+    def added_width(self) -> int:
+        """Width of what the time features depend on besides the timestep; above 0 there is no constant time table."""
+        return int(self.manifest.content.get("added_cond", 0))
+
+    def time_source(self) -> TimeTable | TimestepTable:
+        """What stands for the time path: the constant table, or the timesteps, the path being among the weights."""
+        return self.timesteps if self.added_width else self.time_table()
+
     def time_table(self) -> TimeTable:
         """The projected time features of every row."""
         file = self.folder / "time_table.safetensors"
@@ -115,13 +127,25 @@ class CalibratedModel:
         return TimeTable(projections, {k: (v[0], v[1]) for k, v in self.manifest.content["time_slices"].items()})
 
 
+def parameter_name(path: str) -> str:
+    """The name in the hot denoiser's state of a parameter or buffer, from its path in the network."""
+    return f"network.{path}"
+
+
 def _weight_name(site: str) -> str:
-    return f"unet.{site}.weight"
+    return parameter_name(f"{site}.weight")
 
 
 def _read(file: Path, name: str) -> NDArray[np.float32]:
-    with reading_tensors(file), safe_open(file, "numpy") as opened:
+    with reading_tensors(file), safe_open(file, "pt") as opened:
         if name not in opened.keys():  # noqa: SIM118 - a safetensors file is no dictionary
             raise InputError(f"{file} lacks {name}: make the calibrated model again")
-        tensor: NDArray[np.float32] = opened.get_tensor(name)
-        return tensor
+        return _float32(opened.get_tensor(name))
+
+
+def _float32(stored: Tensor) -> NDArray[np.float32]:
+    """A copy: the stored tensor is a view of the file. Through torch, because NumPy has no bfloat16."""
+    import torch
+
+    array: NDArray[np.float32] = stored.to(torch.float32, copy=True).numpy()
+    return array

@@ -34,7 +34,8 @@ class SitePrecision:
 class Engine:
     """A folder with the backend's file(s) (``engine_files``), ``act_scales.safetensors`` and ``timesteps.json``.
 
-    Where the projected time features are an input, ``conditioning.onnx`` computes them, as in the exported graph.
+    Where the projected time features are an input, ``conditioning.onnx`` computes them, and where the products of the
+    text are, ``text.onnx``, as in the exported graph.
     ``hint`` is the precision hint it was built with; ``environment`` what must match to load it (library version,
     device, compute capability); ``denoiser_config`` what a diffusers pipeline reads from its denoiser.
     """
@@ -54,9 +55,19 @@ class Engine:
     timesteps: TimestepTable
 
     @property
+    def added_width(self) -> int:
+        """Width of what the projected time features depend on besides the timestep (``added_cond``)."""
+        return int(self.manifest.content.get("added_cond", 0))
+
+    @property
     def takes_time_projections(self) -> bool:
         """Whether the projected time features are an input: rows of any schedule can be bound."""
         return any(spec.name == "time_projections" for spec in self.inputs)
+
+    @property
+    def takes_text_projections(self) -> bool:
+        """Whether the products of the text are an input, in the place of the text."""
+        return any(spec.name == "text_projections" for spec in self.inputs)
 
     @staticmethod
     def open(folder: Path) -> Engine:

@@ -16,7 +16,7 @@ from s2p_deploy.records.timestep_table import TimestepTable, timestep_table_from
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONDITIONING_FILE = "conditioning.onnx"
+CONDITIONING_FILE, TEXT_FILE = "conditioning.onnx", "text.onnx"
 _GRAPH, _PLAN, _SCALES, _TIMESTEPS = "graph.json", "plan.yaml", "act_scales.safetensors", "timesteps.json"
 
 
@@ -35,7 +35,7 @@ class GraphSite:
 
     Tensor names: its input before anything was inserted, the codes (output of its QuantizeLinear; None where
     activations stay in floating point), the quantized weight initializer (None likewise), its output after rescaling
-    and bias. ``node`` is the Conv or MatMul.
+    and bias. ``node`` is the Conv or MatMul. ``graph`` says which file it is in, ``denoiser.onnx`` or ``text.onnx``.
     """
 
     site: str
@@ -48,15 +48,28 @@ class GraphSite:
     act_point: str | None
     weights: str
     activations: str
+    graph: Literal["denoiser", "text"] = "denoiser"
+
+
+@dataclass(frozen=True)
+class GraphTap:
+    """A tensor of the graph that is what a module of the network is given, or gives."""
+
+    module: str
+    side: Literal["input", "output"]
+    tensor: str
 
 
 @dataclass(frozen=True)
 class GraphBlock:
-    """A block (resnet, transformer, resampler) with one activation in and one out, for teacher-forced comparison."""
+    """A block (resnet, transformer, resampler): where activations enter and leave, for teacher-forced comparison.
+
+    What depends on conditions alone (row, text, scales) does not count as entering.
+    """
 
     block: str
-    input: str
-    output: str
+    entering: tuple[GraphTap, ...]
+    leaving: tuple[GraphTap, ...]
     sites: tuple[str, ...]
 
 
@@ -67,7 +80,8 @@ class ExportedGraph:
     Files: ``denoiser.onnx``, ``denoiser.onnx.data``, ``graph.json`` (specs, sites, blocks),
     ``act_scales.safetensors`` (what to bind), ``plan.yaml`` and ``timesteps.json``. Where the projected time features
     are an input, ``conditioning.onnx`` computes them: ``timesteps`` float32 [rows] to ``time_projections`` float32
-    [rows, P].
+    [rows, P]. Where the products of the text are an input, ``text.onnx`` computes them: ``encoder_hidden_states``
+    [batch, tokens, D] to ``text_projections`` [batch, tokens, sum of widths], whose columns are the tensors ``text``.
     """
 
     folder: Path
@@ -80,11 +94,17 @@ class ExportedGraph:
     plan: PrecisionPlan
     scales: ScaleTable
     timesteps: TimestepTable
+    text: tuple[GraphTap, ...] = ()
 
     @property
     def onnx_file(self) -> Path:
         """The graph; its weights are external data beside it."""
         return self.folder / "denoiser.onnx"
+
+    @property
+    def text_file(self) -> Path:
+        """The graph of the text's products, where there is one."""
+        return self.folder / TEXT_FILE
 
     @staticmethod
     def open(folder: Path) -> ExportedGraph:
@@ -104,10 +124,11 @@ class ExportedGraph:
             inputs=tuple(_spec(item) for item in data["inputs"]),
             outputs=tuple(_spec(item) for item in data["outputs"]),
             sites=tuple(GraphSite(**item) for item in data["sites"]),
-            blocks=tuple(GraphBlock(**{**item, "sites": tuple(item["sites"])}) for item in data["blocks"]),
+            blocks=tuple(_block(item) for item in data["blocks"]),
             plan=plan,
             scales=scales,
             timesteps=timestep_table_from_bytes(small[_TIMESTEPS], folder / _TIMESTEPS),
+            text=tuple(GraphTap(**tap) for tap in data["text"]),
         )
 
 
@@ -118,11 +139,17 @@ def graph_json(
     outputs: tuple[TensorSpec, ...],
     sites: tuple[GraphSite, ...],
     blocks: tuple[GraphBlock, ...],
+    text: tuple[GraphTap, ...] = (),
 ) -> str:
     """The text of ``graph.json``."""
-    parts: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "sites": sites, "blocks": blocks}
+    parts: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "sites": sites, "blocks": blocks, "text": text}
     data = {"dtype": dtype} | {key: [asdict(item) for item in items] for key, items in parts.items()}
     return json.dumps(data, indent=1) + "\n"
+
+
+def _block(data: dict[str, Any]) -> GraphBlock:
+    entering, leaving = (tuple(GraphTap(**tap) for tap in data[side]) for side in ("entering", "leaving"))
+    return GraphBlock(data["block"], entering, leaving, tuple(data["sites"]))
 
 
 def _spec(data: dict[str, Any]) -> TensorSpec:

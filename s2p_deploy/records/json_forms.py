@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-_READ_BY_OTHERS = frozenset({"act_scales.safetensors", "timesteps.json", "conditioning.onnx"})
+_READ_BY_OTHERS = frozenset(
+    {"act_scales.safetensors", "timesteps.json"}
+    | {f"{name}.onnx{end}" for name in ("conditioning", "text") for end in ("", ".data")}
+)
 
 _Name = Annotated[str, Field(min_length=1, max_length=1000)]
 _Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -49,14 +52,23 @@ class SiteForm(_Exact):
     act_point: str | None
     weights: _Name
     activations: _Name
+    graph: Literal["denoiser", "text"] = "denoiser"
+
+
+class TapForm(_Exact):
+    """Where a module's input or output is in the graph."""
+
+    module: _Name
+    side: Literal["input", "output"]
+    tensor: _Name
 
 
 class BlockForm(_Exact):
     """Where a block is in the graph."""
 
     block: _Name
-    input: _Name
-    output: _Name
+    entering: list[TapForm]
+    leaving: Annotated[list[TapForm], Field(min_length=1)]
     sites: list[_Name]
 
 
@@ -68,6 +80,13 @@ class GraphForm(Strict):
     outputs: list[TensorForm]
     sites: list[SiteForm]
     blocks: list[BlockForm]
+    text: list[TapForm] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _text_is_somewhere(self) -> GraphForm:
+        if any(site.graph == "text" for site in self.sites) != bool(self.text):
+            raise ValueError("the sites of the text and its columns must both be there, or neither")
+        return self
 
 
 class TimestepForm(Strict):
@@ -76,14 +95,21 @@ class TimestepForm(Strict):
     scheduler_class: _Name
     scheduler_config: dict[str, Any]
     steps: Annotated[int, Field(ge=1, le=100_000)]
-    calibrated: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    calibrated: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
     angle: Annotated[list[Annotated[float, Field(ge=0, le=math.pi / 2)]], Field(min_length=1, max_length=100_000)]
     flow_matching: bool = False
+    fractional: Annotated[list[Annotated[float, Field(ge=0)]], Field(default_factory=list, max_length=100_000)]
 
     @model_validator(mode="after")
     def _rows_exist(self) -> TimestepForm:
-        if sorted(set(self.calibrated)) != self.calibrated or self.calibrated[-1] >= len(self.angle):
-            raise ValueError("calibrated rows must be ascending and within the table")
+        if sorted(set(self.fractional)) != self.fractional:
+            raise ValueError("fractional timesteps must be ascending")
+        alone = self.flow_matching or any(timestep.is_integer() for timestep in self.fractional)
+        training = set() if alone else {*map(float, range(len(self.angle)))}
+        if sorted(set(self.calibrated)) != self.calibrated:
+            raise ValueError("calibrated timesteps must be ascending")
+        if not set(self.calibrated) <= training | set(self.fractional):
+            raise ValueError("calibrated timesteps must be within the table")
         if sorted(self.angle) != self.angle:
             raise ValueError("angles must be ascending")
         return self
@@ -135,6 +161,7 @@ class CalibratedContent(Strict):
 
     tokens: Annotated[int, Field(ge=1, le=2**20)]
     time_slices: dict[str, Annotated[list[_Size], Field(min_length=2, max_length=2)]]
+    added_cond: Annotated[int, Field(ge=0, le=2**20)] = 0
     transforms: TransformForm
 
 
@@ -142,6 +169,7 @@ class GraphContent(Strict):
     """The content of an ExportedGraph's manifest."""
 
     denoiser_config: dict[str, Any]
+    added_cond: Annotated[int, Field(ge=0, le=2**20)] = 0
     points: dict[str, PointForm]
 
 
@@ -155,6 +183,7 @@ class EngineContent(Strict):
     """The content of an Engine's manifest."""
 
     backend: _Name
+    added_cond: Annotated[int, Field(ge=0, le=2**20)] = 0
     hint: _Name
     dtype: Literal["fp32", "fp16"]
     inputs: list[TensorForm]

@@ -22,7 +22,8 @@ class LatentDataset:
 
     ``latents`` float16 [n, C, H, W] denoiser inputs (after ``scale_model_input``); ``rows`` int64 [n]; ``cond`` and
     ``uncond`` float16 [n, C, H, W] the teacher's output of either CFG branch; ``prompt`` int64 [n] index of the prompt;
-    ``texts`` float32 [m, tokens, D] distinct text states; ``cond_text`` and ``uncond_text`` int64 [prompts] index them.
+    ``texts`` float32 [m, tokens, D] distinct text states and ``added_cond`` float32 [m, A], what the time features
+    depend on besides the timestep (A may be 0); ``cond_text`` and ``uncond_text`` int64 [prompts] index both.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class LatentDataset:
     uncond: NDArray[np.float16]
     prompt: NDArray[np.int64]
     texts: NDArray[np.float32]
+    added_cond: NDArray[np.float32]
     cond_text: NDArray[np.int64]
     uncond_text: NDArray[np.int64]
 

@@ -5,7 +5,7 @@ Codes per act point say whether quantizers agree; blocks say whether everything 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +13,13 @@ import torch
 
 from s2p_deploy.calib.quantized_denoiser import InputQuantizer
 from s2p_deploy.engines import runner_for_subgraph
+from s2p_deploy.engines.runner import TEXT_PROJECTIONS
 from s2p_deploy.export import GraphParts
-from s2p_deploy.export.regions import block_modules
+from s2p_deploy.families import Tap
 from s2p_deploy.progress import silent
 from s2p_deploy.validation.measurements import BlockAgreement, PointCodes
 from s2p_deploy.validation.metrics import pooled_sqnr_db
-from s2p_deploy.validation.reference import Border, reference_calls
+from s2p_deploy.validation.reference import reference_calls
 
 if TYPE_CHECKING:
     import onnx
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib import FakeQuantDenoiser
     from s2p_deploy.engines import Lowerings, Runner
     from s2p_deploy.progress import Progress
-    from s2p_deploy.records import ActPoint, ExportedGraph
+    from s2p_deploy.records import ActPoint, ExportedGraph, GraphTap
     from s2p_deploy.validation.latents import ValidationLatents
     from s2p_deploy.validation.reference import ReferenceCall
 
@@ -36,23 +37,27 @@ REFERENCE = ("onnxruntime", "reference")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the graph that can run: which of its inputs is the activation, its output, and the types it takes."""
+    """A part of the graph that can run: where the activations that it reads are seen, and the types it takes.
+
+    ``text`` is where the products of the text are seen, in the order in which the graph takes them.
+    """
 
     runner: Runner
-    entry: str
-    output: str
+    entering: dict[str, Tap]
     types: dict[str, np.dtype[Any]]
+    text: tuple[Tap, ...] = ()
 
-    def infer(self, call: ReferenceCall, activation: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[Any]:
-        """The part's output for one call of the reference."""
+    def infer(self, call: ReferenceCall, scales: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """The part's outputs for one call of the reference."""
         given = {
             **call.latents.inputs(),
             "act_scales": scales,
             "time_projections": call.time_projections,
-            self.entry: activation,
+            **{tensor: call.seen[tap] for tensor, tap in self.entering.items()},
         }
-        cast = {name: given[name].astype(kind, copy=False) for name, kind in self.types.items()}
-        return self.runner.infer(cast)[self.output]
+        if TEXT_PROJECTIONS in self.types:
+            given[TEXT_PROJECTIONS] = np.concatenate([call.seen[tap] for tap in self.text], -1)
+        return self.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in self.types.items()})
 
 
 def code_agreement(
@@ -63,15 +68,14 @@ def code_agreement(
     cuts = GraphParts(graph)
     parts = {name: _site_part(cuts, point) for name, point in points.items()}
     differing, largest, counts = (dict.fromkeys(points, 0) for _ in range(3))
-    borders = {name: Border(point.sites[0], point.sites[0]) for name, point in points.items()}
+    sites = {site.site: site for site in graph.sites}
+    codes = {name: str(sites[point.sites[0]].codes) for name, point in points.items()}
+    taps = {name: Tap(point.sites[0], "input") for name, point in points.items()}
     done = 0
-    for call in reference_calls(fake_quant, latents, borders):
+    for call in reference_calls(fake_quant, latents, taps.values()):
         for name, point in points.items():
-            activation = call.entering[name]
-            gap = np.abs(
-                parts[name].infer(call, activation, graph.scales.scales).astype(np.int16)
-                - _reference_codes(fake_quant, point, activation, call.latents.rows)
-            )
+            found = parts[name].infer(call, graph.scales.scales)[codes[name]].astype(np.int16)
+            gap = np.abs(found - _reference_codes(fake_quant, point, call.seen[taps[name]], call.latents.rows))
             differing[name] += int(np.count_nonzero(gap))
             largest[name] = max(largest[name], int(gap.max()))
             counts[name] += gap.size
@@ -90,25 +94,28 @@ def block_agreement(  # noqa: PLR0913 - what is compared, on what, and how it ru
     *,
     lowerings: Lowerings | None = None,
 ) -> tuple[BlockAgreement, ...]:
-    """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same input.
+    """Outputs of every block through a backend's own prepare and compile, against fake-quant's for the same inputs.
 
-    ``lowerings`` are the engine's (None: the graph's own).
+    A block with two outputs has one figure for both. ``lowerings`` are the engine's (None: the graph's own).
     """
-    modules = block_modules([block.block for block in graph.blocks])
-    borders = {block.block: Border(modules[block.block][0], modules[block.block][-1]) for block in graph.blocks}
     cuts = GraphParts(graph)
+    entering = {block.block: {tap.tensor: _tap(tap) for tap in block.entering} for block in graph.blocks}
+    leaving = {block.block: {tap.tensor: _tap(tap) for tap in block.leaving} for block in graph.blocks}
+    text = tuple(map(_tap, graph.text))
     parts = {
-        block.block: _part(cuts.block(block.block), block.input, block.output, backend, hint, lowerings)
-        for block in graph.blocks
+        name: replace(_part(cuts.block(name), taps, backend, hint, lowerings), text=text)
+        for name, taps in entering.items()
     }
+    every = (*text, *(tap for taps in (*entering.values(), *leaving.values()) for tap in taps.values()))
     signal, noise = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
     done = 0
-    for call in reference_calls(fake_quant, latents, borders):
+    for call in reference_calls(fake_quant, latents, every):
         for name, part in parts.items():
-            expected = call.leaving[name].astype(np.float64)
-            found = part.infer(call, call.entering[name], graph.scales.scales)
-            signal[name] += float(np.square(expected).sum())
-            noise[name] += float(np.square(found - expected).sum())
+            found = part.infer(call, graph.scales.scales)
+            for tensor, tap in leaving[name].items():
+                expected = call.seen[tap].astype(np.float64)
+                signal[name] += float(np.square(expected).sum())
+                noise[name] += float(np.square(found[tensor] - expected).sum())
         done += len(call.latents)
         progress(f"blocks, {backend}", done, len(latents))
     return tuple(BlockAgreement(name, pooled_sqnr_db(signal[name], noise[name]), len(latents)) for name in parts)
@@ -116,17 +123,20 @@ def block_agreement(  # noqa: PLR0913 - what is compared, on what, and how it ru
 
 def _site_part(cuts: GraphParts, point: ActPoint) -> Part:
     site = next(site for site in cuts.graph.sites if site.site == point.sites[0])
-    assert site.codes is not None  # a site of an act point has codes
-    return _part(cuts.site(site.site), site.input, site.codes, *REFERENCE)
+    return _part(cuts.site(site.site), {site.input: Tap(site.site, "input")}, *REFERENCE)
+
+
+def _tap(tap: GraphTap) -> Tap:
+    return Tap(tap.module, tap.side)
 
 
 def _part(
-    model: onnx.ModelProto, entry: str, output: str, backend: str, hint: str, lowerings: Lowerings | None = None
+    model: onnx.ModelProto, entering: dict[str, Tap], backend: str, hint: str, lowerings: Lowerings | None = None
 ) -> Part:
     from onnx.helper import tensor_dtype_to_np_dtype
 
     types = {value.name: tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in model.graph.input}
-    return Part(runner_for_subgraph(model, backend, hint, lowerings), entry, output, types)
+    return Part(runner_for_subgraph(model, backend, hint, lowerings), entering, types)
 
 
 def _reference_codes(

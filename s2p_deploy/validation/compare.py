@@ -23,8 +23,8 @@ from s2p_deploy import __version__
 from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError, S2PError
-from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, timesteps_of
+from s2p_deploy.families import denoiser_of, load_pipeline
+from s2p_deploy.pipeline import Schedule, engine_denoiser, timesteps_of
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Sampling
 from s2p_deploy.records import Comparison, FailedRecipe, RecipeFigures, open_artifact, write_artifact
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.progress import Progress
@@ -84,7 +84,7 @@ class Contest:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What every recipe draws."""
-        own = Schedule(self.recipes[0].sampling.steps)
+        own = Schedule.of(self.recipes[0].sampling)
         return tuple(Task(self.held_out, schedule, self.guidance_scale) for schedule in (own, *self.schedules))
 
 
@@ -135,7 +135,7 @@ class _Run:
     out: Path
     replace: bool
     progress: Progress
-    pipe: StableDiffusionPipeline
+    pipe: DiffusionPipeline
 
     def reference(self, task: Task) -> ReferencePictures:
         """The floating-point pictures of a task, drawn once."""
@@ -204,7 +204,7 @@ class _Run:
         dataset: LatentDataset,
     ) -> dict[str, Any]:
         fake_quant = fake_quant_denoiser(calibrated)
-        denoiser = EngineDenoiser(TorchRunner(fake_quant), self.pipe.unet.config, calibrated.timesteps)
+        denoiser = engine_denoiser(TorchRunner(fake_quant), denoiser_of(self.pipe).config, calibrated.timesteps)
         told = self._told(recipe.name)
         (folder / _PICTURES).mkdir()
         keeps = (folder / _PICTURES, *[None] * (len(references) - 1))
@@ -243,7 +243,7 @@ def _result_or_failure(
         return FailedRecipe(name=recipe.name, error=type(error).__name__, message=" ".join(str(error).split()))
 
 
-def _check(contest: Contest, pipe: StableDiffusionPipeline) -> None:
+def _check(contest: Contest, pipe: DiffusionPipeline) -> None:
     names = [recipe.name for recipe in contest.recipes]
     for recipe in contest.recipes:
         if names.count(recipe.name) > 1:
@@ -276,7 +276,7 @@ def _comparison(
     return Comparison(
         source=contest.base.base.source,
         base=contest.base.base.digest,
-        size=float_bytes(run.pipe.unet),
+        size=float_bytes(denoiser_of(run.pipe)),
         guidance_scale=contest.guidance_scale,
         train=contest.train.digest,
         held_out=contest.held_out.digest,

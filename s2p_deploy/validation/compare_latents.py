@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from s2p_deploy.calib import fp_denoiser, generate_dataset
+from s2p_deploy.calib.dataset.stored_points import points_at
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import recipe_from_data
@@ -50,7 +51,7 @@ def make_latents(
     def told(_stage: str, done: int, total: int) -> None:
         progress("held-out latents", done, total)
 
-    pipe, teacher = load_pipeline(base), fp_denoiser(base)
+    pipe, teacher = load_pipeline(base), fp_denoiser(base, sampling.steps)
     return generate_dataset(pipe, teacher, base.base, prompts, recipe, out=out, progress=told)
 
 
@@ -60,7 +61,7 @@ def sqnr_per_row(denoiser: Callable[..., torch.Tensor], dataset: LatentDataset, 
     The stored answers are float16: nothing above some 70 dB can be told apart.
 
     Args:
-        denoiser: takes sample float32 [batch, C, H, W], rows int64 [batch] and text float32 [batch, tokens, D].
+        denoiser: takes what a hot denoiser takes.
         dataset: stored points, every prompt with every call.
         progress: told after every batch.
     """
@@ -86,12 +87,10 @@ def _powers(
     denoiser: Callable[..., torch.Tensor], dataset: LatentDataset, some: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Energy of the stored answers and of the denoiser's error, float64 [points], both branches together."""
-    prompt = dataset.prompt[some]
-    texts = dataset.texts[np.concatenate([dataset.uncond_text[prompt], dataset.cond_text[prompt]])]
-    sample = torch.from_numpy(dataset.latents[some].astype(np.float32)).repeat(2, 1, 1, 1)
+    points = points_at(dataset, some)
     with torch.no_grad():
-        answer = denoiser(sample, torch.from_numpy(dataset.rows[some]).repeat(2), torch.from_numpy(texts))
-    expected = np.concatenate([dataset.uncond[some], dataset.cond[some]]).astype(np.float64)
+        answer = denoiser(*points.inputs(torch.arange(len(points.row))))
+    expected = points.output.double().numpy()
     return _energy(expected), _energy(answer.numpy() - expected)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from s2p_deploy.pipeline import Schedule, pipeline_with_denoiser
+from s2p_deploy.families import with_denoiser
+from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import (
     FloatFigures,
     Number,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
     from s2p_deploy.progress import Progress
@@ -115,9 +116,7 @@ class ReferencePictures:
         )
 
 
-def draw_reference(
-    pipe: StableDiffusionPipeline, task: Task, base: Base, out: Path, progress: Progress
-) -> ReferencePictures:
+def draw_reference(pipe: DiffusionPipeline, task: Task, base: Base, out: Path, progress: Progress) -> ReferencePictures:
     """Draws a task with the pipeline as it is, and writes it to ``out``."""
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -150,7 +149,7 @@ def draw_reference(
 
 def compare_pictures(
     reference: ReferencePictures,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     denoiser: torch.nn.Module,
     *,
     keep: Path | None,
@@ -169,7 +168,7 @@ def compare_pictures(
         InputError: the denoiser's table does not cover the schedule.
     """
     task = reference.task
-    other, stage = pipeline_with_denoiser(pipe, denoiser), f"pictures, {label_of(task.schedule)}"
+    other, stage = with_denoiser(pipe, denoiser), f"pictures, {label_of(task.schedule)}"
     drawn = draw_parts(other, task.prompts, task.schedule, task.guidance_scale, stage=stage, progress=progress)
     parts: list[_Part] = []
     for number, (expected, found) in enumerate(zip(reference.parts(), drawn, strict=True)):

@@ -21,7 +21,7 @@ def quantized_bytes(calibrated: CalibratedModel) -> int:
 
     Activation scales count on the calibrated rows only: the others follow from them.
     """
-    bits = {f"unet.{site.site}.weight": format_by_name(site.weights) for site in calibrated.plan.sites}
+    bits = {f"network.{site.site}.weight": format_by_name(site.weights) for site in calibrated.plan.sites}
     total = 0.0
     for name, value in calibrated.weights().items():
         fmt = bits.get(name)

@@ -14,7 +14,9 @@ from s2p_deploy.validation.measurements import EndToEnd
 from s2p_deploy.validation.metrics import sqnr_db
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from collections.abc import Callable
+
+    import torch
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def measure_end_to_end(
-    unet: UNet2DConditionModel, fake_quant: FakeQuantDenoiser, engine: Runner, latents: ValidationLatents
+    floating: Callable[..., torch.Tensor], fake_quant: FakeQuantDenoiser, engine: Runner, latents: ValidationLatents
 ) -> EndToEnd:
-    """One call of each denoiser on every latent; rows are the training timesteps that the FP denoiser takes."""
-    reference = _outputs(TorchRunner(lambda *inputs: unet(*inputs, return_dict=False)[0]), latents)
+    """One call of each denoiser on every latent; ``floating`` is called as a hot denoiser."""
+    reference = _outputs(TorchRunner(floating), latents)
     quantized = _outputs(TorchRunner(fake_quant), latents)
     double = _outputs(TorchRunner(copy.deepcopy(fake_quant).double(), torch.float64), latents)
     found = _outputs(engine, latents)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from s2p_deploy.families import EncodedText
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -22,26 +24,29 @@ _ELEMENTS_PER_CALL = 2**15  # of latents: two of 64x64
 class ValidationLatents:
     """Denoiser inputs: ``sample`` float32 [n, C, H, W], ``rows`` int64 [n], ``text`` float32 [n, tokens, D].
 
-    The two CFG branches of a point stand side by side: n is even.
+    ``added_cond`` float32 [n, A] is what the time features depend on besides the row; A may be 0. The two CFG branches
+    of a point stand side by side: n is even.
     """
 
     sample: NDArray[np.float32]
     rows: NDArray[np.int64]
     text: NDArray[np.float32]
+    added_cond: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def inputs(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
         """As a runner takes them."""
-        return {"sample": self.sample, "step_index": self.rows, "encoder_hidden_states": self.text}
+        given = {"sample": self.sample, "step_index": self.rows, "encoder_hidden_states": self.text}
+        return given | ({"added_cond": self.added_cond} if self.added_cond.shape[1] else {})
 
     def parts(self) -> Iterator[ValidationLatents]:
         """All of them in order, as many at a time as a full-size model's activations fit into memory."""
         size = max(1, min(_MOST_PER_CALL, _ELEMENTS_PER_CALL // self.sample[0].size))
         for start in range(0, len(self), size):
             some = slice(start, start + size)
-            yield ValidationLatents(self.sample[some], self.rows[some], self.text[some])
+            yield ValidationLatents(self.sample[some], self.rows[some], self.text[some], self.added_cond[some])
 
 
 def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
@@ -50,39 +55,40 @@ def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
     order = np.lexsort((dataset.prompt, dataset.rows))
     chosen = order[np.linspace(0, len(order) - 1, points).round().astype(np.int64)]
     prompt = dataset.prompt[chosen]
-    texts = np.stack([dataset.texts[dataset.uncond_text[prompt]], dataset.texts[dataset.cond_text[prompt]]], 1)
+    text = np.stack([dataset.uncond_text[prompt], dataset.cond_text[prompt]], 1).ravel()
     return ValidationLatents(
         sample=np.repeat(dataset.latents[chosen].astype(np.float32), 2, axis=0),
         rows=np.repeat(dataset.rows[chosen], 2),
-        text=texts.reshape(-1, *texts.shape[2:]).astype(np.float32),
+        text=dataset.texts[text],
+        added_cond=dataset.added_cond[text],
     )
 
 
 def latents_of_walk(
     trajectory: NDArray[np.float32],
-    timesteps: Sequence[float],
-    cond: NDArray[np.float32],
-    uncond: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    cond: EncodedText,
+    uncond: EncodedText,
     count: int,
 ) -> ValidationLatents:
     """As :func:`choose_latents`, from a pipeline's own walk, for a model that was not calibrated on a dataset.
 
     Args:
-        trajectory: float32 [calls, n, C, H, W] latents after each call; the scheduler does not scale them.
-        timesteps: [calls] the scheduler's.
-        cond: float32 [n, tokens, D] text states; ``uncond`` those of the negative prompts.
+        trajectory: float32 [calls, n, C, H, W] what the denoiser is given in each call.
+        rows: int64 [calls] of the scheduler's timesteps.
+        cond: the n prompts; ``uncond`` the negative ones.
         uncond: as ``cond``.
         count: how many.
     """
     calls, prompts = trajectory.shape[:2]
-    points = (
-        np.linspace(0, (calls - 1) * prompts - 1, min((count + 1) // 2, (calls - 1) * prompts)).round().astype(np.int64)
-    )
+    total = calls * prompts
+    points = np.linspace(0, total - 1, min((count + 1) // 2, total)).round().astype(np.int64)
     call, prompt = points // prompts, points % prompts
-    rows = np.asarray(timesteps, dtype=np.float64)[call + 1].round().astype(np.int64)  # seen by the next call
-    texts = np.stack([uncond[prompt], cond[prompt]], 1)
+    each = [branch[int(index)] for index in prompt for branch in (uncond, cond)]
+    texts = EncodedText.stack(each)
     return ValidationLatents(
         sample=np.repeat(trajectory[call, prompt], 2, axis=0),
-        rows=np.repeat(rows, 2),
-        text=texts.reshape(-1, *cond.shape[1:]),
+        rows=np.repeat(rows[call], 2),
+        text=texts.states.numpy(),
+        added_cond=texts.added_cond.numpy(),
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2p_deploy.pipeline import Schedule, initial_noise, pipeline_with_denoiser, with_schedule
+from s2p_deploy.families import denoiser_of, with_denoiser
+from s2p_deploy.pipeline import Schedule, call_arguments, initial_noise, with_schedule
 from s2p_deploy.progress import silent
 from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.grammar import parse
@@ -21,7 +22,7 @@ from s2p_deploy.validation.numbers import Number, Skipped, ratio_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
     from s2p_deploy.progress import Progress
@@ -47,7 +48,7 @@ class Drawing:
 
 
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
@@ -70,7 +71,7 @@ def draw(
 
 
 def draw_parts(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
@@ -84,7 +85,7 @@ def draw_parts(
     for first in range(0, total, BATCH):
         some = prompts.prompts[first : first + BATCH]
         start = time.perf_counter()
-        pictures, trajectory = _draw_batch(scheduled, some, schedule.steps, guidance_scale)
+        pictures, trajectory = _draw_batch(scheduled, some, schedule, guidance_scale)
         seconds = time.perf_counter() - start
         progress(stage, first + len(some), total)
         yield Drawing(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
@@ -120,7 +121,7 @@ def compare_drawings(
 
 
 def picture_psnr(
-    base: StableDiffusionPipeline,
+    base: DiffusionPipeline,
     reference: torch.nn.Module,
     candidate: torch.nn.Module,
     prompts: PromptSet,
@@ -128,7 +129,7 @@ def picture_psnr(
     guidance_scale: float,
 ) -> NDArray[np.float64]:
     """PSNR float64 [n] in dB between the pictures of two denoisers (as diffusers calls them) in the same pipeline."""
-    pipes = [pipeline_with_denoiser(base, denoiser) for denoiser in (reference, candidate)]
+    pipes = [with_denoiser(base, denoiser) for denoiser in (reference, candidate)]
     first, second = (draw(pipe, prompts, schedule, guidance_scale).pictures for pipe in pipes)
     return psnr_db(first, second)
 
@@ -200,7 +201,7 @@ def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _draw_batch(
-    pipe: StableDiffusionPipeline, prompts: Sequence[Prompt], steps: int, guidance_scale: float
+    pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     latents: list[NDArray[np.float32]] = []
 
@@ -208,13 +209,11 @@ def _draw_batch(
         latents.append(tensors["latents"].float().cpu().numpy().copy())
         return tensors
 
-    noise = initial_noise([prompt.noise_seed for prompt in prompts], pipe.unet.config)
+    denoiser = denoiser_of(pipe)
+    noise = initial_noise([prompt.noise_seed for prompt in prompts], denoiser.config)
     result = pipe(
-        [prompt.text for prompt in prompts],
-        negative_prompt=[prompt.negative for prompt in prompts],
-        latents=noise.to(pipe.device, pipe.unet.dtype),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
+        **call_arguments(pipe, prompts, schedule, guidance_scale),
+        latents=noise.to(pipe.device, denoiser.dtype),
         callback_on_step_end=keep,
         output_type="np",
     )

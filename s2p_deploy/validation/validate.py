@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from s2p_deploy.calib import fake_quant_denoiser
+from s2p_deploy.calib.dataset.sampler import Sampler
+from s2p_deploy.calib.dataset.texts import encode_prompts
+from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.engines import backend_by_name, load_engine, recorded_lowerings
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families import load_pipeline, resolve_base
+from s2p_deploy.families import denoiser_of, kind_of, load_pipeline, resolve_base
 from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import recipe_from_data
@@ -37,17 +43,17 @@ from s2p_deploy.validation.summary import plain, summary
 from s2p_deploy.validation.training_figures import read_training_log
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from s2p_deploy.calib import FakeQuantDenoiser
     from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.progress import Progress
     from s2p_deploy.recipe import Recipe
-    from s2p_deploy.records import Engine, Manifest, PromptSet
+    from s2p_deploy.records import Engine, Manifest, PromptSet, TimestepTable
     from s2p_deploy.timesteps import Timesteps
     from s2p_deploy.validation.latents import ValidationLatents
     from s2p_deploy.validation.measurements import BlockAgreement, PictureComparison
@@ -166,15 +172,16 @@ def measure(
 ) -> tuple[Measurements, Drawings | None]:
     """All measurements, and the drawings where the engine can run here."""
     pipe, fake_quant = load_pipeline(chain.base), fake_quant_denoiser(chain.calibrated)
-    schedule, guidance = Schedule(chain.recipe.sampling.steps), chain.guidance_scale
+    schedule, guidance = Schedule.of(chain.recipe.sampling), chain.guidance_scale
+    schedules = tuple(replace(other, max_sequence_length=schedule.max_sequence_length) for other in schedules)
     with ExitStack() as stack:
-        runner = _runner(chain, stack, [timesteps_of(pipe, other) for other in schedules])
+        runner = _runner(chain, stack, [timesteps_of(pipe, other) for other in (schedule, *schedules)])
         reference = draw(pipe, prompts, schedule, guidance, stage="pictures, FP", progress=progress)
         latents = _latents(chain, pipe, reference, prompts)
         inside = _inside(chain, fake_quant, latents, runner, progress)
         if isinstance(runner, Skipped):
             return Measurements(**inside, end_to_end=runner, pictures=runner), None
-        end_to_end = measure_end_to_end(pipe.unet, fake_quant, runner, latents)
+        end_to_end = measure_end_to_end(_whole(pipe, chain.calibrated.timesteps), fake_quant, runner, latents)
         candidate_pipe = pipeline_with_engine(pipe, chain.engine, runner)
         candidate = draw(candidate_pipe, prompts, schedule, guidance, stage="pictures, engine", progress=progress)
         compared = compare_drawings(reference, candidate, prompts, schedule, guidance, CLASSIFIER)
@@ -190,18 +197,32 @@ def _runner(chain: Chain, stack: ExitStack, schedules: Sequence[Timesteps]) -> B
     return stack.enter_context(load_engine(chain.engine, chain.graph, schedules=schedules))
 
 
-def _latents(chain: Chain, pipe: StableDiffusionPipeline, walk: Drawing, prompts: PromptSet) -> ValidationLatents:
+def _latents(chain: Chain, pipe: DiffusionPipeline, walk: Drawing, prompts: PromptSet) -> ValidationLatents:
     count = chain.recipe.validation.latents
     if chain.dataset is not None:
         return choose_latents(chain.dataset, count)
-    cond, uncond = pipe.encode_prompt(
-        [prompt.text for prompt in prompts.prompts],
-        pipe.device,
-        1,
-        do_classifier_free_guidance=True,
-        negative_prompt=[prompt.negative for prompt in prompts.prompts],
-    )
-    return latents_of_walk(walk.trajectory, walk.timesteps, cond.detach().numpy(), uncond.detach().numpy(), count)
+    texts = encode_prompts(pipe, prompts, chain.recipe.sampling.max_sequence_length)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(chain.recipe.sampling.steps)
+    sampler = Sampler(scheduler, call_rows(scheduler, chain.calibrated.timesteps))
+    after = zip(range(1, len(sampler.rows)), walk.trajectory, strict=False)  # nothing is asked of the last
+    seen = np.stack([sampler.net_input(torch.from_numpy(latents), call).numpy() for call, latents in after])
+    cond, uncond = texts.distinct[texts.cond], texts.distinct[texts.uncond]
+    return latents_of_walk(seen, np.asarray(sampler.rows[1:]), cond, uncond, count)
+
+
+def _whole(pipe: DiffusionPipeline, timesteps: TimestepTable) -> Callable[..., torch.Tensor]:
+    """The pipeline's own denoiser, time path and all, called as a hot one."""
+    network = denoiser_of(pipe)
+    kind, values = kind_of(network), torch.from_numpy(timesteps.timesteps).float()
+
+    def answer(
+        sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, added_cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        added = sample.new_zeros(len(sample), 0) if added_cond is None else added_cond
+        return kind.answer(network, sample, values[rows], text, added)
+
+    return answer
 
 
 def _inside(
@@ -219,9 +240,7 @@ def _inside(
         of_engine = runner
     elif (engine.backend, engine.hint) != REFERENCE:
         chosen = recorded_lowerings(engine, graph)
-        of_engine = block_agreement(
-            fake_quant, graph, latents, engine.backend, engine.hint, progress, lowerings=chosen
-        )
+        of_engine = block_agreement(fake_quant, graph, latents, engine.backend, engine.hint, progress, lowerings=chosen)
     return {
         "quantized": not chain.recipe.is_float,
         "graph_half": graph.dtype == "fp16",
@@ -233,8 +252,8 @@ def _inside(
 
 
 def _compared(
-    reference: StableDiffusionPipeline,
-    candidate: StableDiffusionPipeline,
+    reference: DiffusionPipeline,
+    candidate: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
@@ -283,9 +302,9 @@ def _described(chain: Chain, prompts: PromptSet, command: str) -> dict[str, Any]
         "versions": {name: version for name in _LIBRARIES if (version := _version(name))},
         "command": command,
         "sizes": {
-            "engine": _bytes(engine.folder / name for name in engine.engine_files),
-            "graph": _bytes(graph.folder.glob("denoiser.onnx*")),
-            "base_denoiser": _bytes(chain.base.folder.glob("unet/*.safetensors")),
+            "engine": _bytes([engine.folder / n for n in engine.engine_files] + [*engine.folder.glob("text.onnx*")]),
+            "graph": _bytes(file for name in ("denoiser", "text") for file in graph.folder.glob(f"{name}.onnx*")),
+            "base_denoiser": _bytes(chain.base.denoiser_folder.glob("*.safetensors")),
         },
     }
 

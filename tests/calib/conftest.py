@@ -14,9 +14,9 @@ from s2p_deploy.calib.training.state import TrainingState
 from s2p_deploy.families import (
     BasePipeline,
     HotDenoiser,
-    hot_denoiser_from_unet,
+    hot_denoiser,
     load_pipeline,
-    time_table_from_unet,
+    time_table_of,
 )
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
@@ -46,7 +46,7 @@ def pipe(base: BasePipeline) -> StableDiffusionPipeline:
 
 @pytest.fixture
 def hot(pipe: StableDiffusionPipeline) -> HotDenoiser:
-    return hot_denoiser_from_unet(pipe.unet, time_table_from_unet(pipe.unet, 1000)).eval()
+    return hot_denoiser(pipe.unet, time_table_of(pipe.unet, 1000)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def dataset(
 
     torch.set_num_threads(THREADS)  # a part of the digest, and made before the fixture above runs
     loaded = load_pipeline(base)
-    teacher = hot_denoiser_from_unet(loaded.unet, time_table_from_unet(loaded.unet, 1000)).eval()
+    teacher = hot_denoiser(loaded.unet, time_table_of(loaded.unet, 1000)).eval()
     out = tmp_path_factory.mktemp("latents") / "dataset"
     return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from s2p_deploy.families import HotDenoiser, hot_denoiser_from_unet
+from s2p_deploy.families import HotDenoiser, hot_denoiser
 from s2p_deploy.records import TimeTable
 
 SD14 = {
@@ -100,4 +100,4 @@ def meta_denoiser(config: dict[str, Any]) -> HotDenoiser:
     for name, module in unet.named_modules():
         if isinstance(getattr(module, "time_emb_proj", None), torch.nn.Linear):
             slices[name] = (start, start := start + module.time_emb_proj.out_features)
-    return hot_denoiser_from_unet(unet, TimeTable(np.zeros((1, start), np.float32), slices)).to("meta")
+    return hot_denoiser(unet, TimeTable(np.zeros((1, start), np.float32), slices)).to("meta")

@@ -147,7 +147,7 @@ def test_recipe_fp_is_the_pipelines_own_denoiser(base: BasePipeline, prompts: Pr
     assert model.manifest.parents == {}
     assert model.manifest.content["average_bits"]["layers"]["weights"] == 16
     inputs = (torch.ones(2, 4, 8, 8), torch.tensor([3, 981]), torch.ones(2, 24, 128))
-    assert torch.equal(fake_quant_denoiser(model)(*inputs), fp_denoiser(base)(*inputs))
+    assert torch.equal(fake_quant_denoiser(model)(*inputs), fp_denoiser(base, 50)(*inputs))
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -51,7 +51,7 @@ def paper_rules(sensitive_weights: str) -> list[dict[str, str]]:
 
 
 def on_meta(hot: HotDenoiser, plan: PrecisionPlan) -> QuantizedDenoiser:
-    weights = {site.site: hot.unet.get_submodule(site.site).weight for site in plan.sites}
+    weights = {site.site: hot.network.get_submodule(site.site).weight for site in plan.sites}
     scales = {name: torch.ones(weight_scale_shape(weight), device="meta") for name, weight in weights.items()}
     return QuantizedDenoiser(hot, plan, scales)
 

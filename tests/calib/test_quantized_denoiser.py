@@ -15,6 +15,8 @@ from s2p_deploy.numerics import INT4, INT8, fake_quantize
 from s2p_deploy.recipe import Recipe, Rule, load_recipe
 from s2p_deploy.records import PrecisionPlan
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
 ROWS = 1000
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -39,15 +41,15 @@ def act_scales(plan: PrecisionPlan) -> Tensor:
 
 
 @pytest.fixture
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs() -> Inputs:
     generator = torch.Generator().manual_seed(4)
     sample = torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)
     texts = torch.randn(3, 5, 128, generator=generator, dtype=torch.float64)
-    return sample, torch.tensor([1, 500, 999]), texts
+    return sample, torch.tensor([1, 500, 999]), texts, sample.new_zeros(3, 0)
 
 
 def test_samples_of_one_batch_sit_on_their_own_rows(
-    quantized: QuantizedDenoiser, act_scales: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
+    quantized: QuantizedDenoiser, act_scales: Tensor, inputs: Inputs
 ) -> None:
     together = quantized(*inputs, SampleGrids(act_scales[inputs[1]]))
     for index in range(3):
@@ -56,13 +58,13 @@ def test_samples_of_one_batch_sit_on_their_own_rows(
         )
         torch.testing.assert_close(together[index], alone[0])
     rows = torch.tensor([1, 500, 500])
-    other = quantized(inputs[0], rows, inputs[2], SampleGrids(act_scales[rows]))
+    other = quantized(inputs[0], rows, *inputs[2:], SampleGrids(act_scales[rows]))
     assert torch.equal(together[:2], other[:2])
     assert not torch.allclose(together[2], other[2], rtol=1e-2)
 
 
 def test_a_sites_arithmetic_is_the_numerics(
-    hot: HotDenoiser, quantized: QuantizedDenoiser, act_scales: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
+    hot: HotDenoiser, quantized: QuantizedDenoiser, act_scales: Tensor, inputs: Inputs
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     site = quantized.site(TO_Q)
@@ -71,16 +73,14 @@ def test_a_sites_arithmetic_is_the_numerics(
     ((x, output),) = seen
     column = quantized.plan.point_names().index(TO_Q)
     scale = act_scales[inputs[1], column].view(3, 1, 1)
-    weight = hot.unet.get_submodule(TO_Q).weight
+    weight = hot.network.get_submodule(TO_Q).weight
     grid = fake_quantize(weight.double(), quantized.weight_scales()[TO_Q], INT4)
     torch.testing.assert_close(output, fake_quantize(x, scale, INT8) @ grid.T)
     codes = site.input_quantizer.codes(x, scale.flatten())
     torch.testing.assert_close(codes * scale, fake_quantize(x, scale, INT8))
 
 
-def test_sites_of_one_tensor_use_one_column(
-    quantized: QuantizedDenoiser, act_scales: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_sites_of_one_tensor_use_one_column(quantized: QuantizedDenoiser, act_scales: Tensor, inputs: Inputs) -> None:
     reference = FakeQuantDenoiser(quantized, act_scales)
     names = [TO_Q, TO_Q.replace("to_q", "to_k"), TO_Q.replace("to_q", "to_v")]
     found = [reference.site_scale(name, inputs[1]) for name in names]
@@ -89,7 +89,7 @@ def test_sites_of_one_tensor_use_one_column(
 
 
 def test_a_site_without_a_scale_raises_before_and_after_a_call(
-    quantized: QuantizedDenoiser, act_scales: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
+    quantized: QuantizedDenoiser, act_scales: Tensor, inputs: Inputs
 ) -> None:
     x = torch.zeros(3, 64, 8, dtype=torch.float64)
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_a_site_without_a_scale_raises_before_and_after_a_call(
         quantized(*inputs, SampleGrids(act_scales[inputs[1]]))
 
 
-def test_recipe_fp_changes_no_bit(hot: HotDenoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_recipe_fp_changes_no_bit(hot: HotDenoiser, inputs: Inputs) -> None:
     hot.double()
     expected = hot(*inputs)
     plan = plan_from_recipe(load_recipe("fp"), discover_sites(hot))
@@ -110,7 +110,7 @@ def test_baked_weights_give_the_same_output(
     plan: PrecisionPlan,
     quantized: QuantizedDenoiser,
     act_scales: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Inputs,
 ) -> None:
     scales = quantized.weight_scales()
     baked = QuantizedDenoiser(hot.double(), plan, scales, bake=True)
@@ -119,7 +119,7 @@ def test_baked_weights_give_the_same_output(
     assert baked.weight_scales() == {}
 
 
-def test_a4_is_the_four_bit_grid(hot: HotDenoiser, recipe: Recipe, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_a4_is_the_four_bit_grid(hot: HotDenoiser, recipe: Recipe, inputs: Inputs) -> None:
     rules = (*recipe.rules, Rule(match=TO_Q, activations="int4"))
     plan = plan_from_recipe(recipe.model_copy(update={"rules": rules}), discover_sites(hot))
     denoiser = QuantizedDenoiser(hot, plan, starting_weight_scales(hot, plan))

@@ -8,6 +8,8 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.calib import plan_from_recipe
+from s2p_deploy.calib.dataset.sampler import Sampler
+from s2p_deploy.calib.dataset.trajectories import call_rows, schedule_table
 from s2p_deploy.calib.quantization.fit_transforms import transform_spec
 from s2p_deploy.calib.quantization.modelopt_start import smoothed_by_modelopt
 from s2p_deploy.calib.quantization.plan import check_plan, mixed_plan
@@ -63,7 +65,8 @@ def test_a_rivals_starting_grids(
     weight_scales = starting_weight_scales(hot, plan, recipe.scales)
     if recipe.scales.progressive:
         pipe.scheduler.set_timesteps(6)
-        sampling = GuidedSampling(prompts, dataset, pipe.scheduler, 2.5)
+        sampler = Sampler(pipe.scheduler, call_rows(pipe.scheduler, schedule_table(pipe, hot, 6)))
+        sampling = GuidedSampling(prompts, dataset, sampler, 2.5)
         grids = progressive_grids(hot, plan, weight_scales, sampling, recipe.scales, silent)
     else:
         grids = starting_grids(hot, plan, dataset, recipe.scales, silent)

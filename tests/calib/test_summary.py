@@ -17,7 +17,7 @@ def test_average_bits_by_hand(hot: HotDenoiser) -> None:
     """conv_in (8x4x3x3) reads 4x8x8 elements, conv_out (4x8x3x3) 8x8x8; everything else stays in floating point."""
     formats = {"conv_in": ("levels3", "conv_in"), "conv_out": ("int4", None)}
     sites = tuple(SitePlan(s.name, s.op, *formats.get(s.name, ("none", None)), "") for s in discover_sites(hot))
-    modules = {site.site: hot.unet.get_submodule(site.site) for site in sites}
+    modules = {site.site: hot.network.get_submodule(site.site) for site in sites}
     parameters = sum(module.weight.numel() for module in modules.values())
     scales = {name: torch.ones(len(modules[name].weight), 1, 1, 1) for name in formats}
     plan = PrecisionPlan(sites, (ActPoint("conv_in", "int8", ("conv_in",)),))

@@ -135,7 +135,7 @@ def test_rows_of_several_schedules_stand_beside_the_training_timesteps(engine: E
         assert runner.timesteps.timesteps[1000:].tolist() == [137.625, 700.25]
         asked = np.asarray([700.25, 137.625, 981, 137.625])
         found = told(runner, rows_of_timesteps(asked, runner.timesteps))
-        expected = scales_of_rows(SCALES, runner.timesteps).scales[[1001, 1000, 981, 1000]]
+        expected = scales_of_rows(SCALES, TABLE, runner.timesteps).scales[[1001, 1000, 981, 1000]]
     assert np.array_equal(found[:, :1], expected)
     assert found[:, 1:] == pytest.approx(asked[:, None] * FEATURES)
 

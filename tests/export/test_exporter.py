@@ -13,7 +13,7 @@ from artifacts import TOKENS, tiny_calibrated, tiny_inputs, tiny_unet
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export import GraphParts, block_subgraph, check_graph, export_graph, site_subgraph
-from s2p_deploy.families import hot_denoiser_from_unet, time_table_from_unet
+from s2p_deploy.families import hot_denoiser, time_table_of
 from s2p_deploy.numerics import INT4, INT8, quantize
 from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
 from s2p_deploy.records.precision_plan import read_plan, write_plan
@@ -125,7 +125,7 @@ def test_recipe_without_quantization_gives_the_plain_network(tmp_path: Path, run
     assert [spec.name for spec in graph.inputs] == ["sample", "step_index", "encoder_hidden_states"]
     assert node_counts(graph) == FLOAT_NODES
     unet = tiny_unet()
-    denoiser = hot_denoiser_from_unet(unet, time_table_from_unet(unet, 1000))
+    denoiser = hot_denoiser(unet, time_table_of(unet, 1000))
     with torch.no_grad():
         expected = denoiser(**{k: torch.from_numpy(v) for k, v in tiny_inputs(3).items()}).numpy()
     assert sqnr(run_onnx(graph.onnx_file, tiny_inputs(3))["noise_pred"], expected) > 110

@@ -51,6 +51,6 @@ def test_codes_are_stored_in_four_bits_and_use_all_levels(packed: CalibratedMode
         codes = stored.numpy().astype(np.int8)
         assert (codes.min(), codes.max()) == (-4, 4), site.site
         scale = packed.weight_scales()[site.site].reshape(-1)
-        weight = packed.tensor(f"unet.{site.site}.weight")
+        weight = packed.tensor(f"network.{site.site}.weight")
         dense = codes if site.op == "conv" else codes.T
         np.testing.assert_array_equal(dense * scale.reshape(-1, *(1,) * (weight.ndim - 1)), weight)

@@ -26,7 +26,7 @@ def with_wide_column(model: CalibratedModel, low: float, high: float) -> Calibra
 
 def test_codes_times_weights_times_the_centre_bound_the_result(w8a8: CalibratedModel) -> None:
     """The bound by hand for one site, on both sides of the limit."""
-    weight, scale = w8a8.tensor(f"unet.{SITE}.weight"), w8a8.weight_scales()[SITE]
+    weight, scale = w8a8.tensor(f"network.{SITE}.weight"), w8a8.weight_scales()[SITE]
     coded = np.clip(np.rint(weight / scale), -128, 127) * scale
     total = np.abs(coded).sum((1, 2, 3)).max()
     limit = HALF_RANGE / (128 * total)
@@ -65,6 +65,6 @@ def test_a_site_beyond_half_is_computed_in_float(w8a8: CalibratedModel, tmp_path
 def overflowing(model: CalibratedModel) -> frozenset[str]:
     """Needs no graph: sizes from the weights themselves."""
     names = [site.site for site in model.plan.sites if site.act_point is not None]
-    weights = {name: model.tensor(f"unet.{name}.weight") for name in names}
+    weights = {name: model.tensor(f"network.{name}.weight") for name in names}
     sizes = {name: weight.size // len(weight) for name, weight in weights.items()}
     return overflowing_sites(model, sizes, usable_centres(model.scales, "fp16"))

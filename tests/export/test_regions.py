@@ -34,7 +34,7 @@ PLAN = (
 def graph(scopes: list[str]) -> ir.Graph:
     made = graph_from_text(GRAPH, dict.fromkeys(("first", "second", "last", "bias"))).graph
     for node, path in zip(made, scopes, strict=True):
-        node.metadata_props[NAME_SCOPES] = str(["", "unet", f"unet.{path}" if path else "unet", "op"])
+        node.metadata_props[NAME_SCOPES] = str(["", "unet", f"network.{path}" if path else "unet", "op"])
     return made
 
 

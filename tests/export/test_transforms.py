@@ -40,11 +40,11 @@ def rewrite(hot: HotDenoiser) -> TransformSpec:
     linears = [site for site in discover_sites(hot) if site.op == "linear" and site.name.startswith("mid_block")]
     smoothed = tuple(site.name for site in linears if ".ff." not in site.name)
     low_rank = {f"{site.name}.layer" if site.name in smoothed else site.name: RANK for site in linears}
-    spec = TransformSpec(split_shortcuts(hot.unet), smoothed, low_rank)
+    spec = TransformSpec(hot.kind.split_shortcuts(hot.network), smoothed, low_rank)
     apply_transforms(hot, spec)
     generator = torch.Generator().manual_seed(0)
     for path in smoothed:
-        factor = hot.unet.get_submodule(path).factor
+        factor = hot.network.get_submodule(path).factor
         set_smoothing(hot, {path: torch.rand(factor.shape, generator=generator) + 0.5})
     for path in low_rank:
         module_of_kind(hot, path, LowRankLinear).decompose()

@@ -1,17 +1,43 @@
-"""A UNet of the SD1 kind that runs in a millisecond."""
+"""Networks of every kind that run in milliseconds."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from tiny_networks import tiny_mmdit, tiny_sdxl_unet
 
 from tests import tiny_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+KINDS = ("sd1", "sdxl", "sd3", "sd3.5")
 
 
 @pytest.fixture
 def tiny_unet() -> UNet2DConditionModel:
     return tiny_pipeline.tiny_unet(cross_attention_dim=12).eval()
+
+
+@pytest.fixture
+def sdxl_unet() -> UNet2DConditionModel:
+    return tiny_sdxl_unet()
+
+
+@pytest.fixture
+def mmdit() -> SD3Transformer2DModel:
+    return tiny_mmdit()
+
+
+@pytest.fixture(params=KINDS)
+def network(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """One network of every kind."""
+    makers = {
+        "sd1": lambda: tiny_pipeline.tiny_unet(cross_attention_dim=12).eval(),
+        "sdxl": tiny_sdxl_unet,
+        "sd3": tiny_mmdit,
+        "sd3.5": lambda: tiny_mmdit(dual=(0, 1)),
+    }
+    return makers[request.param]()

@@ -13,12 +13,12 @@ from s2p_deploy.families import (
     SmoothedLinear,
     apply_transforms,
     discover_sites,
-    hot_denoiser_from_unet,
+    hot_denoiser,
     module_of_kind,
+    network_config,
     new_hot_denoiser,
     readers_by_tensor,
-    split_shortcuts,
-    time_table_from_unet,
+    time_table_of,
 )
 from s2p_deploy.records import TransformSpec
 
@@ -33,7 +33,7 @@ SPEC = TransformSpec({CONV: 16}, (QUERY, KEY, VALUE, TEXT_KEY), {f"{QUERY}.layer
 
 @pytest.fixture
 def hot(tiny_unet: UNet2DConditionModel) -> HotDenoiser:
-    return hot_denoiser_from_unet(tiny_unet, time_table_from_unet(tiny_unet, 10)).eval()
+    return hot_denoiser(tiny_unet, time_table_of(tiny_unet, 10)).eval()
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def draw(hot: HotDenoiser) -> torch.Tensor:
 
 def everything(hot: HotDenoiser) -> TransformSpec:
     linears = tuple(site.name for site in discover_sites(hot) if site.op == "linear")
-    return TransformSpec(split_shortcuts(hot.unet), linears, {f"{name}.layer": 2 for name in linears})
+    return TransformSpec(hot.kind.split_shortcuts(hot.network), linears, {f"{name}.layer": 2 for name in linears})
 
 
 def test_fresh_rewrites_of_everything_compute_the_same(hot: HotDenoiser) -> None:
@@ -64,8 +64,8 @@ def test_names_of_parameters_are_those_of_the_spec(hot: HotDenoiser) -> None:
     before = set(hot.state_dict())
     apply_transforms(hot, SPEC)
     added, gone = set(hot.state_dict()) - before, before - set(hot.state_dict())
-    assert f"unet.{QUERY}.weight" in gone
-    paths = {name.removeprefix("unet.") for name in added}
+    assert f"network.{QUERY}.weight" in gone
+    paths = {name.removeprefix("network.") for name in added}
     assert {name for name in paths if name.startswith(CONV)} == {
         f"{CONV}.head.weight",
         f"{CONV}.head.bias",
@@ -83,14 +83,14 @@ def test_names_of_parameters_are_those_of_the_spec(hot: HotDenoiser) -> None:
     }
 
 
-def test_a_split_by_hand() -> None:
+def test_a_split_by_hand(hot: HotDenoiser) -> None:
     conv = torch.nn.Conv2d(3, 1, 1)
     with torch.no_grad():
         conv.weight.copy_(torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1))
         conv.bias.fill_(0.5)
-    hot = HotDenoiser(torch.nn.ModuleDict({"conv": conv}))
+    hot.network.register_module("conv", conv)
     apply_transforms(hot, TransformSpec({"conv": 2}))
-    split = hot.unet["conv"]
+    split = hot.network.conv
     x = torch.tensor([2.0, 3.0, 4.0]).view(1, 3, 1, 1)
     assert split.head(x[:, :2]).item() == 32.5
     assert split.skip(x[:, 2:]).item() == 400.0
@@ -142,7 +142,7 @@ def test_a_factor_behind_which_a_branch_stands() -> None:
 def test_rewrites_on_the_meta_device_have_the_names_and_shapes_of_real_ones(
     hot: HotDenoiser, tiny_unet: UNet2DConditionModel
 ) -> None:
-    config, table = dict(tiny_unet.config), time_table_from_unet(new_unet(tiny_unet), 10)
+    config, table = network_config(hot.network), time_table_of(new_unet(tiny_unet), 10)
     with torch.device("meta"):
         empty = new_hot_denoiser(config, table).to("meta")
         apply_transforms(empty, SPEC)
@@ -187,38 +187,6 @@ def test_a_spec_of_another_denoiser(hot: HotDenoiser, spec: TransformSpec, messa
         apply_transforms(hot, spec)
 
 
-def test_shortcuts_of_the_tiny_denoiser(tiny_unet: UNet2DConditionModel) -> None:
-    # h: 16 from the middle, 16, then 16 from the block below, 8; conv_shortcut stands where channel counts differ.
-    assert split_shortcuts(tiny_unet) == {
-        f"up_blocks.{block}.resnets.{resnet}.{conv}": channels
-        for block, resnet, channels in ((0, 0, 16), (0, 1, 16), (1, 0, 16), (1, 1, 8))
-        for conv in ("conv1", "conv_shortcut")
-    }
-
-
-def test_the_head_of_a_split_shortcut_reads_h_and_the_skip_the_rest(hot: HotDenoiser) -> None:
-    """Watches what is concatenated: the output of the module before, and one of the way down."""
-    apply_transforms(hot, TransformSpec(split_shortcuts(hot.unet)))
-    seen: dict[str, torch.Tensor] = {}
-    before = {
-        "up_blocks.0.resnets.0": "mid_block",
-        "up_blocks.0.resnets.1": "up_blocks.0.resnets.0",
-        "up_blocks.1.resnets.0": "up_blocks.0",
-        "up_blocks.1.resnets.1": "up_blocks.1.attentions.0",
-    }
-    for path in before.values():
-        hot.unet.get_submodule(path).register_forward_hook(
-            lambda _, __, output, path=path: seen.update({path: output if torch.is_tensor(output) else output[0]})
-        )
-    for path in before:
-        hot.unet.get_submodule(f"{path}.conv_shortcut.head").register_forward_pre_hook(
-            lambda _, args, path=path: seen.update({f"{path}.head": args[0]})
-        )
-    draw(hot)
-    for path, source in before.items():
-        assert torch.equal(seen[f"{path}.head"], seen[source]), path
-
-
 def test_sites_of_a_transformed_denoiser(hot: HotDenoiser) -> None:
     apply_transforms(hot, SPEC)
     sites = {site.name: site for site in discover_sites(hot)}
@@ -230,14 +198,14 @@ def test_sites_of_a_transformed_denoiser(hot: HotDenoiser) -> None:
     assert {QUERY, f"{QUERY}.layer", CONV, TEXT_KEY}.isdisjoint(sites)
     assert sites[f"{QUERY}.layer.residual"].tensor == sites[f"{QUERY}.layer.down"].tensor
     assert len({sites[name].tensor for name in inner}) == len(inner), "smoothed readers of one tensor read their own"
-    assert sites[f"{TEXT_KEY}.layer"].reads_text, "behind its factor too"
-    assert not sites[f"{KEY}.layer"].reads_text
+    assert sites[f"{TEXT_KEY}.layer"].reads == "text", "behind its factor too"
+    assert sites[f"{KEY}.layer"].reads == "activation"
 
 
 def test_a_branch_of_a_text_site_reads_the_text_to_its_end(hot: HotDenoiser) -> None:
     apply_transforms(hot, TransformSpec(low_rank={TEXT_KEY: 2}))
     sites = {site.name: site for site in discover_sites(hot)}
-    assert all(sites[f"{TEXT_KEY}.{part}"].reads_text for part in ("residual", "down", "up"))
+    assert all(sites[f"{TEXT_KEY}.{part}"].reads == "text" for part in ("residual", "down", "up"))
 
 
 def test_smoothed_modules_are_grouped_by_the_tensor_before_their_factor(hot: HotDenoiser) -> None:

@@ -94,7 +94,7 @@ def _write_calibrated(folder: Path, graph: ExportedGraph) -> None:
     random = np.random.default_rng(3)
 
     def fill(out: Path) -> dict[str, Any]:
-        save_file({"unet.conv.weight": random.random((4, 4), np.float32)}, out / "weights.safetensors")
+        save_file({"network.conv.weight": random.random((4, 4), np.float32)}, out / "weights.safetensors")
         save_file({"conv": random.random((4, 1), np.float32)}, out / "weight_scales.safetensors")
         save_file({"time_projections": random.random((ROWS, 8), np.float32)}, out / "time_table.safetensors")
         write_scale_table(ScaleTable(small_scales(), POINTS, CALIBRATED), out / "act_scales.safetensors")

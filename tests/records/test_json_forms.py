@@ -8,11 +8,13 @@ import pytest
 
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import GraphBlock, GraphSite, SitePrecision, TensorSpec
+from s2p_deploy.records.exported_graph import GraphTap
 from s2p_deploy.records.json_forms import (
     BlockForm,
     EngineContent,
     PrecisionForm,
     SiteForm,
+    TapForm,
     TensorForm,
     check_engine,
 )
@@ -45,7 +47,13 @@ ENGINE = {
 
 @pytest.mark.parametrize(
     ("form", "record"),
-    [(TensorForm, TensorSpec), (SiteForm, GraphSite), (BlockForm, GraphBlock), (PrecisionForm, SitePrecision)],
+    [
+        (TensorForm, TensorSpec),
+        (SiteForm, GraphSite),
+        (TapForm, GraphTap),
+        (BlockForm, GraphBlock),
+        (PrecisionForm, SitePrecision),
+    ],
 )
 def test_a_form_has_the_fields_of_its_record(form: type[Strict], record: type) -> None:
     assert set(form.model_fields) == {field.name for field in dataclasses.fields(record)}
@@ -55,6 +63,12 @@ def test_what_is_written_passes() -> None:
     form = checked(EngineContent, ENGINE | {"notes": {}}, Path("m"))
     check_engine(form, {"denoiser.onnx": ""}, {"graph": None}, ("conv",), Path("m"))
     assert timestep_table_from_bytes(json.dumps(TABLE).encode(), Path("t")).rows == 4
+    further = TABLE | {"calibrated": [0, 1.5, 2.25], "fractional": [1.5, 2.25]}
+    assert timestep_table_from_bytes(json.dumps(further).encode(), Path("t")).calibrated_rows == (0, 4, 5)
+    alone = TABLE | {"calibrated": [0, 1.5], "fractional": [0, 1.5, 3]}
+    assert timestep_table_from_bytes(json.dumps(alone).encode(), Path("t")).calibrated_rows == (0, 1)
+    flow = further | {"flow_matching": True, "calibrated": [1.5]}
+    assert timestep_table_from_bytes(json.dumps(flow).encode(), Path("t")).calibrated_rows == (0,)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,8 @@ def test_what_is_written_passes() -> None:
         {"points": {"conv": {"centre": 0.03, "lowest": 0.04, "highest": 0.02}}},
         {"points": {"conv": {"centre": float("nan"), "lowest": 0.02, "highest": 0.04}}},
         {"profile": {"minimum": 1, "optimum": 10**9, "maximum": 4}},
+        {"added_cond": -1},
+        {"added_cond": 2**40},
         {"sites": [{"site": "conv"}]},
     ],
 )
@@ -101,6 +117,16 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         {"calibrated": [2, 0]},
         {"calibrated": [0, 4]},
         {"calibrated": [-1]},
+        {"calibrated": [0.5]},
+        {"calibrated": [0, 2], "flow_matching": True},
+        {"fractional": [1.5, 0.5]},
+        {"fractional": [0.5, 0.5]},
+        {"fractional": [1.0]},
+        {"fractional": [-0.5]},
+        {"fractional": [0.0, 1.5]},
+        {"fractional": [0.0, 1.5], "calibrated": [0, 1]},
+        {"fractional": [float("nan")]},
+        {"fractional": [float("inf")]},
         {"angle": []},
         {"angle": [0.0, 0.5, 1.0, 9.0]},
         {"angle": [1.0, 0.5, 1.0, 1.5]},

@@ -52,7 +52,7 @@ def test_a_model_of_packed_weights_computes_the_same(plain: CalibratedModel, pac
 
 
 def test_packed_weights_are_codes_times_scale(plain: CalibratedModel, packed: CalibratedModel) -> None:
-    name = "unet.mid_block.resnets.0.conv1.weight"
+    name = "network.mid_block.resnets.0.conv1.weight"
     assert name not in load_file(packed.folder / "weights.safetensors")
     assert packed.weights().keys() == plain.weights().keys()
     weight, scale = plain.tensor(name), plain.weight_scales()["mid_block.resnets.0.conv1"]
@@ -71,5 +71,5 @@ def test_packed_weights_take_a_twentieth(plain: CalibratedModel, packed: Calibra
 
 
 def test_a_missing_weight_is_named(plain: CalibratedModel) -> None:
-    with pytest.raises(InputError, match=r"weights\.safetensors lacks unet\.conv_inn\.weight"):
-        plain.tensor("unet.conv_inn.weight")
+    with pytest.raises(InputError, match=r"weights\.safetensors lacks network\.conv_inn\.weight"):
+        plain.tensor("network.conv_inn.weight")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import BasePipeline, load_pipeline
 from s2p_deploy.numerics import format_by_name
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, pipeline_with_denoiser
+from s2p_deploy.pipeline import EngineDenoiser, Schedule, with_denoiser
 from s2p_deploy.progress import silent
 from s2p_deploy.records import Number, PromptSet, TimestepTable
 from s2p_deploy.validation import compare_pictures as module
@@ -68,7 +68,7 @@ def test_figures_are_those_of_both_drawings_at_once(
     with torch.no_grad():
         other.conv_out.weight.mul_(1.05)
     found = compare_pictures(reference, pipe, other, keep=tmp_path, progress=silent)
-    drawn = [pictures.draw(one, prompts, Schedule(4), 2.5) for one in (pipe, pipeline_with_denoiser(pipe, other))]
+    drawn = [pictures.draw(one, prompts, Schedule(4), 2.5) for one in (pipe, with_denoiser(pipe, other))]
     whole = pictures.compare_drawings(*drawn, prompts, Schedule(4), 2.5)
     np.testing.assert_allclose(found.psnr_values, whole.similarity.psnr, rtol=1e-6)
     np.testing.assert_allclose(found.step_error.median, np.median(whole.step_error, axis=1), rtol=1e-6)
@@ -110,7 +110,7 @@ def test_size_counts_every_tensor_once(tmp_path: Path) -> None:
     plain = tiny_calibrated(tmp_path / "fp", "none", "none", recipe="fp")
     four = tiny_calibrated(tmp_path / "w4a8", "int4", "int8")
     weights = four.weights()
-    planned = {f"unet.{site.site}.weight": format_by_name(site.weights) for site in four.plan.sites}
+    planned = {f"network.{site.site}.weight": format_by_name(site.weights) for site in four.plan.sites}
     saved = sum(weights[name].size * (2 - fmt.bits / 8) for name, fmt in planned.items() if fmt is not None)
     scales = sum(value.size for value in four.weight_scales().values())
     scales += len(four.scales.trained) * len(four.scales.points)

@@ -14,10 +14,10 @@ def test_bytes_are_those_of_a_dataset(dataset: LatentDataset, hot: HotDenoiser, 
     assert point_bytes(hot) == 3 * 2 * 4 * 8 * 8 + 16
     arrays = (dataset.latents, dataset.cond, dataset.uncond, dataset.rows, dataset.prompt)
     assert 18 * point_bytes(hot) == sum(array.nbytes for array in arrays)
-    texts = (dataset.texts, dataset.cond_text, dataset.uncond_text)
-    assert text_bytes(prompts, 24, 128) == sum(array.nbytes for array in texts)
+    texts = (dataset.texts, dataset.added_cond, dataset.cond_text, dataset.uncond_text)
+    assert text_bytes(prompts, hot, 24) == sum(array.nbytes for array in texts)
     files = sum(path.stat().st_size for path in dataset.folder.glob("*.safetensors"))
-    assert 0 < files - 18 * point_bytes(hot) - text_bytes(prompts, 24, 128) < 4 * 500  # four files' headers
+    assert 0 < files - 18 * point_bytes(hot) - text_bytes(prompts, hot, 24) < 4 * 500  # four files' headers
 
 
 def test_a_call_takes_some_time(hot: HotDenoiser) -> None:

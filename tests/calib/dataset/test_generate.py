@@ -5,22 +5,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from sibling_pipelines import sibling
 
 from s2p_deploy.calib import generate_dataset
 from s2p_deploy.calib.dataset.estimate import Estimate
 from s2p_deploy.calib.dataset.generate import Walker, load_walker, make_dataset, write_shards
 from s2p_deploy.calib.dataset.shards import DatasetRequest, dataset_request
+from s2p_deploy.calib.dataset.stored_points import points_at
 from s2p_deploy.calib.lock import claimed
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import BasePipeline, HotDenoiser, resolve_base
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
+from s2p_deploy.timesteps import timestep_table_of
 from tests.kill_loop import kill_script
 
 ReadFiles = Callable[[Path], dict[str, bytes]]
@@ -28,15 +32,15 @@ ReadFiles = Callable[[Path], dict[str, bytes]]
 KILLED = kill_script(
     imports="from s2p_deploy.calib.dataset.generate import load_walker, make_dataset\n"
     "from s2p_deploy.calib.dataset.shards import dataset_request, open_finished",
-    setup="walker = load_walker(base)",
+    setup="walker = load_walker(base, recipe.sampling.steps)",
     work="request = dataset_request(base, recipe, prompts, out / 'dataset')\n"
     "open_finished(request) or make_dataset(request, walker)",
 )
 
 
 @pytest.fixture
-def walker(base: BasePipeline) -> Walker:
-    return load_walker(base)
+def walker(base: BasePipeline, recipe: Recipe) -> Walker:
+    return load_walker(base, recipe.sampling.steps)
 
 
 def test_what_a_dataset_holds(dataset: LatentDataset, recipe: Recipe, prompts: PromptSet) -> None:
@@ -45,6 +49,7 @@ def test_what_a_dataset_holds(dataset: LatentDataset, recipe: Recipe, prompts: P
     assert dataset.prompt.tolist() == [index for index in range(6) for _ in range(3)]
     assert set(dataset.rows.tolist()) <= set(range(1000))
     assert dataset.texts.shape == (7, 24, 128)  # six prompts and the empty one
+    assert dataset.added_cond.shape == (7, 0)
     assert sorted(dataset.manifest.files) == [*(f"shard-{n:05d}.safetensors" for n in range(3)), "texts.safetensors"]
     content = dataset.manifest.content
     assert (content["points"], content["width"], content["prompts"]) == (18, 2, prompts.digest)
@@ -152,7 +157,7 @@ def test_kernels_of_full_size_know_no_neighbors_either(recipe: Recipe, file_byte
     data["dataset"] = {"prompts": 24, "points_per_prompt": 2, "prompts_per_shard": 6}
     prompts = PromptSet(tuple(Prompt(f"p{n}", f"a large red circle {n}") for n in range(24)))
     shapes = resolve_base("shapes")
-    walker = load_walker(shapes)
+    walker = load_walker(shapes, recipe.sampling.steps)
     torch.set_num_threads(2)
     alone = dataset_request(shapes, recipe_from_data(data, "test"), prompts, tmp_path / "alone")
     parts = dataset_request(shapes, recipe_from_data(data, "test"), prompts, tmp_path / "parts")
@@ -247,7 +252,7 @@ def test_what_there_is_to_do_is_told_first(
     assert estimate.calls == calls.count(1)
     assert estimate.samples == 4
     arrays = (made.latents, made.cond, made.uncond, made.rows, made.prompt)
-    texts = (made.texts, made.cond_text, made.uncond_text)
+    texts = (made.texts, made.added_cond, made.cond_text, made.uncond_text)
     assert estimate.bytes == sum(array.nbytes for array in arrays + texts)
     assert 0 < estimate.seconds < 100
 
@@ -257,7 +262,7 @@ def test_no_room_on_the_disk(base: BasePipeline, recipe: Recipe, prompts: Prompt
     config = tmp_path / "large" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 2**22}))
     request = dataset_request(base, recipe, prompts, tmp_path / "new" / "dataset")
-    large = load_walker(BasePipeline(tmp_path / "large", base.base, 2.0))
+    large = load_walker(BasePipeline(tmp_path / "large", base.base, 2.0), recipe.sampling.steps)
     with pytest.raises(InputError, match=r"dataset\.shards needs .* MB and its disk has .* MB left"):
         make_dataset(request, large)
     assert not (tmp_path / "new").exists()
@@ -283,6 +288,35 @@ def test_normal_timesteps_are_another_dataset(
     assert made.rows.tolist() != dataset.rows.tolist()
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_other_families_store_what_their_time_features_depend_on(
+    name: str, recipe: Recipe, prompts: PromptSet, tmp_path: Path
+) -> None:
+    data = recipe.model_dump(mode="json")
+    data["sampling"]["max_sequence_length"] = 5
+    base = sibling(name)
+    request = dataset_request(base, recipe_from_data(data, "test"), prompts.first(2), tmp_path / "dataset")
+    walker = load_walker(base, 6)
+    told: list[Estimate] = []
+    made = make_dataset(request, replace(walker, tell=told.append))
+    tokens = walker.pipe.tokenizer.model_max_length + (5 if name == "sd3" else 0)
+    assert made.texts.shape == (3, tokens, walker.teacher.kind.text_width(walker.teacher.config))
+    assert made.added_cond.shape == (3, walker.teacher.added_width)
+    table = timestep_table_of(walker.pipe.scheduler, 6, fractional=True)
+    assert set(made.rows.tolist()) <= set(table.calibrated_rows)
+    arrays = (made.latents, made.cond, made.uncond, made.rows, made.prompt)
+    texts = (made.texts, made.added_cond, made.cond_text, made.uncond_text)
+    assert told[0].bytes == sum(array.nbytes for array in arrays + texts)
+    points = points_at(made, np.arange(len(made.rows)))
+    with torch.no_grad():
+        answers = walker.teacher(*points.inputs(torch.arange(len(points.row))))
+    assert float((answers - points.output).norm() / points.output.norm()) < 4e-4  # float16's rounding
+    again = dataset_request(base, recipe_from_data(data, "test"), prompts.first(2), tmp_path / "again")
+    for rank in (1, 0):
+        write_shards(again, Walker(walker.pipe, walker.teacher, rank=rank, ranks=2))
+    assert make_dataset(again, walker).manifest.digest == made.manifest.digest
+
+
 @pytest.mark.gpu
 def test_a_gpu_walks_nearly_the_same(
     base: BasePipeline, recipe: Recipe, prompts: PromptSet, walker: Walker, dataset: LatentDataset, tmp_path: Path
@@ -290,6 +324,6 @@ def test_a_gpu_walks_nearly_the_same(
     request = dataset_request(base, recipe, prompts, tmp_path / "dataset")
     made = make_dataset(request, Walker(walker.pipe, walker.teacher, torch.device("cuda")))
     assert made.manifest.content["device"].startswith("cuda (")
-    assert walker.teacher.unet.device.type == "cpu"
+    assert walker.teacher.network.device.type == "cpu"
     assert made.rows.tolist() == dataset.rows.tolist()
     np.testing.assert_allclose(made.cond.astype(np.float32), dataset.cond.astype(np.float32), rtol=0.02, atol=0.02)

@@ -20,7 +20,7 @@ def request_of_two(base: BasePipeline, recipe: Recipe, prompts: PromptSet, tmp_p
 
 
 def write(request: DatasetRequest, base: BasePipeline, *ranks: int) -> None:
-    walker = load_walker(base)
+    walker = load_walker(base, 6)
     for rank in ranks:
         write_shards(request, Walker(walker.pipe, walker.teacher, rank=rank, ranks=2))
 

@@ -1,29 +1,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from sibling_pipelines import sibling
 
-from s2p_deploy.calib.dataset.texts import encode_texts
-from s2p_deploy.calib.dataset.trajectories import Itinerary, StoredPoint, call_rows, choose_calls, slot_queues, walk
+from s2p_deploy.calib.dataset.sampler import Sampler
+from s2p_deploy.calib.dataset.texts import encode_prompts
+from s2p_deploy.calib.dataset.trajectories import (
+    Itinerary,
+    StoredPoint,
+    call_rows,
+    choose_calls,
+    schedule_table,
+    slot_queues,
+    walk,
+)
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import BasePipeline, HotDenoiser, load_pipeline
+from s2p_deploy.families import BasePipeline, HotDenoiser, denoiser_of, hot_denoiser_of, load_pipeline
 from s2p_deploy.records import Prompt, PromptSet
 
 STEPS, GUIDANCE = 6, 2.5
 
 
 def itineraries(pipe: StableDiffusionPipeline, prompts: PromptSet, points: int) -> list[Itinerary]:
-    texts = encode_texts(pipe, prompts)
-    calls = len(call_rows(pipe.scheduler))
+    texts = encode_prompts(pipe, prompts, 256)
+    calls = len(pipe.scheduler.timesteps)
+    distinct = texts.distinct
     return [
-        Itinerary(prompt, choose_calls(prompt, calls, points, "uniform"), texts.states[cond], texts.states[uncond])
+        Itinerary(prompt, choose_calls(prompt, calls, points, "uniform"), distinct[cond], distinct[uncond])
         for prompt, cond, uncond in zip(prompts.prompts, texts.cond, texts.uncond, strict=True)
     ]
+
+
+def sampler_of(pipe: StableDiffusionPipeline, hot: HotDenoiser, steps: int = STEPS) -> Sampler:
+    """Of the pipeline's own scheduler, whose timesteps are set."""
+    return Sampler(pipe.scheduler, call_rows(pipe.scheduler, schedule_table(pipe, hot, steps)))
 
 
 def queues_of(plans: list[Itinerary]) -> tuple[tuple[int, ...], ...]:
@@ -36,7 +52,7 @@ def walked(
     plans: list[Itinerary],
     queues: Sequence[Sequence[int]] | None = None,
 ) -> dict[int, list[StoredPoint]]:
-    steps = walk(hot, pipe.scheduler, plans, queues or queues_of(plans), guidance_scale=GUIDANCE)
+    steps = walk(hot, sampler_of(pipe, hot), plans, queues or queues_of(plans), guidance_scale=GUIDANCE)
     return {index: points for index, points in steps if points is not None}
 
 
@@ -87,19 +103,30 @@ def test_no_slot_gets_the_longest_of_every_shard() -> None:
     assert slot_queues({0: 9, 1: 1}, 4, 7) == slot_queues({0: 9, 1: 1}, 4, 7)
 
 
-def test_pndm_calls_one_row_twice(pipe: StableDiffusionPipeline) -> None:
+def test_pndm_calls_one_row_twice(pipe: StableDiffusionPipeline, hot: HotDenoiser) -> None:
     pipe.scheduler.set_timesteps(50)
-    rows = call_rows(pipe.scheduler)
+    rows = sampler_of(pipe, hot, 50).rows
     assert len(rows) == 51
     assert len(set(rows)) == 50
     assert rows[1] == rows[2]
 
 
-def test_a_fractional_schedule_is_refused(pipe: StableDiffusionPipeline) -> None:
-    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
-    scheduler.set_timesteps(7)
+def test_a_fractional_schedule_is_refused(pipe: StableDiffusionPipeline, hot: HotDenoiser) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     with pytest.raises(InputError, match="EulerDiscreteScheduler asks for the fractional timestep"):
-        call_rows(scheduler)
+        schedule_table(pipe, hot, 7)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_fractional_calls_have_rows_where_the_time_path_stays(name: str) -> None:
+    pipe = load_pipeline(sibling(name))
+    hot = hot_denoiser_of(pipe, 7)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    table = schedule_table(pipe, hot, 7)
+    pipe.scheduler.set_timesteps(7)
+    rows = call_rows(pipe.scheduler, table)
+    assert table.timesteps[list(rows)] == pytest.approx(pipe.scheduler.timesteps.numpy(), abs=1e-3)
+    assert len(set(rows)) == 7
 
 
 def test_a_walk_is_the_stock_pipelines(
@@ -121,6 +148,34 @@ def test_a_walk_is_the_stock_pipelines(
         assert relative_error(point.uncond, uncond) < 2e-3
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_a_walk_of_another_family_is_the_stock_pipelines(name: str, prompts: PromptSet) -> None:
+    """Its texts, pooled texts, sizes, and for SDXL zeros in the place of the negative prompt that nobody gave."""
+    pipe, stock = (load_pipeline(sibling(name)) for _ in range(2))
+    seen: list[tuple[torch.Tensor, float, torch.Tensor]] = []
+
+    def keep(_module: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: tuple[Any, ...]) -> None:
+        latents, timestep = (args[0], args[1]) if args else (given["hidden_states"], given["timestep"][0])
+        seen.append((latents[0], float(timestep), output[0]))
+
+    denoiser_of(stock).register_forward_hook(keep, with_kwargs=True)
+    prompt = prompts.prompts[2]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(prompt.noise_seed))
+    asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    padded = {"max_sequence_length": 256} if name == "sd3" else {}
+    stock(prompt.text, latents=noise, **asked, **padded)
+
+    hot = hot_denoiser_of(pipe, STEPS).eval()
+    pipe.scheduler.set_timesteps(STEPS)
+    table = schedule_table(pipe, hot, STEPS)
+    points = walked(pipe, hot, itineraries(pipe, prompts.first(3), 100))[2]
+    assert table.timesteps[[point.row for point in points]] == pytest.approx([t for _, t, _ in seen], abs=1e-3)
+    for point, (latents, _, (uncond, cond)) in zip(points, seen, strict=True):
+        assert relative_error(point.latents, latents) < 2e-3
+        assert relative_error(point.cond, cond) < 2e-3
+        assert relative_error(point.uncond, uncond) < 2e-3
+
+
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.float() - reference).norm() / reference.norm())
 
@@ -134,7 +189,7 @@ def test_the_stored_answer_belongs_to_the_stored_input(
     for index, points in walked(pipe, hot, plans).items():
         for point in points:
             rows = torch.tensor([point.row])
-            answer = hot(point.latents[None].float(), rows, plans[index].cond_text[None])[0]
+            answer = hot(point.latents[None].float(), rows, plans[index].cond.states[None])[0]
             assert relative_error(answer, point.cond.float()) < 4e-4  # float16's rounding
 
 

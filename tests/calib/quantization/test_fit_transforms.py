@@ -14,7 +14,6 @@ from s2p_deploy.families import (
     SmoothedLinear,
     apply_transforms,
     module_of_kind,
-    split_shortcuts,
 )
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Transforms
@@ -50,7 +49,7 @@ def test_what_a_recipe_asks_for(hot: HotDenoiser) -> None:
     assert transform_spec(hot, Transforms(smoothing=0.0), LINEARS) == TransformSpec(smoothed=LINEARS)
     assert transform_spec(hot, Transforms(low_rank=3), (QUERY,)) == TransformSpec(low_rank={QUERY: 3})
     spec = transform_spec(hot, ALL, LINEARS)
-    assert spec.split == split_shortcuts(hot.unet)
+    assert spec.split == hot.kind.split_shortcuts(hot.network)
     assert spec.low_rank == {f"{name}.layer": 2 for name in LINEARS}
 
 
@@ -68,7 +67,7 @@ def test_a_fitted_denoiser_computes_the_same(hot: HotDenoiser, dataset: LatentDa
     spec = fitted(hot, ALL, dataset)
     assert torch.allclose(draw(hot, dataset), draw(plain, dataset), atol=1e-4)
     for path in spec.smoothed:
-        module, weight = module_of_kind(hot, path, SmoothedLinear), plain.unet.get_submodule(path).weight
+        module, weight = module_of_kind(hot, path, SmoothedLinear), plain.network.get_submodule(path).weight
         assert (module.factor - 1).abs().max() > 0.1, path
         assert torch.allclose(module.plain_weight(), weight, atol=1e-5), path
     for path in spec.low_rank:
@@ -78,7 +77,7 @@ def test_a_fitted_denoiser_computes_the_same(hot: HotDenoiser, dataset: LatentDa
 
 @torch.no_grad()
 def test_the_branch_takes_the_smoothed_weight(hot: HotDenoiser, dataset: LatentDataset) -> None:
-    weight = hot.unet.get_submodule(QUERY).weight.clone()
+    weight = hot.network.get_submodule(QUERY).weight.clone()
     fitted(hot, ALL, dataset)
     module = module_of_kind(hot, QUERY, SmoothedLinear)
     rest = torch.linalg.svdvals(weight * module.factor)[2:].norm()
@@ -91,7 +90,7 @@ def test_factors_are_those_of_all_rows_and_both_branches(hot: HotDenoiser, datas
     seen: dict[str, list[torch.Tensor]] = {QUERY: [], TEXT_KEY: [], OUT: []}
     plain = copy.deepcopy(hot)
     for path, peaks in seen.items():
-        plain.unet.get_submodule(path).register_forward_pre_hook(
+        plain.network.get_submodule(path).register_forward_pre_hook(
             lambda _, args, peaks=peaks: peaks.append(args[0][0].abs().amax(0))
         )
     for index, prompt in enumerate(dataset.prompt):
@@ -101,10 +100,10 @@ def test_factors_are_those_of_all_rows_and_both_branches(hot: HotDenoiser, datas
     fitted(hot, Transforms(smoothing=0.7), dataset)
     groups = {QUERY: (QUERY, KEY, VALUE), TEXT_KEY: (TEXT_KEY, TEXT_VALUE), OUT: (OUT,)}
     for first, group in groups.items():
-        weights = torch.stack([plain.unet.get_submodule(path).weight.abs().amax(0) for path in group]).amax(0)
+        weights = torch.stack([plain.network.get_submodule(path).weight.abs().amax(0) for path in group]).amax(0)
         expected = torch.stack(seen[first]).amax(0) ** 0.7 / weights**0.3
         for path in group:
-            assert torch.allclose(hot.unet.get_submodule(path).factor, expected, rtol=1e-4), path
+            assert torch.allclose(hot.network.get_submodule(path).factor, expected, rtol=1e-4), path
 
 
 def test_fewer_latents_see_less(hot: HotDenoiser, dataset: LatentDataset) -> None:
@@ -112,7 +111,7 @@ def test_fewer_latents_see_less(hot: HotDenoiser, dataset: LatentDataset) -> Non
     for denoiser, latents in ((hot, 64), (other, 1)):
         apply_transforms(denoiser, spec)
         fit_transforms(denoiser, spec, ALL, dataset, silent, latents=latents)
-    most, few = (denoiser.unet.get_submodule(OUT).factor for denoiser in (hot, other))
+    most, few = (denoiser.network.get_submodule(OUT).factor for denoiser in (hot, other))
     assert (most >= few * (1 - 1e-5)).all()
     assert (most > few).any()
 
@@ -136,7 +135,7 @@ def test_smoothing_factors_from_elsewhere(hot: HotDenoiser, dataset: LatentDatas
     apply_transforms(hot, TransformSpec(smoothed=(QUERY,)))
     factor = torch.linspace(0.5, 2.0, 16)
     set_smoothing(hot, {QUERY: factor})
-    module, weight = module_of_kind(hot, QUERY, SmoothedLinear), plain.unet.get_submodule(QUERY).weight
+    module, weight = module_of_kind(hot, QUERY, SmoothedLinear), plain.network.get_submodule(QUERY).weight
     assert torch.equal(module.factor, factor)
     assert torch.allclose(module.layer.weight, weight * factor)
     assert torch.allclose(draw(hot, dataset), draw(plain, dataset), atol=1e-5)
@@ -160,7 +159,7 @@ def test_wrong_factors(hot: HotDenoiser, path: str, factor: torch.Tensor, messag
 
 def test_broken_weights_are_named(hot: HotDenoiser, dataset: LatentDataset) -> None:
     with torch.no_grad():
-        hot.unet.conv_in.weight[0, 0, 0, 0] = torch.nan
+        hot.network.conv_in.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(S2PError, match="is not finite"):
         fitted(hot, ALL, dataset)
     assert not any(module._forward_pre_hooks for module in hot.modules())

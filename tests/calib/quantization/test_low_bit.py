@@ -85,7 +85,7 @@ def test_the_cheapest_sites_lose_bits_until_the_average_is_met(
     changed = [new for old, new in pairs if new != old]
     assert {site.rule.split(", ")[-1] for site in changed} == {"low_bit"}
     chosen = [new for old, new in pairs if old.weights == "int4"]
-    sizes = [hot.unet.get_submodule(site.site).weight.numel() for site in chosen]
+    sizes = [hot.network.get_submodule(site.site).weight.numel() for site in chosen]
     assert LOW_BIT - 0.1 < average([site.weights for site in chosen], sizes) <= LOW_BIT
     scores: dict[bool, list[float]] = {True: [], False: []}
     for site in chosen[:: len(chosen) // 12]:
@@ -97,7 +97,7 @@ def test_the_cheapest_sites_lose_bits_until_the_average_is_met(
 def three_level_score(hot: HotDenoiser, site: str, dataset: LatentDataset) -> float:
     points = draw_points(dataset, 2, 0)
     exact = hot(*points.inputs(torch.arange(4)))
-    weight = hot.unet.get_submodule(site).weight
+    weight = hot.network.get_submodule(site).weight
     kept = weight.clone()
     weight.copy_(fake_quantize(kept, least_squares_weight_scale(kept, LEVELS3), LEVELS3))
     error = (hot(*points.inputs(torch.arange(4))) - exact).square().mean()

@@ -33,7 +33,7 @@ def inputs_of(hot: HotDenoiser, dataset: LatentDataset, sites: tuple[str, ...]) 
     """What sites read at all stored points with both texts."""
     found: dict[str, Tensor] = {}
     hooks = [
-        hot.unet.get_submodule(site).register_forward_pre_hook(
+        hot.network.get_submodule(site).register_forward_pre_hook(
             lambda _, args, site=site: found.__setitem__(site, args[0])
         )
         for site in sites
@@ -60,7 +60,7 @@ def test_default_scales_are_the_largest_magnitudes(
     weight_scales = start.weight_scales(plan)
     assert set(weight_scales) == {site.site for site in plan.sites if site.weights != "none"}
     for site, largest in (("conv_in", 127), (PROJ_OUT, 7), (TEXT_K, 7)):
-        weight = hot.unet.get_submodule(site).weight
+        weight = hot.network.get_submodule(site).weight
         expected = weight.abs().flatten(1).amax(1) / largest
         assert weight_scales[site].shape == (len(weight),) + (1,) * (weight.dim() - 1)
         torch.testing.assert_close(weight_scales[site].flatten(), expected)
@@ -92,7 +92,7 @@ def test_smoothquant_can_be_applied(
     assert TEXT_K not in smoothed
     inputs = inputs_of(hot, dataset, smoothed)
     for site in smoothed:
-        factor, weight = start.smoothing[site], hot.unet.get_submodule(site).weight
+        factor, weight = start.smoothing[site], hot.network.get_submodule(site).weight
         torch.testing.assert_close(start.act_peaks[site], (inputs[site] / factor).abs().max(), rtol=1e-4, atol=0)
         torch.testing.assert_close(start.weight_peaks[site], (weight * factor).abs().amax(1, keepdim=True))
     sample = seen(dataset, np.arange(3))
@@ -135,7 +135,7 @@ def test_every_stored_point_is_reported(hot: HotDenoiser, plan: PrecisionPlan, d
 
 def test_a_broken_pipeline_is_named(hot: HotDenoiser, plan: PrecisionPlan, dataset: LatentDataset) -> None:
     with torch.no_grad():
-        hot.unet.get_submodule(TO_Q).weight.fill_(torch.nan)
+        hot.network.get_submodule(TO_Q).weight.fill_(torch.nan)
     with pytest.raises(S2PError, match="nvidia-modelopt found an activation that is not finite") as caught:
         modelopt_start(hot, plan, dataset, "modelopt", silent)
     assert "\n" not in str(caught.value)

@@ -5,23 +5,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from sibling_pipelines import sibling
 
 from s2p_deploy.calib import plan_from_recipe
 from s2p_deploy.calib.quantization.plan import check_plan, mixed_plan
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import HotDenoiser, Site, discover_sites
+from s2p_deploy.families import HotDenoiser, Site, discover_sites, hot_denoiser_of, load_pipeline
 from s2p_deploy.recipe import Mixed, Override, Recipe, load_recipe, recipe_from_data
 from s2p_deploy.records import PrecisionPlan
 
 # One attention block: q, k, v read tensor 1; the cross-attention's k and v read the text.
 SITES = (
-    Site("conv_in", "conv", 0, reads_text=False),
-    Site("attn1.to_q", "linear", 1, reads_text=False),
-    Site("attn1.to_k", "linear", 1, reads_text=False),
-    Site("attn1.to_v", "linear", 1, reads_text=False),
-    Site("attn2.to_q", "linear", 2, reads_text=False),
-    Site("attn2.to_k", "linear", 3, reads_text=True),
-    Site("attn2.to_v", "linear", 3, reads_text=True),
+    Site("conv_in", "conv", 0, reads="sample"),
+    Site("attn1.to_q", "linear", 1),
+    Site("attn1.to_k", "linear", 1),
+    Site("attn1.to_v", "linear", 1),
+    Site("attn2.to_q", "linear", 2),
+    Site("attn2.to_k", "linear", 3, reads="text"),
+    Site("attn2.to_v", "linear", 3, reads="text"),
 )
 
 
@@ -70,6 +71,24 @@ def test_text_matches_what_reads_only_the_text() -> None:
     assert [site.site for site in plan.sites if site.act_point is None] == ["attn2.to_k", "attn2.to_v"]
 
 
+def test_input_and_output_match_the_first_and_the_last_site() -> None:
+    """Whatever they are called: ``proj_out`` is the last of a transformer and many inside a UNet."""
+    sites = (
+        Site("pos_embed.proj", "conv", 0, reads="sample"),
+        Site("context_embedder", "linear", 1, reads="text"),
+        Site("blocks.0.proj_out", "linear", 2),
+        Site("proj_out", "linear", 3, last=True),
+    )
+    rules = ({"match": "input", "weights": "int8"}, {"match": "output", "activations": "none"})
+    plan = plan_from_recipe(recipe("int4", "int8", *rules), sites)
+    assert {site.site: (site.weights, site.act_point is None) for site in plan.sites} == {
+        "pos_embed.proj": ("int8", False),
+        "context_embedder": ("int4", False),
+        "blocks.0.proj_out": ("int4", False),
+        "proj_out": ("int4", True),
+    }
+
+
 def test_a_text_point_does_not_depend_on_the_timestep() -> None:
     plan = plan_from_recipe(recipe(), SITES)
     assert [point.timestep_dependent for point in plan.act_points] == [True, True, True, False]
@@ -100,6 +119,24 @@ def test_the_preset_on_a_whole_denoiser(hot: HotDenoiser) -> None:
     # 73 sites; without act point: conv_in, conv_out and k, v of 4 cross-attentions; q, k, v of 4 self-attentions share.
     assert len(plan.act_points) == 73 - 2 - 2 * 4 - 2 * 4
     assert {len(point.sites) for point in plan.act_points} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [("sd2", ("conv_in", "conv_out")), ("sdxl", ("conv_in", "conv_out")), ("sd3", ("pos_embed.proj", "proj_out"))],
+)
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
+def test_the_presets_on_the_other_families(name: str, edges: tuple[str, str], preset: str) -> None:
+    sites = discover_sites(hot_denoiser_of(load_pipeline(sibling(name)), 20))
+    plan = plan_from_recipe(load_recipe(preset), sites)
+    found = {site.site: site for site in plan.sites}
+    assert (sites[0].name, sites[-1].name) == edges
+    assert all((found[edge].weights, found[edge].act_point) == ("int8", None) for edge in edges)
+    text = {site.name for site in sites if site.reads == "text"}
+    assert text
+    assert {name for name, site in found.items() if site.act_point is None} == text | set(edges)
+    assert {site.weights for name, site in found.items() if name not in edges} == {f"int{preset[1]}"}
+    assert all(point.timestep_dependent for point in plan.act_points)
 
 
 SCORES = {site.name: float(place) for place, site in enumerate(SITES)}  # conv_in least, attn2.to_v most
@@ -164,7 +201,7 @@ def test_mixed_precision_refuses_what_no_engine_can_do() -> None:
 
 
 def test_a_low_rank_branch_stays_in_floating_point() -> None:
-    sites = (*SITES, Site("attn1.to_out.down", "linear", 4, reads_text=False, branch=True))
+    sites = (*SITES, Site("attn1.to_out.down", "linear", 4, branch=True))
     plan = plan_from_recipe(recipe(), sites)
     assert formats(plan)["attn1.to_out.down"] == ("none", "none", "low-rank branch")
     quantized = replace(plan, sites=(*plan.sites[:-1], replace(plan.sites[-1], weights="int8")))
@@ -190,9 +227,7 @@ def edited(plan: PrecisionPlan, **values: str) -> PrecisionPlan:
         ),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(
-    change: Callable[[PrecisionPlan], PrecisionPlan], message: str
-) -> None:
+def test_a_plan_that_does_not_fit_is_refused(change: Callable[[PrecisionPlan], PrecisionPlan], message: str) -> None:
     plan = plan_from_recipe(recipe(), SITES)
     check_plan(plan, SITES)
     with pytest.raises(InputError, match=message):

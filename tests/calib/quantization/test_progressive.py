@@ -8,7 +8,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from s2p_deploy.calib import QuantizedDenoiser, plan_from_recipe
-from s2p_deploy.calib.dataset.trajectories import call_rows
+from s2p_deploy.calib.dataset.sampler import Sampler
+from s2p_deploy.calib.dataset.trajectories import call_rows, schedule_table
 from s2p_deploy.calib.quantization.progressive import GuidedSampling, progressive_grids
 from s2p_deploy.calib.quantization.scale_start import calibrated_rows, starting_grids, starting_weight_scales
 from s2p_deploy.calib.quantized_denoiser import SampleGrids
@@ -31,10 +32,12 @@ def plan(hot: HotDenoiser, recipe: Recipe) -> PrecisionPlan:
 
 @pytest.fixture
 def sampling(
-    pipe: StableDiffusionPipeline, prompts: PromptSet, dataset: LatentDataset, recipe: Recipe
+    pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet, dataset: LatentDataset, recipe: Recipe
 ) -> GuidedSampling:
-    pipe.scheduler.set_timesteps(recipe.sampling.steps)
-    return GuidedSampling(prompts, dataset, pipe.scheduler, GUIDANCE)
+    steps = recipe.sampling.steps
+    pipe.scheduler.set_timesteps(steps)
+    sampler = Sampler(pipe.scheduler, call_rows(pipe.scheduler, schedule_table(pipe, hot, steps)))
+    return GuidedSampling(prompts, dataset, sampler, GUIDANCE)
 
 
 def weights_on_their_grids(hot: HotDenoiser, plan: PrecisionPlan, scales: dict[str, Tensor]) -> HotDenoiser:
@@ -43,7 +46,7 @@ def weights_on_their_grids(hot: HotDenoiser, plan: PrecisionPlan, scales: dict[s
         for site in plan.sites:
             fmt = format_by_name(site.weights)
             assert fmt is not None
-            weight = changed.unet.get_submodule(site.site).weight
+            weight = changed.network.get_submodule(site.site).weight
             weight.copy_(fake_quantize(weight, scales[site.site], fmt))
     return changed
 
@@ -56,14 +59,14 @@ def test_a_replay_of_the_walk_meets_what_the_scales_were_made_from(
     weight_scales = starting_weight_scales(hot, plan)
     grids = progressive_grids(hot, plan, weight_scales, sampling, Scales(latents=1), silent)
     rows = calibrated_rows(sampling.dataset)
-    calls = call_rows(sampling.scheduler)
+    calls = sampling.sampler.rows
     assert rows == tuple(sorted(set(calls)))
     assert len(calls) == len(rows) + 1  # PNDM calls one row twice
     observed = weights_on_their_grids(hot, plan, weight_scales)
     inputs: list[Tensor] = []
-    observed.unet.get_submodule(SITE).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    observed.network.get_submodule(SITE).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     quantized = QuantizedDenoiser(copy.deepcopy(hot), plan, weight_scales)
-    scheduler = copy.deepcopy(sampling.scheduler)
+    scheduler = copy.deepcopy(sampling.sampler.scheduler)
     noise = torch.Generator().manual_seed(sampling.prompts.prompts[0].noise_seed)
     latents = torch.randn(1, 4, 8, 8, generator=noise) * scheduler.init_noise_sigma
     texts = torch.from_numpy(sampling.dataset.texts[[sampling.dataset.uncond_text[0], sampling.dataset.cond_text[0]]])
@@ -76,7 +79,7 @@ def test_a_replay_of_the_walk_meets_what_the_scales_were_made_from(
             expected = mse_best_scale(inputs[-1], INT8)
             # on some processors the two walks round apart, and a flipped code moves the best clip by a per cent
             torch.testing.assert_close(scales[0, plan.point_names().index(SITE)], expected, rtol=1.5e-2, atol=0)
-        uncond, cond = quantized(x, at, texts, SampleGrids(scales))
+        uncond, cond = quantized(x, at, texts, None, SampleGrids(scales))
         guided = (uncond + GUIDANCE * (cond - uncond)).unsqueeze(0)
         latents = scheduler.step(guided, scheduler.timesteps[call], latents, return_dict=False)[0]
 
@@ -152,7 +155,7 @@ def test_every_call_of_every_prompt_is_reported(
 
 def test_a_broken_pipeline_is_named(hot: HotDenoiser, plan: PrecisionPlan, sampling: GuidedSampling) -> None:
     with torch.no_grad():
-        hot.unet.get_submodule(SITE).weight[0, 0] = torch.nan
+        hot.network.get_submodule(SITE).weight[0, 0] = torch.nan
     scales = starting_weight_scales(hot, plan) | {SITE: torch.ones(16, 1, 1, 1)}
-    with pytest.raises(S2PError, match="not finite at timestep"):
+    with pytest.raises(S2PError, match="not finite on row"):
         progressive_grids(hot, plan, scales, sampling, Scales(latents=1), silent)

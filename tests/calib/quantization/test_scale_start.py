@@ -45,7 +45,7 @@ def text_plan(hot: HotDenoiser, recipe: Recipe) -> PrecisionPlan:
 def read_by(hot: HotDenoiser, site: str, dataset: LatentDataset, row: int) -> Tensor:
     """What a site reads on a row, at all of the row's stored points and with both texts."""
     inputs = []
-    hook = hot.unet.get_submodule(site).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    hook = hot.network.get_submodule(site).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     points = np.flatnonzero(dataset.rows == row)
     for texts in (dataset.uncond_text, dataset.cond_text):
         states = torch.from_numpy(dataset.texts[texts[dataset.prompt[points]]])
@@ -199,7 +199,7 @@ def test_a_plan_of_weights_alone_has_no_grids(hot: HotDenoiser, recipe: Recipe, 
 
 
 def test_weight_scales_are_of_the_planned_sites(hot: HotDenoiser, plan: PrecisionPlan) -> None:
-    weight = hot.unet.conv_in.weight
+    weight = hot.network.conv_in.weight
     for how, scale_of in (("least_squares", least_squares_weight_scale), ("max", max_weight_scale)):
         scales = starting_weight_scales(hot, plan, Scales(weights=how))
         assert set(scales) == {site.site for site in plan.sites}
@@ -207,7 +207,8 @@ def test_weight_scales_are_of_the_planned_sites(hot: HotDenoiser, plan: Precisio
 
 
 def test_both_branches_of_a_point_are_seen(dataset: LatentDataset) -> None:
-    sample, rows, texts = seen(dataset, np.array([2, 5]))
+    sample, rows, texts, added_cond = seen(dataset, np.array([2, 5]))
+    assert added_cond.shape == (4, 0)
     assert torch.equal(sample, torch.from_numpy(dataset.latents[[2, 5, 2, 5]]).float())
     assert rows.tolist() == dataset.rows[[2, 5, 2, 5]].tolist()
     prompt = dataset.prompt[[2, 5]]
@@ -220,6 +221,6 @@ def test_a_broken_pipeline_is_named(
     hot: HotDenoiser, plan: PrecisionPlan, dataset: LatentDataset, zero_point: bool
 ) -> None:
     with torch.no_grad():
-        hot.unet.get_submodule(PROJECTION).weight.fill_(torch.nan)
-    with pytest.raises(S2PError, match=r"the activation mid_block.* is not finite at timestep"):
+        hot.network.get_submodule(PROJECTION).weight.fill_(torch.nan)
+    with pytest.raises(S2PError, match=r"the activation mid_block.* is not finite on row"):
         starting_grids(hot, plan, dataset, Scales(zero_point=zero_point), silent)

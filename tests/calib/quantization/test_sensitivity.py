@@ -17,6 +17,7 @@ from s2p_deploy.numerics import INT4, INT8, fake_quantize, least_squares_weight_
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Mixed, Recipe
 from s2p_deploy.records import LatentDataset, PrecisionPlan
+from s2p_deploy.timesteps import timestep_table_of
 
 LATENTS = 4
 
@@ -33,14 +34,15 @@ Score = Callable[..., dict[str, float]]
 def score(hot: HotDenoiser, plan: PrecisionPlan, pipe: StableDiffusionPipeline, dataset: LatentDataset) -> Score:
     def scores(reading: str, seed: int = 3, latents: int = LATENTS) -> dict[str, float]:
         mixed = Mixed(sensitivity=reading, latents=latents)
-        return site_sensitivities(hot, plan, pipe.scheduler, dataset, mixed, seed=seed, progress=silent)
+        table = timestep_table_of(pipe.scheduler, 6, fractional=False)
+        return site_sensitivities(hot, plan, table, dataset, mixed, seed=seed, progress=silent)
 
     return scores
 
 
 def products(hot: HotDenoiser, site: str, losses: torch.Tensor) -> list[float]:
     """g_m^T W of every sample's loss, through the gradient of the weight itself."""
-    weight = hot.unet.get_submodule(site).weight
+    weight = hot.network.get_submodule(site).weight
     gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses]
     return [float((gradient * weight.detach()).sum()) for gradient in gradients]
 
@@ -73,7 +75,7 @@ def test_quantized_is_the_printed_formula_of_the_output_loss(
     points = draw_points(dataset, LATENTS, 3)
     quantized = copy.deepcopy(hot)
     with torch.no_grad():
-        for name, module in quantized.unet.named_modules():
+        for name, module in quantized.network.named_modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                 fmt, weight = INT8 if name == "conv_in" else INT4, module.weight
                 weight.copy_(fake_quantize(weight, least_squares_weight_scale(weight, fmt), fmt))
@@ -135,7 +137,7 @@ def test_no_hook_stays_behind(hot: HotDenoiser, score: Score) -> None:
 
 
 def test_a_broken_weight_is_named(hot: HotDenoiser, score: Score) -> None:
-    hot.unet.conv_out.weight.data[0] = float("nan")
+    hot.network.conv_out.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="is not finite"):
         score("probe")
 

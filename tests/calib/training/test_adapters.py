@@ -8,14 +8,14 @@ import torch
 from s2p_deploy.calib.training.adapters import adapter_rates, attach_adapters, merge_adapters
 from s2p_deploy.calib.training.state import TrainingState
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
 def inputs(state: TrainingState) -> Inputs:
     generator = torch.Generator().manual_seed(4)
     sample = torch.randn(2, 4, 8, 8, generator=generator)
-    return sample, state.rows[:2], torch.randn(2, 5, 128, generator=generator)
+    return sample, state.rows[:2], torch.randn(2, 5, 128, generator=generator), torch.zeros(2, 0)
 
 
 def answer(state: TrainingState, inputs: Inputs) -> torch.Tensor:

@@ -8,8 +8,9 @@ from s2p_deploy.calib.training.losses import RowErrors, batch_errors, guided_err
 from s2p_deploy.calib.training.setting import TrainingSetting
 from s2p_deploy.recipe import Recipe
 
-# nsr = sqrt((1 - abar) / abar): 0.5, 1, 3 at these timesteps.
-ALPHAS = torch.tensor([0.99, 0.8, 0.6, 0.5, 0.1])
+# sqrt((1 - abar) / abar): 0.5, 1, 3 at these timesteps.
+ALPHAS = torch.tensor([0.99, 0.8, 0.6, 0.5, 0.1], dtype=torch.float64)
+LEVELS = ((1 - ALPHAS) / ALPHAS).sqrt()
 ROWS = torch.tensor([1, 3, 4])
 START = RowErrors(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 5.0, 8.0]), torch.tensor([100.0, 20.0, 4.0]))
 SHARES = torch.tensor([0.5, 0.25, 0.25])
@@ -17,12 +18,12 @@ SHARES = torch.tensor([0.5, 0.25, 0.25])
 
 def setting(recipe: Recipe, loss: str) -> TrainingSetting:
     training = recipe.training.model_copy(update={"loss": loss})
-    return TrainingSetting(training, 3.0, alphas_cumprod=ALPHAS, influence=torch.tensor([2.0, 0.0, 1.0]))
+    return TrainingSetting(training, 3.0, noise_levels=LEVELS, influence=torch.tensor([2.0, 0.0, 1.0]))
 
 
 def test_a_step_of_the_schedule_by_hand() -> None:
     expected = torch.tensor([0.5**2, (1 - 0.5) ** 2, (3 - 1) ** 2], dtype=torch.float64)
-    torch.testing.assert_close(sampler_steps(ALPHAS, ROWS), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sampler_steps(LEVELS[ROWS]), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

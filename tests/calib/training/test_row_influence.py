@@ -15,8 +15,8 @@ from s2p_deploy.records import PromptSet
 
 
 @pytest.fixture
-def inputs(base: BasePipeline, prompts: PromptSet, recipe: Recipe) -> SamplerInputs:
-    return sampler_inputs(load_pipeline(base), prompts.first(2), recipe)
+def inputs(base: BasePipeline, hot: HotDenoiser, prompts: PromptSet, recipe: Recipe) -> SamplerInputs:
+    return sampler_inputs(load_pipeline(base), hot, prompts.first(2), recipe)
 
 
 @torch.no_grad()
@@ -27,11 +27,11 @@ def test_each_row_alone_is_quantized(hot: HotDenoiser, state: TrainingState, inp
     final = walk.copy().finish(hot)
     row, errors = int(state.rows[-2]), []  # PNDM calls it twice
 
-    def mixed(sample: Tensor, rows: Tensor, texts: Tensor) -> Tensor:
-        reference: Tensor = hot(sample, rows, texts)
+    def mixed(sample: Tensor, rows: Tensor, texts: Tensor, added_cond: Tensor) -> Tensor:
+        reference: Tensor = hot(sample, rows, texts, added_cond)
         if int(rows[0]) != row:
             return reference
-        answer = state.answer(sample, rows, texts)
+        answer = state.answer(sample, rows, texts, added_cond)
         errors.append((answer - reference).square().mean())
         return answer
 
@@ -42,5 +42,5 @@ def test_each_row_alone_is_quantized(hot: HotDenoiser, state: TrainingState, inp
 
 def test_a_row_that_is_never_called_is_named(hot: HotDenoiser, state: TrainingState, inputs: SamplerInputs) -> None:
     state.rows[0] = 7
-    with pytest.raises(InputError, match="the sampler makes no call at timestep 7"):
+    with pytest.raises(InputError, match="the sampler makes no call on row 7"):
         row_influence(hot, state, inputs, silent)

@@ -52,5 +52,5 @@ def test_a_sampler_that_draws_noise_draws_the_same_each_time(
     pipe: StableDiffusionPipeline, hot: HotDenoiser, prompts: PromptSet, recipe: Recipe
 ) -> None:
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-    inputs = sampler_inputs(pipe, prompts.first(3), recipe)
+    inputs = sampler_inputs(pipe, hot, prompts.first(3), recipe)
     assert torch.equal(final_latents(hot, inputs), final_latents(hot, inputs))

@@ -30,7 +30,7 @@ Run = Callable[..., tuple[TrainingState, TrainingOutcome]]
 
 @pytest.fixture(scope="module")
 def teacher(base: BasePipeline) -> HotDenoiser:
-    return fp_denoiser(base)
+    return fp_denoiser(base, 50)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def setting(teacher: HotDenoiser, held_out: HeldOut, recipe: Recipe) -> Training
     return TrainingSetting(
         recipe.training,
         GUIDANCE,
-        alphas_cumprod=alphas,
+        noise_levels=((1 - alphas) / alphas).sqrt(),
         influence=torch.linspace(1, 2, 6),
         teacher=teacher,
         sensitive=("down_blocks.0.resnets.0.conv1", "conv_out"),
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     def break_weights(stage: str, done: int, total: int) -> None:
         if stage == "training" and done == 3:
             with torch.no_grad():
-                state.denoiser.hot.unet.conv_out.bias.fill_(torch.nan)
+                state.denoiser.hot.network.conv_out.bias.fill_(torch.nan)
 
     with pytest.raises(S2PError, match="training loss became nan at iteration 3"):
         train(state, dataset, changed(setting, state), tmp_path, break_weights)
@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "sampler"}, "recipe training.loss: sampler needs the scheduler's alphas"),
+        ({"loss": "sampler"}, "recipe training.loss: sampler needs the rows' noise levels"),
         ({"loss": "trajectory"}, "recipe training.loss: trajectory needs measured influences"),
         ({"features": {"targets": "blocks"}}, "recipe training.features.targets: blocks needs a teacher"),
         ({"freezing": {"what": "layers"}}, "recipe training.freezing.what: layers needs mixed.sensitivity"),

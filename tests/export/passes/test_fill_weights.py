@@ -20,7 +20,7 @@ g (
 
 def test_parameters_get_data_matrices_turn_and_constants_stay() -> None:
     matrix, bias = np.arange(6, dtype=np.float32).reshape(3, 2), np.ones(3, np.float32)
-    weights = {"unet.fc.weight": matrix, "unet.fc.bias": bias}
+    weights = {"network.fc.weight": matrix, "network.fc.bias": bias}
     stored = {"unet__fc__weight": None, "unet__fc__bias": None, "three": np.asarray(3, np.float32)}
     model = graph_from_text(GRAPH, stored)
     graph = model.graph

@@ -20,7 +20,7 @@ g (float[batch,4] sample, float[4] second, float[4] first) => (float[batch,4] ou
 def test_constants_fold_and_weights_come_back_without_data_in_their_order() -> None:
     model = graph_from_text(GRAPH, {"second": None, "first": None})
     for node in model.graph:
-        node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
+        node.metadata_props[NAME_SCOPES] = "['', 'network', 'network.norm', 'op']"
     FoldConstants()(model)
     assert [node.op_type for node in model.graph] == ["Mul", "Mul", "Add"]
     assert [value.name for value in model.graph.inputs] == ["sample"]
@@ -31,6 +31,6 @@ def test_constants_fold_and_weights_come_back_without_data_in_their_order() -> N
 def test_nodes_without_scopes_take_those_of_their_reader() -> None:
     model = graph_from_text(GRAPH, {"second": None, "first": None})
     last = model.graph.node(-1)
-    last.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.norm', 'op']"
+    last.metadata_props[NAME_SCOPES] = "['', 'network', 'network.norm', 'op']"
     FoldConstants()(model)
     assert {module_path(node) for node in model.graph} == {"norm"}

@@ -51,7 +51,7 @@ def lowered(full: tuple[str, ...], weights: str) -> ir.Model:
         SiteNode(SitePlan(name, "conv", weights, "a", ""), node, None) for name, node in (("a", first), ("b", second))
     ]
     rows = ScaleRows((PointSpec("a", CENTRE, 4),), 2, ir.DataType.FLOAT16)
-    tensors = {f"unet.{key.replace('__', '.')}": value.astype(np.float32) for key, value in stored.items()}
+    tensors = {f"network.{key.replace('__', '.')}": value.astype(np.float32) for key, value in stored.items()}
     scales = {name: np.full((3, 1, 1, 1), top / 127, np.float32) for name, top in (("a", LARGE), ("b", SMALL))}
     WeightQuantizers(tuple(sites), tensors.__getitem__, scales, ir.DataType.FLOAT16)(model)
     rows(model)

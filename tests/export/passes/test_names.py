@@ -25,7 +25,7 @@ g (float[2,4] sample, float val_3) => (float[2,2] noise_pred) {
 def named() -> ir.Model:
     model = graph_from_text(GRAPH, {"val_3": np.asarray(2, np.float32)})
     for node in list(model.graph)[:3]:
-        node.metadata_props[NAME_SCOPES] = "['', 'unet', 'unet.mid.norm', 'op']"
+        node.metadata_props[NAME_SCOPES] = "['', 'network', 'network.mid.norm', 'op']"
     ReadableNames()(model)
     return model
 

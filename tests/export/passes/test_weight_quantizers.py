@@ -24,7 +24,7 @@ g (float[1,1,1,2] sample, float[2,1,1,1] conv__weight, float[2,2] fc__weight) =>
 def test_both_kinds_of_weights_come_out_on_their_grids(run_onnx: Callable) -> None:
     conv = np.asarray([0.24, -3.0], np.float32).reshape(2, 1, 1, 1)
     linear = np.asarray([[1.0, 2.2], [-9.0, 30.0]], np.float32)  # [out, in]
-    weights = {"unet.conv.weight": conv, "unet.fc.weight": linear}
+    weights = {"network.conv.weight": conv, "network.fc.weight": linear}
     scales = {
         "conv": np.asarray([0.1, 1.0], np.float32).reshape(2, 1, 1, 1),
         "fc": np.asarray([[1.0], [2.0]], np.float32),

@@ -1,0 +1,85 @@
+"""Export at full size, random weights: seconds, peak memory and size of the graph, one export per process.
+
+    python benchmarks/full_size_stream.py sdxl w4a8        # and fp: what is exported
+    python benchmarks/full_size_export.py sdxl w4a8 [--work build/full_size] [--dtype fp16]
+
+Writes ``WORK/sdxl/graph-w4a8-fp16`` from ``WORK/sdxl/model-w4a8``, and its figures into
+``results/full_size_export.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from s2p_deploy.export import export_graph
+from s2p_deploy.records import CalibratedModel, ExportedGraph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original", choices=("sd14", "sd21", "sdxl", "sd3"))
+    parser.add_argument("form", choices=("fp", "w8a8", "w4a8"))
+    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
+    parser.add_argument("--work", type=Path, default=Path("build/full_size"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_export.json")
+    asked = parser.parse_args()
+    found = measure(asked.work / asked.original, asked.form, asked.dtype)
+    known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
+    known[asked.original] = known.get(asked.original, {}) | {f"{asked.form} {asked.dtype}": found}
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+def measure(work: Path, form: str, dtype: Any) -> dict[str, Any]:  # noqa: ANN401 - one of two words
+    """Exports one form; the check of the calibrated model's own bytes is timed apart."""
+    before, start = peak_gb(), time.perf_counter()
+    model = CalibratedModel.open(work / f"model-{form}")
+    opened = time.perf_counter()
+    used = time.process_time()
+    graph = export_graph(model, work / f"graph-{form}-{dtype}", dtype=dtype, replace=True)
+    return {
+        "seconds": round(time.perf_counter() - opened, 1),
+        "processor_seconds": round(time.process_time() - used, 1),
+        "seconds_to_verify_the_model": round(opened - start, 1),
+        "peak_memory_gb": round(peak_gb(), 2),
+        "peak_memory_before_gb": round(before, 2),
+        "sites": len(graph.sites),
+    } | sizes(graph)
+
+
+def sizes(graph: ExportedGraph) -> dict[str, float]:
+    """Of the denoiser's graph, of the constant time table in it, and of the conditioning graph."""
+    columns = sum(stop - start for start, stop in _slices(graph)) if not _conditioned(graph) else 0
+    bytes_each = {"fp32": 4, "fp16": 2}[graph.dtype]
+    return {
+        "denoiser_gb": _gb(graph, "denoiser.onnx"),
+        "time_table_gb": round(columns * len(graph.timesteps.angle) * bytes_each / 1e9, 3),
+        "conditioning_gb": _gb(graph, "conditioning.onnx"),
+    }
+
+
+def _slices(graph: ExportedGraph) -> list[list[int]]:
+    parent = CalibratedModel.open(graph.folder.parent / graph.manifest.parents["calib"].path)
+    return list(parent.manifest.content["time_slices"].values())
+
+
+def _conditioned(graph: ExportedGraph) -> bool:
+    return bool(graph.manifest.content["added_cond"])
+
+
+def _gb(graph: ExportedGraph, prefix: str) -> float:
+    return round(sum(file.stat().st_size for file in graph.folder.glob(f"{prefix}*")) / 1e9, 3)
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()

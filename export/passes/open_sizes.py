@@ -1,0 +1,77 @@
+"""Makes a graph traced with any height and width readable: constant shapes where they can be, and names for sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from s2p_deploy.export.tensors import constant
+
+BATCH, HEIGHT, WIDTH = "batch", "height", "width"
+SAMPLE = "sample"
+_COPIED, _INFERRED = 0, -1  # what a Reshape's sizes may say besides numbers
+
+
+class OpenSizes(ir.passes.InPlacePass):
+    """Latents [batch, C, height, width] of any size that the network takes.
+
+    1. A Reshape whose sizes are computed at run time gets constants, where each is a number or the size of the same
+       dimension before, but for at most one. What computed them goes, where nothing else reads it.
+    2. ``sample`` and the output are [batch, C, height, width]; other sizes that depend on these have no name.
+
+    Requires: ``sample`` of rank 4. Ensures: no symbolic size but ``batch``, ``height`` and ``width`` has a name.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        """Checks the requirement."""
+        if not any(value.name == SAMPLE and _rank(value) == 4 for value in model.graph.inputs):
+            raise ir.passes.PreconditionError("the graph has no input sample of rank 4")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrites in place."""
+        graph = model.graph
+        for node in graph:
+            target = _constant_target(node) if node.op_type == "Reshape" else None
+            if target is not None:
+                _reshape_to(graph, node, target)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None:
+                value.shape = ir.Shape([_known(size) for size in value.shape])
+        for value in (*(value for value in graph.inputs if value.name == SAMPLE), *graph.outputs):
+            assert value.shape is not None  # traced
+            value.shape = ir.Shape([BATCH, value.shape[1], HEIGHT, WIDTH])
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _constant_target(node: ir.Node) -> list[int] | None:
+    """The sizes of a Reshape as constants; None where they are, or where two of them are known at run time alone."""
+    source, target = node.inputs[0], node.inputs[1]
+    given, made = (source.shape if source is not None else None), node.outputs[0].shape
+    if given is None or made is None or target is None or target.is_initializer():
+        return None
+    sizes = [_size(size, given[at] if at < len(given) else None) for at, size in enumerate(made)]
+    return sizes if sizes.count(_INFERRED) <= 1 else None
+
+
+def _size(size: int | ir.SymbolicDim, before: int | ir.SymbolicDim | None) -> int:
+    if isinstance(size, int):
+        return size
+    return _COPIED if size.value is not None and size == before else _INFERRED
+
+
+def _reshape_to(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
+    """Equal targets are one initializer."""
+    name = f"sizes/{'x'.join(map(str, sizes))}"
+    if name not in graph.initializers:
+        graph.initializers.add(constant(name, np.asarray(sizes, np.int64)))
+    node.replace_input_with(1, graph.initializers[name])
+    node.attributes.pop("allowzero", None)  # a zero copies
+
+
+def _known(size: int | ir.SymbolicDim) -> int | str | None:
+    return size if isinstance(size, int) else BATCH if size == BATCH else None
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape) if value.shape is not None else 0

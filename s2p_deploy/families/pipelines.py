@@ -1,0 +1,31 @@
+"""Stock diffusers pipelines of every family, and the denoiser in them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """Name of the denoiser among the pipeline's components."""
+    return "transformer" if "transformer" in pipe.components else "unet"
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's denoiser."""
+    denoiser: torch.nn.Module = pipe.components[denoiser_name(pipe)]
+    return denoiser
+
+
+def with_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> DiffusionPipeline:
+    """A pipeline of the same class that shares all of ``pipe`` but the denoiser and the scheduler (it has a state)."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    components = pipe.components | {denoiser_name(pipe): denoiser, "scheduler": scheduler}
+    known = set(inspect.signature(type(pipe).__init__).parameters) & set(pipe.config) - set(components)
+    result = type(pipe)(**components, **{name: pipe.config[name] for name in known})
+    result.set_progress_bar_config(disable=True)
+    return result

@@ -1,0 +1,199 @@
+"""UNets of Stable Diffusion 1, 2 and XL: ``UNet2DConditionModel``."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.families.blocks import Block, chain_block
+from s2p_deploy.families.network_kind import Config, TimeConsumer
+from s2p_deploy.families.time_features import Columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+_BLOCK = re.compile(
+    r"conv_in|(?:down|up)_blocks\.\d+\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
+    r"|mid_block\.(?:resnets|attentions)\.\d+"
+)
+_TAIL = ("conv_norm_out", "conv_act", "conv_out")
+_SIZE_IDS = 6  # original height and width, crop top and left, target height and width
+_UNSUPPORTED = (
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "time_embedding_act_fn",
+)
+
+
+class UNetKind:
+    """See :class:`~s2p_deploy.families.network_kind.NetworkKind`. SDXL's has ``addition_embed_type`` text_time."""
+
+    component = "unet"
+    distilled = re.compile(r"(?:down|up)_blocks\.\d+|mid_block")
+    image_output = 0  # the others are what goes to the up blocks
+
+    def check(self, config: Config) -> None:
+        """Refuses image conditions, class labels, guidance embeddings and inpainting, each by name."""
+        if config.get("addition_embed_type") not in {None, "text_time"}:
+            raise InputError(f"a UNet with addition_embed_type={config['addition_embed_type']!r} is not supported")
+        for name in _UNSUPPORTED:
+            if config.get(name) is not None:
+                raise InputError(f"a UNet with {name}={config[name]!r} is not supported")
+        if config["in_channels"] != config["out_channels"]:
+            raise InputError(
+                f"a UNet that reads {config['in_channels']} channels and writes {config['out_channels']} (inpainting,"
+                " image conditions) is not supported: give the text-to-image model"
+            )
+
+    def build(self, config: Config) -> UNet2DConditionModel:
+        """Of the configuration."""
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+        return unet
+
+    def text_width(self, config: Config) -> int:
+        """The width of cross-attention."""
+        return int(config["cross_attention_dim"])
+
+    def added_width(self, config: Config) -> int:
+        """SDXL's pooled text and its size ids."""
+        if config.get("addition_embed_type") is None:
+            return 0
+        pooled = config["projection_class_embeddings_input_dim"] - _SIZE_IDS * config["addition_time_embed_dim"]
+        return int(pooled + _SIZE_IDS)
+
+    def embedding(self, network: nn.Module) -> nn.Module:
+        """Of the timestep, and for SDXL of pooled text and size ids too."""
+        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+        return _Embedding(network) if network.config.addition_embed_type is None else _AddedEmbedding(network)
+
+    def consumers(self, network: nn.Module) -> Iterator[TimeConsumer]:
+        """Every resnet's projection."""
+        for name, module in network.named_modules():
+            projection = getattr(module, "time_emb_proj", None)
+            if projection is None:
+                continue
+            if module.time_embedding_norm != "default":
+                raise InputError(
+                    f"{name} uses time_embedding_norm={module.time_embedding_norm!r}: only 'default' is supported"
+                )
+            activation = nn.Identity() if module.skip_time_act else module.nonlinearity
+            yield TimeConsumer(name, activation, projection)
+
+    def release_time_path(self, network: nn.Module, slices: Mapping[str, tuple[int, int]]) -> None:
+        """The features come in where a UNet takes a condition of its timestep (``timestep_cond``)."""
+        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+        network.time_proj, network.time_embedding = nn.Identity(), _Condition()
+        if network.config.addition_embed_type is not None:
+            network.register_to_config(addition_embed_type=None)
+            del network.add_time_proj, network.add_embedding
+        for name, (start, stop) in slices.items():
+            resnet = network.get_submodule(name)
+            resnet.skip_time_act = True  # the features are already activated and projected
+            resnet.time_emb_proj = Columns(start, stop)
+
+    def answer(self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor) -> Tensor:
+        """As a pipeline asks it."""
+        pooled, ids = added_cond[:, :-_SIZE_IDS], added_cond[:, -_SIZE_IDS:]
+        conditions = {"text_embeds": pooled, "time_ids": ids} if added_cond.shape[1] else None
+        output: Tensor = network(sample, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0]
+        return output
+
+    def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
+        """Pooled text and size ids, from SDXL's ``added_cond_kwargs``."""
+        given = conditions.get("added_cond_kwargs") or {}
+        if not {"text_embeds", "time_ids"} <= set(given):
+            return None
+        return torch.cat([given["text_embeds"].float(), given["time_ids"].float()], 1)
+
+    def denoise(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
+        """What stands where timesteps stood is not read."""
+        output: Tensor = network(sample, features[:, 0], text, timestep_cond=features, return_dict=False)[0]
+        return output
+
+    def blocks(self, network: nn.Module) -> tuple[Block, ...]:
+        """The first convolution, resnets, transformers and resamplers, and the tail.
+
+        A transformer of several layers is taken apart: flips of rounding grow from layer to layer.
+        """
+        matched = ((name, module) for name, module in network.named_modules() if _BLOCK.fullmatch(name))
+        parts = (part for name, module in matched for part in _parts(name, module))
+        return (*parts, chain_block("output", _TAIL))
+
+    def size_multiple(self, config: Config) -> int:
+        """Every level but the last halves the size; other sizes would be interpolated on the way up."""
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    def split_shortcuts(self, network: nn.Module) -> dict[str, int]:
+        """The convolutions of up blocks that read cat(h, skip).
+
+        h is what the resnet before made, in the first up block what the middle (or, without one, the last down block)
+        made.
+        """
+        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+        below = network.mid_block if network.mid_block is not None else network.down_blocks[-1]
+        channels = below.resnets[-1].conv2.out_channels
+        found = {}
+        for number, block in enumerate(network.up_blocks):
+            for index, resnet in enumerate(block.resnets):
+                path = f"up_blocks.{number}.resnets.{index}"
+                found[f"{path}.conv1"] = channels
+                if resnet.conv_shortcut is not None:
+                    found[f"{path}.conv_shortcut"] = channels
+                channels = resnet.conv2.out_channels
+        return found
+
+
+def _parts(name: str, module: nn.Module) -> Iterator[Block]:
+    layers = getattr(module, "transformer_blocks", ())
+    if len(layers) < 2:
+        yield chain_block(name, (name,))
+        return
+    yield chain_block(f"{name}.proj_in", (f"{name}.norm", f"{name}.proj_in"))
+    for number in range(len(layers)):
+        yield chain_block(f"{name}.transformer_blocks.{number}", (f"{name}.transformer_blocks.{number}",))
+    yield chain_block(f"{name}.proj_out", (f"{name}.proj_out",))
+
+
+class _Embedding(nn.Module):
+    """Timesteps to the time embedding."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.features, self.mlp = unet.time_proj, unet.time_embedding
+
+    def forward(self, timesteps: Tensor, _added_cond: Tensor | None = None) -> Tensor:
+        dtype = self.mlp.linear_1.weight.dtype
+        embedding: Tensor = self.mlp(self.features(timesteps).to(dtype))
+        return embedding
+
+
+class _AddedEmbedding(_Embedding):
+    """SDXL's, which adds an embedding of pooled text and size ids."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__(unet)
+        self.id_features, self.added_mlp = unet.add_time_proj, unet.add_embedding
+
+    def forward(self, timesteps: Tensor, added_cond: Tensor | None = None) -> Tensor:
+        assert added_cond is not None, "this network's time features depend on it"
+        dtype = self.added_mlp.linear_1.weight.dtype
+        pooled, ids = added_cond.split((added_cond.shape[1] - _SIZE_IDS, _SIZE_IDS), 1)
+        sizes = self.id_features(ids.flatten()).view(len(ids), -1)
+        added: Tensor = self.added_mlp(torch.cat([pooled.to(dtype), sizes.to(dtype)], 1))
+        return super().forward(timesteps) + added
+
+
+class _Condition(nn.Module):
+    """Stands where the time embedding's MLP was: hands on the condition, which is the projected features."""
+
+    def forward(self, _timesteps: Tensor, condition: Tensor) -> Tensor:
+        return condition

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from sibling_pipelines import sibling
+
+from s2p_deploy.families import EncodedText, encode_texts, load_pipeline, text_tokens
+
+TEXTS = ["a small red circle at the top left, white background", "", "a large blue square, black background"]
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> DiffusionPipeline:
+    return load_pipeline(sibling("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def sd3() -> DiffusionPipeline:
+    return load_pipeline(sibling("sd3"))
+
+
+def encoded(pipe: DiffusionPipeline, *, negative: bool, texts: list[str] = TEXTS, length: int = 5) -> EncodedText:
+    return encode_texts(pipe, texts, negative=negative, max_sequence_length=length)
+
+
+def test_sdxl_has_states_of_both_encoders_and_pooled_text_with_size_ids(sdxl: DiffusionPipeline) -> None:
+    found = encoded(sdxl, negative=False)
+    states, _, pooled, _ = sdxl.encode_prompt(TEXTS, do_classifier_free_guidance=False)
+    assert torch.equal(found.states, states)
+    assert torch.equal(found.added_cond[:, :-6], pooled)
+    size = sdxl.default_sample_size * sdxl.vae_scale_factor
+    ids = sdxl._get_add_time_ids((size, size), (0, 0), (size, size), torch.float32, pooled.shape[1])
+    assert torch.equal(found.added_cond[:, -6:], ids.expand(3, -1))
+
+
+def test_an_empty_negative_prompt_of_sdxl_is_zeros(sdxl: DiffusionPipeline) -> None:
+    """As its pipeline takes it, where no negative prompt is given."""
+    assert sdxl.config.force_zeros_for_empty_prompt
+    found, plain = encoded(sdxl, negative=True), encoded(sdxl, negative=False)
+    _, states, _, pooled = sdxl.encode_prompt(["a"], do_classifier_free_guidance=True)
+    assert torch.equal(found.states[1:2], states)
+    assert torch.equal(found.added_cond[1:2, :-6], pooled)
+    assert not found.states[1].any()
+    assert not found.added_cond[1, :-6].any()
+    assert torch.equal(found.added_cond[:, -6:], plain.added_cond[:, -6:]), "sizes stay"
+    for index in (0, 2):
+        assert torch.equal(found.states[index], plain.states[index])
+        assert torch.equal(found.added_cond[index], plain.added_cond[index])
+    assert plain.states[1].any(), "an empty prompt is no negative one"
+
+
+def test_an_empty_negative_prompt_is_encoded_where_the_pipeline_says_so(sdxl: DiffusionPipeline) -> None:
+    other = load_pipeline(sibling("sdxl"))
+    other.register_to_config(force_zeros_for_empty_prompt=False)
+    assert torch.equal(encoded(other, negative=True).states, encoded(sdxl, negative=False).states)
+
+
+def test_sd3_has_zeros_in_the_place_of_the_third_encoder(sd3: DiffusionPipeline) -> None:
+    found = encoded(sd3, negative=True)
+    states, _, pooled, _ = sd3.encode_prompt(
+        TEXTS, None, None, do_classifier_free_guidance=False, max_sequence_length=5
+    )
+    assert torch.equal(found.states, states)
+    assert torch.equal(found.added_cond, pooled)
+    own = sd3.tokenizer.model_max_length
+    assert found.states.shape[1] == text_tokens(sd3, 5) == own + 5
+    assert found.states[:, :own].any()
+    assert not found.states[:, own:].any()
+    assert found.states[1, :own].any(), "an empty negative prompt has states"
+
+
+def test_others_have_states_alone() -> None:
+    pipe = load_pipeline(sibling("sd2"))
+    found = encoded(pipe, negative=True)
+    states, _ = pipe.encode_prompt(TEXTS, "cpu", 1, do_classifier_free_guidance=False)
+    assert torch.equal(found.states, states)
+    assert found.added_cond.shape == (3, 0)
+    assert found.states.shape[1] == text_tokens(pipe, 256)
+
+
+def test_texts_are_picked_and_put_together() -> None:
+    text = EncodedText(torch.arange(12.0).view(3, 2, 2), torch.arange(3.0).view(3, 1))
+    assert len(text) == 3
+    assert text[torch.tensor([2, 0])].added_cond.flatten().tolist() == [2, 0]
+    assert text[1].states.tolist() == [[4, 5], [6, 7]]
+    joined = (EncodedText.cat([text[:1], text[1:]]), EncodedText.stack([text[index] for index in range(3)]))
+    for same in joined:
+        assert torch.equal(same.states, text.states)
+        assert torch.equal(same.added_cond, text.added_cond)
