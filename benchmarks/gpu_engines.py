@@ -124,7 +124,8 @@ def step_of(runner: Any, graph: ExportedGraph, batch: int) -> Callable[[], None]
     import torch
 
     names = ("sample", "step_index", "encoder_hidden_states")
-    inputs = {name: value for name, value in example_inputs(graph, ShapeProfile(1, batch, batch)).items() if name in names}
+    example = example_inputs(graph, ShapeProfile(1, batch, batch))
+    inputs = {name: value for name, value in example.items() if name in names}
     on_gpu = torch.cuda.is_available() and isinstance(runner, TensorRunner)
     tensors = {n: torch.from_numpy(v).to("cuda" if on_gpu and n != "step_index" else "cpu") for n, v in inputs.items()}
 

@@ -51,13 +51,19 @@ class StoredFeatures:
 class PromptFeatures:
     """Features that depend on the prompt too: computed once per prompt for all rows ``ahead``, and kept.
 
-    Other rows are computed when they are asked for. The prompts used last are kept, in 512 MB at most.
+    Other rows are computed when they are asked for. Those of the prompts used last are kept, in ``most_bytes`` or one
+    prompt.
     """
 
     def __init__(
-        self, condition: Condition, timesteps: NDArray[np.float64], ahead: Sequence[int], added_width: int
+        self,
+        condition: Condition,
+        timesteps: NDArray[np.float64],
+        ahead: Sequence[int],
+        added_width: int,
+        most_bytes: int = _MOST_BYTES,
     ) -> None:
-        self.added_width = added_width
+        self.added_width, self._most_bytes = added_width, most_bytes
         self._condition, self._timesteps, self._ahead = condition, timesteps.astype(np.float32), tuple(ahead)
         self._kept: OrderedDict[bytes, dict[int, NDArray[np.floating[Any]]]] = OrderedDict()
 
@@ -78,7 +84,7 @@ class PromptFeatures:
 
     def _forget(self, each: int) -> None:
         """Drops prompts from the oldest on, never the last."""
-        while len(self._kept) > 1 and each * sum(map(len, self._kept.values())) > _MOST_BYTES:
+        while len(self._kept) > 1 and each * sum(map(len, self._kept.values())) > self._most_bytes:
             self._kept.popitem(last=False)
 
 

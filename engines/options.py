@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Lowering = Literal["auto", "rescale", "runtime_q"]
+_ENDS = ("minimum", "optimum", "maximum")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class ShapeProfile:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ShapeProfile:
         """The profile that :meth:`to_json` made a mapping of."""
-        return ShapeProfile(**{key: Span(**value) if isinstance(value, dict) else value for key, value in data.items()})
+        batches = {end: data[end] for end in _ENDS}
+        return ShapeProfile(**batches, height=_span(data.get("height")), width=_span(data.get("width")))
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping; without height and width where those are fixed."""
@@ -80,6 +82,10 @@ class ShapeProfile:
                 f"this engine takes latents of height {self.height} and width {self.width}, got {height}x{width}: "
                 "build one for that size"
             )
+
+
+def _span(data: Mapping[str, Any] | None) -> Span | None:
+    return None if data is None else Span(*(data[end] for end in _ENDS), step=data["step"])
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,12 @@ def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
     """The profile with the heights and widths of latents that an engine of ``graph`` takes; left out, the trained ones.
 
     Raises:
-        InputError: the graph has one size, or a size is no multiple of what its network needs.
+        InputError: the graph has one size; a size is no multiple of what its network needs, or above its largest.
     """
     trained = graph.manifest.content.get("latents")
     if trained is not None:
         height, width = (
-            _span(asked, trained[side], trained["multiple"])
+            _span(asked, trained[side], trained["multiple"], trained.get("largest"))
             for side, asked in (("height", profile.height), ("width", profile.width))
         )
         return replace(profile, height=height, width=width)
@@ -68,7 +68,11 @@ def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
     return profile
 
 
-def _span(asked: Span | None, trained: int, step: int) -> Span:
+def _span(asked: Span | None, trained: int, step: int, largest: int | None) -> Span:
+    if asked is not None and largest is not None and asked.maximum > largest:
+        raise InputError(
+            f"a latent size of {asked.maximum} is above {largest}, the most that this network has positions for"
+        )
     return Span(trained, trained, trained, step) if asked is None else replace(asked, step=step)
 
 

@@ -1,6 +1,6 @@
 """Puts a validation report's pictures side by side: floating point above, engine below, difference (x16) at the bottom.
 
-    python examples/pairs.py build/demo/w4a8/report-openvino --out docs/images/pairs.png
+python examples/pairs.py build/demo/w4a8/report-openvino --out docs/images/pairs.png
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from s2p_deploy.export.centres import usable_centres
 from s2p_deploy.export.conditioning import check_time_path, write_conditioning, write_time_path
 from s2p_deploy.export.graph_contract import check_graph
 from s2p_deploy.export.tracing import OPSET
+from s2p_deploy.families import kind_of_config, latent_shape_of
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import ExportedGraph, TensorSpec, check_vacant, write_artifact
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE, graph_json
@@ -69,8 +70,6 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
-    if out.exists() and not replace:
-        raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
     form = _form(calibrated, time_table)
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
@@ -79,16 +78,14 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     def fill(folder: Path) -> dict[str, Any]:
         _write_graph(graph, dtype, folder, progress)
         check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
-        write_scale_table(calibrated.scales, folder / "act_scales.safetensors")
-        write_plan(calibrated.plan, folder / "plan.yaml")
-        write_timestep_table(calibrated.timesteps, folder / "timesteps.json")
+        _write_tables(calibrated, folder)
         if calibrated.added_width:
             config, file = denoiser_config(calibrated), folder / CONDITIONING_FILE
             write_conditioning(calibrated, config, file, half=dtype == "fp16", progress=progress)
         elif form == "input" and time_path is not None:
             write_time_path(time_path, folder / CONDITIONING_FILE)
         forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
-        return _content(calibrated, dtype) | forms
+        return _content(calibrated, dtype) | forms | (_open_latents(calibrated) if sizes == "dynamic" else {})
 
     write_artifact(
         out,
@@ -127,6 +124,12 @@ def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Pr
     (folder / "graph.json").write_text(described, encoding="utf-8")
 
 
+def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:
+    write_scale_table(calibrated.scales, folder / "act_scales.safetensors")
+    write_plan(calibrated.plan, folder / "plan.yaml")
+    write_timestep_table(calibrated.timesteps, folder / "timesteps.json")
+
+
 def _write_model(model: ir.Model, file: Path, progress: Progress) -> None:
     """Writes the graph and its one external data file, tensor by tensor, and checks it as ONNX."""
     ir.save(
@@ -145,6 +148,14 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(
         str(value.name), value.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     )
+
+
+def _open_latents(calibrated: CalibratedModel) -> dict[str, Any]:
+    config = denoiser_config(calibrated)
+    _, height, width = latent_shape_of(config)
+    kind = kind_of_config(config)
+    bounds = {"multiple": kind.size_multiple(config), "largest": kind.size_limit(config)}
+    return {"latents": {"height": height, "width": width} | bounds}
 
 
 def _content(calibrated: CalibratedModel, dtype: DType) -> dict[str, Any]:

@@ -14,9 +14,9 @@ Rules, each one function:
 7. types: one floating-point type everywhere but in the part that takes ratios of scales, and around sites that a
    half-precision graph computes in float32 because they could overflow: such values have names that end in ``_fp32``
 8. data: external data lies in one file beside the graph
-9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those sites and keeps rules 1 to 8
-   with ``encoder_hidden_states`` alone as input; it joins on the last axis, in order and with their names, the tensors
-   that the graph divides
+9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those sites and keeps rules 1 to
+   8 with ``encoder_hidden_states`` alone as input; it joins on the last axis, in order and with their names, the
+   tensors that the graph divides
 """
 
 from __future__ import annotations

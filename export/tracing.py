@@ -49,8 +49,8 @@ def trace_denoiser(
 
     Inputs are ``sample`` [batch, C, H, W], ``step_index`` int64 [batch] and ``encoder_hidden_states``
     [batch, tokens, D], without a table of features ``time_projections`` [batch, P] too; the output is ``noise_pred``.
-    Every node's metadata names the modules it came from. With ``sizes`` dynamic, H and W are open: any multiples of what
-    the network's kind asks for.
+    Every node's metadata names the modules it came from. With ``sizes`` dynamic, H and W are open: any multiples of
+    what the network's kind asks for.
     """
     denoiser = hot_skeleton(config, time).hot.to(dtype=dtype).eval()
     apply_transforms(denoiser, transforms)

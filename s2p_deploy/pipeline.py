@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Engine, Prompt, TimestepTable
 
@@ -40,12 +40,14 @@ _ADDED = ("added_cond_kwargs", "pooled_projections")  # what carries the added c
 class Schedule:
     """How to sample: a scheduler by name (None: the pipeline's own) and a number of steps.
 
-    ``max_sequence_length`` is that of SD3's third text encoder, which others do not have.
+    ``max_sequence_length`` is that of SD3's third text encoder, which others do not have. ``size`` is height and width
+    in pixels (None: what the denoiser was trained on).
     """
 
     steps: int
     scheduler: str | None = None
     max_sequence_length: int = 256
+    size: tuple[int, int] | None = None
 
     @staticmethod
     def of(sampling: Sampling) -> Schedule:
@@ -59,15 +61,22 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
     A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
     It holds no weights; its device and dtype are those of the tensors around it, the runner's are its own affair.
     ``timesteps`` says which row a timestep is: looked up by its value in every call, so any scheduler that the rows
-    cover may be put into the pipeline at any time.
+    cover may be put into the pipeline at any time. ``profile`` says which latents it takes where they may vary.
     """
 
     placement: Tensor
 
-    def __init__(self, runner: Runner, config: Mapping[str, Any], timesteps: TimestepTable) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        config: Mapping[str, Any],
+        timesteps: TimestepTable,
+        profile: ShapeProfile | None = None,
+    ) -> None:
         super().__init__()
         self.runner = runner
         self.timesteps = timesteps
+        self.profile = profile
         self._config = FrozenDict(config)
         self._kind = kind_of_config(config)
         self._added_width = self._kind.added_width(dict(config))
@@ -151,6 +160,9 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         return np.broadcast_to(rows, (batch,)).copy()
 
     def _check_size(self, sample: Tensor) -> None:
+        if self.profile is not None and self.profile.height is not None:
+            self.profile.check_latents(*sample.shape[2:])
+            return
         wanted, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != wanted:
             raise InputError(f"this engine takes latents of {wanted}, got {given}: leave height and width out")
@@ -214,15 +226,17 @@ class EngineTransformer(EngineDenoiser):
         return Transformer2DModelOutput(sample=result) if return_dict else (result,)
 
 
-def engine_denoiser(runner: Runner, config: Mapping[str, Any], timesteps: TimestepTable) -> EngineDenoiser:
+def engine_denoiser(
+    runner: Runner, config: Mapping[str, Any], timesteps: TimestepTable, profile: ShapeProfile | None = None
+) -> EngineDenoiser:
     """The component that stands where a network of that configuration stood."""
     kind = EngineTransformer if kind_of_config(config).component == "transformer" else EngineDenoiser
-    return kind(runner, config, timesteps)
+    return kind(runner, config, timesteps, profile)
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
     """The denoiser of a loaded engine, with the rows that ``runner`` is bound to."""
-    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps)
+    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps, runner.profile)
 
 
 def pipeline_with_engine(base: DiffusionPipeline, engine: Engine, runner: BoundRunner) -> DiffusionPipeline:
@@ -263,9 +277,15 @@ def timesteps_of(pipe: DiffusionPipeline, schedule: Schedule) -> NDArray[np.floa
     return timesteps
 
 
-def initial_noise(seeds: Sequence[int], denoiser_config: Mapping[str, Any]) -> Tensor:
-    """Standard normal noise float32 [n, C, H, W]; each sample depends on its own seed alone."""
-    shape = (1, *latent_shape_of(dict(denoiser_config)))
+def initial_noise(
+    seeds: Sequence[int], denoiser_config: Mapping[str, Any], size: tuple[int, int] | None = None
+) -> Tensor:
+    """Standard normal noise float32 [n, C, H, W]; each sample depends on its own seed alone.
+
+    ``size`` is H and W (None: what the denoiser was trained on).
+    """
+    channels, *trained = latent_shape_of(dict(denoiser_config))
+    shape = (1, channels, *(size or trained))
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -275,12 +295,37 @@ def generate(
     """One picture; its noise comes from ``seed``, or from the prompt's id.
 
     Raises:
-        InputError: no such scheduler, or the engine's table does not cover the schedule.
+        InputError: no such scheduler, the engine's table does not cover the schedule, or it does not take the size.
     """
-    noise = initial_noise([prompt.noise_seed if seed is None else seed], denoiser_of(pipe).config)
+    seeds = [prompt.noise_seed if seed is None else seed]
+    noise = initial_noise(seeds, denoiser_of(pipe).config, latent_size(pipe, schedule))
     given = call_arguments(pipe, [prompt], schedule, guidance_scale)
     picture: Image = with_schedule(pipe, schedule)(**given, latents=noise.to(denoiser_of(pipe).dtype)).images[0]
     return picture
+
+
+def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int] | None:
+    """Height and width in pixels; one that is None is what the denoiser was trained on, as both are where both are."""
+    if height is None and width is None:
+        return None
+    factor = pipe.vae_scale_factor
+    _, *trained = latent_shape_of(dict(denoiser_of(pipe).config))
+    return height or factor * trained[0], width or factor * trained[1]
+
+
+def latent_size(pipe: DiffusionPipeline, schedule: Schedule) -> tuple[int, int] | None:
+    """Height and width of the latents of a schedule's pictures; None for what the denoiser was trained on.
+
+    Raises:
+        InputError: a size in pixels is no multiple of what the autoencoder makes of one latent.
+    """
+    if schedule.size is None:
+        return None
+    height, width = schedule.size
+    factor = pipe.vae_scale_factor
+    if height % factor or width % factor:
+        raise InputError(f"a picture of {height}x{width} pixels: height and width must be multiples of {factor}")
+    return height // factor, width // factor
 
 
 def call_arguments(
@@ -292,8 +337,10 @@ def call_arguments(
     """
     negatives = [prompt.negative for prompt in prompts]
     pads = isinstance(pipe, StableDiffusion3Pipeline)
-    padded = {"max_sequence_length": schedule.max_sequence_length} if pads else {}
-    return padded | {
+    own = {"max_sequence_length": schedule.max_sequence_length} if pads else {}
+    if schedule.size is not None:
+        own |= {"height": schedule.size[0], "width": schedule.size[1]}
+    return own | {
         "prompt": [prompt.text for prompt in prompts],
         "negative_prompt": negatives if any(negatives) else None,
         "num_inference_steps": schedule.steps,

@@ -6,20 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from sibling_pipelines import sibling
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import load_pipeline
+from s2p_deploy.families import denoiser_of, kind_of, load_pipeline, with_denoiser
 from s2p_deploy.pipeline import (
     EngineDenoiser,
+    EngineTransformer,
     Schedule,
+    call_arguments,
+    engine_denoiser,
     generate,
     initial_noise,
-    with_denoiser,
     with_schedule,
 )
 from s2p_deploy.records import Prompt, TimestepTable
+from s2p_deploy.timesteps import timestep_table_of
 from tests.tiny_pipeline import tiny_base
 
 PROMPT = "a small red circle at the top left, white background"
@@ -220,3 +224,66 @@ def test_a_picture_depends_on_its_seed_or_its_prompts_id(base: StableDiffusionPi
     np.testing.assert_array_equal(picture("one", 4), picture("two", 4))
     np.testing.assert_array_equal(picture("one", None), picture("two", Prompt("one", PROMPT).noise_seed))
     assert not np.array_equal(picture("one", None), picture("two", None))
+
+
+def whole_denoiser(pipe: DiffusionPipeline, steps: int) -> EngineDenoiser:
+    """The pipeline's own denoiser behind the runner's interface, on the rows of its scheduler."""
+    network = denoiser_of(pipe)
+    table = timestep_table_of(pipe.scheduler, steps, fractional=True)
+    kind, timesteps = kind_of(network), torch.from_numpy(table.timesteps).float()
+
+    def answer(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        return kind.answer(network, sample, timesteps[rows], text, added)
+
+    return engine_denoiser(TorchRunner(answer), network.config, table)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": "a large blue square"}, {"guidance_scale": 1.0}], ids=str)
+def test_stock_pipelines_of_other_families_draw_the_same(name: str, options: dict[str, Any]) -> None:
+    base, steps = load_pipeline(sibling(name)), 4
+    pipe = with_denoiser(base, whole_denoiser(base, steps))
+    assert type(pipe) is type(base)
+    arguments = {"guidance_scale": 2.5, "num_inference_steps": steps, "output_type": "latent"} | options
+    noise = initial_noise([7], denoiser_of(base).config)
+    expected, found = (one(PROMPT, latents=noise, **arguments).images.numpy() for one in (base, pipe))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(*(draw_of(one, Prompt("id", PROMPT), steps) for one in (base, pipe)))
+
+
+def draw_of(pipe: DiffusionPipeline, prompt: Prompt, steps: int) -> np.ndarray:
+    return np.asarray(generate(pipe, prompt, schedule=Schedule(steps), guidance_scale=2.5))
+
+
+def test_a_transformer_stands_where_a_transformer_stood() -> None:
+    sd3, sdxl = (load_pipeline(sibling(name)) for name in ("sd3", "sdxl"))
+    assert type(whole_denoiser(sd3, 4)) is EngineTransformer
+    assert type(whole_denoiser(sdxl, 4)) is EngineDenoiser
+
+
+def test_what_changes_the_network_is_refused_in_every_family() -> None:
+    sdxl, sd3 = (whole_denoiser(load_pipeline(sibling(name)), 4) for name in ("sdxl", "sd3"))
+    sample = initial_noise([1], sdxl.config)
+    added = {"text_embeds": torch.ones(1, 96), "time_ids": torch.ones(1, 6)}
+    text = torch.ones(1, 24, 224)
+    assert sdxl(sample, 1, text, added_cond_kwargs=added).sample.shape == sample.shape
+    with pytest.raises(InputError, match="cannot take image_embeds"):
+        sdxl(sample, 1, text, added_cond_kwargs=added | {"image_embeds": torch.ones(1, 3)})
+    with pytest.raises(InputError, match="cannot take timestep_cond"):
+        sdxl(sample, 1, text, added_cond_kwargs=added, timestep_cond=torch.ones(1, 2))
+    with pytest.raises(InputError, match="needs the pooled text"):
+        sdxl(sample, 1, text)
+    timestep = torch.tensor(sd3.timesteps.calibrated[:1])
+    for name in ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers"):
+        with pytest.raises(InputError, match=f"cannot take {name}"):
+            sd3(sample, torch.ones(1, 30, 256), torch.ones(1, 224), timestep, **{name: [1]})
+
+
+def test_no_negative_prompt_is_none_where_no_prompt_has_any(base: StableDiffusionPipeline) -> None:
+    """SDXL takes zeros then, not the states of an empty text."""
+    plain, other = Prompt("a", "x"), Prompt("b", "y", "blurry")
+    schedule = Schedule(5, max_sequence_length=7)
+    assert call_arguments(base, [plain], schedule, 2.0)["negative_prompt"] is None
+    assert call_arguments(base, [plain, other], schedule, 2.0)["negative_prompt"] == ["", "blurry"]
+    assert "max_sequence_length" not in call_arguments(base, [plain], schedule, 2.0)
+    assert call_arguments(load_pipeline(sibling("sd3")), [plain], schedule, 2.0)["max_sequence_length"] == 7

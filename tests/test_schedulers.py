@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionImg2ImgP
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import TimePath, hot_denoiser, load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, with_denoiser, timesteps_of
+from s2p_deploy.families import TimePath, hot_denoiser, load_pipeline, with_denoiser
+from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, timesteps_of
 from s2p_deploy.records import TimestepTable, TimeTable
 from s2p_deploy.schedulers import scheduler_by_name, scheduler_names
 from s2p_deploy.timesteps import angles_from_alphas, row_origins, rows_of_timesteps, with_schedules

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _FILE = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_FILE}.index.json"
-_FLOATING = {"F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Checkpoint:
         place = self._places.get(name)
         if place is None:
             raise InputError(f"{self.folder} lacks {name}: it is no whole pipeline, or another configuration's")
-        if place.dtype not in _FLOATING:
-            raise InputError(f"{place.file}: {name} is {place.dtype}: give weights in {', '.join(sorted(_FLOATING))}")
+        if place.dtype not in DTYPES:
+            raise InputError(f"{place.file}: {name} is {place.dtype}: give weights in {', '.join(DTYPES)}")
         return TensorForm(DTYPES[place.dtype], place.shape)
 
     def read(self, name: str) -> Tensor:

@@ -28,7 +28,7 @@ class Piece:
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape, where the pipeline's tensor has the shape ``whole``."""
-        if self.channels is None:
+        if self.channels is None or len(whole) < 2:
             return whole
         start, stop = self.channels
         return (whole[0], max(0, min(stop, whole[1]) - start), *whole[2:])

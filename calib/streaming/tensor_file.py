@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # safetensors' names, in the order in which its own writer puts tensors into a file: data stays aligned.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # bytes of which the header's length is a multiple
 

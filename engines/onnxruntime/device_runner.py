@@ -34,7 +34,7 @@ class _Binding:
 class DeviceRunner(ClosingRunner):
     """An open session on ``device``, ``cuda`` or ``cpu``. ``bound`` inputs are uploaded here and stay there.
 
-    An output's size that is not fixed is its batch, the inputs' first size.
+    An output's size that is not fixed has a name, and is that of the inputs' size of this name.
     """
 
     def __init__(
@@ -108,9 +108,10 @@ class DeviceRunner(ClosingRunner):
         import onnxruntime
 
         session = self._opened()
-        batch = next(iter(inputs.values()))[0][0]
+        given = [(item.shape, inputs[item.name][0]) for item in session.get_inputs() if item.name in inputs]
+        sizes = dict(pair for names, shape in given for pair in zip(names, shape, strict=True))
         outputs = {
-            item.name: ([size if isinstance(size, int) else batch for size in item.shape], _TYPES[item.type])
+            item.name: ([sizes.get(size, size) for size in item.shape], _TYPES[item.type])
             for item in session.get_outputs()
         }
         buffer = onnxruntime.OrtValue.ortvalue_from_shape_and_type

@@ -79,9 +79,8 @@ class TensorRtRunner(ClosingRunner):
                 self._front(name, shapes[name]).copy_(value, non_blocking=True)
             self._launcher.run(shapes | self._bound)
         caller.wait_stream(self._stream)
-        batch = _batch(shapes)
-        # a batch below the largest fills the front of each buffer
-        return {name: self._buffers[name][:batch] for name in self._outputs}
+        # what is below the largest size fills the front of each buffer
+        return {name: self._front(name, _output_shape(self._plan, name, shapes)) for name in self._outputs}
 
     def close(self) -> None:
         """Frees contexts, graphs, the engine and the buffers."""
@@ -120,18 +119,18 @@ def _profile(plan: OpenPlan, name: str) -> tuple[Shape, Shape]:
 
 
 def _buffers(plan: OpenPlan, inputs: Mapping[str, Shape], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Memory for every tensor at its largest; an output's batch is the inputs'."""
+    """Memory for every tensor at its largest."""
     import torch
 
-    batch = _batch(inputs)
-    shapes = dict(inputs)
-    for name in outputs:
-        shapes[name] = tuple(batch if size < 0 else size for size in plan.engine.get_tensor_shape(name))
+    shapes = dict(inputs) | {name: _output_shape(plan, name, inputs) for name in outputs}
     return {name: torch.zeros(shape, dtype=_torch_type(plan, name), device="cuda") for name, shape in shapes.items()}
 
 
-def _batch(shapes: Mapping[str, Shape]) -> int:
-    return next(shape[0] for name, shape in shapes.items() if name != BOUND)
+def _output_shape(plan: OpenPlan, name: str, inputs: Mapping[str, Shape]) -> Shape:
+    """An output's open sizes are those of the latents; where these are no input, its batch is the inputs'."""
+    batch = next(shape[:1] for given, shape in inputs.items() if given != BOUND)
+    like = inputs.get("sample", batch)
+    return tuple(like[at] if size < 0 else size for at, size in enumerate(plan.engine.get_tensor_shape(name)))
 
 
 def _torch_type(plan: OpenPlan, name: str) -> torch.dtype:

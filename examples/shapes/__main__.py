@@ -1,8 +1,10 @@
-"""Trains the bundled ``shapes`` pipeline and writes it in diffusers format.
+"""Trains the bundled ``shapes`` pipeline, or one of its siblings, and writes it in diffusers format.
 
     python examples/shapes --work build/shapes --out s2p_deploy/shapes/pipeline
+    python examples/shapes --kind sdxl --work build/siblings --out tests/assets/pipelines/shapes-sdxl
 
-Fixed seeds; killed at any time, a second start goes on where it was. Times are in docs/shapes.md.
+A sibling (``sd2``, ``sdxl``, ``sd3``) takes autoencoder, tokenizer and text encoder from the bundled pipeline. Fixed
+seeds; killed at any time, a second start goes on where it was. Times are in docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from siblings import SIBLINGS, train_sibling
 from train_classifier import train_classifier
 from train_text import train_text
 from train_unet import new_scheduler, train_unet
@@ -23,23 +28,39 @@ from train_vae import train_vae
 
 from s2p_deploy.shapes.grammar import distinct_captions
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 1_000, 512
 GUIDANCE_SCALE = 2.0  # what the pipeline is meant to be sampled with; docs/shapes.md compares others
+BUNDLED = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
 
 
 def main() -> None:
-    """Trains every part in turn and assembles the pipeline."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Trains the pipeline that was asked for and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("sd1", *SIBLINGS), default="sd1")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline")
+    parser.add_argument(
+        "--snapshot", action="store_true", help="of a sibling: write its last checkpoint, train nothing"
+    )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.kind == "sd1":
+        train_bundled(options.work, options.out)
+        return
+    base = StableDiffusionPipeline.from_pretrained(BUNDLED)
+    pipeline = train_sibling(options.kind, options.work, base, snapshot=options.snapshot)
+    save_pipeline(pipeline, options.out, SIBLINGS[options.kind].guidance_scale)
 
-    vae = train_vae(options.work)
-    tokenizer, text_encoder = train_text(options.work)
-    classifier = train_classifier(options.work)
-    unet = train_unet(options.work, vae, tokenizer, text_encoder)
 
+def train_bundled(work: Path, out: Path) -> None:
+    """Trains every part of the SD1 kind in turn and assembles the pipeline, with its classifier and prompts."""
+    vae = train_vae(work)
+    tokenizer, text_encoder = train_text(work)
+    classifier = train_classifier(work)
+    unet = train_unet(work, vae, tokenizer, text_encoder)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -50,14 +71,21 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    shutil.rmtree(options.out, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(options.out, safe_serialization=True)
-    save_file(
-        {k: v.contiguous() for k, v in classifier.half().state_dict().items()}, options.out / "classifier.safetensors"
-    )
-    load_as_float32(options.out / "text_encoder" / "config.json")
-    (options.out / "sampling.json").write_text(json.dumps({"guidance_scale": GUIDANCE_SCALE}) + "\n")
-    write_prompts(options.out / "prompts")
+    save_pipeline(pipeline, out, GUIDANCE_SCALE)
+    save_file({k: v.contiguous() for k, v in classifier.half().state_dict().items()}, out / "classifier.safetensors")
+    write_prompts(out / "prompts")
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: float) -> None:
+    """Writes a pipeline with float16 weights and how it is meant to be sampled, in place of what ``folder`` held."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+    for config in partial.glob("text_encoder*/config.json"):
+        load_as_float32(config)
+    (partial / "sampling.json").write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def load_as_float32(config: Path) -> None:

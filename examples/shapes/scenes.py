@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,15 +11,27 @@ from torch import Tensor
 from s2p_deploy.shapes.grammar import caption, sample_scene
 from s2p_deploy.shapes.renderer import render
 
+if TYPE_CHECKING:
+    from s2p_deploy.shapes.grammar import Scene
+
 
 def training_scenes(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     """Pictures uint8 [count, 3, 64, 64] and their captions."""
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, held_out=False) for _ in range(count)]
+    scenes = _sample(count, rng)
     pictures = np.stack([render(scene, rng) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), [caption(scene) for scene in scenes]
+
+
+def training_captions(count: int, seed: int = 0) -> list[str]:
+    """The captions of :func:`training_scenes` alone, in no time."""
+    return [caption(scene) for scene in _sample(count, np.random.default_rng(seed))]
 
 
 def to_unit(pictures: Tensor) -> Tensor:
     """uint8 pictures as float32 in [-1, 1], the range of diffusers' image processor."""
     return pictures.float() / 127.5 - 1
+
+
+def _sample(count: int, rng: np.random.Generator) -> list[Scene]:
+    return [sample_scene(rng, held_out=False) for _ in range(count)]

@@ -79,22 +79,29 @@ def train_text(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     tokenizer = build_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
     encoder = new_text_encoder(tokenizer)
-    places = torch.nn.ModuleList(torch.nn.Linear(WIDTH, len(COLOURS) + 1 + len(SHAPES) + len(SIZES)) for _ in PLACES)
-    net = torch.nn.ModuleDict(
-        {"encoder": encoder, "places": places, "background": torch.nn.Linear(WIDTH, len(BACKGROUNDS))}
-    )
-    rng = np.random.default_rng(1)
-    captions = [caption(sample_scene(rng, held_out=False)) for _ in range(40_000)]
-    ids = tokenize(tokenizer, captions)
-    answers = torch.tensor([layout(text) for text in captions])
+    net = torch.nn.ModuleDict({"encoder": encoder, **layout_heads(WIDTH)})
+    ids, answers = text_examples(tokenizer)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(ids), (BATCH,), generator=generator)
         hidden = net["encoder"](ids[chosen]).last_hidden_state[:, -1]
-        return _layout_loss(net, hidden, answers[chosen])
+        return layout_loss(net, hidden, answers[chosen])
 
     net.load_state_dict(train(net, loss_of, SCHEDULE, folder / "text.safetensors"))
     return tokenizer, encoder.eval()
+
+
+def text_examples(tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [40000, 24] of training captions, and the :func:`layout` int64 [40000, 13] of each."""
+    rng = np.random.default_rng(1)
+    captions = [caption(sample_scene(rng, held_out=False)) for _ in range(40_000)]
+    return tokenize(tokenizer, captions), torch.tensor([layout(text) for text in captions])
+
+
+def layout_heads(width: int) -> dict[str, nn.Module]:
+    """Untrained linear heads that read a layout from a text state of ``width`` channels."""
+    places = torch.nn.ModuleList(torch.nn.Linear(width, len(COLOURS) + 1 + len(SHAPES) + len(SIZES)) for _ in PLACES)
+    return {"places": places, "background": torch.nn.Linear(width, len(BACKGROUNDS))}
 
 
 def layout(text: str) -> list[int]:
@@ -112,7 +119,8 @@ def layout(text: str) -> list[int]:
     return [*answer, BACKGROUNDS.index(scene.background)]
 
 
-def _layout_loss(net: nn.ModuleDict, hidden: Tensor, answers: Tensor) -> Tensor:
+def layout_loss(net: nn.ModuleDict, hidden: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy of the heads in ``net`` on text states [n, width], summed over the questions."""
     entropy = torch.nn.functional.cross_entropy
     loss = entropy(net["background"](hidden), answers[:, -1])
     for index, head in enumerate(net["places"]):

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
-from scenes import training_scenes
+from latents import BETAS, draw, scaled_latents
 from train_text import tokenize
-from train_vae import encode
 from training import Schedule, train
 
 if TYPE_CHECKING:
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SCENES, BATCH = 60_000, 64
 SCHEDULE = Schedule(iterations=6_000, peak=1e-3, warmup=300, ema=0.9995, weight_decay=0.01)
-DROPPED_CAPTIONS = 0.1
 MAX_WEIGHT = 60.0
 
 
@@ -47,24 +43,7 @@ def new_unet(width: int) -> UNet2DConditionModel:
 
 def new_scheduler() -> PNDMScheduler:
     """Stable Diffusion v1's scheduler."""
-    return PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def scaled_latents(vae: AutoencoderKL, folder: Path) -> tuple[Tensor, list[str]]:
-    """Latents float32 [n, 4, 8, 8] of unit variance with their captions; encoded once, then read from ``folder``."""
-    pictures, captions = training_scenes(SCENES)
-    cache = folder / "latents.safetensors"
-    if not cache.exists():
-        save_file({"latents": encode(vae, pictures) * vae.config.scaling_factor}, cache)
-    return load_file(cache)["latents"], captions
+    return PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
 
 
 @torch.no_grad()
@@ -86,16 +65,13 @@ def train_unet(
     alphas = new_scheduler().alphas_cumprod
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-        kept = torch.rand(BATCH, 1, 1, generator=generator) >= DROPPED_CAPTIONS
-        timesteps = torch.randint(1000, (BATCH,), generator=generator)
-        noise = torch.randn(latents[:BATCH].shape, generator=generator)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * noise
-        states = torch.where(kept, text[chosen], empty).float()
-        predicted = unet(noisy.to(memory_format=torch.channels_last), timesteps, states).sample
+        batch = draw(latents, generator)
+        alpha = alphas[batch.timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents[batch.chosen] + (1 - alpha).sqrt() * batch.noise
+        states = torch.where(batch.kept[:, None, None], text[batch.chosen], empty).float()
+        predicted = unet(noisy.to(memory_format=torch.channels_last), batch.timesteps, states).sample
         weight = (1 / alpha).clamp(max=MAX_WEIGHT)
-        return (weight * (predicted - noise) ** 2).mean()
+        return (weight * (predicted - batch.noise) ** 2).mean()
 
     unet.load_state_dict(train(unet, loss_of, SCHEDULE, folder / "unet.safetensors"))
     return unet.eval()

@@ -76,6 +76,11 @@ def train(
     return ema
 
 
+def last_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The EMA weights of a checkpoint, whether or not its training has ended."""
+    return {k[4:]: v for k, v in load_file(checkpoint).items() if k.startswith("ema.")}
+
+
 def _save(
     net: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor], done: int, checkpoint: Path
 ) -> None:

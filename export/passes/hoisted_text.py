@@ -28,8 +28,8 @@ class HoistedText(ir.passes.InPlacePass):
 
     ``text_graph`` is the new graph, ``columns`` are the y_i in order, ``moved`` the nodes that left.
 
-    Requires: a graph input ``encoder_hidden_states``, and a product that reads nothing else. Ensures: nothing here reads
-    that input, and ``text_projections`` stands in its place.
+    Requires: a graph input ``encoder_hidden_states``, and a product that reads nothing else. Ensures: nothing here
+    reads that input, and ``text_projections`` stands in its place.
     """
 
     def __init__(self, products: Collection[ir.Node]) -> None:
@@ -120,9 +120,7 @@ def _divide(graph: ir.Graph, text: ir.Value, ends: Sequence[ir.Value]) -> tuple[
     graph.inputs.insert(graph.inputs.index(text), given)
     sizes = constant(f"{TEXT_PROJECTIONS}/sizes", np.asarray([_width(end) for end in ends], np.int64))
     graph.initializers.add(sizes)
-    node = ir.node(
-        "Split", [given, sizes], {"axis": _AXIS}, num_outputs=len(ends), name=f"{TEXT_PROJECTIONS}/Split"
-    )
+    node = ir.node("Split", [given, sizes], {"axis": _AXIS}, num_outputs=len(ends), name=f"{TEXT_PROJECTIONS}/Split")
     graph.insert_before(next(iter(graph)), node)
     for end, part in zip(ends, node.outputs, strict=True):
         part.type, part.shape = end.type, end.shape

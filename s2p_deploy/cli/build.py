@@ -16,7 +16,7 @@ from s2p_deploy.cli.progress_bars import progress_bars
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from s2p_deploy.engines import ShapeProfile
+    from s2p_deploy.engines import ShapeProfile, Span
     from s2p_deploy.engines.options import Lowering
 
 _LOWERINGS: tuple[Lowering, ...] = ("auto", "rescale", "runtime_q")
@@ -32,6 +32,15 @@ def build(  # noqa: PLR0913 - its options
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes: the smallest, the one to tune for, the largest.")
     ] = "1:2:32",
+    height: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Heights of the latents (an eighth of the picture's), of a graph with --sizes dynamic; where left "
+            "out, the trained one.",
+        ),
+    ] = None,
+    width: Annotated[str | None, typer.Option(metavar="MIN:OPT:MAX", help="Widths, likewise.")] = None,
     lowering: Annotated[str, typer.Option(help="Form of timestep-dependent scales: auto, rescale or runtime_q.")] = (
         "auto"
     ),
@@ -57,7 +66,11 @@ def build(  # noqa: PLR0913 - its options
 
     options = BuildOptions(
         hint,
-        profile=profile_from_option(batch),
+        profile=replace(
+            profile_from_option(batch),
+            height=span_from_option("--height", height),
+            width=span_from_option("--width", width),
+        ),
         lowering=lowering_from_option(lowering),
         static_tolerance=tolerance_from_option(static_tolerance),
         refit=refit,
@@ -78,9 +91,21 @@ def profile_from_option(text: str) -> ShapeProfile:
     """``MIN:OPT:MAX`` as batch sizes. Raises InputError where it is anything else."""
     from s2p_deploy.engines import ShapeProfile
 
+    return ShapeProfile(*_three("--batch", text, "1:2:32"))
+
+
+def span_from_option(option: str, text: str | None) -> Span | None:
+    """``MIN:OPT:MAX`` as latent rows or columns. Raises InputError where it is anything else."""
+    from s2p_deploy.engines import Span
+
+    return None if text is None else Span(*_three(option, text, "64:64:128"))
+
+
+def _three(option: str, text: str, example: str) -> tuple[int, int, int]:
     if not re.fullmatch(r"\d{1,6}:\d{1,6}:\d{1,6}", text, re.ASCII):
-        raise InputError(f"--batch {text!r} must be MIN:OPT:MAX, e.g. 1:2:32")
-    return ShapeProfile(*map(int, text.split(":")))
+        raise InputError(f"{option} {text!r} must be MIN:OPT:MAX, e.g. {example}")
+    low, tuned, high = map(int, text.split(":"))
+    return low, tuned, high
 
 
 def lowering_from_option(name: str) -> Lowering:

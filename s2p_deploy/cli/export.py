@@ -33,6 +33,10 @@ def export(  # noqa: PLR0913 - its options
             "every step, or beside it, once per prompt."
         ),
     ] = "graph",
+    sizes: Annotated[
+        Literal["fixed", "dynamic"],
+        typer.Option(help="Latents of the trained size, or of any height and width that build then bounds."),
+    ] = "fixed",
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -54,6 +58,7 @@ def export(  # noqa: PLR0913 - its options
             time_table=time_table,
             time_path=time_path,
             text_projections=text_projections,
+            sizes=sizes,
             replace=force,
             progress=progress,
         )

@@ -33,6 +33,10 @@ def generate(  # noqa: PLR0913 - its options
     guidance_scale: Annotated[
         float | None, typer.Option(min=1.0, help="The recipe's or pipeline's where left out.")
     ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Of the picture, where the engine takes several sizes.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Likewise.")] = None,
     model: ModelOption = None,
     public_key: PublicKeyOption = None,
     as_json: JsonOption = False,
@@ -47,15 +51,16 @@ def generate(  # noqa: PLR0913 - its options
     base = base_of(opened.manifest, model)
     from s2p_deploy.engines import load_engine
     from s2p_deploy.families import load_pipeline
-    from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
+    from s2p_deploy.pipeline import Schedule, picture_size, pipeline_with_engine, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
     from s2p_deploy.timesteps import row_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
-    schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
     guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
     floating = load_pipeline(base)
+    size = picture_size(floating, height, width)
+    schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length, size)
     timesteps = timesteps_of(floating, schedule)
     with load_engine(opened, schedules=[timesteps]) as runner:
         pipe = pipeline_with_engine(floating, opened, runner)

@@ -99,8 +99,12 @@ class MMDiTKind:
         return (chain_block("pos_embed", ("pos_embed",)), *joint, chain_block("output", ("norm_out", "proj_out")))
 
     def size_multiple(self, config: Config) -> int:
-        """A patch."""
-        return int(config["patch_size"])
+        """Two patches: positions are cropped from the middle of their table, which ONNX's division rounds otherwise."""
+        return 2 * int(config["patch_size"])
+
+    def size_limit(self, config: Config) -> int | None:
+        """What the table of positions is cropped from."""
+        return int(config["patch_size"] * config["pos_embed_max_size"])
 
     def split_shortcuts(self, _network: nn.Module) -> dict[str, int]:
         """A transformer has none."""

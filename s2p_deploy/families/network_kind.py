@@ -62,7 +62,10 @@ class NetworkKind(Protocol):
         """The raw output of a whole network on ``timesteps`` float32 [batch]."""
 
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
-        """``added_cond`` [batch, A] of what a pipeline passes its denoiser by keyword; takes nothing else from it."""
+        """``added_cond`` [batch, A] of what a pipeline passes its denoiser by keyword; None where that has none.
+
+        Raises InputError where what it passes there holds more.
+        """
 
     def denoise(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
         """The raw output of a network without time path, for projected features [batch, P]."""
@@ -72,6 +75,9 @@ class NetworkKind(Protocol):
 
     def size_multiple(self, config: Config) -> int:
         """What height and width of the latents must be multiples of."""
+
+    def size_limit(self, config: Config) -> int | None:
+        """The largest height and width of the latents; None where nothing limits them."""
 
     def split_shortcuts(self, network: nn.Module) -> dict[str, int]:
         """Convolutions over cat(h, skip), and the number of channels of h."""

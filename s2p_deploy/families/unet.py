@@ -24,6 +24,7 @@ _BLOCK = re.compile(
     r"|mid_block\.(?:resnets|attentions)\.\d+"
 )
 _TAIL = ("conv_norm_out", "conv_act", "conv_out")
+_ADDED = {"text_embeds", "time_ids"}
 _SIZE_IDS = 6  # original height and width, crop top and left, target height and width
 _UNSUPPORTED = (
     "class_embed_type",
@@ -110,7 +111,10 @@ class UNetKind:
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
         """Pooled text and size ids, from SDXL's ``added_cond_kwargs``."""
         given = conditions.get("added_cond_kwargs") or {}
-        if not {"text_embeds", "time_ids"} <= set(given):
+        further = sorted(set(given) - _ADDED)
+        if further:
+            raise InputError(f"an engine's network is fixed, it cannot take {further[0]}")
+        if set(given) != _ADDED:
             return None
         return torch.cat([given["text_embeds"].float(), given["time_ids"].float()], 1)
 
@@ -131,6 +135,10 @@ class UNetKind:
     def size_multiple(self, config: Config) -> int:
         """Every level but the last halves the size; other sizes would be interpolated on the way up."""
         return int(2 ** (len(config["block_out_channels"]) - 1))
+
+    def size_limit(self, _config: Config) -> int | None:
+        """Convolutions and attention take any."""
+        return None
 
     def split_shortcuts(self, network: nn.Module) -> dict[str, int]:
         """The convolutions of up blocks that read cat(h, skip).

@@ -140,12 +140,23 @@ class PrecisionForm(_Exact):
     compute: _Name
 
 
-class ProfileForm(Strict):
-    """Batch sizes."""
+class SpanForm(Strict):
+    """Latent rows or columns."""
 
     minimum: PositiveInt
     optimum: Annotated[int, Field(ge=1, le=4096)]
     maximum: PositiveInt
+    step: PositiveInt
+
+
+class ProfileForm(Strict):
+    """Batch sizes, and those of the latents where they vary."""
+
+    minimum: PositiveInt
+    optimum: Annotated[int, Field(ge=1, le=4096)]
+    maximum: PositiveInt
+    height: SpanForm | None = None
+    width: SpanForm | None = None
 
 
 class TransformForm(Strict):
@@ -165,12 +176,22 @@ class CalibratedContent(Strict):
     transforms: TransformForm
 
 
+class LatentsForm(Strict):
+    """The trained size of latents that may have others, what each must be a multiple of, and the largest."""
+
+    height: Annotated[int, Field(ge=1, le=4096)]
+    width: Annotated[int, Field(ge=1, le=4096)]
+    multiple: Annotated[int, Field(ge=1, le=4096)]
+    largest: PositiveInt | None = None
+
+
 class GraphContent(Strict):
     """The content of an ExportedGraph's manifest."""
 
     denoiser_config: dict[str, Any]
     added_cond: Annotated[int, Field(ge=0, le=2**20)] = 0
     points: dict[str, PointForm]
+    latents: LatentsForm | None = None
 
 
 class OptionsForm(Strict):

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from s2p_deploy.engines import BoundRunner, build_engine, load_engine, usable_backend
+from s2p_deploy.engines.conditioning import PromptFeatures, StoredFeatures
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import TimePath
@@ -35,6 +36,8 @@ CALIBRATED = (1, 201, 401, 601, 801, 981)
 TIMESTEPS = TimestepTable("DDIMScheduler", {}, 6, CALIBRATED, np.linspace(0.03, 1.5, 1000))
 SCALES = ScaleTable(np.geomspace(0.01, 1, 1000)[:, None].astype(np.float32), ("conv",), CALIBRATED)
 FEATURES = np.float32([[0.001, 0.002]])  # of timestep 1
+WEIGHTS = np.float32([[1, 10], [2, 20], [3, 30]])  # of added_cond
+
 
 def telling_model() -> onnx.ModelProto:
     """noise_pred [batch, 3]: the row's scale beside its two features; what was bound can be read back."""
@@ -46,15 +49,23 @@ def telling_model() -> onnx.ModelProto:
     return model_of(tell, INPUTS, [OUTPUT], [])
 
 
-def conditioning_model() -> onnx.ModelProto:
-    """time_projections [rows, 2] = timestep * FEATURES."""
+def conditioning_model(added: int) -> onnx.ModelProto:
+    """time_projections [rows, 2] = timestep * FEATURES, and where there is one, added_cond @ WEIGHTS added to it."""
+    result = "of_time" if added else "time_projections"
     nodes = [
         helper.make_node("Unsqueeze", ["timesteps", "axis"], ["column"]),
-        helper.make_node("MatMul", ["column", "features"], ["time_projections"]),
+        helper.make_node("MatMul", ["column", "features"], [result]),
     ]
     constants = [numpy_helper.from_array(np.int64([1]), "axis"), numpy_helper.from_array(FEATURES, "features")]
-    timesteps = TensorSpec("timesteps", "float32", ("rows",))
-    return model_of(nodes, [timesteps], [TensorSpec("time_projections", "float32", ("rows", 2))], constants)
+    inputs = [TensorSpec("timesteps", "float32", ("rows",))]
+    if added:
+        nodes += [
+            helper.make_node("MatMul", ["added_cond", "weights"], ["of_prompt"]),
+            helper.make_node("Add", ["of_time", "of_prompt"], ["time_projections"]),
+        ]
+        constants.append(numpy_helper.from_array(WEIGHTS, "weights"))
+        inputs.append(TensorSpec("added_cond", "float32", ("rows", added)))
+    return model_of(nodes, inputs, [TensorSpec("time_projections", "float32", ("rows", 2))], constants)
 
 
 INPUTS = [
@@ -78,16 +89,13 @@ def model_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """An engine of the input form whose output is what it was given for a row."""
-    folder = tmp_path_factory.mktemp("told")
+def telling_engine(folder: Path, added: int) -> Engine:
     base = Base("told", "0" * 64)
     graph = write_artifact(folder / "graph", kind="ExportedGraph", base=base, recipe={}, fill=lambda _: {})
 
     def fill(out: Path) -> dict[str, Any]:
         onnx.save(telling_model(), out / "denoiser.onnx")
-        onnx.save(conditioning_model(), out / "conditioning.onnx")
+        onnx.save(conditioning_model(added), out / "conditioning.onnx")
         write_scale_table(SCALES, out / "act_scales.safetensors")
         write_timestep_table(TIMESTEPS, out / "timesteps.json")
         return {
@@ -101,6 +109,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             "sizes": {"denoiser.onnx": (out / "denoiser.onnx").stat().st_size},
             "environment": usable_backend("onnxruntime").environment(),
             "denoiser_config": {},
+            "added_cond": added,
             "points": {"conv": {"centre": 0.1, "lowest": 0.01, "highest": 1.0}},
             "profile": {"minimum": 1, "optimum": 2, "maximum": 8},
             "options": {"static_tolerance": 0.0},
@@ -111,13 +120,25 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.open(folder / "engine")
 
 
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An engine of the input form whose output is what it was given for a row."""
+    return telling_engine(tmp_path_factory.mktemp("told"), 0)
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The same with features that depend on an ``added_cond`` of three values too."""
+    return telling_engine(tmp_path_factory.mktemp("prompted"), 3)
+
+
 def loaded(engine: Engine, **options: Any) -> BoundRunner:  # noqa: ANN401 - options of load_engine
     return load_engine(engine, tried=True, **options)
 
 
-def told(runner: BoundRunner, rows: np.ndarray) -> np.ndarray:
+def told(runner: BoundRunner, rows: np.ndarray, **more: np.ndarray) -> np.ndarray:
     inputs = {"sample": np.ones((len(rows), 3), np.float32), "step_index": rows}
-    return runner.infer(inputs)["noise_pred"]
+    return runner.infer(inputs | more)["noise_pred"]
 
 
 def test_bound_to_nothing_rows_are_the_training_timesteps(engine: Engine) -> None:
@@ -135,7 +156,7 @@ def test_rows_of_several_schedules_stand_beside_the_training_timesteps(engine: E
         assert runner.timesteps.timesteps[1000:].tolist() == [137.625, 700.25]
         asked = np.asarray([700.25, 137.625, 981, 137.625])
         found = told(runner, rows_of_timesteps(asked, runner.timesteps))
-        expected = scales_of_rows(SCALES, TABLE, runner.timesteps).scales[[1001, 1000, 981, 1000]]
+        expected = scales_of_rows(SCALES, TIMESTEPS, runner.timesteps).scales[[1001, 1000, 981, 1000]]
     assert np.array_equal(found[:, :1], expected)
     assert found[:, 1:] == pytest.approx(asked[:, None] * FEATURES)
 
@@ -198,6 +219,112 @@ def test_what_is_no_conditioning_graph_is_refused_under_a_right_manifest(
     (copy / "manifest.json").write_text(_sealed_text(asdict(replace(engine.manifest, files=files))))
     with pytest.raises(IntegrityError, match=r"conditioning|no ONNX model"):
         loaded(Engine.open(copy))
+
+
+ADDED = np.float32([[1, 0, 0], [0, 1, 0.5]])
+
+
+def test_features_follow_the_prompt_and_the_row(prompted: Engine) -> None:
+    asked = np.asarray([700.25, 981])
+    with loaded(prompted, schedules=[[981.0, 700.25, 1.0]]) as runner:
+        assert [spec.name for spec in runner.inputs] == ["sample", "step_index", "added_cond"]
+        assert runner.inputs[-1].shape == ("batch", 3)
+        rows = rows_of_timesteps(asked, runner.timesteps)
+        found = [told(runner, rows, added_cond=added) for added in (ADDED, ADDED[::-1], ADDED)]
+    for added, output in zip((ADDED, ADDED[::-1], ADDED), found, strict=True):
+        assert output[:, 1:] == pytest.approx(asked[:, None] * FEATURES + added @ WEIGHTS)
+
+
+def test_rows_that_no_schedule_asked_for_have_features_too(prompted: Engine) -> None:
+    rows = np.asarray([0, 500])
+    with loaded(prompted) as runner:
+        found = told(runner, rows, added_cond=ADDED)
+    assert found[:, 1:] == pytest.approx(rows[:, None] * FEATURES + ADDED @ WEIGHTS)
+
+
+def test_a_prompt_is_asked_for_by_name(prompted: Engine) -> None:
+    with loaded(prompted) as runner:
+        with pytest.raises(InputError, match="the engine needs an input 'added_cond'"):
+            told(runner, np.asarray([1]))
+        with pytest.raises(InputError, match=r"added_cond has shape \[1, 2\], the engine takes \[1, 3\]"):
+            told(runner, np.asarray([1]), added_cond=np.ones((1, 2), np.float32))
+
+
+def test_an_engine_without_a_prompt_takes_none(engine: Engine) -> None:
+    with loaded(engine) as runner, pytest.raises(InputError, match="no input 'added_cond'"):
+        told(runner, np.asarray([1]), added_cond=ADDED[:1])
+
+
+def test_a_conditioning_graph_of_another_width_is_refused_when_it_is_loaded(prompted: Engine) -> None:
+    content = prompted.manifest.content | {"added_cond": 4}
+    with pytest.raises(IntegrityError, match=r"conditioning\.onnx"):
+        loaded(replace(prompted, manifest=replace(prompted.manifest, content=content)))
+
+
+class Counted:
+    """A condition that counts: features [n, 2] are timestep and first value of the prompt."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[float], float]] = []
+
+    def __call__(self, timesteps: np.ndarray, added_cond: np.ndarray) -> np.ndarray:
+        assert len(set(map(tuple, added_cond))) == 1, "one prompt at a time"
+        self.asked.append((timesteps.tolist(), float(added_cond[0, 0])))
+        return np.stack([timesteps, added_cond[:, 0]], 1)
+
+
+def prompt(value: float, batch: int = 1) -> np.ndarray:
+    return np.full((batch, 3), value, np.float32)
+
+
+def test_a_prompt_is_computed_once_for_all_rows_ahead() -> None:
+    condition = Counted()
+    features = PromptFeatures(condition, np.arange(10.0), ahead=(7, 4, 2), added_width=3)
+    for row in (7, 4, 2, 4):
+        assert features.of(np.asarray([row, row]), prompt(1, 2)).tolist() == [[row, 1]] * 2
+    assert condition.asked == [([7, 4, 2], 1)]
+    assert features.of(np.asarray([4, 2]), np.concatenate([prompt(1), prompt(5)])).tolist() == [[4, 1], [2, 5]]
+    assert condition.asked[1:] == [([2, 7, 4], 5)], "both branches of a guided step are kept side by side"
+
+
+def test_another_row_is_computed_when_it_is_asked_for() -> None:
+    condition = Counted()
+    features = PromptFeatures(condition, np.arange(10.0), ahead=(7,), added_width=3)
+    for _ in range(2):
+        assert features.of(np.asarray([7, 3]), prompt(1, 2)).tolist() == [[7, 1], [3, 1]]
+    assert condition.asked == [([7], 1), ([3], 1)]
+
+
+def test_the_prompts_used_last_are_kept_in_so_many_bytes() -> None:
+    condition = Counted()
+    row = condition(np.float32([0]), prompt(0))
+    features = PromptFeatures(condition, np.arange(10.0), (0, 1), 3, most_bytes=4 * row.nbytes)  # two prompts
+
+    def ask(value: float) -> int:
+        before = len(condition.asked)
+        assert features.of(np.asarray([1]), prompt(value)).tolist() == [[1, value]]
+        return len(condition.asked) - before
+
+    assert [ask(value) for value in (1, 2, 1, 3, 1, 3)] == [1, 1, 0, 1, 0, 0]
+    assert ask(2) == 1, "it was used longest ago when the third came"
+    assert [ask(1), ask(3)] == [1, 1]
+
+
+def test_one_prompt_is_kept_however_large_it_is() -> None:
+    condition = Counted()
+    features = PromptFeatures(condition, np.arange(10.0), tuple(range(10)), 3, most_bytes=1)
+    for row in range(10):
+        features.of(np.asarray([row]), prompt(1))
+    assert len(condition.asked) == 1
+    both = np.concatenate([prompt(1), prompt(2)])
+    assert features.of(np.asarray([3, 3]), both).tolist() == [[3, 1], [3, 2]]
+
+
+def test_stored_features_are_rows_of_their_table() -> None:
+    table = np.arange(6.0).reshape(3, 2)
+    features = StoredFeatures(table)
+    assert features.added_width == 0
+    assert features.of(np.asarray([2, 0])).tolist() == [[4, 5], [0, 1]]
 
 
 @pytest.mark.slow

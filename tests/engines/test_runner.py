@@ -47,9 +47,7 @@ def test_inputs_are_cast_to_what_the_engine_takes() -> None:
 
 def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
     values = given()
-    result = BoundRunner(Echo(), INPUTS, ROWS)(
-        values["sample"], values["step_index"], values["encoder_hidden_states"]
-    )
+    result = BoundRunner(Echo(), INPUTS, ROWS)(values["sample"], values["step_index"], values["encoder_hidden_states"])
     assert np.array_equal(result, values["sample"].astype(np.float16))
 
 
@@ -73,6 +71,16 @@ def test_a_missing_input_is_named() -> None:
     del values["encoder_hidden_states"]
     with pytest.raises(InputError, match="encoder_hidden_states"):
         BoundRunner(Echo(), INPUTS, ROWS).infer(values)
+
+
+def test_an_added_condition_goes_to_a_torch_denoiser_where_it_is_given() -> None:
+    def denoiser(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        assert added.dtype == text.dtype == torch.float32
+        return sample + added.sum(1).view(-1, 1, 1, 1)
+
+    added = np.asarray([[1, 2], [3, 4]], np.float64)
+    output = TorchRunner(denoiser).infer(given() | {"added_cond": added})["noise_pred"]
+    assert np.allclose(output[:, 0, 0, 0], [3.1, 7.1])
 
 
 def test_leaving_the_context_closes() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from s2p_deploy.engines.conditioning import PromptFeatures, StoredFeatures
 from s2p_deploy.engines.runner import BoundRunner, ClosingRunner
 from s2p_deploy.engines.tensor_runner import BoundTensorRunner, TensorRunner
 from s2p_deploy.errors import InputError
@@ -60,8 +61,22 @@ def test_tensors_reach_the_runner_as_they_are() -> None:
 
 def test_the_rows_features_are_gathered() -> None:
     table = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float16)
-    runner = BoundTensorRunner(TensorEcho(), (*INPUTS, PROJECTIONS), ROWS, table)
+    runner = BoundTensorRunner(TensorEcho(), (*INPUTS, PROJECTIONS), ROWS, StoredFeatures(table))
     assert np.array_equal(runner.infer_tensors(given())["time_projections"].cpu(), table[[3, 981]])
+
+
+def test_features_of_a_prompt_are_computed_on_the_way() -> None:
+    def condition(timesteps: np.ndarray, added_cond: np.ndarray) -> np.ndarray:
+        return (timesteps[:, None] + added_cond).astype(np.float16)
+
+    features = PromptFeatures(condition, ROWS.timesteps, ahead=(3,), added_width=3)
+    runner = BoundTensorRunner(TensorEcho(), (*INPUTS, PROJECTIONS), ROWS, features)
+    added = torch.tensor([[0.5, 1, 2], [4, 8, 16]], dtype=torch.float16)
+    found = runner.infer_tensors(given() | {"added_cond": added})
+    assert "added_cond" not in found, "the engine does not take it"
+    assert found["time_projections"].tolist() == (torch.tensor([[3.0], [981.0]]) + added).half().tolist()
+    with pytest.raises(InputError, match="needs an input 'added_cond'"):
+        runner.infer_tensors(given())
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,14 @@ def test_input_form_binds_the_rows_of_a_schedule_and_leaves_the_table_out(
     steps = tiny_inputs(3)["step_index"]
     bound = np.unique(steps)  # in this form a row is an index into what is bound
     values = {
-        block.input: source,
+        block.entering[0].tensor: source,
         "step_index": np.searchsorted(bound, steps),
         "act_scales": w4a4.scales.scales[bound],
         "time_projections": w4a4.time_table().projections[steps],
     }
     model = block_subgraph(w4a4_graph, block.block)
     assert [item.name for item in model.graph.input] == list(values)
-    assert sqnr(run_onnx(model, values)[block.output], expected) > 110
+    assert sqnr(run_onnx(model, values)[block.leaving[0].tensor], expected) > 110
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,10 @@ def test_every_block_agrees_when_it_is_fed_the_reference(
     for block in graph.blocks[:-1]:
         source, expected = seen[block.block]
         found[block.block] = sqnr(
-            run_onnx(parts.block(block.block), feeds(graph, 4) | {block.input: source})[block.output], expected
+            run_onnx(parts.block(block.block), feeds(graph, 4) | {block.entering[0].tensor: source})[
+                block.leaving[0].tensor
+            ],
+            expected,
         )
     assert min(found.values()) >= 50, found
     assert np.median(list(found.values())) >= 100, found

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import onnx_ir as ir
 import pytest
 from graph_text import graph_from_text
 
 from s2p_deploy.errors import GraphContractError
-from s2p_deploy.export.regions import block_border, block_modules, conditions, locate_sites
+from s2p_deploy.export.regions import conditions, locate_sites, tapped
 from s2p_deploy.export.scopes import NAME_SCOPES, inside, module_path
+from s2p_deploy.families import Tap
 from s2p_deploy.records import SitePlan
 
 # Two convolutions in a block, with text added inside it, and a linear layer behind.
@@ -34,7 +37,7 @@ PLAN = (
 def graph(scopes: list[str]) -> ir.Graph:
     made = graph_from_text(GRAPH, dict.fromkeys(("first", "second", "last", "bias"))).graph
     for node, path in zip(made, scopes, strict=True):
-        node.metadata_props[NAME_SCOPES] = str(["", "unet", f"network.{path}" if path else "unet", "op"])
+        node.metadata_props[NAME_SCOPES] = str(["", "network", f"network.{path}" if path else "network", "op"])
     return made
 
 
@@ -65,16 +68,43 @@ def test_a_site_without_exactly_one_node_is_named(scopes: list[str], count: int)
         locate_sites(graph(scopes), PLAN)
 
 
-def test_a_block_has_one_activation_in_and_one_out_besides_text() -> None:
+def tap(made: ir.Graph, module: str, side: Literal["input", "output"]) -> str | None:
+    value = tapped(made, Tap(module, side), conditions(made))
+    return None if value is None else value.name
+
+
+def test_a_module_has_one_activation_in_and_one_out_besides_text() -> None:
     made = graph(SCOPES)
-    entering, leaving = block_border(made, "block", ("block",), conditions(made))
-    assert (entering.name, leaving.name) == ("entered", "c")
+    assert (tap(made, "block", "input"), tap(made, "block", "output")) == ("entered", "c")
+    assert (tap(made, "last", "input"), tap(made, "last", "output")) == ("c", "noise_pred")
 
 
-def test_a_block_with_two_activations_in_is_refused() -> None:
+def test_a_module_with_two_activations_is_refused() -> None:
     made = graph(["", "block.first", "", "block.second", "block", "block"])
-    with pytest.raises(GraphContractError, match="block block has 2 activations in and 2 out"):
-        block_border(made, "block", ("block",), conditions(made))
+    for side in ("input", "output"):
+        with pytest.raises(GraphContractError, match=f"module block has 2 activations as {side}, expected one"):
+            tap(made, "block", side)
+
+
+def test_what_depends_on_the_text_alone_neither_enters_nor_leaves() -> None:
+    text = """
+    g (float[2] sample, float[2] encoder_hidden_states, float[2] time_projections) => (float[2] out) {
+        embedded = Mul(encoder_hidden_states, time_projections)
+        out = Add(embedded, sample)
+    }
+    """
+    made = graph_from_text(text, {}).graph
+    for node, path in zip(made, ("embedder", "norm"), strict=True):
+        node.metadata_props[NAME_SCOPES] = str(["", "network", f"network.{path}", "op"])
+    assert tap(made, "embedder", "input") is None
+    with pytest.raises(GraphContractError, match="module embedder has 0 activations as output"):
+        tap(made, "embedder", "output")
+    assert (tap(made, "norm", "input"), tap(made, "norm", "output")) == ("sample", "out")
+
+
+def test_a_module_that_gives_nothing_is_refused() -> None:
+    with pytest.raises(GraphContractError, match="module absent has 0 activations as output"):
+        tap(graph(SCOPES), "absent", "output")
 
 
 def test_what_hangs_on_conditions_alone_is_a_condition() -> None:
@@ -87,7 +117,3 @@ def test_what_hangs_on_conditions_alone_is_a_condition() -> None:
     """
     made = graph_from_text(text, {"table": None}).graph
     assert {value.name for value in conditions(made)} == {"step_index", "table", "row", "twice"}
-
-
-def test_the_tail_is_a_block() -> None:
-    assert block_modules(("conv_in",)) == {"conv_in": ("conv_in",), "output": ("conv_norm_out", "conv_act", "conv_out")}

@@ -21,7 +21,6 @@ from s2p_deploy.families import (
     apply_transforms,
     discover_sites,
     module_of_kind,
-    split_shortcuts,
 )
 from s2p_deploy.records import Simulation, TransformSpec
 
@@ -97,7 +96,9 @@ def test_every_block_agrees_when_it_is_fed_the_reference(
     inputs = tiny_inputs(3) | {"act_scales": graph.scales.scales}
     found = {
         block.block: sqnr(
-            run_onnx(parts.block(block.block), inputs | {block.input: seen[block.block][0]})[block.output],
+            run_onnx(parts.block(block.block), inputs | {block.entering[0].tensor: seen[block.block][0]})[
+                block.leaving[0].tensor
+            ],
             seen[block.block][1],
         )
         for block in blocks
@@ -130,11 +131,11 @@ def test_a_half_graph_is_exported_too(calibrated: CalibratedModel, run_onnx: Cal
     values = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tiny_inputs(3).items()}
     steps = values["step_index"]
     values |= {
-        block.input: source.astype(np.float16),
+        block.entering[0].tensor: source.astype(np.float16),
         "act_scales": graph.scales.scales,
         "time_projections": calibrated.time_table().projections[steps].astype(np.float16),
     }
-    assert sqnr(run_onnx(GraphParts(graph).block(block.block), values)[block.output], expected) > 30
+    assert sqnr(run_onnx(GraphParts(graph).block(block.block), values)[block.leaving[0].tensor], expected) > 30
 
 
 def test_a_model_for_simulation_is_refused(calibrated: CalibratedModel) -> None:

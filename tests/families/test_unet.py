@@ -38,8 +38,10 @@ def test_added_conditions_are_taken_from_what_a_pipeline_passes(sdxl_unet: UNet2
     kind = kind_of(sdxl_unet)
     assert kind.added_cond({}) is None
     assert kind.added_cond({"added_cond_kwargs": None}) is None
-    assert kind.added_cond({"added_cond_kwargs": {"image_embeds": torch.ones(1, 3)}}) is None
+    assert kind.added_cond({"added_cond_kwargs": {"time_ids": torch.ones(1, 6)}}) is None
     given = {"text_embeds": torch.ones(1, 2, dtype=torch.float16), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]])}
+    with pytest.raises(InputError, match="cannot take image_embeds"):  # an IP-Adapter's
+        kind.added_cond({"added_cond_kwargs": given | {"image_embeds": torch.ones(1, 3)}})
     found = kind.added_cond({"added_cond_kwargs": given})
     assert found.dtype == torch.float32
     assert found.tolist() == [[1, 1, 64, 64, 0, 0, 64, 64]]

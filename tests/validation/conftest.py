@@ -31,7 +31,7 @@ RECIPE = {
     "sampling": {"steps": 5, "guidance_scale": 2.5},
     "dataset": {"prompts": 4, "points_per_prompt": 3, "width": 4},
     "training": {"iterations": 0},
-        "scales": {"latents": 8},
+    "scales": {"latents": 8},
     # random weights draw nothing that could be read, so accuracy is noise
     "validation": {"pictures": 3, "latents": 16, "gates": {"median_psnr": 20.0, "attribute_accuracy_drop": 1.0}},
 }

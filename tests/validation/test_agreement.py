@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +9,14 @@ import torch
 
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
 from s2p_deploy.engines import TorchRunner
-from s2p_deploy.families import load_pipeline
+from s2p_deploy.families import Tap, load_pipeline
 from s2p_deploy.records import ExportedGraph, ScaleTable
 from s2p_deploy.validation import Chain
 from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
 from s2p_deploy.validation.end_to_end import measure_end_to_end
 from s2p_deploy.validation.latents import ValidationLatents
 from s2p_deploy.validation.metrics import SQNR_CEILING
-from s2p_deploy.validation.reference import Border, reference_calls
+from s2p_deploy.validation.reference import reference_calls
 
 BLOCK = "mid_block.resnets.0"
 
@@ -83,19 +84,26 @@ def test_the_reference_gives_what_enters_and_leaves_and_leaves_no_hook(
     fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
     site = "conv_in"
-    calls = list(reference_calls(fake_quant, latents, {site: Border(site, site)}))
-    entered = np.concatenate([call.entering[site] for call in calls])
+    entering, leaving = Tap(site, "input"), Tap(site, "output")
+    calls = list(reference_calls(fake_quant, latents, (entering, leaving, entering)))
+    entered = np.concatenate([call.seen[entering] for call in calls])
     np.testing.assert_array_equal(entered, latents.sample)
-    assert calls[0].leaving[site].shape == (len(latents), 8, 8, 8)
+    assert calls[0].seen[leaving].shape == (len(latents), 8, 8, 8)
+    assert all(set(call.seen) == {entering, leaving} for call in calls)
     assert not fake_quant.site(site)._forward_hooks
     assert not fake_quant.site(site)._forward_pre_hooks
+
+
+def floating(chain: Chain) -> Callable[..., torch.Tensor]:
+    """The pipeline's own UNet: its rows are timesteps."""
+    unet = load_pipeline(chain.base).unet
+    return lambda sample, rows, text: unet(sample, rows, text, return_dict=False)[0]
 
 
 def test_fake_quant_against_itself_changes_nothing_end_to_end(
     chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
-    unet = load_pipeline(chain.base).unet
-    found = measure_end_to_end(unet, fake_quant, TorchRunner(fake_quant), latents)
+    found = measure_end_to_end(floating(chain), fake_quant, TorchRunner(fake_quant), latents)
     assert np.all(found.change == 0)
     assert np.all(found.engine_to_fake_quant == SQNR_CEILING)
     assert found.rows.tolist() == latents.rows.tolist()
@@ -113,7 +121,6 @@ def test_end_to_end_shows_an_engine_that_is_further_from_fp(
             output = super().infer(inputs)["noise_pred"]
             return {"noise_pred": output + 0.1 * output.std() * rng.standard_normal(output.shape)}
 
-    unet = load_pipeline(chain.base).unet
-    found = measure_end_to_end(unet, fake_quant, NoisyRunner(fake_quant), latents)
+    found = measure_end_to_end(floating(chain), fake_quant, NoisyRunner(fake_quant), latents)
     assert found.change.mean() < -3.0
     assert found.engine.mean() == pytest.approx(20.0, abs=1.5)  # a tenth

@@ -31,12 +31,13 @@ def dataset(tmp_path: Path) -> LatentDataset:
         uncond=answers[0].astype(np.float16),
         cond=answers[1].astype(np.float16),
         texts=texts,
+        added_cond=np.zeros((3, 0), np.float32),
         cond_text=np.array([1, 2]),
         uncond_text=np.array([0, 0]),
     )
 
 
-def exact(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def exact(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, _added: torch.Tensor) -> torch.Tensor:
     return (0.001 * rows * text[:, 0, 0])[:, None, None, None].expand_as(sample)
 
 
@@ -56,9 +57,9 @@ def test_a_tenth_of_error_is_twenty_decibel(dataset: LatentDataset) -> None:
 def test_a_row_pools_prompts_and_branches(dataset: LatentDataset) -> None:
     """Only the unconditional branch of row 601 is wrong, by all of it: energy 2 * 0.25 of 2 * 0.25 + 1 + 4."""
 
-    def wrong(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def wrong(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         spoilt = (rows == 601) & (text[:, 0, 0] == 0.5)
-        return exact(sample, rows, text) * (~spoilt)[:, None, None, None]
+        return exact(sample, rows, text, added) * (~spoilt)[:, None, None, None]
 
     found = dict(zip((1, 601, 801), sqnr_per_row(wrong, dataset).db, strict=True))
     assert found[601] == pytest.approx(10 * np.log10(5.5 / 0.5), abs=0.01)

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.engines import TorchRunner
-from s2p_deploy.families import BasePipeline, load_pipeline
+from s2p_deploy.families import BasePipeline, load_pipeline, with_denoiser
 from s2p_deploy.numerics import format_by_name
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, with_denoiser
+from s2p_deploy.pipeline import EngineDenoiser, Schedule
 from s2p_deploy.progress import silent
 from s2p_deploy.records import Number, PromptSet, TimestepTable
 from s2p_deploy.validation import compare_pictures as module

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from s2p_deploy.families import EncodedText
 from s2p_deploy.records import Base, LatentDataset, Manifest
 from s2p_deploy.validation.latents import choose_latents, latents_of_walk
 
@@ -22,6 +25,7 @@ def dataset(points: int = 10) -> LatentDataset:
         uncond=latents,
         prompt=order % 2,
         texts=texts,
+        added_cond=10 * texts[:, 0, :2],
         cond_text=np.array([1, 2]),
         uncond_text=np.array([0, 0]),
     )
@@ -32,7 +36,15 @@ def test_latents_are_spread_over_the_rows_with_both_branches_side_by_side() -> N
     assert chosen.rows.tolist() == [0, 0, 400, 400, 900, 900]
     assert chosen.sample[:, 0, 0, 0].tolist() == [0, 0, 4, 4, 9, 9]
     assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 1, 0, 2]
-    assert chosen.sample.dtype == chosen.text.dtype == np.float32
+    assert chosen.added_cond.tolist() == [[10 * text] * 2 for text in (0, 1, 0, 1, 0, 2)]
+    assert chosen.sample.dtype == chosen.text.dtype == chosen.added_cond.dtype == np.float32
+
+
+def test_an_added_condition_is_an_input_only_where_there_is_one() -> None:
+    chosen = choose_latents(dataset(), 6)
+    assert list(chosen.inputs()) == ["sample", "step_index", "encoder_hidden_states", "added_cond"]
+    without = replace(chosen, added_cond=chosen.added_cond[:, :0])
+    assert list(without.inputs()) == ["sample", "step_index", "encoder_hidden_states"]
 
 
 def test_at_least_as_many_as_asked_and_never_more_than_there_are() -> None:
@@ -45,15 +57,19 @@ def test_parts_hold_all_in_order_and_few_of_large_ones() -> None:
     parts = list(chosen.parts())
     assert [len(part) for part in parts] == [16, 4]
     assert np.concatenate([part.rows for part in parts]).tolist() == chosen.rows.tolist()
-    large = latents_of_walk(np.zeros((3, 2, 4, 64, 64)), (9, 5, 1), np.zeros((2, 5, 6)), np.zeros((2, 5, 6)), 8)
+    assert np.concatenate([part.added_cond for part in parts]).tolist() == chosen.added_cond.tolist()
+    texts = EncodedText(torch.zeros(2, 5, 6), torch.zeros(2, 0))
+    large = latents_of_walk(np.zeros((2, 2, 4, 64, 64), np.float32), np.array([5, 1]), texts, texts, 8)
     assert {len(part) for part in large.parts()} == {2}
 
 
-def test_a_walk_gives_what_the_next_call_saw() -> None:
-    """Two prompts, three calls on rows 900, 500, 100: the latents after a call are what the next one is given."""
-    trajectory = np.arange(6, dtype=np.float32).reshape(3, 2, 1, 1, 1) * np.ones((1, 1, 4, 2, 2), np.float32)
-    cond, uncond = np.array([1.0, 2.0]).reshape(2, 1, 1), np.zeros((2, 1, 1))
-    chosen = latents_of_walk(trajectory, (900.0, 500.0, 100.0), cond, uncond, 8)
+def test_a_walk_gives_what_every_call_saw() -> None:
+    """Two prompts, two calls on rows 500 and 100."""
+    seen = np.arange(4, dtype=np.float32).reshape(2, 2, 1, 1, 1) * np.ones((1, 1, 4, 2, 2), np.float32)
+    cond = EncodedText(torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.tensor([[10.0], [20.0]]))
+    uncond = EncodedText(torch.zeros(2, 1, 1), torch.tensor([[3.0], [4.0]]))
+    chosen = latents_of_walk(seen, np.array([500, 100]), cond, uncond, 8)
     assert chosen.rows.tolist() == [500, 500, 500, 500, 100, 100, 100, 100]
     assert chosen.sample[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
+    assert chosen.added_cond[:, 0].tolist() == [3, 10, 4, 20, 3, 10, 4, 20]

@@ -54,7 +54,7 @@ def test_a_tensor_comes_back_bit_for_bit_in_its_own_dtype(folder: Path, name: st
     ("name", "message"),
     [
         ("absent", "lacks absent: it is no whole pipeline"),
-        ("codes", r"codes is I8: give weights in BF16, F16, F32"),
+        ("codes", r"codes is I8: give weights in F32, BF16, F16"),
         ("broken", "broken holds NaN or infinity"),
     ],
 )

@@ -51,6 +51,12 @@ def test_weights_of_another_configuration_are_refused(checkpoint: Checkpoint, sp
         HotWeights(checkpoint, pieces, shapes)
 
 
+def test_a_weight_that_is_no_convolutions(checkpoint: Checkpoint) -> None:
+    piece = {"network.conv.head.weight": Piece("conv.bias", (0, 2))}
+    with pytest.raises(InputError, match=r"conv\.bias is \[3\], which does not fit config\.json"):
+        HotWeights(checkpoint, piece, {"network.conv.head.weight": (3, 2, 2, 2)})
+
+
 def test_a_missing_tensor_is_told_before_any_is_read(checkpoint: Checkpoint) -> None:
     pieces = {"network.norm.weight": Piece("norm.weight")}
     with pytest.raises(InputError, match=r"lacks norm\.weight"):

@@ -15,7 +15,6 @@ TENSORS = {
     "b.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
     "a.weight": torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(1)),
     "brain": torch.tensor([1.5, -2.0, 3.25], dtype=torch.bfloat16),
-    "codes": torch.tensor([1, 200, 3, 4, 5], dtype=torch.uint8),
     "scalar": torch.tensor(7.0),
     "späte": torch.ones(1),
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -27,3 +29,20 @@ def test_blocks_change_no_bit(how: str, shape: tuple[int, ...], threads: int) ->
         torch.set_num_threads(before)
     assert list(found) == ["conv"]
     assert torch.equal(found["conv"], expected)
+
+
+def test_one_weight_is_held_at_a_time() -> None:
+    sites = [f"conv{number}" for number in range(3)]
+    read: list[weakref.ref[torch.Tensor]] = []
+    told: list[tuple[int, int]] = []
+
+    def fresh(_name: str) -> torch.Tensor:
+        assert [weight for weight in read if weight() is not None] == []
+        weight = torch.ones(4, 2, 3, 3)
+        read.append(weakref.ref(weight))
+        return weight
+
+    plan = PrecisionPlan(tuple(SitePlan(site, "conv", "int8", None, "") for site in sites), ())
+    found = closed_form_scales(fresh, plan, Scales(), lambda _stage, done, total: told.append((done, total)))
+    assert list(found) == sites
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -8,12 +8,12 @@ from s2p_deploy.export.passes.fill_weights import FillWeights
 
 GRAPH = """
 g (
-    float[batch,2] sample, float[3,2] unet__fc__weight, float[3] unet__fc__bias, float three
+    float[batch,2] sample, float[3,2] network__fc__weight, float[3] network__fc__bias, float three
 ) => (float[batch,3] out) {
-    turned = Transpose <perm: ints = [1, 0]> (unet__fc__weight)
+    turned = Transpose <perm: ints = [1, 0]> (network__fc__weight)
     a = MatMul(sample, turned)
     b = Mul(a, three)
-    out = Add(b, unet__fc__bias)
+    out = Add(b, network__fc__bias)
 }
 """
 
@@ -21,7 +21,7 @@ g (
 def test_parameters_get_data_matrices_turn_and_constants_stay() -> None:
     matrix, bias = np.arange(6, dtype=np.float32).reshape(3, 2), np.ones(3, np.float32)
     weights = {"network.fc.weight": matrix, "network.fc.bias": bias}
-    stored = {"unet__fc__weight": None, "unet__fc__bias": None, "three": np.asarray(3, np.float32)}
+    stored = {"network__fc__weight": None, "network__fc__bias": None, "three": np.asarray(3, np.float32)}
     model = graph_from_text(GRAPH, stored)
     graph = model.graph
     FillWeights(weights.__getitem__, ir.DataType.FLOAT16)(model)

@@ -23,9 +23,9 @@ TABLE = np.asarray([[0, 1], [10, 11], [20, 21]], np.float32)
 VALUES = {"sample": np.zeros((2, 2), np.float32), "step_index": np.asarray([2, 0]), "time_projections": TABLE[[2, 0]]}
 
 
-def traced(module: str = "network.time_proj") -> ir.Model:
+def traced(module: str = "time") -> ir.Model:
     model = graph_from_text(GRAPH, {"traced": None})
-    model.graph.node(0).metadata_props[NAME_SCOPES] = str(["", "network", module, "embedding"])
+    model.graph.node(0).metadata_props[NAME_SCOPES] = str(["", module, "embedding"])
     return model
 
 
@@ -41,4 +41,4 @@ def test_both_forms_give_the_rows_features(form: str, inputs: int, run_onnx: Cal
 
 def test_a_graph_that_reads_its_table_otherwise_is_refused() -> None:
     with pytest.raises(ir.passes.PreconditionError, match="0 nodes read the time table"):
-        TimeProjections(TABLE, "constant", ir.DataType.FLOAT)(traced("network.other"))
+        TimeProjections(TABLE, "constant", ir.DataType.FLOAT)(traced("network.time_proj"))

@@ -1,0 +1,154 @@
+"""Graphs of networks whose time features depend on the prompt too: they are an input, and a graph beside computes them.
+
+In floating point, where the graph must give what diffusers' own network gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sibling_pipelines import sibling
+
+from s2p_deploy.calib import calibrate, fp_denoiser
+from s2p_deploy.errors import InputError
+from s2p_deploy.export import GraphParts, export_graph
+from s2p_deploy.export.conditioning import write_conditioning
+from s2p_deploy.families import EncodedText, HotDenoiser, denoiser_of, kind_of, load_pipeline, load_time_path
+from s2p_deploy.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from s2p_deploy.records import CalibratedModel, ExportedGraph
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """A floating-point model of a small pipeline, its graph, and the denoiser that both are of."""
+
+    name: str
+    model: CalibratedModel
+    graph: ExportedGraph
+    hot: HotDenoiser
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder, base = tmp_path_factory.mktemp(request.param), sibling(request.param)
+    recipe = load_recipe("fp", {"sampling": {"steps": STEPS, "max_sequence_length": 2}})
+    model = calibrate(base, recipe, None, folder / "calib")
+    return Family(request.param, model, export_graph(model, folder / "graph"), fp_denoiser(base, STEPS))
+
+
+def asked(family: Family) -> tuple[torch.Tensor, torch.Tensor, EncodedText]:
+    """Samples on different rows, each with a text and an ``added_cond`` of its own."""
+    hot, generator = family.hot, torch.Generator().manual_seed(1)
+    shapes = ((3, 4, 8, 8), (3, family.model.tokens, hot.kind.text_width(hot.config)), (3, hot.added_width))
+    sample, states, added = (torch.randn(shape, generator=generator) for shape in shapes)
+    rows = torch.tensor(family.model.timesteps.calibrated_rows)[[0, 4, 2]]
+    return sample, rows, EncodedText(states, added.abs())
+
+
+def sqnr(candidate: np.ndarray, reference: np.ndarray) -> float:
+    error = np.square(candidate.astype(np.float64) - reference).sum()
+    return float(10 * np.log10(np.square(reference.astype(np.float64)).sum() / max(error, 1e-300)))
+
+
+def conditioned(family: Family, file: Path, run_onnx: Callable) -> np.ndarray:
+    _, rows, text = asked(family)
+    timesteps = family.model.timesteps.timesteps[rows.numpy()].astype(np.float32)
+    return run_onnx(file, {"timesteps": timesteps, "added_cond": text.added_cond.numpy()})["time_projections"]
+
+
+@torch.no_grad()
+def test_the_conditioning_graph_gives_the_features_of_rows_and_prompts(family: Family, run_onnx: Callable) -> None:
+    _, rows, text = asked(family)
+    expected = family.hot.time(rows, text.added_cond).numpy()
+    found = conditioned(family, family.graph.folder / "conditioning.onnx", run_onnx)
+    assert found.dtype == np.float32
+    assert sqnr(found, expected) > 110
+
+
+@torch.no_grad()
+def test_its_weights_may_be_stored_in_half(family: Family, tmp_path: Path, run_onnx: Callable) -> None:
+    _, rows, text = asked(family)
+    write_conditioning(family.model, family.hot.config, tmp_path / "half.onnx", half=True)
+    found = conditioned(family, tmp_path / "half.onnx", run_onnx)
+    assert found.dtype == np.float32
+    assert 50 < sqnr(found, family.hot.time(rows, text.added_cond).numpy()) < 100
+    whole = (family.graph.folder / "conditioning.onnx").stat().st_size
+    assert (tmp_path / "half.onnx").stat().st_size < 0.7 * whole
+
+
+@torch.no_grad()
+def test_the_graph_answers_as_the_whole_network_does(family: Family, run_onnx: Callable) -> None:
+    sample, rows, text = asked(family)
+    network = denoiser_of(load_pipeline(sibling(family.name)))
+    timesteps = torch.from_numpy(family.model.timesteps.timesteps).float()[rows]
+    expected = kind_of(network).answer(network, sample, timesteps, text.states, text.added_cond).numpy()
+    assert [spec.name for spec in family.graph.inputs] == [
+        "sample",
+        "step_index",
+        "encoder_hidden_states",
+        "time_projections",
+    ]
+    values = {
+        "sample": sample.numpy(),
+        "step_index": rows.numpy(),
+        "encoder_hidden_states": text.states.numpy(),
+        "time_projections": conditioned(family, family.graph.folder / "conditioning.onnx", run_onnx),
+    }
+    assert sqnr(run_onnx(family.graph.onnx_file, values)["noise_pred"], expected) > 100
+
+
+@torch.no_grad()
+def test_every_block_agrees_when_it_is_fed_what_the_network_sees(family: Family, run_onnx: Callable) -> None:
+    sample, rows, text = asked(family)
+    hot, seen = family.hot, {}
+    for block in family.graph.blocks:
+        for tap in (*block.entering, *block.leaving):
+            module = hot.network.get_submodule(tap.module)
+            if tap.side == "input":
+                module.register_forward_pre_hook(lambda _, args, name=tap.tensor: seen.update({name: args[0].numpy()}))
+            else:
+                module.register_forward_hook(
+                    lambda _, __, output, name=tap.tensor: seen.update(
+                        {name: (output if isinstance(output, torch.Tensor) else output[0]).numpy()}
+                    )
+                )
+    hot(sample, rows, text.states, text.added_cond)
+    values = {
+        "step_index": rows.numpy(),
+        "encoder_hidden_states": text.states.numpy(),
+        "time_projections": hot.time(rows, text.added_cond).numpy(),
+    }
+    parts = GraphParts(family.graph)
+    assert [block.block for block in family.graph.blocks] == [block.name for block in hot.kind.blocks(hot.network)]
+    for block in family.graph.blocks:
+        found = run_onnx(parts.block(block.block), values | seen)
+        assert set(found) == {tap.tensor for tap in block.leaving}
+        assert min(sqnr(found[tap.tensor], seen[tap.tensor]) for tap in block.leaving) > 100, block.block
+
+
+def test_every_site_is_in_the_graph_and_the_time_path_is_not(family: Family) -> None:
+    assert {site.site for site in family.graph.sites} == {site.site for site in family.model.plan.sites}
+    names = {item.name for item in onnx.load(family.graph.onnx_file, load_external_data=False).graph.initializer}
+    assert not [name for name in names if name.startswith("time")]
+    assert family.graph.manifest.content["added_cond"] == family.hot.added_width
+
+
+def test_features_of_a_prompt_cannot_be_constant(family: Family, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="depend on the prompt too, they cannot be constant"):
+        export_graph(family.model, tmp_path / "constant", time_table="constant")
+    path = load_time_path(sibling(family.name))
+    with pytest.raises(InputError):
+        export_graph(family.model, tmp_path / "given" / "x", time_table="constant", time_path=path)
+    assert list(tmp_path.iterdir()) == []
