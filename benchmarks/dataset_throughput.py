@@ -84,7 +84,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = resolve_base("shapes")
-    walker = load_walker(base)
+    walker = load_walker(base, load_recipe("w4a8").sampling.steps)
     found = {}
     for name, points in STRATEGIES.items():
         chosen = load_recipe("w4a8", {"dataset": {"prompts": options.prompts, "points_per_prompt": points}})

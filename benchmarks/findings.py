@@ -22,7 +22,7 @@ from s2p_deploy.calib import FakeQuantDenoiser, QuantizedDenoiser, calibrate, fp
 from s2p_deploy.calib.dataset.stored_points import draw_points
 from s2p_deploy.calib.quantization.sensitivity import site_sensitivities
 from s2p_deploy.cli.options import prompts_from_option
-from s2p_deploy.families import BasePipeline, apply_transforms, load_pipeline, resolve_base
+from s2p_deploy.families import BasePipeline, apply_transforms, resolve_base
 from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Mixed, load_recipe
 from s2p_deploy.records import CalibratedModel, LatentDataset, PrecisionPlan
@@ -77,7 +77,7 @@ def activation_error(
     base: BasePipeline, model: CalibratedModel, plan: PrecisionPlan, points: StoredPoints
 ) -> np.ndarray:
     """Mean squared error [n] of each output with floating-point weights and the plan's quantized activations."""
-    hot = fp_denoiser(base, 50)
+    hot = fp_denoiser(base, model.timesteps.steps)
     apply_transforms(hot, model.transforms)
     floating = replace(plan, sites=tuple(replace(site, weights="none") for site in plan.sites))
     columns = [model.scales.points.index(name) for name in floating.point_names()]
@@ -122,13 +122,11 @@ def row_span(points: StoredPoints, error: np.ndarray) -> dict[str, float]:
 def rank_stability(base: BasePipeline, model: CalibratedModel, how: str) -> float:
     """Spearman's correlation between a sensitivity's scores from 32 and from 128 latents."""
     dataset = LatentDataset.open(model.folder / "dataset")
-    scheduler = load_pipeline(base).scheduler
-    ranks = []
+    timesteps, ranks = model.timesteps, []
     for count in SAMPLES:
         mixed = Mixed.model_validate({"sensitivity": how, "latents": count})
-        scores = site_sensitivities(
-            fp_denoiser(base, 50), model.plan, scheduler, dataset, mixed, seed=count, progress=silent
-        )
+        hot = fp_denoiser(base, timesteps.steps)
+        scores = site_sensitivities(hot, model.plan, timesteps, dataset, mixed, seed=count, progress=silent)
         ranks.append(np.argsort(np.argsort(list(scores.values()))))
     return round(float(np.corrcoef(ranks)[0, 1]), 3)
 

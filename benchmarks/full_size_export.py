@@ -50,27 +50,19 @@ def measure(work: Path, form: str, dtype: Any) -> dict[str, Any]:  # noqa: ANN40
         "peak_memory_gb": round(peak_gb(), 2),
         "peak_memory_before_gb": round(before, 2),
         "sites": len(graph.sites),
-    } | sizes(graph)
+    } | sizes(graph, model)
 
 
-def sizes(graph: ExportedGraph) -> dict[str, float]:
+def sizes(graph: ExportedGraph, model: CalibratedModel) -> dict[str, float]:
     """Of the denoiser's graph, of the constant time table in it, and of the conditioning graph."""
-    columns = sum(stop - start for start, stop in _slices(graph)) if not _conditioned(graph) else 0
-    bytes_each = {"fp32": 4, "fp16": 2}[graph.dtype]
+    slices = model.manifest.content["time_slices"].values()
+    rows = 0 if model.added_width else len(graph.timesteps.angle)
+    values = rows * max(stop for _, stop in slices)
     return {
         "denoiser_gb": _gb(graph, "denoiser.onnx"),
-        "time_table_gb": round(columns * len(graph.timesteps.angle) * bytes_each / 1e9, 3),
+        "time_table_gb": round(values * {"fp32": 4, "fp16": 2}[graph.dtype] / 1e9, 3),
         "conditioning_gb": _gb(graph, "conditioning.onnx"),
     }
-
-
-def _slices(graph: ExportedGraph) -> list[list[int]]:
-    parent = CalibratedModel.open(graph.folder.parent / graph.manifest.parents["calib"].path)
-    return list(parent.manifest.content["time_slices"].values())
-
-
-def _conditioned(graph: ExportedGraph) -> bool:
-    return bool(graph.manifest.content["added_cond"])
 
 
 def _gb(graph: ExportedGraph, prefix: str) -> float:

@@ -107,9 +107,7 @@ def graph_of(name: str, work: Path) -> ExportedGraph:
     return export_graph(calibrated, work / "graph")
 
 
-def measure(
-    graph: ExportedGraph, target: tuple[str, str], batch: int, rounds: int, work: Path
-) -> list[dict[str, Any]]:
+def measure(graph: ExportedGraph, target: tuple[str, str], batch: int, rounds: int, work: Path) -> list[dict[str, Any]]:
     """One row per lowering: its CPU and wall seconds per step, and the ratio of each to ``static``'s in that round."""
     with ExitStack() as stack:
         runners = {

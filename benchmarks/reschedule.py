@@ -18,8 +18,8 @@ import torch
 from s2p_deploy.calib import calibrate, fake_quant_denoiser, fp_denoiser
 from s2p_deploy.cli.options import prompts_from_option
 from s2p_deploy.engines import TorchRunner
-from s2p_deploy.families import BasePipeline, load_pipeline, resolve_base
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, with_denoiser
+from s2p_deploy.families import BasePipeline, denoiser_of, load_pipeline, resolve_base, with_denoiser
+from s2p_deploy.pipeline import Schedule, engine_denoiser
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import CalibratedModel, PromptSet
 from s2p_deploy.validation.metrics import psnr_db
@@ -66,10 +66,10 @@ def compared(
     guidance = first.manifest.recipe["sampling"]["guidance_scale"]
 
     def pictures(denoiser: torch.nn.Module) -> np.ndarray:
-        stand_in = EngineDenoiser(TorchRunner(denoiser), pipe.unet.config, first.timesteps)
+        stand_in = engine_denoiser(TorchRunner(denoiser), denoiser_of(pipe).config, first.timesteps)
         return draw(with_denoiser(pipe, stand_in), prompts, schedule, guidance).pictures
 
-    reference = pictures(fp_denoiser(base, 50))
+    reference = pictures(fp_denoiser(base, first.timesteps.steps))
     rows = []
     for name, model in models.items():
         psnr = median_of(psnr_db(reference, pictures(fake_quant_denoiser(model))))

@@ -40,6 +40,7 @@ from s2p_deploy.families import (
     load_pipeline,
     resolve_base,
     time_table_of,
+    zero_inputs,
 )
 from s2p_deploy.recipe import Scales, load_recipe
 
@@ -115,17 +116,18 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def random_batch(hot: HotDenoiser, case: Case) -> Batch:
     """Noise on random rows: the values do not matter for the time."""
-    config = hot.network.config
-    shape = (case.batch, config.in_channels, config.sample_size, config.sample_size)
+    given = zero_inputs(hot, tokens=case.tokens, batch=case.batch)
     index = torch.randint(ROWS, (case.batch,))
-    texts = torch.randn(case.batch, case.tokens, config.cross_attention_dim)
-    return Batch(torch.randn(shape), index * (1000 // ROWS), index, texts, torch.randn(shape))
+    sample, texts, added_cond, target = map(
+        torch.randn_like, (given.sample, given.encoder_hidden_states, given.added_cond, given.sample)
+    )
+    return Batch(sample, index * (1000 // ROWS), index, texts, added_cond, target)
 
 
 def plain_iteration(hot: HotDenoiser, batch: Batch) -> Callable[[], None]:
     def run() -> None:
         hot.zero_grad()
-        (hot(batch.sample, batch.row, batch.texts) - batch.target).square().mean().backward()
+        (hot(*batch.inputs()) - batch.target).square().mean().backward()
 
     return run
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Lowering = Literal["auto", "rescale", "runtime_q"]
-_ENDS = ("minimum", "optimum", "maximum")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class ShapeProfile:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ShapeProfile:
         """The profile that :meth:`to_json` made a mapping of."""
-        batches = {end: data[end] for end in _ENDS}
-        return ShapeProfile(**batches, height=_span(data.get("height")), width=_span(data.get("width")))
+        height, width = _span(data.get("height")), _span(data.get("width"))
+        return ShapeProfile(data["minimum"], data["optimum"], data["maximum"], height, width)
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping; without height and width where those are fixed."""
@@ -85,7 +84,7 @@ class ShapeProfile:
 
 
 def _span(data: Mapping[str, Any] | None) -> Span | None:
-    return None if data is None else Span(*(data[end] for end in _ENDS), step=data["step"])
+    return None if data is None else Span(data["minimum"], data["optimum"], data["maximum"], data["step"])
 
 
 @dataclass(frozen=True)

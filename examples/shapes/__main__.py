@@ -83,6 +83,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: flo
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
     for config in partial.glob("text_encoder*/config.json"):
         load_as_float32(config)
+    forget_origin(partial / "vae" / "config.json")
     (partial / "sampling.json").write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -91,6 +92,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: flo
 def load_as_float32(config: Path) -> None:
     """Transformers loads in the type that a configuration names, diffusers in float32: a pipeline needs one type."""
     data = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def forget_origin(config: Path) -> None:
+    """Diffusers writes down the folder that a part was loaded from, a path of this machine."""
+    data = json.loads(config.read_text())
+    data.pop("_name_or_path", None)
     config.write_text(json.dumps(data, indent=2) + "\n")
 
 

@@ -14,6 +14,7 @@ import sibling_sd3
 import sibling_sdxl
 import torch
 from latents import scaled_latents
+from train_text import tokenize
 from training import Schedule, last_weights, train
 
 if TYPE_CHECKING:
@@ -61,4 +62,5 @@ def train_sibling(kind: str, folder: Path, base: StableDiffusionPipeline, *, sna
     loss = sibling.loss(pipe, *scaled_latents(pipe.vae, folder))
     denoiser.load_state_dict(train(denoiser, loss, sibling.schedule, checkpoint))
     denoiser.eval()
+    tokenize(base.tokenizer, [""])  # its file records how it was last called: as the bundled one's
     return pipe

@@ -28,10 +28,13 @@ def kind_of_config(config: Mapping[str, Any]) -> NetworkKind:
     """The kind that a network's configuration is of.
 
     Raises:
-        InputError: it is of no supported class, or asks for something that an engine does not have.
+        InputError: it is of no supported class, lacks a value, or asks for something that an engine does not have.
     """
     kind = _kind(str(config.get(_CLASS)))
-    kind.check(dict(config))
+    try:
+        kind.check(dict(config))
+    except KeyError as error:
+        raise InputError(f"the denoiser's configuration lacks {error}: save the pipeline with diffusers") from error
     return kind
 
 

@@ -17,7 +17,7 @@ _SCALE_BYTES = 4
 
 
 def quantized_bytes(calibrated: CalibratedModel) -> int:
-    """Weights in their format's bits, the rest and the time table in half precision, scales in float32.
+    """Weights in their format's bits, the rest and the time table, if any, in half precision, scales in float32.
 
     Activation scales count on the calibrated rows only: the others follow from them.
     """
@@ -28,7 +28,7 @@ def quantized_bytes(calibrated: CalibratedModel) -> int:
         total += value.size * (_FLOAT_BYTES if fmt is None else fmt.bits / 8)
     scales = sum(scale.size for scale in calibrated.weight_scales().values())
     scales += len(calibrated.scales.trained) * len(calibrated.scales.points)
-    table = calibrated.time_table().projections.size
+    table = 0 if calibrated.added_width else calibrated.time_table().projections.size
     return math.ceil(total) + scales * _SCALE_BYTES + table * _FLOAT_BYTES
 
 

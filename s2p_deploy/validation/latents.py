@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from s2p_deploy.families import EncodedText
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from s2p_deploy.calib.dataset.sampler import Sampler
     from s2p_deploy.records import LatentDataset
 
 _MOST_PER_CALL = 16
@@ -62,6 +64,17 @@ def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
         text=dataset.texts[text],
         added_cond=dataset.added_cond[text],
     )
+
+
+def seen_on_walk(sampler: Sampler, trajectory: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the denoiser is given in every call but the first, float32 [calls - 1, n, C, H, W].
+
+    ``trajectory`` float32 [calls, n, C, H, W] are the latents after each call. ``sampler`` has not begun.
+    """
+    after = zip(range(1, len(sampler.rows)), trajectory, strict=False)  # nothing is asked of the last
+    # a scheduler that has begun takes the scale of the step that it is at, whatever the timestep
+    seen = [sampler.copy().net_input(torch.from_numpy(latents), call) for call, latents in after]
+    return torch.stack(seen).numpy()
 
 
 def latents_of_walk(

@@ -34,7 +34,7 @@ from s2p_deploy.timesteps import row_origins
 from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
 from s2p_deploy.validation.end_to_end import measure_end_to_end
 from s2p_deploy.validation.gates import judge, verdict_of
-from s2p_deploy.validation.latents import choose_latents, latents_of_walk
+from s2p_deploy.validation.latents import choose_latents, latents_of_walk, seen_on_walk
 from s2p_deploy.validation.measurements import Measurements
 from s2p_deploy.validation.numbers import Skipped
 from s2p_deploy.validation.pictures import compare_drawings, draw
@@ -205,10 +205,8 @@ def _latents(chain: Chain, pipe: DiffusionPipeline, walk: Drawing, prompts: Prom
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(chain.recipe.sampling.steps)
     sampler = Sampler(scheduler, call_rows(scheduler, chain.calibrated.timesteps))
-    after = zip(range(1, len(sampler.rows)), walk.trajectory, strict=False)  # nothing is asked of the last
-    seen = np.stack([sampler.net_input(torch.from_numpy(latents), call).numpy() for call, latents in after])
     cond, uncond = texts.distinct[texts.cond], texts.distinct[texts.uncond]
-    return latents_of_walk(seen, np.asarray(sampler.rows[1:]), cond, uncond, count)
+    return latents_of_walk(seen_on_walk(sampler, walk.trajectory), np.asarray(sampler.rows[1:]), cond, uncond, count)
 
 
 def _whole(pipe: DiffusionPipeline, timesteps: TimestepTable) -> Callable[..., torch.Tensor]:

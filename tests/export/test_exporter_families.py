@@ -83,7 +83,7 @@ def test_its_weights_may_be_stored_in_half(family: Family, tmp_path: Path, run_o
     write_conditioning(family.model, family.hot.config, tmp_path / "half.onnx", half=True)
     found = conditioned(family, tmp_path / "half.onnx", run_onnx)
     assert found.dtype == np.float32
-    assert 50 < sqnr(found, family.hot.time(rows, text.added_cond).numpy()) < 100
+    assert sqnr(found, family.hot.time(rows, text.added_cond).numpy()) > 60
     whole = (family.graph.folder / "conditioning.onnx").stat().st_size
     assert (tmp_path / "half.onnx").stat().st_size < 0.7 * whole
 

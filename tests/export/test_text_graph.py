@@ -47,7 +47,7 @@ def test_the_graph_takes_products_where_it_took_the_text(apart: ExportedGraph, w
     taken = ["text_projections" if name == "encoder_hidden_states" else name for name in names]
     assert [spec.name for spec in apart.inputs] == taken
     assert apart.inputs[2].shape == ("batch", 6, 2 * (32 + 64 + 32 + 32))  # k and v of four attentions
-    assert ExportedGraph.open(apart.folder) == apart
+    assert [spec.name for spec in apart.outputs] == ["noise_pred"]
     assert apart.manifest.content["text_projections"] == "input"
 
 

@@ -38,6 +38,14 @@ def test_a_network_of_another_class_is_refused(tiny_unet: UNet2DConditionModel) 
         kind_of(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
+def test_a_configuration_that_lacks_a_value_is_refused_in_one_line(network: torch.nn.Module, name: str) -> None:
+    config = network_config(network)
+    del config[name]
+    with pytest.raises(InputError, match=f"configuration lacks '{name}'"):
+        kind_of_config(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from sibling_pipelines import sibling
 
+from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import TorchRunner
-from s2p_deploy.families import BasePipeline, load_pipeline, with_denoiser
+from s2p_deploy.families import BasePipeline, denoiser_of, load_pipeline, with_denoiser
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.pipeline import EngineDenoiser, Schedule
 from s2p_deploy.progress import silent
+from s2p_deploy.recipe import load_recipe
 from s2p_deploy.records import Number, PromptSet, TimestepTable
 from s2p_deploy.validation import compare_pictures as module
 from s2p_deploy.validation import pictures
@@ -118,3 +121,12 @@ def test_size_counts_every_tensor_once(tmp_path: Path) -> None:
     table = plain.time_table().projections
     assert quantized_bytes(plain) == 2 * (table.size + sum(value.size for value in plain.weights().values()))
     assert float_bytes(torch.nn.Linear(3, 5)) == 2 * (3 * 5 + 5)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_a_time_path_counts_where_it_stays(name: str, tmp_path: Path) -> None:
+    base = sibling(name)
+    plain = calibrate(base, load_recipe("fp"), None, tmp_path / "fp")
+    network = denoiser_of(load_pipeline(base))
+    fixed = sum(buffer.numel() for buffer in network.buffers())  # such as position embeddings
+    assert quantized_bytes(plain) == float_bytes(network) + 2 * fixed

@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
+from s2p_deploy.calib.dataset.sampler import Sampler
 from s2p_deploy.families import EncodedText
 from s2p_deploy.records import Base, LatentDataset, Manifest
-from s2p_deploy.validation.latents import choose_latents, latents_of_walk
+from s2p_deploy.validation.latents import choose_latents, latents_of_walk, seen_on_walk
 
 
 def dataset(points: int = 10) -> LatentDataset:
@@ -61,6 +64,27 @@ def test_parts_hold_all_in_order_and_few_of_large_ones() -> None:
     texts = EncodedText(torch.zeros(2, 5, 6), torch.zeros(2, 0))
     large = latents_of_walk(np.zeros((2, 2, 4, 64, 64), np.float32), np.array([5, 1]), texts, texts, 8)
     assert {len(part) for part in large.parts()} == {2}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+)
+def test_what_is_seen_is_scaled_as_the_sampler_scales_it(scheduler: SchedulerMixin) -> None:
+    scheduler.set_timesteps(5)
+    sampler = Sampler(scheduler, tuple(range(5)))
+    walking, latents = sampler.copy(), sampler.start(torch.randn(2, 4, 2, 2))
+    given, after = [], []
+    for call in range(5):
+        given.append(walking.net_input(latents, call))
+        latents = walking.step(0.5 * given[-1], call, latents, torch.Generator())
+        after.append(latents)
+    found = seen_on_walk(sampler, torch.stack(after).numpy())
+    np.testing.assert_allclose(found, torch.stack(given[1:]).numpy(), rtol=1e-6)
 
 
 def test_a_walk_gives_what_every_call_saw() -> None:

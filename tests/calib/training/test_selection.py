@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from sibling_pipelines import sibling
 
 from s2p_deploy.calib.dataset.sampler_walk import SamplerWalk, final_latents, sampler_inputs
 from s2p_deploy.calib.training.selection import HeldOut, held_out_walk, trajectory_error
-from s2p_deploy.families import BasePipeline, HotDenoiser, load_pipeline
+from s2p_deploy.families import BasePipeline, HotDenoiser, denoiser_of, hot_denoiser_of, load_pipeline
+from s2p_deploy.pipeline import initial_noise
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import PromptSet
 
@@ -30,6 +32,24 @@ def test_the_teacher_ends_where_the_stock_pipeline_does(
             prompt.text, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="latent"
         )
         torch.testing.assert_close(found.images[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3"])
+def test_the_teacher_of_another_family_ends_where_its_stock_pipeline_does(
+    name: str, prompts: PromptSet, recipe: Recipe
+) -> None:
+    pipe, stock = (load_pipeline(sibling(name)) for _ in range(2))
+    steps, guidance = recipe.sampling.steps, recipe.sampling.guidance_scale
+    held_out = held_out_walk(pipe, hot_denoiser_of(pipe, steps).eval(), prompts.first(3), recipe)
+    noise = initial_noise([prompt.noise_seed for prompt in prompts.first(3).prompts], denoiser_of(stock).config)
+    found = stock(
+        [prompt.text for prompt in prompts.first(3).prompts],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="latent",
+    )
+    torch.testing.assert_close(found.images, held_out.final, rtol=1e-3, atol=1e-3)
 
 
 def test_the_error_is_the_median_of_the_relative_ones(held_out: HeldOut, hot: HotDenoiser) -> None:
