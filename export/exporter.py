@@ -79,11 +79,8 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         _write_graph(graph, dtype, folder, progress)
         check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
         _write_tables(calibrated, folder)
-        if calibrated.added_width:
-            config, file = denoiser_config(calibrated), folder / CONDITIONING_FILE
-            write_conditioning(calibrated, config, file, half=dtype == "fp16", progress=progress)
-        elif form == "input" and time_path is not None:
-            write_time_path(time_path, folder / CONDITIONING_FILE)
+        if form == "input":
+            _write_conditioning(calibrated, time_path, dtype, folder / CONDITIONING_FILE, progress)
         forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
         return _content(calibrated, dtype) | forms | (_open_latents(calibrated) if sizes == "dynamic" else {})
 
@@ -122,6 +119,15 @@ def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Pr
         text=graph.text,
     )
     (folder / "graph.json").write_text(described, encoding="utf-8")
+
+
+def _write_conditioning(
+    calibrated: CalibratedModel, time_path: TimePath | None, dtype: DType, file: Path, progress: Progress
+) -> None:
+    if calibrated.added_width:
+        write_conditioning(calibrated, denoiser_config(calibrated), file, half=dtype == "fp16", progress=progress)
+    elif time_path is not None:
+        write_time_path(time_path, file)
 
 
 def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:

@@ -55,8 +55,8 @@ class Schedule:
         return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length)
 
 
-class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
-    """A denoiser that a stock pipeline calls like its own UNet, and that asks a runner.
+class EngineComponent(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
+    """A denoiser that stands in a stock pipeline and asks a runner.
 
     A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
     It holds no weights; its device and dtype are those of the tensors around it, the runner's are its own affair.
@@ -98,32 +98,6 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
     def device(self) -> torch.device:
         """Where the pipeline's tensors are."""
         return self.placement.device
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        *,
-        return_dict: bool = True,
-        **conditions: object,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """The network's raw output, in new memory, on the device and in the dtype of ``sample``.
-
-        Args:
-            sample: [batch, C, H, W] latents after ``scale_model_input``.
-            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
-            encoder_hidden_states: [batch, tokens, D] text states.
-            return_dict: a record with ``sample``, or a tuple of one.
-            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
-                it asks for nothing.
-
-        Raises:
-            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
-                the table or has no row, or the latents have another size than the engine's.
-        """
-        result = self._answer(sample, timestep, encoder_hidden_states, conditions)
-        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def _answer(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
@@ -195,8 +169,38 @@ class EngineDenoiser(ModelMixin):  # type: ignore[misc]  # diffusers is not type
         raise InputError("an engine's network is fixed, FreeU cannot be switched on")
 
 
-class EngineTransformer(EngineDenoiser):
-    """The same for pipelines of Stable Diffusion 3, which call their transformer otherwise."""
+class EngineDenoiser(EngineComponent):
+    """The component of pipelines that call a UNet."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """The network's raw output, in new memory, on the device and in the dtype of ``sample``.
+
+        Args:
+            sample: [batch, C, H, W] latents after ``scale_model_input``.
+            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
+            encoder_hidden_states: [batch, tokens, D] text states.
+            return_dict: a record with ``sample``, or a tuple of one.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
+                it asks for nothing.
+
+        Raises:
+            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
+                the table or has no row, or the latents have another size than the engine's.
+        """
+        result = self._answer(sample, timestep, encoder_hidden_states, conditions)
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+
+class EngineTransformer(EngineComponent):
+    """The component of pipelines of Stable Diffusion 3, which call a transformer."""
 
     def forward(
         self,
@@ -234,7 +238,7 @@ def engine_denoiser(
     return kind(runner, config, timesteps, profile)
 
 
-def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
+def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineComponent:
     """The denoiser of a loaded engine, with the rows that ``runner`` is bound to."""
     return engine_denoiser(runner, engine.denoiser_config, runner.timesteps, runner.profile)
 

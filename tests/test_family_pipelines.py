@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-PROMPTS = ["a large red circle at the top left, white background", "a small blue square at the top right, gray background"]
+PROMPTS = [
+    "a large red circle at the top left, white background",
+    "a small blue square at the top right, gray background",
+]
 STEPS, TOKENS = 6, 8
 IMAGE_TO_IMAGE = {
     "StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline",
@@ -43,13 +46,13 @@ class Pair:
     floating: DiffusionPipeline
     engine: DiffusionPipeline
 
-    def call(self, pipe: DiffusionPipeline, **options: Any) -> np.ndarray:
+    def call(self, pipe: DiffusionPipeline, **options: object) -> np.ndarray:
         padded = {"max_sequence_length": TOKENS} if isinstance(pipe, diffusers.StableDiffusion3Pipeline) else {}
         generator = torch.Generator().manual_seed(5)
         found = pipe(num_inference_steps=STEPS, generator=generator, output_type="np", **padded, **options)
         return np.asarray(found.images)
 
-    def agree(self, **options: Any) -> np.ndarray:
+    def agree(self, **options: object) -> np.ndarray:
         expected, found = (self.call(pipe, **options) for pipe in (self.floating, self.engine))
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -29,9 +30,7 @@ class HalfStorage(ir.passes.InPlacePass):
             assert value.const_value is not None  # it was looked at
             tensor, name = value.const_value, value.name or ""
             del graph.initializers[name]
-            stored = lazy(
-                f"{name}/half", tensor.shape.numpy(), ir.DataType.FLOAT16, lambda tensor=tensor: _read(tensor)
-            )
+            stored = lazy(f"{name}/half", tensor.shape.numpy(), ir.DataType.FLOAT16, partial(_read, tensor))
             graph.initializers.add(stored)
             cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
             cast.outputs[0].name = name

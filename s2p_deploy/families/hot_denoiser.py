@@ -15,7 +15,7 @@ from s2p_deploy.records import TimestepTable, TimeTable
 from s2p_deploy.timesteps import timestep_table_of
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from torch import Tensor
 
     from s2p_deploy.families.network_kind import Config
@@ -28,7 +28,9 @@ class HotDenoiser(torch.nn.Module):
     features. ``config`` is the network's as it was, with its time path; ``added_width`` that of ``added_cond``.
     """
 
-    def __init__(self, network: torch.nn.Module, time: torch.nn.Module, config: Config) -> None:
+    network: ModelMixin
+
+    def __init__(self, network: ModelMixin, time: torch.nn.Module, config: Config) -> None:
         super().__init__()
         self.network, self.time, self.config = network, time, config
         self.kind = kind_of_config(config)
@@ -60,7 +62,7 @@ class Skeleton:
     sources: dict[str, str]
 
 
-def hot_denoiser(network: torch.nn.Module, time: TimeTable | TimestepTable) -> HotDenoiser:
+def hot_denoiser(network: ModelMixin, time: TimeTable | TimestepTable) -> HotDenoiser:
     """Takes the time path out of ``network`` (in place) and wraps it.
 
     A table of features stands in the time path's place, whose weights are gone; with a table of timesteps the time
@@ -110,5 +112,6 @@ def given_features(hot: HotDenoiser) -> HotDenoiser:
 
 def set_time_table(hot: HotDenoiser, table: TimeTable) -> None:
     """Puts the values of another table of the same shape into ``hot``."""
+    assert isinstance(hot.time, TableRows), "its features come from a table"
     present = hot.time.table
     hot.time.table = torch.from_numpy(table.projections).to(present.device, present.dtype)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from diffusers import ModelMixin
 
     from s2p_deploy.families.network_kind import Config, NetworkKind
 
@@ -38,7 +39,7 @@ def kind_of_config(config: Mapping[str, Any]) -> NetworkKind:
     return kind
 
 
-def network_config(network: torch.nn.Module) -> Config:
+def network_config(network: ModelMixin) -> Config:
     """The diffusers configuration of a network, JSON-ready, with its class and no other private key."""
     public = {key: value for key, value in network.config.items() if not key.startswith("_")}
     return {_CLASS: type(network).__name__} | public

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -15,10 +15,9 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     return "transformer" if "transformer" in pipe.components else "unet"
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
     """The pipeline's denoiser."""
-    denoiser: torch.nn.Module = pipe.components[denoiser_name(pipe)]
-    return denoiser
+    return pipe.components[denoiser_name(pipe)]
 
 
 def with_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> DiffusionPipeline:

@@ -90,7 +90,10 @@ def discover_sites(denoiser: HotDenoiser, tokens: int = 2) -> tuple[Site, ...]:
     watched = [name for name, module in modules.items() if isinstance(module, kinds + rewritten)]
     given = zero_inputs(denoiser, tokens=tokens)
     readings = _watch(denoiser, watched, given)
-    sources = {id(given.sample): "sample", id(given.encoder_hidden_states): "text"}
+    sources: dict[int, Literal["sample", "text"]] = {
+        id(given.sample): "sample",
+        id(given.encoder_hidden_states): "text",
+    }
     named = {reading.name: sources[id(reading.tensor)] for reading in readings if id(reading.tensor) in sources}
     low_rank = [name for name, module in modules.items() if isinstance(module, LowRankLinear)]
     branches = {f"{name}.{half}" for name in low_rank for half in ("down", "up")}

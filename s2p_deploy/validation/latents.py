@@ -39,9 +39,15 @@ class ValidationLatents:
         return len(self.rows)
 
     def inputs(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
-        """As a runner takes them."""
-        given = {"sample": self.sample, "step_index": self.rows, "encoder_hidden_states": self.text}
-        return given | ({"added_cond": self.added_cond} if self.added_cond.shape[1] else {})
+        """As a runner takes them, in the order of a denoiser's arguments."""
+        given: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {
+            "sample": self.sample,
+            "step_index": self.rows,
+            "encoder_hidden_states": self.text,
+        }
+        if self.added_cond.shape[1]:
+            given["added_cond"] = self.added_cond
+        return given
 
     def parts(self) -> Iterator[ValidationLatents]:
         """All of them in order, as many at a time as a full-size model's activations fit into memory."""
