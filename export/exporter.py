@@ -65,8 +65,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
 
     Raises:
         InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``; the model has no
-            constant time table; ``time_path`` is missing, or not that of the model's time table; the text is
-            quantized where its products were to be an input.
+            such form; ``time_path`` is missing, or not that of the model's time table.
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)

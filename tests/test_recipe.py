@@ -71,7 +71,7 @@ def test_what_the_presets_say() -> None:
     }
     assert [name for name in preset_names() if load_recipe(name).is_float] == ["fp"]
     kept = {rule.match: (rule.weights, rule.activations) for rule in load_recipe("w4a8").rules}
-    assert kept == {"conv_in": ("int8", "none"), "conv_out": ("int8", "none"), "text": (None, "none")}
+    assert kept == {"input": ("int8", "none"), "output": ("int8", "none"), "text": (None, "none")}
 
 
 def test_only_ptq_stream_looks_at_no_activation() -> None:

@@ -23,6 +23,16 @@ _LOWERINGS: tuple[Lowering, ...] = ("auto", "rescale", "runtime_q")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+SpanOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MIN:OPT:MAX",
+        help="Sizes of the latents (an eighth of the picture's), of a graph with --sizes dynamic; where left out, the "
+        "trained one.",
+    ),
+]
+
+
 def build(  # noqa: PLR0913 - its options
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="What export wrote.")],
     *,
@@ -32,15 +42,8 @@ def build(  # noqa: PLR0913 - its options
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes: the smallest, the one to tune for, the largest.")
     ] = "1:2:32",
-    height: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MIN:OPT:MAX",
-            help="Heights of the latents (an eighth of the picture's), of a graph with --sizes dynamic; where left "
-            "out, the trained one.",
-        ),
-    ] = None,
-    width: Annotated[str | None, typer.Option(metavar="MIN:OPT:MAX", help="Widths, likewise.")] = None,
+    height: SpanOption = None,
+    width: SpanOption = None,
     lowering: Annotated[str, typer.Option(help="Form of timestep-dependent scales: auto, rescale or runtime_q.")] = (
         "auto"
     ),

@@ -12,6 +12,10 @@ from s2p_deploy.cli.options import JsonOption, ModelOption, PublicKeyOption, bas
 from s2p_deploy.cli.outcome import Outcome, show
 from s2p_deploy.errors import InputError
 
+SizeOption = Annotated[
+    int | None, typer.Option(min=1, metavar="PIXELS", help="Of the picture, where the engine takes several sizes.")
+]
+
 
 def generate(  # noqa: PLR0913 - its options
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="What build wrote.")],
@@ -33,10 +37,8 @@ def generate(  # noqa: PLR0913 - its options
     guidance_scale: Annotated[
         float | None, typer.Option(min=1.0, help="The recipe's or pipeline's where left out.")
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Of the picture, where the engine takes several sizes.")
-    ] = None,
-    width: Annotated[int | None, typer.Option(min=1, metavar="PIXELS", help="Likewise.")] = None,
+    height: SizeOption = None,
+    width: SizeOption = None,
     model: ModelOption = None,
     public_key: PublicKeyOption = None,
     as_json: JsonOption = False,

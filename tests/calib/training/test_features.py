@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from tiny_networks import POOLED, TEXT, TOKENS, tiny_mmdit
 
 from s2p_deploy.calib.training.features import feature_loss, feature_targets, tapped
 from s2p_deploy.calib.training.setting import TrainingSetting
-from s2p_deploy.families import HotDenoiser
+from s2p_deploy.families import HotDenoiser, hot_denoiser
 from s2p_deploy.recipe import Features, Recipe
+from s2p_deploy.records import TimestepTable
 
 
 def test_both_forms_by_hand() -> None:
@@ -23,6 +26,23 @@ def test_blocks_are_the_three_kinds(hot: HotDenoiser, recipe: Recipe) -> None:
     expected = {"down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"}
     assert set(feature_targets(TrainingSetting(training, 1.0, teacher=hot), hot)) == expected
     assert feature_targets(TrainingSetting(recipe.training, 1.0), hot) == ()
+
+
+@torch.no_grad()
+def test_of_a_joint_block_the_image_is_tapped(recipe: Recipe) -> None:
+    timesteps = np.asarray([100.0, 900.0])
+    levels = np.linspace(0, 1, 1001)
+    table = TimestepTable("a scheduler", {}, 2, (100.0, 900.0), levels, flow_matching=True, fractional=timesteps)
+    hot = hot_denoiser(tiny_mmdit(), table).eval()
+    training = recipe.training.model_copy(update={"features": Features(targets="blocks")})
+    targets = feature_targets(TrainingSetting(training, 1.0, teacher=hot), hot)
+    assert targets == tuple(f"transformer_blocks.{number}" for number in range(3))
+    seen: list[torch.Tensor] = []
+    hot.network.norm_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with tapped(hot, targets) as found:
+        hot(torch.randn(2, 4, 8, 8), torch.tensor([0, 1]), torch.randn(2, TOKENS, TEXT), torch.randn(2, POOLED))
+    assert {value.shape for value in found.values()} == {(2, 16, 16)}, "patches by width, not tokens"
+    assert found["transformer_blocks.2"] is seen[0]
 
 
 @torch.no_grad()
