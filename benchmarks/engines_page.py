@@ -40,19 +40,20 @@ def read_results(folder: Path) -> dict[str, Any]:
     return parts | ({"ptq": ptq} if ptq else {})
 
 
-def page_with(page: str, results: Mapping[str, Any]) -> str:
-    """The page with every section made anew.
+def page_with(page: str, results: Mapping[str, Any], sections: Mapping[str, Callable[[Any], str]] | None = None) -> str:
+    """The page with every section made anew, by the function of its name (None: those of docs/engines.md).
 
     Raises:
         SystemExit: the page has a section of an unknown name, or one without an end.
     """
+    known = _SECTIONS if sections is None else sections
     for name in re.findall(r"<!-- begin (.+?) -->", page):
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, _, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
-        if name not in _SECTIONS or not closed:
+        if name not in known or not closed:
             raise SystemExit(f"the page has a section {name!r} that is unknown or has no {end}")
-        text = _SECTIONS[name](results[name]) if name in results else NOT_MEASURED
+        text = known[name](results[name]) if name in results else NOT_MEASURED
         page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
     return page
 
@@ -78,10 +79,10 @@ def rtx_section(found: Mapping[str, Any]) -> str:
     columns = ["build", "op", "lowering", "weight bits stored", "activation bits", "compute type", "sites"]
     profile = found["fp"]["profile"]
     about = (
-        f"{_machine(found['fp'])} Batch {profile['minimum']} to {profile['maximum']}, a row of scales per sample."
+        f"{machine_line(found['fp'])} Batch {profile['minimum']} to {profile['maximum']}, a row of scales per sample."
         " Bounds: time ≤ 4 ×, memory ≤ 1 ×, plan ≤ 0.56 × (W8A8) and ≤ 0.45 × (W4A8)."
     )
-    return f"{about}\n\n{_table(head, rows)}\n\n{_table(columns, sites)}"
+    return f"{about}\n\n{table_of(head, rows)}\n\n{table_of(columns, sites)}"
 
 
 def ptq_section(found: Mapping[str, Any]) -> str:
@@ -97,16 +98,18 @@ def ptq_section(found: Mapping[str, Any]) -> str:
         ["UNet on disk", f"{made['unet_gb']:.2f} GB"],
         ["calibrated model on disk", f"{made['calibrated_model_gb']:.2f} GB"],
     ]
-    return _table(["recipe ptq", ""], rows)
+    return table_of(["recipe ptq", ""], rows)
 
 
 def _time_table(hint: str, run: Mapping[str, Any]) -> str:
     nncf = run["nncf"]
     bounds = _BOUNDS.get(hint, {})
     rows = [_time_row(name, run, bounds.get(name)) for name in _CONTENDERS]
-    about = f"Hint {hint}, batch {run['batch']}. {_machine(run)} NNCF {nncf['nncf']}, model type {nncf['model_type']}."
+    about = (
+        f"Hint {hint}, batch {run['batch']}. {machine_line(run)} NNCF {nncf['nncf']}, model type {nncf['model_type']}."
+    )
     head = ["engine", "best step", "median", "ours/this, best", "ours/this, median", "bound", "peak memory"]
-    return f"{about}\n\n{_table(head, rows)}"
+    return f"{about}\n\n{table_of(head, rows)}"
 
 
 def _time_row(name: str, run: Mapping[str, Any], bound: float | None) -> list[str]:
@@ -125,8 +128,8 @@ def _layers_table(hint: str, run: Mapping[str, Any]) -> str:
     rows = [[f"`{kind}`", *_spent(ours, kind), *_spent(theirs, kind)] for kind in shown]
     total = [f"{sum(_ms(side, kind) for kind in side):.0f}" for side in (ours, theirs)]
     rows.append(["all", total[0], "", total[1], ""])
-    about = f"Hint {hint}. {_machine(run)} Milliseconds by OpenVINO's counters; kinds of at least 10 ms."
-    return f"{about}\n\n{_table(['layer and kernel', 'ours', 'layers', 'NNCF', 'layers'], rows)}"
+    about = f"Hint {hint}. {machine_line(run)} Milliseconds by OpenVINO's counters; kinds of at least 10 ms."
+    return f"{about}\n\n{table_of(['layer and kernel', 'ours', 'layers', 'NNCF', 'layers'], rows)}"
 
 
 def _ms(side: Mapping[str, Any], kind: str) -> float:
@@ -157,13 +160,15 @@ def _site_row(name: str, kind: Mapping[str, Any]) -> list[str]:
     return ["FP16" if name == "fp" else name.upper(), *(str(kind[key]) for key in keys)]
 
 
-def _machine(run: Mapping[str, Any]) -> str:
+def machine_line(run: Mapping[str, Any]) -> str:
+    """On what it was measured, and with which libraries."""
     machine = run["machine"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in _SHOWN if name in machine["versions"])
     return f"{machine['processor']}, {machine['cores']} core{'s' if machine['cores'] > 1 else ''}; {versions}."
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 

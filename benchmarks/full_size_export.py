@@ -1,10 +1,10 @@
 """Export at full size, random weights: seconds, peak memory and size of the graph, one export per process.
 
     python benchmarks/full_size_stream.py sdxl w4a8        # and fp: what is exported
-    python benchmarks/full_size_export.py sdxl w4a8 [--work build/full_size] [--dtype fp16]
+    python benchmarks/full_size_export.py sdxl w4a8 [--work build/full_size] [--dtype fp16] [--sizes dynamic]
 
-Writes ``WORK/sdxl/graph-w4a8-fp16`` from ``WORK/sdxl/model-w4a8``, and its figures into
-``results/full_size_export.json``.
+Writes ``WORK/sdxl/graph-w4a8-fp16`` (``-dynamic``, ``-text``: its options) from ``WORK/sdxl/model-w4a8``, and its
+figures into ``results/full_size_export.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import CalibratedModel, ExportedGraph
 
@@ -25,35 +27,45 @@ def main() -> None:
     parser.add_argument("original", choices=("sd14", "sd21", "sdxl", "sd3"))
     parser.add_argument("form", choices=("fp", "w8a8", "w4a8"))
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
+    parser.add_argument("--sizes", choices=("fixed", "dynamic"), default="fixed")
+    parser.add_argument("--text", choices=("graph", "input"), default="graph", help="--text-projections")
     parser.add_argument("--work", type=Path, default=Path("build/full_size"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_export.json")
     asked = parser.parse_args()
-    found = measure(asked.work / asked.original, asked.form, asked.dtype)
+    forms = {"dtype": asked.dtype, "sizes": asked.sizes, "text_projections": asked.text}
+    out = graph_name(asked.form, asked.dtype, sizes=asked.sizes, text="text" if asked.text == "input" else "")
+    found = measure(asked.work / asked.original, asked.form, out, forms)
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
-    known[asked.original] = known.get(asked.original, {}) | {f"{asked.form} {asked.dtype}": found}
+    known[asked.original] = known.get(asked.original, {}) | {out.removeprefix("graph-"): found}
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
-def measure(work: Path, form: str, dtype: Any) -> dict[str, Any]:  # noqa: ANN401 - one of two words
-    """Exports one form; the check of the calibrated model's own bytes is timed apart."""
+def graph_name(form: str, dtype: str, *, sizes: str = "fixed", text: str = "") -> str:
+    """The folder of a graph in a family's work folder."""
+    return "-".join(("graph", form, dtype, *(part for part in (text, sizes.removeprefix("fixed")) if part)))
+
+
+def measure(work: Path, form: str, name: str, forms: dict[str, Any]) -> dict[str, Any]:
+    """Exports one form as ``work/name``; the check of the calibrated model's own bytes is timed apart."""
     before, start = peak_gb(), time.perf_counter()
     model = CalibratedModel.open(work / f"model-{form}")
     opened = time.perf_counter()
     used = time.process_time()
-    graph = export_graph(model, work / f"graph-{form}-{dtype}", dtype=dtype, replace=True)
+    graph = export_graph(model, work / name, **forms, replace=True)
     return {
         "seconds": round(time.perf_counter() - opened, 1),
         "processor_seconds": round(time.process_time() - used, 1),
+        "threads": torch.get_num_threads(),
         "seconds_to_verify_the_model": round(opened - start, 1),
         "peak_memory_gb": round(peak_gb(), 2),
         "peak_memory_before_gb": round(before, 2),
         "sites": len(graph.sites),
-    } | sizes(graph, model)
+    } | gigabytes(graph, model)
 
 
-def sizes(graph: ExportedGraph, model: CalibratedModel) -> dict[str, float]:
+def gigabytes(graph: ExportedGraph, model: CalibratedModel) -> dict[str, float]:
     """Of the denoiser's graph, of the constant time table in it, and of the conditioning graph."""
     slices = model.manifest.content["time_slices"].values()
     rows = 0 if model.added_width else len(graph.timesteps.angle)

@@ -1,8 +1,9 @@
-"""One calibrated model on other schedules: its rows reused and interpolated, and after a short training on fewer steps.
+"""Calibrated models on other schedules: their rows reused and interpolated, and after a short training on fewer steps.
 
-    python benchmarks/reschedule.py CALIB [--pictures 256] [--iterations 150]
+    python benchmarks/reschedule.py CALIB... [--pictures 256] [--iterations 150]
 
-The fine-tuned model goes on from CALIB with the pipeline's own scheduler at 25 steps. Simulated in PyTorch.
+A fine-tuned model goes on from CALIB with the pipeline's own scheduler at 25 steps. Simulated in PyTorch. Rows of
+recipes that --out already holds are replaced, others kept.
 """
 
 from __future__ import annotations
@@ -32,33 +33,46 @@ SCHEDULES = (Schedule(50), Schedule(STEPS), Schedule(10, "unipc"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calib", type=Path)
+    parser.add_argument("calib", type=Path, nargs="+")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--dataset", type=Path, help="folder of the 25-step dataset, made there and shared")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "reschedule.json")
     asked = parser.parse_args()
     base = resolve_base("shapes")
-    model = CalibratedModel.open(asked.calib)
-    tuned = fine_tuned(model, base, asked.iterations, asked.calib.with_name(f"{asked.calib.name}-{STEPS}-steps"))
+    given = [CalibratedModel.open(folder) for folder in asked.calib]
+    models = {(str(model.manifest.recipe["name"]), False): model for model in given}
+    for folder, model in zip(asked.calib, given, strict=True):
+        out = folder.with_name(f"{folder.name}-{STEPS}-steps")
+        models[model.manifest.recipe["name"], True] = fine_tuned(model, base, asked.iterations, out, asked.dataset)
     prompts = prompts_from_option("shapes:held_out").first(asked.pictures)
-    models = {"as calibrated": model, "fine-tuned": tuned}
     rows = [row for schedule in SCHEDULES for row in compared(base, prompts, schedule, models)]
-    result = {"recipe": model.manifest.recipe["name"], "iterations": asked.iterations, "rows": rows}
-    asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(asked.out, rows, {"pictures": asked.pictures, "iterations": asked.iterations})
 
 
-def fine_tuned(model: CalibratedModel, base: BasePipeline, iterations: int, out: Path) -> CalibratedModel:
+def write(out: Path, rows: list[dict[str, Any]], setting: dict[str, int]) -> None:
+    """The rows beside those of other recipes in ``out``, measured in the same setting."""
+    kept = json.loads(out.read_text(encoding="utf-8")) if out.exists() else setting | {"rows": []}
+    if {name: kept.get(name) for name in setting} != setting:
+        raise SystemExit(f"{out} was measured with another number of pictures or iterations: choose another --out")
+    recipes = {row["recipe"] for row in rows}
+    result = setting | {"rows": [row for row in kept["rows"] if row["recipe"] not in recipes] + rows}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=1))
+
+
+def fine_tuned(
+    model: CalibratedModel, base: BasePipeline, iterations: int, out: Path, dataset: Path | None
+) -> CalibratedModel:
     """``model`` after a short training on the trajectories of fewer steps."""
     data = model.manifest.recipe | {"sampling": model.manifest.recipe["sampling"] | {"steps": STEPS}}
     data["training"] = data["training"] | {"iterations": iterations}
-    return calibrate(
-        base, recipe_from_data(data, "fine-tuning"), prompts_from_option("shapes:train"), out, initial=model
-    )
+    recipe, prompts = recipe_from_data(data, "fine-tuning"), prompts_from_option("shapes:train")
+    return calibrate(base, recipe, prompts, out, initial=model, dataset=dataset, replace=True)
 
 
 def compared(
-    base: BasePipeline, prompts: PromptSet, schedule: Schedule, models: dict[str, CalibratedModel]
+    base: BasePipeline, prompts: PromptSet, schedule: Schedule, models: dict[tuple[str, bool], CalibratedModel]
 ) -> list[dict[str, Any]]:
     """Median PSNR in dB to the floating-point pictures of the same schedule, for every model."""
     pipe = load_pipeline(base)
@@ -71,10 +85,11 @@ def compared(
 
     reference = pictures(fp_denoiser(base, first.timesteps.steps))
     rows = []
-    for name, model in models.items():
+    for (recipe, tuned), model in models.items():
         psnr = median_of(psnr_db(reference, pictures(fake_quant_denoiser(model))))
         figures = {"median_psnr": round(psnr.value, 2), "low": round(psnr.low, 2), "high": round(psnr.high, 2)}
-        rows.append({"scheduler": schedule.scheduler or "own", "steps": schedule.steps, "model": name} | figures)
+        of = {"recipe": recipe, "fine_tuned": tuned, "scheduler": schedule.scheduler or "own", "steps": schedule.steps}
+        rows.append(of | figures)
     return rows
 
 

@@ -13,7 +13,6 @@ from s2p_deploy.calib.atomic import link_or_copy, link_or_copy_files
 from s2p_deploy.calib.dataset.generate import generate_dataset
 from s2p_deploy.calib.dataset.shards import dataset_request, open_finished
 from s2p_deploy.calib.job import KIND, Job, claim, finished
-from s2p_deploy.calib.lock import claimed
 from s2p_deploy.calib.model_files import Found, write_model
 from s2p_deploy.calib.quantization.quantization import Quantization, quantization_of
 from s2p_deploy.calib.quantization.scale_start import StartingGrids, calibrated_rows
@@ -28,6 +27,7 @@ from s2p_deploy.calib.training.train import LOG, TrainingOutcome, train
 from s2p_deploy.errors import InputError
 from s2p_deploy.progress import silent
 from s2p_deploy.records import CalibratedModel, PromptSet, write_artifact
+from s2p_deploy.records.lock import claimed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy import __version__
-from s2p_deploy.calib.atomic import write_text
+from s2p_deploy.calib.unfinished import claim_unfinished, partial_of, request_of
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import CalibratedModel, read_manifest
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from s2p_deploy.records import PrecisionPlan, PromptSet
 
 KIND = "CalibratedModel"
-_REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Job:
     @property
     def partial(self) -> Path:
         """Where unfinished work stands."""
-        return self.out.with_name(f"{self.out.name}.partial")
+        return partial_of(self.out)
 
     def asked(self) -> dict[str, Any]:
         """What decides the result, whichever machine it is made on."""
@@ -85,7 +84,7 @@ def finished(job: Job) -> CalibratedModel:
             f"{job.out} was made from another recipe, prompts, plan, initial model or pipeline:"
             " choose another --out, or pass --force to replace it"
         )
-    if _left_behind(job) == job.request():
+    if request_of(job.partial) == job.request():
         shutil.rmtree(job.partial)  # killed between the last rename and the clearing away
     return CalibratedModel.open(job.out)
 
@@ -96,24 +95,4 @@ def claim(job: Job) -> None:
     Raises:
         InputError: what was left behind is of another job.
     """
-    request = job.request()
-    if job.partial.exists():
-        found = _left_behind(job)
-        if found == request:
-            return
-        if found and not job.replace:
-            other = next(name for name in request if found.get(name) != request[name])
-            raise InputError(
-                f"{job.partial} holds unfinished work with another {other}:"
-                " start it as it was, choose another --out, or pass --force to drop it"
-            )
-        shutil.rmtree(job.partial)
-    job.partial.mkdir(parents=True)
-    write_text(job.partial / _REQUEST, json.dumps(request, indent=1) + "\n")
-
-
-def _left_behind(job: Job) -> dict[str, Any]:
-    """The request of the work folder that stands there, or nothing."""
-    file = job.partial / _REQUEST
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
+    claim_unfinished(job.partial, job.request(), replace=job.replace)

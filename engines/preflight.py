@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.records.disk_room import free_bytes
 
 if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
@@ -96,7 +96,7 @@ def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) ->
         raise MissingEnvironmentError(
             f"the build needs at least {_size(needed.memory)} of memory, {_size(memory)} are available"
         )
-    disk = shutil.disk_usage(_existing(folder)).free
+    disk = free_bytes(folder)
     if disk < needed.disk:
         raise MissingEnvironmentError(
             f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free"
@@ -110,10 +110,6 @@ def available_memory() -> int | None:
         return None
     lines = meminfo.read_text(encoding="ascii").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.passes.half_storage import HalfStorage
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
+from s2p_deploy.export.tensors import stored_bytes
 from s2p_deploy.export.tracing import OPSET, quiet_exporter
 from s2p_deploy.families import hot_skeleton
 from s2p_deploy.progress import Progress, silent
@@ -34,17 +35,14 @@ _INLINE_UP_TO = 2**25  # bytes of weights that stay inside the graph file
 _PATH = "time.path."
 
 
-def write_time_path(time_path: TimePath, file: Path) -> None:
-    """Writes a time path as ONNX, float32: ``timesteps`` float32 [rows] -> ``time_projections`` [rows, P]."""
+def time_path_model(time_path: TimePath) -> ir.Model:
+    """A time path as ONNX, float32: ``timesteps`` float32 [rows] -> ``time_projections`` [rows, P]."""
     state = {name: tensor.numpy() for name, tensor in time_path.state_dict().items()}
-    model = _traced(time_path, (torch.arange(2, dtype=torch.float32),), (TIMESTEPS,), state.__getitem__)
-    _save(model, file, silent)
+    return _traced(time_path, (torch.arange(2, dtype=torch.float32),), (TIMESTEPS,), state.__getitem__)
 
 
-def write_conditioning(
-    calibrated: CalibratedModel, config: Config, file: Path, *, half: bool, progress: Progress = silent
-) -> None:
-    """Writes the time path of a model whose features depend on the prompt too, its weights read one at a time.
+def conditioning_model(calibrated: CalibratedModel, config: Config, *, half: bool) -> ir.Model:
+    """The time path of a model whose features depend on the prompt too; its weights are read when they are written.
 
     ``timesteps`` float32 [rows] and ``added_cond`` float32 [rows, A] -> ``time_projections`` float32 [rows, P]. With
     ``half`` the weights are stored in float16.
@@ -55,7 +53,7 @@ def write_conditioning(
     model = _traced(path, examples, (TIMESTEPS, ADDED_COND), lambda name: calibrated.tensor(_PATH + name))
     if half:
         HalfStorage()(model)
-    _save(model, file, progress)
+    return model
 
 
 def _traced(
@@ -83,10 +81,9 @@ def _traced(
     return program.model
 
 
-def _save(model: ir.Model, file: Path, progress: Progress) -> None:
+def write_conditioning(model: ir.Model, file: Path, progress: Progress = silent) -> None:
     """Small graphs as one file, others with ``<file>.data`` beside them, tensor by tensor."""
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if weights <= _INLINE_UP_TO:
+    if stored_bytes(model) <= _INLINE_UP_TO:
         ir.save(model, file)
         return
     ir.save(

@@ -10,12 +10,19 @@ import onnx_ir as ir
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export.canonical import DType, TextProjectionsForm, TimeTableForm, canonical_graph, denoiser_config
 from s2p_deploy.export.centres import usable_centres
-from s2p_deploy.export.conditioning import check_time_path, write_conditioning, write_time_path
+from s2p_deploy.export.conditioning import (
+    check_time_path,
+    conditioning_model,
+    time_path_model,
+    write_conditioning,
+)
 from s2p_deploy.export.graph_contract import check_graph
+from s2p_deploy.export.tensors import stored_bytes
 from s2p_deploy.export.tracing import OPSET
 from s2p_deploy.families import kind_of_config, latent_shape_of
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import ExportedGraph, TensorSpec, check_vacant, write_artifact
+from s2p_deploy.records.disk_room import check_room
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE, graph_json
 from s2p_deploy.records.precision_plan import write_plan
 from s2p_deploy.records.scale_table import write_scale_table
@@ -64,8 +71,9 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         progress: told about every tensor written.
 
     Raises:
-        InputError: ``out`` exists; a ratio of scales or a weight is out of the range of ``dtype``; the model has no
-            such form; ``time_path`` is missing, or not that of the model's time table.
+        InputError: ``out`` exists; its disk has no room for the graph; a ratio of scales or a weight is out of the
+            range of ``dtype``; the model has no such form; ``time_path`` is missing, or not that of the model's time
+            table.
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
@@ -73,13 +81,16 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     graph = canonical_graph(calibrated, dtype, form, text_projections, sizes)
+    conditioning = _conditioning(calibrated, time_path, dtype) if form == "input" else None
+    models = (graph.model, graph.text_model, conditioning)
+    check_room(out, sum(stored_bytes(model) for model in models if model is not None))
 
     def fill(folder: Path) -> dict[str, Any]:
         _write_graph(graph, dtype, folder, progress)
         check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
         _write_tables(calibrated, folder)
-        if form == "input":
-            _write_conditioning(calibrated, time_path, dtype, folder / CONDITIONING_FILE, progress)
+        if conditioning is not None:
+            write_conditioning(conditioning, folder / CONDITIONING_FILE, progress)
         forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
         return _content(calibrated, dtype) | forms | (_open_latents(calibrated) if sizes == "dynamic" else {})
 
@@ -120,13 +131,10 @@ def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Pr
     (folder / "graph.json").write_text(described, encoding="utf-8")
 
 
-def _write_conditioning(
-    calibrated: CalibratedModel, time_path: TimePath | None, dtype: DType, file: Path, progress: Progress
-) -> None:
+def _conditioning(calibrated: CalibratedModel, time_path: TimePath | None, dtype: DType) -> ir.Model | None:
     if calibrated.added_width:
-        write_conditioning(calibrated, denoiser_config(calibrated), file, half=dtype == "fp16", progress=progress)
-    elif time_path is not None:
-        write_time_path(time_path, file)
+        return conditioning_model(calibrated, denoiser_config(calibrated), half=dtype == "fp16")
+    return None if time_path is None else time_path_model(time_path)
 
 
 def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:

@@ -48,6 +48,11 @@ def reshaped(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     return lazy(str(value.name), shape, tensor.dtype, lambda: tensor.numpy().reshape(shape))
 
 
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers as they are stored; nothing is read for it."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
 def usable_weight_scale(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
     """Weight scales that stay above zero when rounded to ``dtype`` (channels of zeros have scales near 1e-19)."""
     return scale if dtype == ir.DataType.FLOAT else np.maximum(scale, np.float32(_SMALLEST_HALF))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from s2p_deploy.errors import InputError
 from s2p_deploy.families import latent_shape, zero_inputs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from s2p_deploy.families import HotDenoiser
     from s2p_deploy.records import PromptSet
 
@@ -49,17 +45,6 @@ def text_bytes(prompts: PromptSet, teacher: HotDenoiser, tokens: int) -> int:
     texts = len({prompt.text for prompt in prompts.prompts}) + len({prompt.negative for prompt in prompts.prompts})
     each = tokens * teacher.kind.text_width(teacher.config) + teacher.added_width
     return 4 * texts * each + 2 * 8 * len(prompts.prompts)
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises InputError where the disk of ``folder``, which need not exist yet, has less than ``size`` bytes left."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise InputError(
-            f"{folder} needs {size / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB left:"
-            " make room, choose another --out, or lower dataset.prompts or dataset.points_per_prompt"
-        )
 
 
 @torch.no_grad()

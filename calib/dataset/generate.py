@@ -10,7 +10,7 @@ import torch
 
 from s2p_deploy import __version__
 from s2p_deploy.calib.atomic import write_tensors
-from s2p_deploy.calib.dataset.estimate import Estimate, check_room, point_bytes, seconds_per_call, text_bytes
+from s2p_deploy.calib.dataset.estimate import Estimate, point_bytes, seconds_per_call, text_bytes
 from s2p_deploy.calib.dataset.merge import merge_shards
 from s2p_deploy.calib.dataset.sampler import Sampler
 from s2p_deploy.calib.dataset.shards import DatasetRequest, claim_work, claimed_rank, missing_shards, open_finished
@@ -27,6 +27,7 @@ from s2p_deploy.calib.dataset.trajectories import (
 from s2p_deploy.families import hot_denoiser_of, load_pipeline, text_tokens
 from s2p_deploy.progress import silent
 from s2p_deploy.records import LatentDataset
+from s2p_deploy.records.disk_room import check_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import Base, PromptSet
 
 _CPU = torch.device("cpu")
+_LESS_ROOM = "make room, choose another --out, or lower dataset.prompts or dataset.points_per_prompt"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def write_shards(request: DatasetRequest, walker: Walker) -> None:
     chosen = _chosen_calls(request, walker)
     conditions = walker.conditions()
     missing = [prompt for shard in missing_shards(request, conditions) for prompt in shard.prompts]
-    check_room(request.work, _bytes(request, walker, sum(len(chosen[prompt]) for prompt in missing)))
+    size = _bytes(request, walker, sum(len(chosen[prompt]) for prompt in missing))
+    check_room(request.work, size, _LESS_ROOM)
     with claimed_rank(request, walker.rank, walker.ranks), _placed(walker):
         claim_work(request, conditions)
         own = [shard for shard in missing_shards(request, conditions) if walker.takes(shard)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from s2p_deploy.calib.streaming.tensor_file import write_tensor_file
 from s2p_deploy.calib.streaming.weight_scales import closed_form_scales
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import write_artifact
+from s2p_deploy.records.disk_room import check_room
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,15 +118,4 @@ def _check_recipe(job: Job) -> None:
         raise InputError(
             f"recipe {recipe.name} asks for {key}, which needs stored latents or the whole denoiser: leave it out,"
             " or set scales.activations to mse"
-        )
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises InputError where the disk of ``folder``, which need not exist yet, has less than ``size`` bytes left."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise InputError(
-            f"{folder} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left:"
-            " make room, or choose another --out"
         )

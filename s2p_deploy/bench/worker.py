@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.bench.workload import random_inputs, serve_workload
-from s2p_deploy.engines import load_engine
+from s2p_deploy.engines import ShapeProfile, load_engine
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Base, Engine, Prompt
 
@@ -22,14 +22,15 @@ class EngineWorkload:
     def __init__(self, engine: Engine, batch: int, drawing: dict[str, Any] | None) -> None:
         self._engine = engine
         self._runner = load_engine(self._engine, tried=True)  # this process may crash: its parent lives on
-        self._batch = batch
+        profile = ShapeProfile.from_json(engine.manifest.content["profile"])
+        self._sizes = profile.sizes("optimum") | {"batch": batch}
         self._drawing = drawing or {}
         self._pipe: DiffusionPipeline | None = None
 
     def step(self, number: int) -> None:
         """One call of the engine on random latents and text, on one calibrated row after the other."""
         rows = self._engine.timesteps.calibrated_rows
-        self._runner.infer(random_inputs(self._runner.inputs, self._batch, rows[number % len(rows)], number))
+        self._runner.infer(random_inputs(self._runner.inputs, self._sizes, rows[number % len(rows)], number))
 
     def open_pipeline(self) -> None:
         """Loads the stock pipeline with the engine as its denoiser."""

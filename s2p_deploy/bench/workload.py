@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from s2p_deploy.bench.turns import answer_requests
+from s2p_deploy.engines.profile_shapes import shape_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -72,15 +73,18 @@ def memory() -> dict[str, int]:
     return {name: int(fields.get(field, "0").split()[0]) * 1024 for name, field in _UNITS.items()}
 
 
-def random_inputs(specs: Sequence[TensorSpec], batch: int, row: int, number: int) -> dict[str, NDArray[Any]]:
+def random_inputs(
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int], row: int, number: int
+) -> dict[str, NDArray[Any]]:
     """Standard normal values for every input but ``step_index``: all samples are on one row, as in a pipeline.
 
-    What comes from the prompt is the same for every ``number``, as it is for a picture's steps.
+    ``sizes`` gives every dynamic size by its name. What comes from the prompt is the same for every ``number``, as it
+    is for a picture's steps.
     """
     of_step, of_prompt = np.random.default_rng(number), np.random.default_rng(0)
     values: dict[str, NDArray[Any]] = {}
     for spec in specs:
-        shape = tuple(batch if isinstance(size, str) else size for size in spec.shape)
+        shape = shape_at(spec, sizes)
         if spec.name == "step_index":
             values[spec.name] = np.full(shape, row, np.int64)
         else:

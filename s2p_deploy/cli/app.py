@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated
@@ -28,6 +29,7 @@ from s2p_deploy.cli.verify import verify
 from s2p_deploy.errors import S2PError
 
 _INTERRUPTED = 130
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
     name="s2p-deploy",
@@ -71,6 +73,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
             return error.exit_code, f"{error.format_message()} (s2p-deploy --help lists what there is)"
         case S2PError():
             return error.exit_code, str(error)
+        case OSError() if error.errno in _NO_ROOM:
+            place = f" at {error.filename}" if error.filename else ""
+            return 2, f"the disk is full{place} ({error.strerror}): make room, or choose another --out"
         case _:
             return 1, f"internal error: {type(error).__name__}: {error}"
 

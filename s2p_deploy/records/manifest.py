@@ -19,6 +19,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from s2p_deploy import __version__
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.records.lock import claimed
 from s2p_deploy.records.plain_files import is_plain_name, open_plain, read_at_most, read_plain
 from s2p_deploy.records.strict import Strict, checked, parsed_json
 
@@ -82,26 +83,31 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
 ) -> Manifest:
     """Writes an artifact: ``fill(folder)`` writes its files into a temporary folder and returns the record's content.
 
+    The folder is ``.<name>.writing`` beside ``out``; where a kill left one, the next writer removes it.
+
     Raises:
-        InputError: ``out`` exists and ``replace`` is not set. What stood at ``out`` stays until the new one is whole.
+        InputError: ``out`` exists and ``replace`` is not set, or another process is writing it. What stood at ``out``
+            stays until the new one is whole.
     """
     check_vacant(out, replace=replace)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        content = fill(temporary)
-        hints = {
-            name: Parent(manifest.digest, os.path.relpath(path.resolve(), out.resolve()))
-            for name, (path, manifest) in (parents or {}).items()
-        }
-        files = {path.relative_to(temporary).as_posix(): file_digest(path, sync=True) for path in _own_files(temporary)}
-        manifest = Manifest(kind=kind, base=base, recipe=recipe, files=files, parents=hints, content=content)
-        _write_synced(temporary / MANIFEST, _sealed_text(asdict(manifest)))
-        _swap_in(temporary, out)
-    finally:
+    hints = {
+        name: Parent(manifest.digest, os.path.relpath(path.resolve(), out.resolve()))
+        for name, (path, manifest) in (parents or {}).items()
+    }
+    temporary = out.with_name(f".{out.name}.writing")
+    with claimed(temporary):
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            content = fill(temporary)
+            files = {
+                path.relative_to(temporary).as_posix(): file_digest(path, sync=True) for path in _own_files(temporary)
+            }
+            manifest = Manifest(kind=kind, base=base, recipe=recipe, files=files, parents=hints, content=content)
+            _write_synced(temporary / MANIFEST, _sealed_text(asdict(manifest)))
+            _swap_in(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
@@ -286,8 +292,9 @@ def _write_synced(path: Path, text: str) -> None:
 
 def _swap_in(temporary: Path, out: Path) -> None:
     """Renames the finished folder into place; an old one steps aside first and is deleted last."""
-    aside = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    aside = out.with_name(f".{out.name}.replaced")
     if out.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # left by a kill
         out.rename(aside)
     temporary.rename(out)
     shutil.rmtree(aside, ignore_errors=True)

@@ -17,7 +17,7 @@ from sibling_pipelines import sibling
 from s2p_deploy.calib import calibrate, fp_denoiser
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import GraphParts, export_graph
-from s2p_deploy.export.conditioning import write_conditioning
+from s2p_deploy.export.conditioning import conditioning_model, write_conditioning
 from s2p_deploy.families import EncodedText, HotDenoiser, denoiser_of, kind_of, load_pipeline, load_time_path
 from s2p_deploy.recipe import load_recipe
 
@@ -80,7 +80,7 @@ def test_the_conditioning_graph_gives_the_features_of_rows_and_prompts(family: F
 @torch.no_grad()
 def test_its_weights_may_be_stored_in_half(family: Family, tmp_path: Path, run_onnx: Callable) -> None:
     _, rows, text = asked(family)
-    write_conditioning(family.model, family.hot.config, tmp_path / "half.onnx", half=True)
+    write_conditioning(conditioning_model(family.model, family.hot.config, half=True), tmp_path / "half.onnx")
     found = conditioned(family, tmp_path / "half.onnx", run_onnx)
     assert found.dtype == np.float32
     assert sqnr(found, family.hot.time(rows, text.added_cond).numpy()) > 60

@@ -2,10 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from sibling_pipelines import sibling
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from s2p_deploy.families import EncodedText, encode_texts, load_pipeline, text_tokens
+from s2p_deploy.families import (
+    BasePipeline,
+    EncodedText,
+    encode_texts,
+    hot_denoiser_of,
+    load_pipeline,
+    resolve_base,
+    text_tokens,
+)
+from s2p_deploy.timesteps import timestep_table_of
 
 TEXTS = ["a small red circle at the top left, white background", "", "a large blue square, black background"]
 
@@ -88,3 +99,55 @@ def test_texts_are_picked_and_put_together() -> None:
     for same in joined:
         assert torch.equal(same.states, text.states)
         assert torch.equal(same.added_cond, text.added_cond)
+
+
+@pytest.fixture(scope="module")
+def with_t5(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
+    """The small SD3 with a third encoder, a T5 of random weights, saved and resolved as a user's pipeline is."""
+    words = ["<pad>", "</s>", "<unk>", *sorted({word for text in TEXTS for word in text.replace(",", " ,").split()})]
+    pieces = [(f"\u2581{word}" if word.isalpha() else word, -1.0) for word in words]
+    core = Tokenizer(models.Unigram(pieces, unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    end = core.token_to_id("</s>")
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(words), d_model=256, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
+    pipe = load_pipeline(sibling("sd3"))
+    whole = StableDiffusion3Pipeline(
+        **pipe.components
+        | {
+            "text_encoder_3": T5EncoderModel(config).eval(),
+            "tokenizer_3": T5TokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>"),
+        }
+    )
+    folder = tmp_path_factory.mktemp("t5") / "pipeline"
+    whole.save_pretrained(folder)
+    return resolve_base(str(folder))
+
+
+@torch.no_grad()
+def test_sd3_with_its_third_encoder(with_t5: BasePipeline, sd3: DiffusionPipeline) -> None:
+    pipe = load_pipeline(with_t5)
+    found, without = encoded(pipe, negative=False), encoded(sd3, negative=False)
+    states, _, pooled, _ = pipe.encode_prompt(
+        TEXTS, None, None, do_classifier_free_guidance=False, max_sequence_length=5
+    )
+    assert torch.equal(found.states, states)
+    assert torch.equal(found.added_cond, pooled)
+    assert found.states.shape == without.states.shape, "an engine takes both"
+    assert torch.equal(found.states[:, :-5], without.states[:, :-5])
+    assert found.states[:, -5:].abs().amin((1, 2)).gt(0).any()
+
+
+@torch.no_grad()
+def test_the_denoiser_reads_the_third_encoders_tokens(with_t5: BasePipeline) -> None:
+    """Its hot form answers as diffusers' network does, and otherwise than with zeros in their place."""
+    pipe = load_pipeline(with_t5)
+    text = encoded(pipe, negative=False)
+    sample, rows = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 3, 3])
+    timesteps = torch.from_numpy(timestep_table_of(pipe.scheduler, 6, fractional=True).timesteps).float()
+    expected = pipe.transformer(sample, text.states, text.added_cond, timesteps[rows]).sample
+    hot = hot_denoiser_of(pipe, 6)
+    assert torch.equal(hot(sample, rows, text.states, text.added_cond), expected)
+    zeros = torch.cat([text.states[:, :-5], torch.zeros_like(text.states[:, -5:])], 1)
+    assert not torch.equal(hot(sample, rows, zeros, text.added_cond), expected)

@@ -247,10 +247,12 @@ def test_a_kill_between_writes_leaves_the_old_artifact_whole(tmp_path: Path) -> 
     first = write(out)
     child = multiprocessing.get_context("fork").Process(target=write_slowly, args=(out,))
     child.start()
-    half_done = tmp_path / f".a.writing-{child.pid}" / "5.bin"
+    half_done = tmp_path / ".a.writing" / "5.bin"
     deadline = time.monotonic() + 20
     while not half_done.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
+    with pytest.raises(InputError, match=r"another process is at work on .*\.a\.writing"):
+        write(out, replace=True)
     assert child.pid
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -258,6 +260,9 @@ def test_a_kill_between_writes_leaves_the_old_artifact_whole(tmp_path: Path) -> 
     assert open_artifact(out, "Thing") == first
     with pytest.raises(InputError, match="unfinished"):
         open_artifact(half_done.parent, "Thing")
+    second = write(out, {"a.bin": b"second"}, replace=True)
+    assert open_artifact(out, "Thing") == second
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "the next writer clears up"
 
 
 def test_kind_and_presence_are_checked(tmp_path: Path) -> None:

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from s2p_deploy.calib.dataset.estimate import Estimate, check_room, point_bytes, seconds_per_call, text_bytes
-from s2p_deploy.errors import InputError
+from s2p_deploy.calib.dataset.estimate import Estimate, point_bytes, seconds_per_call, text_bytes
 from s2p_deploy.families import HotDenoiser
 from s2p_deploy.records import LatentDataset, PromptSet
 
@@ -29,10 +24,3 @@ def test_an_estimate_is_one_line() -> None:
     assert str(Estimate(1024, 3_200_000, 370, 32, 29.6)) == text + "30 s"
     assert str(Estimate(1024, 3_200_000, 370, 32, 3000)) == text + "50 min"
     assert str(Estimate(1024, 3_200_000, 370, 32, 9000)) == text + "2.5 h"
-
-
-def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    check_room(tmp_path / "new" / "folder", 1)
-    with pytest.raises(InputError, match=r"folder needs 1152921504606\.8 MB and its disk has .* left: make room"):
-        check_room(tmp_path / "new" / "folder", 2**60)
-    assert list(tmp_path.iterdir()) == []

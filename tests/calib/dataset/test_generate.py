@@ -19,11 +19,11 @@ from s2p_deploy.calib.dataset.estimate import Estimate
 from s2p_deploy.calib.dataset.generate import Walker, load_walker, make_dataset, write_shards
 from s2p_deploy.calib.dataset.shards import DatasetRequest, dataset_request
 from s2p_deploy.calib.dataset.stored_points import points_at
-from s2p_deploy.calib.lock import claimed
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import BasePipeline, HotDenoiser, resolve_base
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
+from s2p_deploy.records.lock import claimed
 from s2p_deploy.timesteps import timestep_table_of
 from tests.kill_loop import kill_script
 

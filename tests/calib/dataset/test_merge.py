@@ -7,11 +7,11 @@ import pytest
 from s2p_deploy.calib.dataset.generate import Walker, load_walker, write_shards
 from s2p_deploy.calib.dataset.merge import merge_shards
 from s2p_deploy.calib.dataset.shards import DatasetRequest, dataset_request
-from s2p_deploy.calib.lock import claimed
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import BasePipeline
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import PromptSet
+from s2p_deploy.records.lock import claimed
 
 
 @pytest.fixture

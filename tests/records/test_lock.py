@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.calib.lock import claimed, is_claimed, lock_file
 from s2p_deploy.errors import InputError
+from s2p_deploy.records.lock import claimed, is_claimed, lock_file
 
 # As a claim does, without the package's long way of imports.
 HOLD = """

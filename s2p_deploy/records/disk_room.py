@@ -1,0 +1,24 @@
+"""Room on a disk, looked at before anything is written there."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from s2p_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes left on the disk of ``folder``, which need not exist yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_room(folder: Path, size: int, remedy: str = "make room, or choose another --out") -> None:
+    """Raises InputError where the disk of ``folder``, which need not exist yet, has less than ``size`` bytes left."""
+    free = free_bytes(folder)
+    if free < size:
+        raise InputError(f"{folder} needs {size / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left: {remedy}")
