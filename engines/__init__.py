@@ -14,6 +14,7 @@ from s2p_deploy.engines.isolation import Limits
 from s2p_deploy.engines.load import load_engine
 from s2p_deploy.engines.lowerings import Lowerings, recorded_lowerings
 from s2p_deploy.engines.options import BuildOptions, ShapeProfile, Span
+from s2p_deploy.engines.parts import EnginePart, EngineParts, PreparedParts, engine_parts
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
 from s2p_deploy.engines.site_report import sites_not_int8
 from s2p_deploy.engines.subgraph import runner_for_subgraph
@@ -23,8 +24,11 @@ __all__ = [
     "BoundRunner",
     "BuildOptions",
     "Capabilities",
+    "EnginePart",
+    "EngineParts",
     "Limits",
     "Lowerings",
+    "PreparedParts",
     "Runner",
     "ShapeProfile",
     "Span",
@@ -34,6 +38,7 @@ __all__ = [
     "build_engine",
     "check_hint",
     "check_scales",
+    "engine_parts",
     "load_engine",
     "recorded_lowerings",
     "runner_for_subgraph",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.engines.options import BuildOptions, ShapeProfile
+    from s2p_deploy.engines.parts import EngineParts
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
 
@@ -109,6 +110,12 @@ class Backend(Protocol):
 
     def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
         """Compiles a small in-memory model that was prepared, as ``compile`` does, and runs it here."""
+
+    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> EngineParts | None:
+        """Cuts parts out of an engine's own files, verified; None where nothing can be cut out of them.
+
+        ``scratch`` is an empty folder that lives as long as the parts do.
+        """
 
 
 def backend_by_name(name: str) -> Backend:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.engines.backend import check_hint, check_refit, usable_backend
 from s2p_deploy.engines.isolation import Limits, run_child
+from s2p_deploy.engines.model_card import CARD, engine_card
 from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.preflight import check_resources, estimate
 from s2p_deploy.engines.probe.run import ensure_probed
@@ -66,7 +67,9 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         _copy_tables(graph, folder)
         progress("build", 1, 1)
         sizes = {name: (folder / name).stat().st_size for name in built["engine_files"]}
-        return built | _described(graph, backend, asked) | {"sizes": sizes}
+        content = built | _described(graph, backend, asked) | {"sizes": sizes}
+        (folder / CARD).write_text(engine_card(graph, content), encoding="utf-8")
+        return content
 
     write_artifact(
         out,

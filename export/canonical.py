@@ -27,7 +27,7 @@ from s2p_deploy.export.passes.transposed_keys import TransposedKeys
 from s2p_deploy.export.passes.weight_quantizers import WeightQuantizers
 from s2p_deploy.export.regions import SiteNode, conditions, locate_sites, tapped
 from s2p_deploy.export.scopes import inside, module_path
-from s2p_deploy.export.tensors import DTYPES
+from s2p_deploy.export.tensors import DTYPES, stored_bytes
 from s2p_deploy.export.tracing import trace_denoiser
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import GraphBlock, GraphSite, GraphTap, TimeTable
@@ -48,7 +48,8 @@ class CanonicalGraph:
     """The canonical graph in memory (its weights not read yet), and where sites and blocks are in it.
 
     ``full_sites`` are those that a half-precision graph computes in float32. Where the products of the text are an
-    input, ``text_model`` computes them, and ``text`` says where its columns come from.
+    input, ``text_model`` computes them, and ``text`` says where its columns come from; where the time features are an
+    input, ``conditioning`` does.
     """
 
     model: ir.Model
@@ -57,6 +58,13 @@ class CanonicalGraph:
     full_sites: tuple[str, ...] = ()
     text_model: ir.Model | None = None
     text: tuple[GraphTap, ...] = ()
+    conditioning: ir.Model | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights as they are stored."""
+        parts = (self.model, self.text_model, self.conditioning)
+        return sum(stored_bytes(model) for model in parts if model is not None)
 
 
 def canonical_graph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -17,7 +18,6 @@ from s2p_deploy.export.conditioning import (
     write_conditioning,
 )
 from s2p_deploy.export.graph_contract import check_graph
-from s2p_deploy.export.tensors import stored_bytes
 from s2p_deploy.export.tracing import OPSET
 from s2p_deploy.families import kind_of_config, latent_shape_of
 from s2p_deploy.progress import Progress, silent
@@ -81,16 +81,14 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     graph = canonical_graph(calibrated, dtype, form, text_projections, sizes)
-    conditioning = _conditioning(calibrated, time_path, dtype) if form == "input" else None
-    models = (graph.model, graph.text_model, conditioning)
-    check_room(out, sum(stored_bytes(model) for model in models if model is not None))
+    if form == "input":
+        graph = _with_conditioning(graph, calibrated, time_path, dtype)
+    check_room(out, graph.bytes)
 
     def fill(folder: Path) -> dict[str, Any]:
         _write_graph(graph, dtype, folder, progress)
         check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
         _write_tables(calibrated, folder)
-        if conditioning is not None:
-            write_conditioning(conditioning, folder / CONDITIONING_FILE, progress)
         forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
         return _content(calibrated, dtype) | forms | (_open_latents(calibrated) if sizes == "dynamic" else {})
 
@@ -120,6 +118,8 @@ def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Pr
     _write_model(graph.model, folder / GRAPH_FILE, progress)
     if graph.text_model is not None:
         _write_model(graph.text_model, folder / TEXT_FILE, progress)
+    if graph.conditioning is not None:
+        write_conditioning(graph.conditioning, folder / CONDITIONING_FILE, progress)
     described = graph_json(
         dtype=dtype,
         inputs=tuple(_spec(value) for value in graph.model.graph.inputs),
@@ -131,10 +131,16 @@ def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Pr
     (folder / "graph.json").write_text(described, encoding="utf-8")
 
 
-def _conditioning(calibrated: CalibratedModel, time_path: TimePath | None, dtype: DType) -> ir.Model | None:
+def _with_conditioning(
+    graph: CanonicalGraph, calibrated: CalibratedModel, time_path: TimePath | None, dtype: DType
+) -> CanonicalGraph:
     if calibrated.added_width:
-        return conditioning_model(calibrated, denoiser_config(calibrated), half=dtype == "fp16")
-    return None if time_path is None else time_path_model(time_path)
+        half = dtype == "fp16"
+        return dataclasses.replace(
+            graph, conditioning=conditioning_model(calibrated, denoiser_config(calibrated), half=half)
+        )
+    assert time_path is not None  # it was checked
+    return dataclasses.replace(graph, conditioning=time_path_model(time_path))
 
 
 def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:

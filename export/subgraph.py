@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import onnx
+    from numpy.typing import NDArray
 
     from s2p_deploy.records import ExportedGraph
 
@@ -45,7 +46,7 @@ class GraphParts:
         if found is None:
             names = ", ".join(item.block for item in self.graph.blocks)
             raise InputError(f"no block {block} in {self.graph.folder}: use one of {names}")
-        return self._cut([tap.tensor for tap in found.entering], [tap.tensor for tap in found.leaving])
+        return self.between([tap.tensor for tap in found.entering], [tap.tensor for tap in found.leaving])
 
     def site(self, site: str) -> onnx.ModelProto:
         """One site with its quantizers and weights, otherwise as :meth:`block`.
@@ -55,10 +56,14 @@ class GraphParts:
         found = next((item for item in self.graph.sites if item.site == site), None)
         if found is None:
             raise InputError(f"no site {site} in the plan of {self.graph.folder}")
-        return self._cut([found.input], [found.output, found.codes] if found.codes else [found.output])
+        return self.between([found.input], [found.output, found.codes] if found.codes else [found.output])
 
-    def _cut(self, entries: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-        """The nodes between ``entries`` (and graph inputs) and ``outputs``, as a model with its weights inside."""
+    def between(self, entries: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+        """The nodes between tensors ``entries`` (and graph inputs) and ``outputs``, as a model with its weights inside.
+
+        Raises:
+            GraphContractError: the file has no such tensor.
+        """
         missing = [name for name in (*entries, *outputs) if name not in self._values]
         if missing:
             raise GraphContractError(f"{self.file} has no tensor {missing[0]}: it is not made from this graph")
@@ -68,6 +73,11 @@ class GraphParts:
         part = ir.Model(ir.convenience.extract(graph, inputs, ends), ir_version=self._model.ir_version)
         ir.external_data.load_to_model(part)
         return ir.to_proto(part)
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        """The value of an initializer; None where there is none of that name."""
+        value = self._model.graph.initializers.get(name)
+        return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = None) -> onnx.ModelProto:

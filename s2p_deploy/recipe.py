@@ -213,16 +213,31 @@ class Training(_Section):
 class Gates(_Section):
     """Limits that decide a validation, fixed before the run. Null switches a gate off.
 
-    SQNR in dB. ``median_psnr`` is in dB over the pictures; ``beats_pixel_shift`` asks that it exceed what the FP
+    SQNR in dB. A part's own error must be ``block_margin`` or ``site_margin`` under what quantization costs that part;
+    where nothing in it is quantized, ``block_sqnr`` is asked, and half precision is never asked for more than
+    ``block_sqnr_half``. Blocks of a float32 graph, whose arithmetic is the reference's own, have ``block_sqnr`` too.
+    ``scale_difference`` and ``table_difference_*`` are relative. End to end, ``branch_margin`` is asked of the median
+    latent of either CFG branch and ``latent_margin`` of every latent: how far the engine's own error is under
+    quantization's, which may be below 0. ``guidance_sqnr`` is of the two branches' difference.
+    ``median_psnr`` is in dB over the pictures; ``beats_pixel_shift`` asks that it exceed what the FP
     pictures score against themselves shifted by one pixel. Accuracy drop is against the FP pictures' own.
     """
 
     site_code_mismatch_fp32: float = 0.001
     site_code_mismatch_fp16: float = 0.02
     site_code_max_lsb: int = 1
+    block_margin: float = 6.0
+    site_margin: float = 10.0
     block_sqnr: float = 50.0
+    block_sqnr_half: float = 40.0
+    scale_difference: float = 1e-6
+    table_difference_fp32: float = 1e-4
+    table_difference_half: float = 2e-3
     sqnr_to_fp_change_fp32: float = 0.2
     sqnr_to_fp_change_half: float = 0.3
+    branch_margin: float = -3.0
+    latent_margin: float = -6.0
+    guidance_sqnr: float = 3.0
     median_psnr: float | None = None
     beats_pixel_shift: bool = True
     attribute_accuracy_drop: float | None = 0.05

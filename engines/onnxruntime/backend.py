@@ -27,10 +27,12 @@ from s2p_deploy.engines.onnx_files import check_external_bytes, read_onnx
 from s2p_deploy.engines.onnxruntime.device_runner import DeviceRunner
 from s2p_deploy.engines.onnxruntime.providers import PROVIDERS, gpu_session, graph_traits, unavailable
 from s2p_deploy.engines.options import BuildOptions
+from s2p_deploy.engines.parts import OnnxParts
 from s2p_deploy.engines.passes.fused_attention import FusedAttention
 from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.support import support_of
+from s2p_deploy.engines.verified_bytes import verified_files
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records.manifest import file_digest
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
+    from s2p_deploy.engines.parts import EngineParts
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph
 
@@ -115,11 +118,8 @@ class OnnxRuntimeBackend:
         self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]
     ) -> OnnxRuntimeRunner | DeviceRunner:
         """A session from the verified bytes: ONNX Runtime opens no file of the engine."""
-        models = [name for name in files if name.endswith(".onnx")]
-        if len(models) != 1:
-            raise IntegrityError(f"{engine.folder} must hold one ONNX file, it names {len(models)}: build it again")
-        data = {name: content for name, content in files.items() if name != models[0]}
-        check_external_bytes(files[models[0]], {name: len(content) for name, content in data.items()})
+        model = _model_file(engine, files)
+        data = {name: content for name, content in files.items() if name != model}
         options = _options(engine.hint)
         options.add_external_initializers_from_files_in_memory(
             list(data), list(data.values()), [len(content) for content in data.values()]
@@ -129,14 +129,21 @@ class OnnxRuntimeBackend:
             quantized = any(site.activation_bits == 8 for site in engine.sites)
             digest = _joint_digest(engine.manifest.files[name] for name in engine.engine_files)
             traits = graph_traits(engine.inputs, profile, quantized=quantized, digest=digest)
-            return DeviceRunner(gpu_session(bytes(files[models[0]]), options, engine.hint, traits), bound)
-        return OnnxRuntimeRunner(_session(bytes(files[models[0]]), options), bound)
+            return DeviceRunner(gpu_session(bytes(files[model]), options, engine.hint, traits), bound)
+        return OnnxRuntimeRunner(_session(bytes(files[model]), options), bound)
 
     def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
         """A session of a model in memory."""
         data, options = model.SerializeToString(), _options(hint)
         session = gpu_session(data, options, hint, None) if hint in PROVIDERS else _session(data, options)
         return OnnxRuntimeRunner(session, {})
+
+    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> EngineParts:
+        """Of the engine's ONNX file, as prepare wrote it."""
+        files = verified_files(engine)
+        for name, content in files.items():
+            (scratch / name).write_bytes(content)
+        return OnnxParts(engine, graph, scratch / _model_file(engine, files))
 
 
 class OnnxRuntimeRunner(ClosingRunner):
@@ -157,6 +164,16 @@ class OnnxRuntimeRunner(ClosingRunner):
     def close(self) -> None:
         """Drops the session."""
         self._session = None
+
+
+def _model_file(engine: Engine, files: Mapping[str, bytearray]) -> str:
+    """The name of the ONNX file among an engine's files. Raises IntegrityError for what is none, or reads elsewhere."""
+    models = [name for name in files if name.endswith(".onnx")]
+    if len(models) != 1:
+        raise IntegrityError(f"{engine.folder} must hold one ONNX file, it names {len(models)}: build it again")
+    sizes = {name: len(content) for name, content in files.items() if name != models[0]}
+    check_external_bytes(files[models[0]], sizes)
+    return models[0]
 
 
 def compute_types(trace: list[dict[str, Any]]) -> dict[str, str]:

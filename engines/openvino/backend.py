@@ -16,6 +16,7 @@ from s2p_deploy.engines.backend import Capabilities, Compiled
 from s2p_deploy.engines.libraries import installed_version, platform_name
 from s2p_deploy.engines.lowerings import int4_rule
 from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.engines.openvino.ir_parts import IrParts
 from s2p_deploy.engines.openvino.precisions import compute_types, product_names
 from s2p_deploy.engines.options import ShapeProfile
 from s2p_deploy.engines.passes.split_linears import SplitLinears
@@ -23,6 +24,7 @@ from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.support import support_of
+from s2p_deploy.engines.verified_bytes import verified_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
     from s2p_deploy.engines.options import BuildOptions
+    from s2p_deploy.engines.parts import EngineParts
     from s2p_deploy.engines.profile_shapes import Shape
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph
@@ -87,11 +90,7 @@ class OpenVinoBackend:
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> OpenVinoRunner:
         """Reads the verified bytes: OpenVINO opens no file."""
-        import openvino
-
-        weights = np.frombuffer(files[BIN], np.uint8)
-        shared = openvino.Tensor(weights, shared_memory=True)
-        model = openvino.Core().read_model(model=bytes(files[XML]), weights=shared)
+        model, weights = _model_of(files)
         sizes = ShapeProfile.from_json(engine.manifest.content["profile"]).sizes("optimum")
         tuned = {spec.name: shape_at(spec, sizes) for spec in engine.inputs if spec.name not in bound}
         return OpenVinoRunner(model, engine.hint, bound, tuned, weights)
@@ -101,6 +100,15 @@ class OpenVinoBackend:
         import openvino
 
         return OpenVinoRunner(openvino.Core().read_model(model=model.SerializeToString()), hint, {})
+
+    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> EngineParts:
+        """Of the engine's IR."""
+        model, weights = _model_of(verified_files(engine))
+
+        def running(part: openvino.Model) -> Runner:
+            return OpenVinoRunner(part, engine.hint, {}, weights=weights)
+
+        return IrParts(model, running)
 
 
 class OpenVinoRunner(ClosingRunner):
@@ -152,6 +160,15 @@ class OpenVinoRunner(ClosingRunner):
         for name, value in self._bound.items():
             request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
         return request
+
+
+def _model_of(files: Mapping[str, bytearray]) -> tuple[openvino.Model, NDArray[np.uint8]]:
+    """The model of verified bytes, and the memory that its constants point into."""
+    import openvino
+
+    weights = np.frombuffer(files[BIN], np.uint8)
+    shared = openvino.Tensor(weights, shared_memory=True)
+    return openvino.Core().read_model(model=bytes(files[XML]), weights=shared), weights
 
 
 def _for_inputs(model: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> openvino.Model:

@@ -138,6 +138,9 @@ class TensorRtBackend:
             run_child(_BUILDER, request, Path(folder), Limits(_BLOCK_TIMEOUT_S))
             return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
 
+    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
+        """Nothing can be cut out of a plan."""
+
     def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
         timings = None
         if self.name != RTX and capability is not None:

@@ -79,7 +79,6 @@ def _simplify(model: ir.Model) -> None:
         RewritePass(_RULES)(model)
         clean_up.RemoveUnusedNodesPass()(model)
     for tidy in (
-        clean_up.RemoveUnusedFunctionsPass(),
         clean_up.RemoveUnusedOpsetsPass(),
         clean_up.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         clean_up.DeduplicateInitializersPass(),

@@ -11,20 +11,21 @@ from s2p_deploy.cli.options import (
     JsonOption,
     OutFolder,
     PromptsOption,
+    SchedulesOption,
     SettingsOption,
     overrides_from_settings,
     prompts_from_option,
+    schedule_from_option,
 )
 from s2p_deploy.cli.outcome import Outcome, show, table
 from s2p_deploy.cli.progress_bars import progress_bars
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.errors import S2PError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
 
-    from s2p_deploy.pipeline import Schedule
     from s2p_deploy.records import Comparison
 
 
@@ -41,10 +42,7 @@ def compare(  # noqa: PLR0913 - its options
     out: OutFolder,
     settings: SettingsOption = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 64,
-    schedules: Annotated[
-        list[str] | None,
-        typer.Option("--schedule", metavar="NAME:STEPS", help="Draw on this schedule too, e.g. unipc:10 or pndm:25."),
-    ] = None,
+    schedules: SchedulesOption = None,
     latents_prompts: Annotated[
         int, typer.Option("--latents-prompts", min=1, help="Held-out prompts whose latents decide the SQNR per row.")
     ] = 16,
@@ -56,7 +54,7 @@ def compare(  # noqa: PLR0913 - its options
 
     overrides = overrides_from_settings(settings)
     loaded = tuple(load_recipe(recipe, overrides) for recipe in recipes)
-    asked = tuple(_schedule(text) for text in schedules or ())
+    asked = tuple(schedule_from_option(text) for text in schedules or ())
     train, drawn = prompts_from_option(prompts), prompts_from_option(held_out)
     from s2p_deploy.families import resolve_base
     from s2p_deploy.validation import Contest
@@ -70,17 +68,6 @@ def compare(  # noqa: PLR0913 - its options
     with progress_bars() as progress:
         found = compare_recipes(contest, out, replace=force, command=f"{command} --out DIR", progress=progress)
     return show(_outcome(found, out), as_json=as_json)
-
-
-def _schedule(text: str) -> Schedule:
-    from s2p_deploy.pipeline import Schedule
-    from s2p_deploy.schedulers import scheduler_names
-
-    name, _, steps = text.partition(":")
-    if name not in scheduler_names() or not steps.isascii() or not steps.isdigit() or int(steps) < 1:
-        known = ", ".join(scheduler_names())
-        raise InputError(f"--schedule {text!r} must be NAME:STEPS, e.g. unipc:10, with a name of {known}")
-    return Schedule(int(steps), name)
 
 
 def _outcome(found: Comparison, out: Path) -> Outcome:

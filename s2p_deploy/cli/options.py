@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.calib.dataset.estimate import Estimate
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.pipeline import Schedule
     from s2p_deploy.records import Manifest, PromptSet
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
@@ -37,6 +38,10 @@ PromptsOption = Annotated[
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.iterations=20."),
+]
+SchedulesOption = Annotated[
+    list[str] | None,
+    typer.Option("--schedule", metavar="NAME:STEPS", help="Draw on this schedule too, e.g. unipc:10 or pndm:25."),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Where the floating-point pipeline is now, where it was moved.")
@@ -98,6 +103,22 @@ def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
                 raise InputError(f"--set {setting!r} contradicts an earlier --set of {part!r}")
         place[last] = value
     return result
+
+
+def schedule_from_option(text: str) -> Schedule:
+    """A schedule by ``NAME:STEPS``.
+
+    Raises:
+        InputError: there is no scheduler of that name, or no such number of steps.
+    """
+    from s2p_deploy.pipeline import Schedule
+    from s2p_deploy.schedulers import scheduler_names
+
+    name, _, steps = text.partition(":")
+    if name not in scheduler_names() or not steps.isascii() or not steps.isdigit() or int(steps) < 1:
+        known = ", ".join(scheduler_names())
+        raise InputError(f"--schedule {text!r} must be NAME:STEPS, e.g. unipc:10, with a name of {known}")
+    return Schedule(int(steps), name)
 
 
 def device_from_option(name: str) -> torch.device:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.records.manifest import Manifest, open_artifact
+from s2p_deploy.records.manifest import Manifest, read_manifest, verify_files
+from s2p_deploy.records.strict import Strict, parsed_json, read_as
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 Status = Literal["passed", "failed", "not measured", "not applicable"]
 Verdict = Literal["passed", "failed", "not verified"]
 
+REPORT, MEASUREMENTS = "report.json", "measurements.json"
+
 
 @dataclass(frozen=True)
 class GateResult:
     """One gate: what was asked (``limit``, with its direction and unit), what was found (None: nothing), over how many.
 
+    ``where`` names the site, block, row or CFG branch that ``value`` is of, where it is of one.
     ``not measured``: the gate applies and could not be decided here. ``not applicable``: it asks nothing of this run.
     """
 
@@ -29,11 +32,15 @@ class GateResult:
     n: int
     status: Status
     reason: str = ""
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """A folder with ``report.json`` (all numbers: ``data``), ``report.html`` and ``pictures/*.png``."""
+    """A folder with ``report.json`` (all numbers: ``data``), ``report.html`` and ``pictures/*.png``.
+
+    ``measurements.json`` holds what was measured, for :func:`s2p_deploy.validation.recheck`.
+    """
 
     folder: Path
     manifest: Manifest
@@ -53,8 +60,19 @@ class ValidationReport:
 
     @staticmethod
     def open(folder: Path) -> ValidationReport:
-        """Verifies and reads a report."""
-        manifest = open_artifact(folder, "ValidationReport")
-        data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        gates = tuple(GateResult(**item) for item in data["gates"])
-        return ValidationReport(folder, manifest, data["verdict"], gates, data)
+        """Verifies and reads a report.
+
+        Raises:
+            InputError: there is none. IntegrityError: it was changed, or is damaged.
+        """
+        manifest = read_manifest(folder, "ValidationReport")
+        text = verify_files(folder, manifest, keep=(REPORT,))[REPORT]
+        form = read_as(_ReportForm, text, folder / REPORT)
+        return ValidationReport(folder, manifest, form.verdict, tuple(form.gates), parsed_json(text, folder / REPORT))
+
+
+class _ReportForm(Strict):
+    """What of ``report.json`` is read as more than numbers to show."""
+
+    verdict: Verdict
+    gates: list[GateResult]

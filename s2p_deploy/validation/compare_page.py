@@ -10,7 +10,7 @@ from s2p_deploy.validation import compare_figures
 from s2p_deploy.validation.compare_table import NOTE, table_of
 from s2p_deploy.validation.figures import svg
 from s2p_deploy.validation.pictures import to_bytes
-from s2p_deploy.validation.report import data_uri
+from s2p_deploy.validation.report_pictures import data_uri
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,9 +22,10 @@ from s2p_deploy.records import (
     write_artifact,
 )
 from s2p_deploy.shapes.classifier import CLASSIFIER
+from s2p_deploy.validation.distances import distance_of
 from s2p_deploy.validation.measurements import Similarity
-from s2p_deploy.validation.metrics import frechet_distance, relative_error
-from s2p_deploy.validation.numbers import mean_of, median_of, picks, quantile_of, resampled
+from s2p_deploy.validation.metrics import relative_error
+from s2p_deploy.validation.numbers import mean_of, median_of, quantile_of
 from s2p_deploy.validation.pictures import (
     BATCH,
     Drawing,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 KIND = "ReferencePictures"
 _SCORES = "scores.safetensors"
 _METRICS = ("psnr", "ssim", "haarpsi")
-_RESAMPLED_DISTANCES = 200  # each one is an eigenvalue problem
 
 
 @dataclass(frozen=True)
@@ -229,22 +229,10 @@ def _spread(values: NDArray[np.float64]) -> Spread:
 
 
 def _distance(reference: Answers | Skipped, candidate: Answers | Skipped) -> Number | Skipped:
-    """Frechet distance of the features; a resample takes the same pictures of both.
-
-    Pictures that a resample repeats widen the distance, of all resamples alike: their spread is the interval, not
-    where they lie.
-    """
+    """Distance of the features, where both have some."""
     if isinstance(reference, Skipped) or isinstance(candidate, Skipped):
         return reference if isinstance(reference, Skipped) else Skipped("these pictures have no features")
-    first, second = reference.features, candidate.features
-    if len(first) < 2:
-        return Skipped("a distance of distributions needs at least two pictures")
-    if not np.isfinite(second).all():
-        return Number(float("nan"), len(first))
-    chosen = [some for some in picks(len(first), _RESAMPLED_DISTANCES) if len(set(some.tolist())) > 1]
-    value = frechet_distance(first, second)
-    again = np.array([frechet_distance(first[some], second[some]) for some in chosen])
-    return resampled(value, len(first), np.maximum(again - again.mean() + value, 0))
+    return distance_of(reference.features, candidate.features)
 
 
 def _answers(pictures: NDArray[np.float32], prompts: PromptSet) -> Answers | Skipped:

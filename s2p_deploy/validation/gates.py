@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from s2p_deploy.records import GateResult
+from s2p_deploy.validation.latents import branch_of
 from s2p_deploy.validation.numbers import Skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from s2p_deploy.recipe import Gates
     from s2p_deploy.records.validation_report import Verdict
-    from s2p_deploy.validation.measurements import BlockAgreement, Measurements
+    from s2p_deploy.validation.measurements import BlockAgreement, Measurements, TableGap
 
 _OFF = "switched off in the recipe"
 _FLOAT = "nothing is quantized"
+_PART = "dB at least, above what quantization leaves"
 
 
 def judge(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
     """The result of every gate."""
+    least = -math.inf if found.graph_half else gates.block_sqnr  # its arithmetic is fake-quant's, node by node
     return (
+        *_table_gates(found, gates),
         *_code_gates(found, gates),
-        _block_gate("blocks of the graph", found.graph_blocks, gates, half=found.graph_half),
-        _block_gate("blocks of the engine", found.engine_blocks, gates, half=found.engine_half),
-        _change_gate(found, gates),
+        _block_gate("blocks of the graph", found.graph_blocks, found, gates, half=found.graph_half, least=least),
+        _block_gate("blocks of the engine", found.engine_blocks, found, gates, half=found.engine_half),
+        _site_gate(found, gates),
+        *_end_to_end_gates(found, gates),
         *_picture_gates(found, gates),
     )
 
@@ -38,6 +44,20 @@ def verdict_of(results: Iterable[GateResult]) -> Verdict:
     if "failed" in statuses:
         return "failed"
     return "passed" if "passed" in statuses and "not measured" not in statuses else "not verified"
+
+
+def _table_gates(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
+    """One for each table; a scale table is in float32 and copied, so it is asked to be equal."""
+    return tuple(_table_gate(table, gates) for table in found.tables)
+
+
+def _table_gate(table: TableGap, gates: Gates) -> GateResult:
+    limit = gates.table_difference_half if table.half else gates.table_difference_fp32
+    limit = gates.scale_difference if table.kind == "scales" else limit
+    asks = "relative difference at most"
+    if not table.n:
+        return _not_applicable(table.table, asks, limit, "it has no columns")
+    return _at_most(table.table, asks, table.difference, limit, table.n, table.where)
 
 
 def _code_gates(found: Measurements, gates: Gates) -> tuple[GateResult, GateResult]:
@@ -52,20 +72,111 @@ def _code_gates(found: Measurements, gates: Gates) -> tuple[GateResult, GateResu
         reason = "no activation is quantized"
         return _not_applicable(*share, limit, reason), _not_applicable(*size, largest_limit, reason)
     codes = sum(point.n for point in points)
-    worst = float(np.max([point.mismatch for point in points]))
-    largest = max(point.max_lsb for point in points)
-    return _at_most(*share, worst, limit, codes), _at_most(*size, largest, largest_limit, codes)
+    worst = points[_lowest([-point.mismatch for point in points])]
+    largest = max(points, key=lambda point: point.max_lsb)
+    return (
+        _at_most(*share, worst.mismatch, limit, codes, worst.point),
+        _at_most(*size, largest.max_lsb, largest_limit, codes, largest.point),
+    )
 
 
-def _block_gate(name: str, blocks: tuple[BlockAgreement, ...] | Skipped, gates: Gates, *, half: bool) -> GateResult:
-    name, asks, limit = f"{name}, worst SQNR", "dB at least", gates.block_sqnr
+def part_limit(quantization: float | None, margin: float, gates: Gates, *, half: bool) -> float:
+    """The SQNR in dB that is asked of a part (a block, a site) of which quantization alone leaves ``quantization``.
+
+    ``margin`` above that: the part's own error is then small against quantization's. Where nothing is quantized, what
+    the arithmetic gives. Half precision cannot give more than ``block_sqnr_half`` of anything.
+    """
+    arithmetic = gates.block_sqnr_half if half else gates.block_sqnr
+    if quantization is None:
+        return arithmetic
+    return min(quantization + margin, arithmetic) if half else quantization + margin
+
+
+def _block_gate(
+    name: str,
+    blocks: tuple[BlockAgreement, ...] | Skipped,
+    found: Measurements,
+    gates: Gates,
+    *,
+    half: bool,
+    least: float = -math.inf,
+) -> GateResult:
+    costs = {error.block: error.quantization for error in found.block_errors}
     if isinstance(blocks, Skipped):
-        return _not_measured(name, asks, limit, blocks)
-    worst = float(np.min([block.sqnr for block in blocks]))
-    if half:
-        reason = f"computes in half precision; measured {worst:.1f} dB"
-        return _not_applicable(name, asks, limit, reason)
-    return _at_least(name, asks, worst, limit, blocks[0].n)
+        return _not_measured(f"{name}, worst SQNR", _PART, gates.block_sqnr, blocks)
+    parts = [_Part(block.block, block.sqnr, costs.get(block.block), block.n) for block in blocks]
+    limits = [max(least, part_limit(part.quantization, gates.block_margin, gates, half=half)) for part in parts]
+    return _part_gate(f"{name}, worst SQNR", parts, limits, gates)
+
+
+def _site_gate(found: Measurements, gates: Gates) -> GateResult:
+    name, sites = "sites of the engine, worst SQNR", found.engine_sites
+    if isinstance(sites, Skipped):
+        # its blocks and latents are judged all the same: this one says which site
+        return _not_applicable(name, _PART, gates.block_sqnr, sites.reason)
+    parts = [_Part(site.site, site.sqnr, site.quantization, site.n) for site in sites]
+    limits = [part_limit(part.quantization, gates.site_margin, gates, half=found.engine_half) for part in parts]
+    return _part_gate(name, parts, limits, gates)
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    sqnr: float
+    quantization: float | None
+    n: int
+
+
+def _part_gate(name: str, parts: Sequence[_Part], limits: Sequence[float], gates: Gates) -> GateResult:
+    """Of the part that is furthest below its limit, or least above."""
+    if not parts:
+        return _not_applicable(name, _PART, gates.block_sqnr, "there are none")
+    index = _lowest([part.sqnr - limit for part, limit in zip(parts, limits, strict=True)])
+    worst = parts[index]
+    return _at_least(name, _PART, worst.sqnr, limits[index], worst.n, worst.name)
+
+
+def _end_to_end_gates(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
+    return (
+        _change_gate(found, gates),
+        _branch_gate(found, gates),
+        _latent_gate(found, gates),
+        _guidance_gate(found, gates),
+    )
+
+
+def _branch_gate(found: Measurements, gates: Gates) -> GateResult:
+    name, asks, limit = "error of its own, worse CFG branch", "dB below quantization's at least", gates.branch_margin
+    if not found.quantized:
+        return _not_applicable(name, asks, limit, _FLOAT)
+    if isinstance(found.end_to_end, Skipped):
+        return _not_measured(name, asks, limit, found.end_to_end)
+    room = found.end_to_end.room
+    medians = [float(np.median(room[branch::2])) for branch in range(2)]
+    worse = _lowest(medians)
+    return _at_least(name, asks, medians[worse], limit, len(room[worse::2]), branch_of(worse))
+
+
+def _latent_gate(found: Measurements, gates: Gates) -> GateResult:
+    name, asks, limit = "error of its own, worst latent", "dB below quantization's at least", gates.latent_margin
+    if not found.quantized:
+        return _not_applicable(name, asks, limit, _FLOAT)
+    if isinstance(found.end_to_end, Skipped):
+        return _not_measured(name, asks, limit, found.end_to_end)
+    room = found.end_to_end.room
+    worst = _lowest(room.tolist())
+    where = f"row {found.end_to_end.rows[worst]}, {branch_of(worst)}"
+    return _at_least(name, asks, float(room[worst]), limit, len(room), where)
+
+
+def _guidance_gate(found: Measurements, gates: Gates) -> GateResult:
+    name, asks, limit = "guidance, engine against fake-quant, median SQNR", "dB at least", gates.guidance_sqnr
+    if isinstance(found.end_to_end, Skipped):
+        return _not_measured(name, asks, limit, found.end_to_end)
+    guidance = found.end_to_end.guidance
+    if guidance is None:
+        return _not_measured(name, asks, limit, Skipped("measured by an earlier version"))
+    return _at_least(name, asks, float(np.median(guidance)), limit, len(guidance), "difference of the CFG branches")
 
 
 def _change_gate(found: Measurements, gates: Gates) -> GateResult:
@@ -115,18 +226,23 @@ def _accuracy_gate(found: Measurements, gates: Gates) -> GateResult:
     return _at_most(name, asks, reference.value - candidate.value, limit, candidate.n)
 
 
-def _at_most(name: str, asks: str, value: float, limit: float, n: int) -> GateResult:
-    return _decided(name, asks, value, limit, n, met=value <= limit)
+def _lowest(values: Sequence[float]) -> int:
+    """Where the lowest is; what is no number is lower than any."""
+    return int(np.where(np.isnan(values), -np.inf, values).argmin())
 
 
-def _at_least(name: str, asks: str, value: float, limit: float, n: int) -> GateResult:
-    return _decided(name, asks, value, limit, n, met=value >= limit)
+def _at_most(name: str, asks: str, value: float, limit: float, n: int, where: str = "") -> GateResult:
+    return _decided(GateResult(name, asks, value, limit, n, "passed" if value <= limit else "failed", where=where))
 
 
-def _decided(name: str, asks: str, value: float, limit: float, n: int, *, met: bool) -> GateResult:
-    if not math.isfinite(value) or n == 0:
-        return GateResult(name, asks, None, limit, n, "failed", "the measured value is not a number")
-    return GateResult(name, asks, value, limit, n, "passed" if met else "failed")
+def _at_least(name: str, asks: str, value: float, limit: float, n: int, where: str = "") -> GateResult:
+    return _decided(GateResult(name, asks, value, limit, n, "passed" if value >= limit else "failed", where=where))
+
+
+def _decided(result: GateResult) -> GateResult:
+    if result.value is not None and math.isfinite(result.value) and result.n:
+        return result
+    return replace(result, value=None, status="failed", reason="the measured value is not a number")
 
 
 def _not_measured(name: str, asks: str, limit: float | None, skipped: Skipped) -> GateResult:

@@ -53,15 +53,29 @@ class ValidationLatents:
         """All of them in order, as many at a time as a full-size model's activations fit into memory."""
         size = max(1, min(_MOST_PER_CALL, _ELEMENTS_PER_CALL // self.sample[0].size))
         for start in range(0, len(self), size):
-            some = slice(start, start + size)
-            yield ValidationLatents(self.sample[some], self.rows[some], self.text[some], self.added_cond[some])
+            yield self._some(slice(start, start + size))
+
+    def first(self, count: int) -> ValidationLatents:
+        """The first of them."""
+        return self._some(slice(count))
+
+    def spread(self, count: int) -> ValidationLatents:
+        """At most ``count`` (an even number) of them: pairs, evenly spaced."""
+        pairs = np.linspace(0, len(self) // 2 - 1, min(count, len(self)) // 2).round().astype(np.int64)
+        return self._some(np.stack([2 * pairs, 2 * pairs + 1], 1).ravel())
+
+    def _some(self, some: slice | NDArray[np.int64]) -> ValidationLatents:
+        return ValidationLatents(self.sample[some], self.rows[some], self.text[some], self.added_cond[some])
+
+
+def branch_of(latent: int) -> str:
+    """Which CFG branch a latent of a pair is of."""
+    return "text of the prompt" if latent % 2 else "text of the empty prompt"
 
 
 def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
     """At least ``count`` latents (all, where there are fewer): evenly spaced over the points in order of their rows."""
-    points = min((count + 1) // 2, len(dataset.rows))
-    order = np.lexsort((dataset.prompt, dataset.rows))
-    chosen = order[np.linspace(0, len(order) - 1, points).round().astype(np.int64)]
+    chosen = _chosen_points(dataset, count)
     prompt = dataset.prompt[chosen]
     text = np.stack([dataset.uncond_text[prompt], dataset.cond_text[prompt]], 1).ravel()
     return ValidationLatents(
@@ -70,6 +84,19 @@ def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
         text=dataset.texts[text],
         added_cond=dataset.added_cond[text],
     )
+
+
+def stored_answers(dataset: LatentDataset, count: int) -> NDArray[np.float32]:
+    """What the FP denoiser answered to :func:`choose_latents` of as many, float32 [n, C, H, W], as float16 kept it."""
+    chosen = _chosen_points(dataset, count)
+    pairs = np.stack([dataset.uncond[chosen], dataset.cond[chosen]], 1)
+    return pairs.reshape(-1, *pairs.shape[2:]).astype(np.float32)
+
+
+def _chosen_points(dataset: LatentDataset, count: int) -> NDArray[np.int64]:
+    points = min((count + 1) // 2, len(dataset.rows))
+    order = np.lexsort((dataset.prompt, dataset.rows))
+    return order[np.linspace(0, len(order) - 1, points).round().astype(np.int64)]
 
 
 def seen_on_walk(sampler: Sampler, trajectory: NDArray[np.float32]) -> NDArray[np.float32]:

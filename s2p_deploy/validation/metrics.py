@@ -40,6 +40,16 @@ def pooled_sqnrs_db(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> 
     return _decibel(signal, noise, SQNR_CEILING)
 
 
+def cosine(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
+    """Cosine of the angle between every two samples of [n, ...], float64 [n]; not a number where one is all zero."""
+    first, second = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, candidate))
+    with np.errstate(invalid="ignore"):
+        angles: NDArray[np.float64] = (first * second).sum(1) / np.sqrt(
+            np.square(first).sum(1) * np.square(second).sum(1)
+        )
+    return angles
+
+
 def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
     """Root mean square of the error over that of the reference, float64 [n], for samples [n, ...]."""
     errors: NDArray[np.float64] = np.sqrt(_power(candidate.astype(np.float64) - reference) / _power(reference))
@@ -87,9 +97,22 @@ def shifted(pictures: NDArray[np.float32], down: int, right: int) -> NDArray[np.
 def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     """Frechet distance of two feature sets [n, d] taken as Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
     gap = first.mean(0) - second.mean(0)
-    one, two = (np.cov(features, rowvar=False) for features in (first, second))
-    roots = np.sqrt(np.clip(np.linalg.eigvals(one @ two).real, 0, None))
-    return max(0.0, float(gap @ gap + np.trace(one) + np.trace(two) - 2 * roots.sum()))
+    one, two = (_spread_of(features) for features in (first, second))
+    cross = np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    return max(0.0, float(gap @ gap + np.square(one).sum() + np.square(two).sum() - 2 * cross))
+
+
+def _spread_of(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A root X of the covariance, S = X' X, of at most as many rows as features or samples.
+
+    With S1 = X' X and S2 = Y' Y, the singular values of X Y' are the roots of the eigenvalues of S1 S2: no complex
+    numbers, and no d x d problem where there are few samples.
+    """
+    root: NDArray[np.float64] = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    if len(root) <= root.shape[1]:
+        return root
+    reduced: NDArray[np.float64] = np.asarray(np.linalg.qr(root, mode="r"))
+    return reduced
 
 
 def _power(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -15,8 +15,9 @@ from s2p_deploy.pipeline import Schedule, call_arguments, initial_noise, with_sc
 from s2p_deploy.progress import silent
 from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.grammar import parse
+from s2p_deploy.validation.distances import distance_of
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
-from s2p_deploy.validation.metrics import frechet_distance, haarpsi, psnr_db, relative_error, shifted, ssim
+from s2p_deploy.validation.metrics import haarpsi, psnr_db, relative_error, shifted, ssim
 from s2p_deploy.validation.numbers import Number, Skipped, ratio_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ def draw(
     Raises:
         InputError: no such scheduler, or an engine's table does not cover the schedule.
     """
-    parts = list(draw_parts(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress))
+    return joined_drawing(list(draw_parts(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress)))
+
+
+def joined_drawing(parts: Sequence[Drawing]) -> Drawing:
+    """The drawings of one schedule's batches, at least one, as one."""
     return Drawing(
         np.concatenate([part.pictures for part in parts]),
         np.concatenate([part.trajectory for part in parts], axis=1),
@@ -70,7 +75,7 @@ def draw(
     )
 
 
-def draw_parts(
+def draw_parts(  # noqa: PLR0913 - what is drawn, how, and options by keyword
     pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
@@ -78,17 +83,21 @@ def draw_parts(
     *,
     stage: str = "pictures",
     progress: Progress = silent,
+    drawn: int = 0,
 ) -> Iterator[Drawing]:
-    """As :func:`draw`, one batch after the other, for what does not fit into memory together."""
+    """As :func:`draw`, one batch after the other, for what does not fit into memory together.
+
+    The first ``drawn`` batches are left out.
+    """
     scheduled = with_schedule(pipe, schedule)
     total = len(prompts.prompts)
-    for first in range(0, total, BATCH):
+    for first in range(drawn * BATCH, total, BATCH):
         some = prompts.prompts[first : first + BATCH]
         start = time.perf_counter()
         pictures, trajectory = _draw_batch(scheduled, some, schedule, guidance_scale)
         seconds = time.perf_counter() - start
-        progress(stage, first + len(some), total)
         yield Drawing(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
+        progress(stage, first + len(some), total)  # behind what the caller does with the batch: it may keep it
 
 
 def compare_drawings(
@@ -178,10 +187,7 @@ def feature_distance(
     """Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
     if classifier is None or not classifier.is_file():
         return Skipped("no classifier of the shapes pictures is given")
-    if len(reference) < 2:
-        return Skipped("a distance of distributions needs at least two pictures")
-    first, second = (picture_features(pictures, classifier) for pictures in (reference, candidate))
-    return Number(frechet_distance(first, second), len(reference))
+    return distance_of(*(picture_features(pictures, classifier) for pictures in (reference, candidate)))
 
 
 def picture_features(pictures: NDArray[np.float32], classifier: Path) -> NDArray[np.float64]:

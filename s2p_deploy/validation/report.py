@@ -3,140 +3,169 @@
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from s2p_deploy.validation import figures
-from s2p_deploy.validation.measurements import PictureComparison
-from s2p_deploy.validation.numbers import Skipped
-from s2p_deploy.validation.pictures import to_bytes
+from s2p_deploy.validation.figures_scales import CHARACTERISTIC, drawable, point_scales, scales_figures
+from s2p_deploy.validation.report_layers import groups_of, layers_of
+from s2p_deploy.validation.report_numbers import bench_rows, number_rows
+from s2p_deploy.validation.report_pictures import AMPLIFICATION, shown_pairs
 from s2p_deploy.validation.training_figures import training_figures
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
-    from s2p_deploy.records import ExportedGraph, PrecisionPlan, PromptSet, ScaleTable, SitePrecision
-    from s2p_deploy.validation.measurements import Measurements
-    from s2p_deploy.validation.pictures import Drawing
+    from s2p_deploy.records import ExportedGraph, ScaleTable
+    from s2p_deploy.validation.report_pictures import Pairs
     from s2p_deploy.validation.training_figures import Log
 
-AMPLIFICATION = 16
-_SHOWN = 9
-_SHOWN_SIDE = 256  # larger pictures are shown smaller; in full they lie in the folder
-_FEWEST_POINTS = 2  # that make a heat map
-
-
-@dataclass(frozen=True)
-class Drawings:
-    """Both drawings of the same prompts."""
-
-    prompts: PromptSet
-    reference: Drawing
-    candidate: Drawing
+_SHOWN_PICTURE_KEYS = ("accuracy", "feature_distance", "median", "pixel_shift_median")
+_SHOWN_END_TO_END = (
+    ("fake_quant_to_fp", "fake-quant to FP"),
+    ("engine_to_fp", "engine to FP"),
+    ("change", "change: engine less fake-quant"),
+    ("engine_to_fake_quant", "engine to fake-quant"),
+    ("floor_fp32_to_fp64", "floor: fake-quant in FP32 to itself in FP64"),
+    ("floor_change", "floor: the change that FP64 alone makes"),
+)
 
 
 def render_html(
-    data: dict[str, Any],
-    found: Measurements,
+    data: Mapping[str, Any],
     graph: ExportedGraph,
-    precisions: tuple[SitePrecision, ...],
-    drawings: Drawings | None,
+    pairs: Pairs | None,
+    *,
     training: Log | None = None,
+    bench: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page of a report, from the data of ``report.json`` and what its figures and pictures need."""
+    """The page of a report.
+
+    Args:
+        data: what ``report.json`` holds.
+        graph: the exported graph, for its plan and its scales.
+        pairs: the pictures, or None where none were drawn.
+        training: lines of the calibrated model's ``training.jsonl``.
+        bench: what ``s2p-deploy bench --json`` printed (None: what ``data`` holds under that name, if anything); the
+            engine is found in it by its digest.
+
+    Raises:
+        InputError: ``bench`` knows nothing of this engine.
+    """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    drawn = _figures(data, found, graph.scales) | training_figures(training or [])
+    bench = bench or data.get("bench")
+    drawn = _figures(data, graph.scales) | training_figures(training or [])
+    scales = point_scales(graph.scales)
+    layers = layers_of(data, graph.plan, scales)
     environment = Environment(
         loader=PackageLoader("s2p_deploy.validation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         data=data,
-        headline=_headline(data, found),
-        pictures=None if isinstance(found.pictures, Skipped) else data["pictures"],
-        pairs=_pairs(drawings, found.pictures) if drawings and not isinstance(found.pictures, Skipped) else [],
+        headline=_headline(data),
+        pictures=_pictures(data),
+        pairs=shown_pairs(pairs, data["pictures"]["values"]["psnr"]) if pairs and _pictures(data) else [],
         amplification=AMPLIFICATION,
         figures={name: Markup(svg) for name, svg in drawn.items()},  # our own
-        sites=_site_rows(precisions, graph.plan, found),
-        computes=Counter(site.compute for site in precisions).most_common(),
+        script=Markup(script()),  # our own, and the policy names its hash
+        script_hash=script_hash(),
+        scales=scales,
+        characteristic=[point for color in CHARACTERISTIC for point in scales if point.color == color],
+        layers=layers,
+        groups=groups_of(layers),
+        computes=Counter(layer.compute for layer in layers if layer.compute).most_common(),
+        metrics=_metric_rows(data),
+        end_to_end=_end_to_end_rows(data),
+        bench=bench,
+        bench_rows=bench_rows(bench, data["digests"]["engine"]) if bench else [],
     )
 
 
-def write_pictures(drawings: Drawings, folder: Path) -> None:
-    """Every picture of both as PNG: ``000-fp.png``, ``000-engine.png``, in the prompts' order."""
-    from PIL import Image
-
-    folder.mkdir()
-    for name, drawing in (("fp", drawings.reference), ("engine", drawings.candidate)):
-        for index, picture in enumerate(to_bytes(drawing.pictures)):
-            Image.fromarray(picture).save(folder / f"{index:03d}-{name}.png")
+@cache
+def script() -> str:
+    """The page's script, which holds nothing from outside."""
+    return resources.files("s2p_deploy.validation").joinpath("templates/report.js").read_text(encoding="utf-8")
 
 
-def _headline(data: dict[str, Any], found: Measurements) -> str:
+def script_hash() -> str:
+    """What the content security policy allows to run: ``sha256-...``."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script().encode("utf-8")).digest()).decode("ascii")
+
+
+def _headline(data: Mapping[str, Any]) -> str:
     verdict = {
         "passed": "The engine draws the same pictures",
         "failed": "The engine failed a gate",
         "not verified": "Not everything could be verified here",
     }[data["verdict"]]
-    if isinstance(found.pictures, Skipped):
+    pictures = _pictures(data)
+    if pictures is None or pictures["median"]["psnr"]["value"] is None:
         return verdict
-    count, psnr = len(found.pictures.similarity.psnr), float(np.median(found.pictures.similarity.psnr))
-    return f"{verdict}: {count} prompts, {found.pictures.schedule.steps} steps, median {psnr:.1f} dB PSNR"
+    psnr = pictures["median"]["psnr"]["value"]
+    return f"{verdict}: {pictures['n']} prompts, {pictures['steps']} steps, median {psnr:.1f} dB PSNR"
 
 
-def _figures(data: dict[str, Any], found: Measurements, scales: ScaleTable) -> dict[str, str]:
+def _pictures(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return None if "skipped" in data["pictures"] else data["pictures"]
+
+
+def _end_to_end(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    found: Mapping[str, Any] = data["engine_numbers"]["end_to_end"]
+    return None if "skipped" in found else found
+
+
+def _figures(data: Mapping[str, Any], scales: ScaleTable) -> dict[str, str]:
     drawn: dict[str, str] = {}
-    if isinstance(found.pictures, PictureComparison):
-        drawn |= {"psnr": figures.psnr_figure(found.pictures), "trajectory": figures.trajectory_figure(found.pictures)}
-    if not isinstance(found.end_to_end, Skipped):
-        drawn["timestep"] = figures.timestep_figure(found.end_to_end)
-    if not isinstance(found.graph_blocks, Skipped):
-        engine = () if isinstance(found.engine_blocks, Skipped) else found.engine_blocks
-        drawn["blocks"] = figures.block_figure(found.graph_blocks, engine, data["recipe"]["block_sqnr"])
-    if len(scales.points) >= _FEWEST_POINTS and len(scales.trained) >= _FEWEST_POINTS:
-        drawn["scales"] = figures.scales_figure(scales)
-    return drawn
+    pictures, end_to_end, span = _pictures(data), _end_to_end(data), _span(data, scales)
+    if pictures is not None:
+        shift = pictures["pixel_shift_median"]["psnr"]["value"]
+        drawn["psnr"] = figures.psnr_figure(pictures["values"]["psnr"], shift)
+        drawn["trajectory"] = figures.trajectory_figure(_step_errors(data), span)
+    if end_to_end is not None:
+        labels = {"fake-quant": "fake_quant_to_fp", "engine": "engine_to_fp"}
+        lines = {label: end_to_end["values"][key] for label, key in labels.items()}
+        drawn["timestep"] = figures.timestep_figure(end_to_end["rows"], lines, span)
+    blocks = data["graph_numbers"]["blocks"], data["engine_numbers"]["blocks"]
+    graph, engine = ([] if isinstance(found, dict) else found for found in blocks)
+    if graph:
+        limits = data.get("block_limits") or {block["block"]: data["recipe"]["block_sqnr"] for block in graph}
+        drawn["blocks"] = figures.block_figure(graph, engine, limits)
+    return drawn | (scales_figures(scales, span) if drawable(scales) else {})
 
 
-def _pairs(drawings: Drawings, comparison: PictureComparison) -> list[dict[str, Any]]:
-    """Pictures evenly spread over the PSNR, worst first."""
-    psnr = comparison.similarity.psnr
-    order = np.argsort(psnr, kind="stable")
-    shown = order[np.linspace(0, len(order) - 1, min(_SHOWN, len(order))).round().astype(np.int64)]
-    reference, candidate = (to_bytes(drawing.pictures[shown]) for drawing in (drawings.reference, drawings.candidate))
-    gap = np.abs(reference.astype(np.int16) - candidate)
-    difference = np.minimum(gap * AMPLIFICATION, 255).astype(np.uint8)
-    return [
-        {
-            "text": drawings.prompts.prompts[index].text,
-            "psnr": psnr[index],
-            "reference": data_uri(reference[place]),
-            "candidate": data_uri(candidate[place]),
-            "difference": data_uri(difference[place]),
-        }
-        for place, index in enumerate(shown)
+def _step_errors(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The free-running errors of every schedule that was drawn, the recipe's first."""
+    drawn = (data["pictures"], *data.get("other_schedules", ()))
+    return {f"{one['scheduler']}, {one['steps']} steps": one["step_error"] for one in drawn}
+
+
+def _span(data: Mapping[str, Any], scales: ScaleTable) -> tuple[float, float]:
+    """The timesteps that the figures show side by side, from noise to picture."""
+    pictures, end_to_end = _pictures(data), _end_to_end(data)
+    found = [*scales.trained, *(end_to_end["rows"] if end_to_end else ())]
+    found += pictures["step_error"]["timestep"] if pictures else ()
+    margin = 0.02 * max(max(found, default=1) - min(found, default=0), 1)
+    return max(found, default=1) + margin, min(found, default=0) - margin
+
+
+def _metric_rows(data: Mapping[str, Any]) -> list[Any]:
+    """Numbers that have no place of their own on the page, and the reasons for those that were not measured."""
+    rows = [
+        *number_rows(data["engine_numbers"], ("end_to_end",)),
+        *number_rows(data["graph_numbers"]),
+        *number_rows(data.get("floors", {}), prefix="floor"),
+        *number_rows(_pictures(data) or {}, _SHOWN_PICTURE_KEYS, "pictures"),
     ]
+    known = dict(_SHOWN_END_TO_END)
+    rows += number_rows(_end_to_end(data) or {}, known, "one call")
+    return rows
 
 
-def _site_rows(precisions: tuple[SitePrecision, ...], plan: PrecisionPlan, found: Measurements) -> list[dict[str, Any]]:
-    codes = {} if isinstance(found.points, Skipped) else {point.point: point for point in found.points}
-    points = {site.site: codes.get(site.act_point or "") for site in plan.sites}
-    return [asdict(precision) | {"codes": points.get(precision.site)} for precision in precisions]
-
-
-def data_uri(picture: NDArray[np.uint8]) -> str:
-    """A picture uint8 [H, W, 3] as a PNG inside an address, smaller where it is large."""
-    from PIL import Image
-
-    image = Image.fromarray(picture)
-    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+def _end_to_end_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found = _end_to_end(data)
+    return [(label, found[key]) for key, label in _SHOWN_END_TO_END if key in found] if found else []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.calib.lock import claimed
+from s2p_deploy.records.lock import claimed
 from tests.cli.commands import Finished, Run
 from tests.cli.test_bad_input import assert_refused
 from tests.tiny_pipeline import tiny_base

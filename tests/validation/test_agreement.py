@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
-from s2p_deploy.engines import TorchRunner
+from s2p_deploy.engines import PreparedParts, TorchRunner, engine_parts
 from s2p_deploy.families import Tap, load_pipeline
 from s2p_deploy.records import ExportedGraph, ScaleTable
 from s2p_deploy.validation import Chain
-from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
+from s2p_deploy.validation.agreement import REFERENCE, block_agreement, block_errors, code_agreement, site_agreement
 from s2p_deploy.validation.end_to_end import measure_end_to_end
 from s2p_deploy.validation.latents import ValidationLatents
 from s2p_deploy.validation.metrics import SQNR_CEILING
-from s2p_deploy.validation.reference import reference_calls
+from s2p_deploy.validation.reference import forced_outputs, reference_calls, unquantized_denoiser
 
 BLOCK = "mid_block.resnets.0"
 
@@ -25,6 +25,11 @@ def graph_with_doubled_scale(graph: ExportedGraph, point: str) -> ExportedGraph:
     scales = graph.scales.scales.copy()
     scales[:, graph.scales.points.index(point)] *= 2
     return replace(graph, scales=ScaleTable(scales, graph.scales.points, graph.scales.trained))
+
+
+def by_block(fake_quant: FakeQuantDenoiser, graph: ExportedGraph, latents: ValidationLatents) -> dict[str, float]:
+    found = block_agreement(fake_quant, graph, latents, PreparedParts(graph, *REFERENCE))
+    return {block.block: block.sqnr for block in found}
 
 
 def test_codes_of_a_right_export_agree(chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents) -> None:
@@ -48,7 +53,7 @@ def test_codes_show_one_wrong_scale_and_where(
 def test_blocks_of_a_right_export_agree(
     chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
-    found = block_agreement(fake_quant, chain.graph, latents, *REFERENCE)
+    found = block_agreement(fake_quant, chain.graph, latents, PreparedParts(chain.graph, *REFERENCE))
     assert [block.block for block in found] == [block.block for block in chain.graph.blocks]
     assert min(block.sqnr for block in found) >= 50.0
     assert {block.n for block in found} == {len(latents)}
@@ -58,7 +63,7 @@ def test_blocks_show_one_wrong_scale_and_where(
     chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
     wrong = graph_with_doubled_scale(chain.graph, f"{BLOCK}.conv2")
-    found = {block.block: block.sqnr for block in block_agreement(fake_quant, wrong, latents, *REFERENCE)}
+    found = by_block(fake_quant, wrong, latents)
     assert [block for block, sqnr in found.items() if sqnr < 50.0] == [BLOCK]
 
 
@@ -68,16 +73,62 @@ def test_blocks_show_a_scale_that_is_wrong_on_one_row_only(
     scales = chain.graph.scales.scales.copy()
     scales[latents.rows[-1], chain.graph.scales.points.index(f"{BLOCK}.conv2")] *= 2
     wrong = replace(chain.graph, scales=ScaleTable(scales, chain.graph.scales.points, chain.graph.scales.trained))
-    found = {block.block: block.sqnr for block in block_agreement(fake_quant, wrong, latents, *REFERENCE)}
+    found = by_block(fake_quant, wrong, latents)
     assert found[BLOCK] < 50.0
 
 
 def test_blocks_show_a_changed_weight(chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents) -> None:
     with torch.no_grad():
         fake_quant.site(f"{BLOCK}.conv1").weight.mul_(1.05)
-    found = {block.block: block.sqnr for block in block_agreement(fake_quant, chain.graph, latents, *REFERENCE)}
+    found = by_block(fake_quant, chain.graph, latents)
     assert found[BLOCK] < 50.0
     assert found["mid_block.resnets.1"] >= 50.0  # fed the reference's own input: errors do not pile up
+
+
+def test_sites_of_an_engine_agree_and_quantization_costs_them_something(
+    chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
+) -> None:
+    twin, scales = unquantized_denoiser(chain.calibrated), chain.engine.scales.scales
+    with engine_parts(chain.engine, chain.graph) as parts:
+        assert parts is not None
+        found = site_agreement(fake_quant, twin, chain.graph, latents.spread(4), parts, scales=scales)
+        doubled = scales.copy()
+        doubled[:, chain.graph.scales.points.index(f"{BLOCK}.conv1")] *= 2
+        wrong = site_agreement(fake_quant, twin, chain.graph, latents.spread(4), parts, scales=doubled)
+    assert [site.site for site in found] == [site.site for site in chain.graph.sites]
+    assert min(site.sqnr for site in found) > 80
+    assert all(site.quantization is not None and 20 < site.quantization < 80 for site in found)
+    assert {site.n for site in found} == {4}
+    assert [site.site for site in wrong if site.sqnr < 60] == [f"{BLOCK}.conv1"]
+    assert not any(module._forward_hooks for module in fake_quant.modules())
+
+
+def test_what_quantization_costs_a_block_is_its_own(
+    chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
+) -> None:
+    twin = unquantized_denoiser(chain.calibrated)
+    before = {error.block: error.quantization for error in block_errors(fake_quant, twin, chain.graph, latents)}
+    assert all(cost is not None and 15 < cost < 80 for cost in before.values())
+    with torch.no_grad():
+        fake_quant.site(f"{BLOCK}.conv1").weight.mul_(1.2)
+    after = {error.block: error.quantization for error in block_errors(fake_quant, twin, chain.graph, latents)}
+    assert after[BLOCK] < before[BLOCK] - 3
+    others = [block for block in before if block != BLOCK]
+    assert max(abs(after[block] - before[block]) for block in others) < 3  # other activations, the same blocks
+
+
+def test_a_forced_denoiser_is_given_the_activation_wherever_it_is_read(
+    fake_quant: FakeQuantDenoiser, chain: Chain, latents: ValidationLatents
+) -> None:
+    entering, leaving = Tap(BLOCK, "input"), Tap(BLOCK, "output")
+    (call,) = reference_calls(fake_quant, latents, (entering, leaving))
+    twin, given = unquantized_denoiser(chain.calibrated), call.seen[entering]
+    plain = forced_outputs(twin, call, (entering,), (leaving,))[leaving]
+    call.seen[entering] = 2 * given
+    doubled = forced_outputs(twin, call, (entering,), (leaving,))[leaving]
+    # the norm inside takes the factor back, the residual sum beside it keeps it
+    np.testing.assert_allclose(doubled - plain, given, atol=0.02 * np.abs(given).max())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
 
 
 def test_the_reference_gives_what_enters_and_leaves_and_leaves_no_hook(

@@ -9,14 +9,18 @@ import pytest
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.recipe import Gates
 from s2p_deploy.records import GateResult
-from s2p_deploy.validation.gates import judge, verdict_of
+from s2p_deploy.validation.gates import judge, part_limit, verdict_of
 from s2p_deploy.validation.measurements import (
+    NOT_CUT,
     BlockAgreement,
+    BlockError,
     EndToEnd,
     Measurements,
     PictureComparison,
     PointCodes,
     Similarity,
+    SiteAgreement,
+    TableGap,
 )
 from s2p_deploy.validation.numbers import Number, Skipped
 
@@ -30,7 +34,14 @@ def similarity(psnr: float) -> Similarity:
 
 def end_to_end(change: float) -> EndToEnd:
     level = np.full(64, 40.0)
-    return EndToEnd(np.arange(64), level, level + change, level, level, 0.0)
+    return EndToEnd(np.arange(64), level, level + change, level + 5, level, 0.0, guidance=np.full(32, 20.0))
+
+
+def room(*of: float) -> EndToEnd:
+    """Errors of its own that are so many dB below quantization's, latent by latent."""
+    level = np.full(len(of), 30.0)
+    rows = np.repeat(np.arange(len(of) // 2) * 100, 2)
+    return EndToEnd(rows, level, level, level + np.asarray(of), level, 0.0, guidance=np.full(len(of) // 2, 20.0))
 
 
 def pictures(psnr: float = 35.0, accuracy: float = 0.9) -> PictureComparison:
@@ -52,11 +63,21 @@ GOOD = Measurements(
     graph_half=False,
     engine_half=False,
     points=(PointCodes("a", 0.0005, 1, 1000),),
-    graph_blocks=(BlockAgreement("b", 60.0, 64),),
-    engine_blocks=(BlockAgreement("b", 55.0, 64),),
+    graph_blocks=(BlockAgreement("b", 60.0, 64), BlockAgreement("float", 120.0, 64)),
+    engine_blocks=(BlockAgreement("b", 55.0, 64), BlockAgreement("float", 110.0, 64)),
+    block_errors=(BlockError("b", 40.0), BlockError("float", None)),
+    engine_sites=(SiteAgreement("b.conv", 60.0, 40.0, 16),),
+    tables=(
+        TableGap("scales", "scale table of the engine", 0.0, "b.conv, row 1", 1000),
+        TableGap("time", "time table of the engine", 5e-5, "row 7", 1000),
+    ),
     end_to_end=end_to_end(-0.1),
     pictures=pictures(),
 )
+GRAPH_BLOCKS, ENGINE_BLOCKS = "blocks of the graph, worst SQNR", "blocks of the engine, worst SQNR"
+SITES = "sites of the engine, worst SQNR"
+OWN_BRANCH, OWN_LATENT = "error of its own, worse CFG branch", "error of its own, worst latent"
+GUIDANCE = "guidance, engine against fake-quant, median SQNR"
 
 
 def results(**changes: object) -> dict[str, GateResult]:
@@ -77,8 +98,16 @@ def test_a_good_engine_passes_every_gate() -> None:
     [
         ({"points": (PointCodes("a", 0.0011, 1, 1000),)}, "codes that differ, worst act point"),
         ({"points": (PointCodes("a", 0.0, 2, 1000),)}, "largest code difference"),
-        ({"graph_blocks": (BlockAgreement("b", 49.9, 64),)}, "blocks of the graph, worst SQNR"),
-        ({"engine_blocks": (BlockAgreement("b", 49.9, 64),)}, "blocks of the engine, worst SQNR"),
+        ({"graph_blocks": (BlockAgreement("b", 45.9, 64),)}, GRAPH_BLOCKS),
+        ({"engine_blocks": (BlockAgreement("b", 45.9, 64),)}, ENGINE_BLOCKS),
+        ({"engine_blocks": (BlockAgreement("float", 49.9, 64),)}, ENGINE_BLOCKS),
+        ({"engine_sites": (SiteAgreement("b.conv", 49.9, 40.0, 16),)}, SITES),
+        ({"tables": (TableGap("scales", "scale table", 2e-6, "b.conv, row 1", 9),)}, "scale table"),
+        ({"tables": (TableGap("time", "time table", 2e-4, "row 1", 9),)}, "time table"),
+        ({"tables": (TableGap("time", "time table", 3e-3, "row 1", 9, half=True),)}, "time table"),
+        ({"end_to_end": room(9, -4, 9, -4)}, OWN_BRANCH),
+        ({"end_to_end": room(9, 9, 9, -7, 9, 9)}, OWN_LATENT),
+        ({"end_to_end": replace(end_to_end(0.0), guidance=np.full(32, 2.9))}, GUIDANCE),
         ({"end_to_end": end_to_end(-0.21)}, "SQNR to FP, engine less fake-quant"),
         ({"end_to_end": end_to_end(0.21)}, "SQNR to FP, engine less fake-quant"),
         ({"pictures": pictures(psnr=29.9)}, "pictures, median PSNR"),
@@ -98,6 +127,10 @@ def test_pictures_no_better_than_a_shift_by_a_pixel_fail() -> None:
     [
         {"points": (PointCodes("a", float("nan"), 1, 1000),)},
         {"graph_blocks": (BlockAgreement("b", float("nan"), 64), BlockAgreement("c", 60.0, 64))},
+        {"engine_half": True, "engine_blocks": (BlockAgreement("b", float("nan"), 64),)},
+        {"engine_sites": (SiteAgreement("b.conv", float("nan"), 40.0, 16),)},
+        {"tables": (TableGap("time", "time table", float("nan"), "shape [1, 2]", 9),)},
+        {"end_to_end": room(float("nan"), 9, 9, 9)},
         {"end_to_end": end_to_end(float("nan"))},
         {"pictures": pictures(psnr=float("nan"))},
         {"pictures": pictures(accuracy=float("nan"))},
@@ -110,17 +143,58 @@ def test_what_is_not_a_number_never_passes(changes: dict[str, Any]) -> None:
 
 
 def test_half_precision_has_its_own_limits() -> None:
-    half = {"engine_half": True, "engine_blocks": (BlockAgreement("b", 42.0, 64),)}
+    half = {"engine_half": True, "engine_blocks": (BlockAgreement("b", 42.0, 64), BlockAgreement("float", 41.0, 64))}
     assert failed(**half, end_to_end=end_to_end(-0.29)) == []
     assert failed(**half, end_to_end=end_to_end(-0.31)) == ["SQNR to FP, engine less fake-quant"]
-    assert results(**half)["blocks of the engine, worst SQNR"].status == "not applicable"
+    assert failed(engine_half=True, engine_blocks=(BlockAgreement("b", 39.9, 64),)) == [ENGINE_BLOCKS]
+    low = (BlockError("b", 20.0),)  # 4-bit weights: half precision need not be exact to be right
+    assert failed(engine_half=True, engine_blocks=(BlockAgreement("b", 26.1, 64),), block_errors=low) == []
     assert failed(graph_half=True, points=(PointCodes("a", 0.019, 1, 1000),)) == []
+
+
+def test_a_float32_graph_has_the_references_own_arithmetic() -> None:
+    """However much quantization costs a block, its graph form does the same steps."""
+    low = (BlockError("b", 20.0),)
+    right, wrong = ((BlockAgreement("b", value, 64),) for value in (50.1, 49.9))
+    assert failed(graph_blocks=right, block_errors=low) == []
+    assert failed(graph_blocks=wrong, block_errors=low) == [GRAPH_BLOCKS]
+    assert failed(graph_blocks=wrong, block_errors=low, graph_half=True) == []
+    assert failed(engine_blocks=wrong, block_errors=low) == []
+
+
+def test_a_part_is_judged_by_what_quantization_costs_it() -> None:
+    assert part_limit(20.0, 10.0, GATES, half=False) == 30.0
+    assert part_limit(54.0, 10.0, GATES, half=False) == 64.0
+    assert part_limit(None, 10.0, GATES, half=False) == 50.0
+    assert part_limit(20.0, 10.0, GATES, half=True) == 30.0
+    assert part_limit(54.0, 10.0, GATES, half=True) == part_limit(None, 10.0, GATES, half=True) == 40.0
+
+
+def test_what_failed_is_named() -> None:
+    found = results(
+        points=(PointCodes("right", 0.0, 0, 9), PointCodes("wrong", 0.5, 30, 9)),
+        engine_blocks=(BlockAgreement("b", 45.0, 64), BlockAgreement("float", 51.0, 64)),
+        engine_sites=(SiteAgreement("b.conv1", 99.0, 40.0, 16), SiteAgreement("b.conv2", 49.0, 45.0, 16)),
+        end_to_end=room(9, 9, 9, -20, 9, 9),
+    )
+    assert found["codes that differ, worst act point"].where == "wrong"
+    assert found["largest code difference"].where == "wrong"
+    assert found[ENGINE_BLOCKS].where == "b"
+    assert found[SITES].where == "b.conv2"
+    assert found[OWN_LATENT].where == "row 100, text of the prompt"
+    assert found["time table of the engine"].where == "row 7"
+
+
+def test_files_that_cannot_be_cut_leave_the_sites_out() -> None:
+    found = results(engine_sites=NOT_CUT)
+    assert found[SITES].status == "not applicable"
+    assert verdict_of(found.values()) == "passed"
 
 
 def test_what_could_not_be_measured_is_never_a_pass() -> None:
     found = results(engine_blocks=GPU, end_to_end=GPU, pictures=GPU)
     waiting = {name for name, result in found.items() if result.status == "not measured"}
-    assert len(waiting) == 5
+    assert len(waiting) == 8
     assert {found[name].reason for name in waiting} == {"needs a GPU"}
     assert verdict_of(found.values()) == "not verified"
     assert verdict_of(results(pictures=GPU, graph_blocks=(BlockAgreement("b", 1.0, 64),)).values()) == "failed"
@@ -130,6 +204,7 @@ def test_the_baseline_is_not_asked_about_quantizers() -> None:
     found = results(quantized=False, points=(), end_to_end=end_to_end(-3.0))
     assert found["SQNR to FP, engine less fake-quant"].status == "not applicable"
     assert found["largest code difference"].status == "not applicable"
+    assert {found[name].status for name in (OWN_BRANCH, OWN_LATENT)} == {"not applicable"}
     assert verdict_of(found.values()) == "passed"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
-from s2p_deploy.engines import build_engine
+from s2p_deploy.engines import PreparedParts, build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import ExportedGraph, PromptSet
 from s2p_deploy.validation import Chain, open_chain, validate
@@ -26,7 +26,9 @@ def graph(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> ExportedGra
 def test_blocks_agree_as_those_of_the_whole_graph(
     chain: Chain, graph: ExportedGraph, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
-    found, whole = (block_agreement(fake_quant, one, latents, *REFERENCE) for one in (graph, chain.graph))
+    found, whole = (
+        block_agreement(fake_quant, one, latents, PreparedParts(one, *REFERENCE)) for one in (graph, chain.graph)
+    )
     assert [block.block for block in found] == [block.block for block in whole]
     assert min(block.sqnr for block in found) >= 50.0
     assert max(point.mismatch for point in code_agreement(fake_quant, graph, latents)) <= 0.001
@@ -38,7 +40,8 @@ def test_a_blocks_text_is_the_references(
     """A wrong product of the text in the reference reaches the graph's block too: both agree on its consequences."""
     with torch.no_grad():
         fake_quant.site(KEY).weight.mul_(-1)
-    found = {block.block: block.sqnr for block in block_agreement(fake_quant, graph, latents, *REFERENCE)}
+    blocks = block_agreement(fake_quant, graph, latents, PreparedParts(graph, *REFERENCE))
+    found = {block.block: block.sqnr for block in blocks}
     assert found["mid_block.attentions.0"] >= 50.0
 
 

@@ -1,0 +1,134 @@
+"""The model card beside an engine: ``README.md`` with the metadata that model hubs read.
+
+What came from outside stands in code spans, where Markdown and HTML mean nothing; metadata holds only checked values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jinja2 import Environment
+
+    from s2p_deploy.records import Base, ExportedGraph
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
+_METADATA = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
+_MOST_METADATA = 2**16  # bytes of a pipeline's card that are looked at
+_HALF = 16  # bits
+_WIDE = 10_000  # no line of metadata is folded
+
+
+def engine_card(graph: ExportedGraph, content: Mapping[str, Any]) -> str:
+    """The card of an engine.
+
+    Args:
+        graph: what it was built from.
+        content: what its manifest will say: backend, hint, sites, environment, sizes.
+    """
+    base, recipe = graph.manifest.base, str(graph.manifest.recipe["name"])
+    kinds = Counter(
+        (s["op"], s["weight_storage_bits"], s["activation_bits"], s["lowering"], s["compute"]) for s in content["sites"]
+    )
+    return (
+        card_environment("s2p_deploy.engines")
+        .get_template("model_card.md.j2")
+        .render(
+            metadata=metadata_block(card_metadata(base, license_of(Path(base.source)), content)),
+            base=base,
+            source=shown_source(base),
+            recipe=recipe,
+            quantized=_is_quantized(content),
+            engine=content,
+            size=sum(content["sizes"].values()),
+            kinds=kinds.most_common(),
+            timesteps=graph.timesteps,
+        )
+    )
+
+
+def card_metadata(base: Base, license_name: str | None, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What model hubs read: names of ours, and of others only what can be nothing but an id.
+
+    ``engine`` has at least ``backend`` and ``sites``.
+    """
+    quantized = ["quantized"] if _is_quantized(engine) else []
+    metadata: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["stable-diffusion", "s2p-deploy", engine["backend"], *quantized],
+    }
+    if is_hub_id(base.source):
+        metadata |= {"base_model": base.source} | ({"base_model_relation": "quantized"} if quantized else {})
+    return metadata | ({"license": license_name} if license_name else {})
+
+
+def _is_quantized(engine: Mapping[str, Any]) -> bool:
+    return any(site["weight_storage_bits"] < _HALF or site["activation_bits"] < _HALF for site in engine["sites"])
+
+
+def metadata_block(metadata: Mapping[str, Any]) -> str:
+    """YAML between two lines of dashes."""
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, width=_WIDE)}---"
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a pipeline's own card names, or None."""
+    try:
+        with (folder / CARD).open("rb") as opened:
+            found = _METADATA.match(opened.read(_MOST_METADATA).decode("utf-8", "replace"))
+        metadata = yaml.safe_load(found.group(1)) if found else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    name = metadata.get("license") if isinstance(metadata, dict) else None
+    return name if isinstance(name, str) and _LICENSE.fullmatch(name) else None
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a pipeline was named by ``owner/name``, not by where it lies."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def shown_source(base: Base) -> str:
+    """What a pipeline is called for others: its hub id or its folder's name, never a path of the builder's machine."""
+    return base.source if is_hub_id(base.source) else Path(base.source).name or base.source
+
+
+def code(value: Any) -> str:  # noqa: ANN401 - shown as text
+    """Any text as one Markdown code span, in which nothing means anything."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def cell(value: Any) -> str:  # noqa: ANN401 - as above
+    """The same inside a table, where a bar would end the cell: it is shown broken."""
+    return code(value).replace("|", "\u00a6")
+
+
+@cache
+def card_environment(package: str) -> Environment:
+    """Templates of cards in a package, with the filters ``code`` and ``cell``."""
+    from jinja2 import Environment, PackageLoader
+
+    # Markdown, not HTML: the filters do what escaping would
+    environment = Environment(
+        loader=PackageLoader(package),
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": code, "cell": cell}
+    return environment

@@ -1,0 +1,64 @@
+"""An engine and everything that it was made from, found and verified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from s2p_deploy.errors import IntegrityError
+from s2p_deploy.families import resolve_base
+from s2p_deploy.recipe import recipe_from_data
+from s2p_deploy.records import CalibratedModel, ExportedGraph, LatentDataset, parent_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.recipe import Recipe
+    from s2p_deploy.records import Engine
+
+_HALF_HINTS = {"bf16", "f16", "fp16"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An engine and everything it was made from. ``dataset`` is None for a model that was not calibrated on one."""
+
+    engine: Engine
+    graph: ExportedGraph
+    calibrated: CalibratedModel
+    dataset: LatentDataset | None
+    base: BasePipeline
+    recipe: Recipe
+
+    @property
+    def guidance_scale(self) -> float:
+        """The deployed guidance."""
+        return self.recipe.sampling.guidance_scale or self.base.default_guidance
+
+    @property
+    def half(self) -> bool:
+        """Whether the engine computes what is not INT8 in half precision."""
+        return self.engine.dtype == "fp16" or self.engine.hint in _HALF_HINTS
+
+
+def open_chain(
+    engine: Engine, *, graph: Path | None = None, calib: Path | None = None, model: str | None = None
+) -> Chain:
+    """Finds and verifies what an engine was made from, by the manifests' hints or where it is said to be.
+
+    Raises:
+        InputError: something is not there. IntegrityError: what is there is something else.
+    """
+    exported = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph", graph))
+    calibrated = CalibratedModel.open(parent_folder(exported.folder, exported.manifest, "calib", calib))
+    with_dataset = "dataset" in calibrated.manifest.parents
+    dataset = (
+        LatentDataset.open(parent_folder(calibrated.folder, calibrated.manifest, "dataset")) if with_dataset else None
+    )
+    base = resolve_base(model or engine.manifest.base.source)
+    if base.base.digest != engine.manifest.base.digest:
+        raise IntegrityError(f"{base.base.source} is not the pipeline that {engine.folder} was made from: pass --model")
+    return Chain(
+        engine, exported, calibrated, dataset, base, recipe_from_data(engine.manifest.recipe, str(engine.folder))
+    )
