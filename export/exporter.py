@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from s2p_deploy.export.canonical import CanonicalGraph
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import TimePath
-    from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records import CalibratedModel, PrecisionPlan
 
 GRAPH_FILE = "denoiser.onnx"
 _INLINE_UP_TO = 1024  # bytes; scales, zero points and shapes stay readable in the graph file
@@ -71,9 +71,8 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         progress: told about every tensor written.
 
     Raises:
-        InputError: ``out`` exists; its disk has no room for the graph; a ratio of scales or a weight is out of the
-            range of ``dtype``; the model has no such form; ``time_path`` is missing, or not that of the model's time
-            table.
+        InputError: ``out`` exists; its disk has no room; a ratio of scales or a weight is out of the range of
+            ``dtype``; the model has no such form; ``time_path`` is missing, or not that of the model's time table.
         GraphContractError: a planned site is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
@@ -86,8 +85,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     check_room(out, graph.bytes)
 
     def fill(folder: Path) -> dict[str, Any]:
-        _write_graph(graph, dtype, folder, progress)
-        check_graph(folder / GRAPH_FILE, calibrated.plan, [site.site for site in graph.sites if site.graph == "text"])
+        _write_graph(graph, calibrated.plan, dtype, folder, progress)
         _write_tables(calibrated, folder)
         forms = {"time_table": form, "text_projections": text_projections, "full_sites": list(graph.full_sites)}
         return _content(calibrated, dtype) | forms | (_open_latents(calibrated) if sizes == "dynamic" else {})
@@ -113,9 +111,10 @@ def _form(calibrated: CalibratedModel, asked: TimeTableForm | None) -> TimeTable
     return asked or ("input" if calibrated.added_width else "constant")
 
 
-def _write_graph(graph: CanonicalGraph, dtype: DType, folder: Path, progress: Progress) -> None:
-    """Writes the models, and ``graph.json``, which describes them."""
+def _write_graph(graph: CanonicalGraph, plan: PrecisionPlan, dtype: DType, folder: Path, progress: Progress) -> None:
+    """Writes the models, and ``graph.json``, which describes them; the denoiser is held to its contract."""
     _write_model(graph.model, folder / GRAPH_FILE, progress)
+    check_graph(folder / GRAPH_FILE, plan, [site.site for site in graph.sites if site.graph == "text"])
     if graph.text_model is not None:
         _write_model(graph.text_model, folder / TEXT_FILE, progress)
     if graph.conditioning is not None:

@@ -73,7 +73,8 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         claim_unfinished(partial, asked.request(chain), replace=replace)
         kept = Kept.begin(partial)
         found, drawings = measure(chain, asked, kept, progress)
-        pairs, digests = drawings and drawings.pairs, weights.digests if weights else {}
+        pairs = None if drawings is None else drawings.pairs
+        digests = weights.digests if weights else {}
         finished = Finished(asked.prompts, found, pairs, digests, command, kept.spent)
         report = write_report(chain, finished, chain.recipe.validation.gates, out, replace=replace)
         shutil.rmtree(partial)
