@@ -18,6 +18,7 @@ from s2p_deploy.export.tensors import stored_bytes
 from s2p_deploy.export.tracing import OPSET, quiet_exporter
 from s2p_deploy.families import hot_skeleton
 from s2p_deploy.progress import Progress, silent
+from s2p_deploy.records.disk_room import writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,15 +84,14 @@ def _traced(
 
 def write_conditioning(model: ir.Model, file: Path, progress: Progress = silent) -> None:
     """Small graphs as one file, others with ``<file>.data`` beside them, tensor by tensor."""
-    if stored_bytes(model) <= _INLINE_UP_TO:
-        ir.save(model, file)
-        return
-    ir.save(
-        model,
-        file,
-        external_data=f"{file.name}.data",
-        callback=lambda _tensor, info: progress("write conditioning", info.index + 1, info.total),
-    )
+    apart = f"{file.name}.data" if stored_bytes(model) > _INLINE_UP_TO else None
+    with writing(file):
+        ir.save(
+            model,
+            file,
+            external_data=apart,
+            callback=lambda _tensor, info: progress("write conditioning", info.index + 1, info.total),
+        )
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from s2p_deploy.export.tracing import OPSET
 from s2p_deploy.families import kind_of_config, latent_shape_of
 from s2p_deploy.progress import Progress, silent
 from s2p_deploy.records import ExportedGraph, TensorSpec, check_vacant, write_artifact
-from s2p_deploy.records.disk_room import check_room
+from s2p_deploy.records.disk_room import check_room, writing
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE, graph_json
 from s2p_deploy.records.precision_plan import write_plan
 from s2p_deploy.records.scale_table import write_scale_table
@@ -150,13 +150,14 @@ def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:
 
 def _write_model(model: ir.Model, file: Path, progress: Progress) -> None:
     """Writes the graph and its one external data file, tensor by tensor, and checks it as ONNX."""
-    ir.save(
-        model,
-        file,
-        external_data=f"{file.name}.data",
-        size_threshold_bytes=_INLINE_UP_TO,
-        callback=lambda _tensor, info: progress("write weights", info.index + 1, info.total),
-    )
+    with writing(file):
+        ir.save(
+            model,
+            file,
+            external_data=f"{file.name}.data",
+            size_threshold_bytes=_INLINE_UP_TO,
+            callback=lambda _tensor, info: progress("write weights", info.index + 1, info.total),
+        )
     onnx.checker.check_model(str(file), full_check=True)
 
 

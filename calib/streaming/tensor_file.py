@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
-from s2p_deploy.errors import InputError
+from s2p_deploy.records.disk_room import writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,15 +55,10 @@ def write_tensor_file(
         InputError: the file cannot be written, such as on a full disk.
     """
     order = sorted(forms, key=lambda name: (list(DTYPES).index(_NAMES[forms[name].dtype]), name))
-    try:
-        with path.open("wb") as opened:
-            opened.write(_header([(name, forms[name]) for name in order], metadata))
-            for name in order:
-                _append(opened, read(name), forms[name])
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or choose another --out"
-        ) from error
+    with writing(path), path.open("wb") as opened:
+        opened.write(_header([(name, forms[name]) for name in order], metadata))
+        for name in order:
+            _append(opened, read(name), forms[name])
 
 
 def _append(opened: BinaryIO, tensor: Tensor, form: TensorForm) -> None:

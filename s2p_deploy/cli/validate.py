@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,9 @@ def validate(  # noqa: PLR0913 - its options
     weights_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Weights for LPIPS, FID and CLIP scores, with SHA256SUMS.")
     ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="What bench --json printed of this engine, for the report.")
+    ] = None,
     recheck: Annotated[
         Path | None, typer.Option(metavar="REPORT", help="Judge this finished report by other gates; runs nothing.")
     ] = None,
@@ -72,7 +75,7 @@ def validate(  # noqa: PLR0913 - its options
 ) -> int:
     """Compare an engine with its pipeline: numbers, pictures, a verdict. Exits 3 unless it passes."""
     moved = Moved(graph, calib, model, public_key)
-    measuring = _Measuring(prompts, pictures, schedules or [], floor, weights_dir)
+    measuring = _Measuring(prompts, pictures, schedules or [], floor, weights_dir, bench)
     if bisect:
         _refuse(measuring.options | {"--out": out, "--recheck": recheck}, "--bisect looks at stored latents only")
         return bisect_model(engine, calib, plan_out, as_json=as_json)
@@ -95,12 +98,13 @@ class _Measuring:
     schedules: list[str]
     floor: Path | None
     weights_dir: Path | None
+    bench: Path | None
 
     @property
     def options(self) -> dict[str, object]:
         """By name."""
         drawn = {"--prompts": self.prompts, "--pictures": self.pictures, "--schedule": self.schedules}
-        return drawn | {"--floor": self.floor, "--weights-dir": self.weights_dir}
+        return drawn | {"--floor": self.floor, "--weights-dir": self.weights_dir, "--bench": self.bench}
 
     def report(self, engine: Path | None, moved: Moved, out: Path | None, *, replace: bool) -> ValidationReport:
         """Validates an engine."""
@@ -113,6 +117,7 @@ class _Measuring:
         prompts, schedules = prompts_from_option(self.prompts), tuple(map(schedule_from_option, self.schedules))
         weights = open_weights(self.weights_dir) if self.weights_dir else None
         floor = open_engine(self.floor, moved.public_key) if self.floor else None
+        bench = _bench_from(self.bench) if self.bench else None
         chain = moved.chain(engine)
         with progress_bars() as progress:
             return validate_chain(
@@ -123,10 +128,20 @@ class _Measuring:
                 schedules=schedules,
                 floor=floor,
                 weights=weights,
+                bench=bench,
                 replace=replace,
                 command=_command(engine, self.options | {"--out": out}),
                 progress=progress,
             )
+
+
+def _bench_from(file: Path) -> dict[str, Any]:
+    from s2p_deploy.bench.result import BenchResult
+
+    try:
+        return BenchResult.model_validate_json(file.read_bytes()).model_dump(mode="json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--bench {file} is not what s2p-deploy bench --json prints: run it on this engine") from error
 
 
 def gate_table(gates: tuple[GateResult, ...]) -> Table:

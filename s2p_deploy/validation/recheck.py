@@ -97,6 +97,7 @@ def write_rechecked(
         weights=form.weights,
         command="; ".join(filter(None, (form.command, command))),
         spent=Spent(form.spent.starts, form.spent.seconds),
+        bench=form.bench,
     )
     return write_report(chain, finished, gates, out, replace=replace)
 
@@ -119,3 +120,4 @@ class _KeptForm(Strict):
     weights: dict[str, str]
     command: str
     spent: _SpentForm
+    bench: dict[str, Any] | None = None

@@ -40,25 +40,22 @@ def render_html(
     pairs: Pairs | None,
     *,
     training: Log | None = None,
-    bench: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a report.
 
     Args:
-        data: what ``report.json`` holds.
+        data: what ``report.json`` holds; under ``bench`` what ``s2p-deploy bench --json`` printed, where it was given.
         graph: the exported graph, for its plan and its scales.
         pairs: the pictures, or None where none were drawn.
         training: lines of the calibrated model's ``training.jsonl``.
-        bench: what ``s2p-deploy bench --json`` printed (None: what ``data`` holds under that name, if anything); the
-            engine is found in it by its digest.
 
     Raises:
-        InputError: ``bench`` knows nothing of this engine.
+        InputError: the benchmark knows nothing of this engine.
     """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
-    bench = bench or data.get("bench")
+    bench = data.get("bench")
     drawn = _figures(data, graph.scales) | training_figures(training or [])
     scales = point_scales(graph.scales)
     layers = layers_of(data, graph.plan, scales)

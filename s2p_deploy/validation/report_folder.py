@@ -21,7 +21,7 @@ from s2p_deploy.validation.summary import plain, summary
 from s2p_deploy.validation.training_figures import read_training_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from s2p_deploy.recipe import Gates
@@ -40,7 +40,8 @@ _LIBRARIES = ("s2p-deploy", "torch", "diffusers", "transformers", "numpy", "onnx
 class Finished:
     """What a validation found; ``pairs`` are the pictures, None where the engine could not draw here.
 
-    ``weights`` are the digests of the files that metrics read, ``command`` and ``spent`` how and how long it ran.
+    ``weights`` are the digests of the files that metrics read, ``command`` and ``spent`` how and how long it ran,
+    ``bench`` what ``s2p-deploy bench`` measured of the engine.
     """
 
     prompts: PromptSet
@@ -49,6 +50,7 @@ class Finished:
     weights: dict[str, str]
     command: str
     spent: Spent
+    bench: Mapping[str, Any] | None = None
 
 
 def write_report(chain: Chain, finished: Finished, gates: Gates, out: Path, *, replace: bool) -> ValidationReport:
@@ -95,7 +97,7 @@ def report_data(chain: Chain, finished: Finished, gates: Gates) -> dict[str, Any
         for error in found.block_errors
     }
     data["spent"] = asdict(finished.spent)
-    return data
+    return data | ({"bench": dict(finished.bench)} if finished.bench is not None else {})
 
 
 def _described(chain: Chain, finished: Finished, gates: Gates) -> dict[str, Any]:

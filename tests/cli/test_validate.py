@@ -7,16 +7,50 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from s2p_deploy.bench.result import BenchResult, EngineFigures, Machine, Memory, Ratios
 from s2p_deploy.cli import main
+from s2p_deploy.records import Engine, Number
 from tests.cli.commands import Chain, Run
 from tests.validation.networks import write_weights
+
+
+def bench_of(digest: str) -> str:
+    """What ``bench --json`` prints of the engine of that digest."""
+    number = Number(0.0125, 30, 0.01, 0.02)
+    figures = EngineFigures(
+        name="engine",
+        digest=digest,
+        recipe="w8a8",
+        size=1_000_000,
+        load_seconds=0.5,
+        memory=Memory(before=1, loaded=2, steady=3, peak=4),
+        step_p50=number,
+        step_p95=number,
+        picture_seconds=None,
+        images_per_minute=None,
+        ratios=Ratios(step=number, images_per_minute=None, load=1, steady_memory=1, peak_memory=1, size=1),
+    )
+    machine = Machine(processor="a processor", cores=2, flags=(), system="Linux", gpu=None, versions={})
+    return BenchResult(
+        machine=machine,
+        backend="onnxruntime",
+        hint="reference",
+        batch=2,
+        rounds=10,
+        steps_per_round=3,
+        pictures=0,
+        sampling_steps=4,
+        baseline=figures.model_copy(update={"ratios": None}),
+        engines=(figures,),
+    ).model_dump_json()
 
 
 @pytest.fixture(scope="module")
 def report(made_chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("validate")
+    (folder / "bench.json").write_text(bench_of(Engine.open(Path(made_chain.engine)).manifest.digest))
     options = ["--prompts", made_chain.prompts, "--out", folder / "report", "--junit", folder / "junit" / "gates.xml"]
-    options += ["--pictures", 1, "--schedule", "ddim:4"]
+    options += ["--pictures", 1, "--schedule", "ddim:4", "--bench", folder / "bench.json"]
     assert main([str(part) for part in ["validate", made_chain.engine, *options]]) in {0, 3}
     return folder / "report"
 
@@ -49,7 +83,7 @@ def test_recheck_judges_and_writes_nothing(report: Path, run: Run) -> None:
 def test_recheck_writes_a_whole_report_where_it_is_told(report: Path, run: Run, tmp_path: Path) -> None:
     options = (*settings("validation.gates.median_psnr=99.9"), "--out", tmp_path / "again")
     assert run("validate", "--recheck", report, *options).code == 3
-    assert (tmp_path / "again" / "report.html").is_file()
+    assert "a processor" in (tmp_path / "again" / "report.html").read_text(encoding="utf-8"), "the benchmark stays"
     assert run("inspect", tmp_path / "again").code == 0
     assert run("validate", "--recheck", tmp_path / "again", "--junit", tmp_path / "a.xml").code in {0, 3}
     assert ET.parse(tmp_path / "a.xml").getroot()[0].get("tests")
@@ -68,6 +102,7 @@ def test_recheck_writes_a_whole_report_where_it_is_told(report: Path, run: Run, 
         (["ENGINE", "--prompts", "shapes:held_out", "--out", "x", "--schedule", "ddim"], "NAME:STEPS"),
         (["ENGINE", "--prompts", "shapes:held_out", "--out", "x", "--weights-dir", "nowhere"], "SHA256SUMS"),
         (["ENGINE", "--prompts", "shapes:held_out", "--out", "x", "--floor", "ENGINE"], "quantizes something"),
+        (["ENGINE", "--prompts", "shapes:held_out", "--out", "x", "--bench", "nowhere"], "bench --json"),
         (["ENGINE", "--out", "x"], "--prompts and --out"),
         (["--prompts", "shapes:held_out", "--out", "x"], "ENGINE"),
     ],
@@ -92,6 +127,17 @@ def test_weights_that_were_changed_are_refused_before_anything_runs(
     refused = run("validate", made_chain.engine, *options)
     assert refused.code == 5
     assert "SHA-256 differs" in refused.err
+
+
+def test_a_benchmark_of_another_engine_is_refused_before_anything_runs(
+    made_chain: Chain, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "bench.json").write_text(bench_of("0" * 64))
+    options = ("--prompts", made_chain.prompts, "--out", tmp_path / "x", "--bench", tmp_path / "bench.json")
+    refused = run("validate", made_chain.engine, *options)
+    assert refused.code == 2
+    assert "run s2p-deploy bench on this engine" in refused.err
+    assert not (tmp_path / "x.partial").exists()
 
 
 @pytest.mark.slow

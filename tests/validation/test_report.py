@@ -147,13 +147,13 @@ def test_a_benchmark_of_the_engine_is_shown_and_of_another_refused(chain: Chain)
     run = {"backend": HOSTILE, "batch": 2, "machine": {"processor": HOSTILE, "cores": 2, "gpu": None}}
     bench = run | {"baseline": figures_of | {"ratios": None}, "engines": [figures_of]}
     data = data_of(measurements(), chain)
-    html = render_html(data, chain.graph, drawings_of().pairs, bench=bench)
+    html = render_html(data | {"bench": bench}, chain.graph, drawings_of().pairs)
     elements(html)
     for text in ("step, p50", "12.5 ms", "0.01 (0.01 to 0.02)", "memory, peak", "4 MB", "0.80"):
         assert text in html
     data["digests"]["engine"] = "1" * 64
     with pytest.raises(InputError, match="1111"):
-        render_html(data, chain.graph, drawings_of().pairs, bench=bench)
+        render_html(data | {"bench": bench}, chain.graph, drawings_of().pairs)
 
 
 def test_json_holds_no_nan_and_no_infinity() -> None:
