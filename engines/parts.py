@@ -1,4 +1,7 @@
-"""Parts of an engine, cut out of the very files that it is loaded from: what runs is judged, not its origin."""
+"""Parts of an engine, cut out of the very files that it is loaded from: what runs is judged, not its origin.
+
+The cutter is imported when it is needed: it brings torch, and a process that only runs an engine should not hold that.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.subgraph import runner_for_subgraph
-from s2p_deploy.export import GraphParts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,6 +54,8 @@ class PreparedParts:
     def __init__(
         self, graph: ExportedGraph, backend: str, hint: str | None = None, lowerings: Lowerings | None = None
     ) -> None:
+        from s2p_deploy.export import GraphParts
+
         self._cuts = GraphParts(graph)
         self._backend, self._hint, self._lowerings = backend, hint, lowerings
 
@@ -70,6 +74,8 @@ class OnnxParts:
     """Parts of an engine that is an ONNX file, run by its backend as they are."""
 
     def __init__(self, engine: Engine, graph: ExportedGraph, onnx_file: Path) -> None:
+        from s2p_deploy.export import GraphParts
+
         self._cuts = GraphParts(graph, onnx_file)
         self._backend, self._hint = usable_backend(engine.backend), engine.hint
 

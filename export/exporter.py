@@ -114,9 +114,9 @@ def _form(calibrated: CalibratedModel, asked: TimeTableForm | None) -> TimeTable
 def _write_graph(graph: CanonicalGraph, plan: PrecisionPlan, dtype: DType, folder: Path, progress: Progress) -> None:
     """Writes the models, and ``graph.json``, which describes them; the denoiser is held to its contract."""
     _write_model(graph.model, folder / GRAPH_FILE, progress)
-    check_graph(folder / GRAPH_FILE, plan, [site.site for site in graph.sites if site.graph == "text"])
     if graph.text_model is not None:
         _write_model(graph.text_model, folder / TEXT_FILE, progress)
+    check_graph(folder / GRAPH_FILE, plan, [site.site for site in graph.sites if site.graph == "text"])
     if graph.conditioning is not None:
         write_conditioning(graph.conditioning, folder / CONDITIONING_FILE, progress)
     described = graph_json(

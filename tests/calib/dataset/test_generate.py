@@ -263,7 +263,9 @@ def test_no_room_on_the_disk(base: BasePipeline, recipe: Recipe, prompts: Prompt
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 2**22}))
     request = dataset_request(base, recipe, prompts, tmp_path / "new" / "dataset")
     large = load_walker(BasePipeline(tmp_path / "large", base.base, 2.0), recipe.sampling.steps)
-    with pytest.raises(InputError, match=r"dataset\.shards needs .* MB and its disk has .* MB left"):
+    with pytest.raises(
+        InputError, match=r"dataset\.shards needs .* GB and its disk has .* GB left: .*dataset\.prompts"
+    ):
         make_dataset(request, large)
     assert not (tmp_path / "new").exists()
 
