@@ -52,11 +52,13 @@ def main() -> None:
 
 def write(out: Path, rows: list[dict[str, Any]], setting: dict[str, int]) -> None:
     """The rows beside those of other recipes in ``out``, measured in the same setting."""
-    kept = json.loads(out.read_text(encoding="utf-8")) if out.exists() else setting | {"rows": []}
+    kept = (
+        json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"kind": "Reschedule"} | setting | {"rows": []}
+    )
     if {name: kept.get(name) for name in setting} != setting:
         raise SystemExit(f"{out} was measured with another number of pictures or iterations: choose another --out")
     recipes = {row["recipe"] for row in rows}
-    result = setting | {"rows": [row for row in kept["rows"] if row["recipe"] not in recipes] + rows}
+    result = kept | {"rows": [row for row in kept["rows"] if row["recipe"] not in recipes] + rows}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))
 

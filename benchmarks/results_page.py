@@ -1,5 +1,7 @@
 """Writes the tables and plots of docs/results.md from the comparison.json files of ``s2p-deploy compare``.
 
+What ``reschedule.py`` measured becomes a table too.
+
     python benchmarks/results_page.py benchmarks/results/*.json --out docs/results.md
 
 A file NAME.json fills what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; where the page has no such
@@ -48,29 +50,35 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    comparisons = read_comparisons(options.files)
+    comparisons, tables = read_comparisons(options.files), read_tables(options.files)
     before = options.out.read_text(encoding="utf-8") if options.out.exists() else "# Results\n"
-    options.out.write_text(page_with(before, comparisons), encoding="utf-8")
+    options.out.write_text(page_with(before, comparisons, tables), encoding="utf-8")
     for name, comparison in comparisons.items():
         write_plots(comparison, name, options.out.parent / "images")
 
 
 def read_comparisons(files: Iterable[Path]) -> dict[str, Comparison]:
     """The comparisons among JSON files, by the files' names; what other benchmarks wrote is left out."""
-    kinds = {file: json.loads(file.read_text(encoding="utf-8")).get("kind") for file in files}
-    return {file.stem: read_comparison(file) for file, kind in kinds.items() if kind == "Comparison"}
+    return {file.stem: read_comparison(file) for file in files if _json(file).get("kind") == "Comparison"}
 
 
-def page_with(page: str, comparisons: Mapping[str, Comparison]) -> str:
-    """The page with the section of every comparison made anew, by its name.
+def read_tables(files: Iterable[Path]) -> dict[str, str]:
+    """Tables of what ``reschedule.py`` wrote, by the files' names."""
+    found = {file.stem: _json(file) for file in files}
+    return {name: reschedule_table(data) for name, data in found.items() if data.get("kind") == "Reschedule"}
+
+
+def page_with(page: str, comparisons: Mapping[str, Comparison], tables: Mapping[str, str] | None = None) -> str:
+    """The page with the section of every comparison, and every table, made anew, by its name.
 
     Raises:
         SystemExit: the page has a section for which there is no comparison.
     """
-    missing = set(re.findall(r"<!-- begin (.+?) -->", page)) - set(comparisons)
+    sections = {name: section(comparison, name) for name, comparison in comparisons.items()} | dict(tables or {})
+    missing = set(re.findall(r"<!-- begin (.+?) -->", page)) - set(sections)
     if missing:
         raise SystemExit(f"the page has a section {sorted(missing)[0]!r} and no such file is given")
-    for name, comparison in comparisons.items():
+    for name, text in sections.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if begin not in page:
             page = f"{page.rstrip()}\n\n## {name}\n\n{begin}\n{end}\n"
@@ -78,8 +86,29 @@ def page_with(page: str, comparisons: Mapping[str, Comparison]) -> str:
         _, closed, after = rest.partition(end)
         if not closed:
             raise SystemExit(f"section {name!r} of the page has no {end}")
-        page = f"{before}{begin}\n{section(comparison, name)}{end}{after}"
+        page = f"{before}{begin}\n{text}{end}{after}"
     return page
+
+
+def reschedule_table(found: Mapping[str, Any]) -> str:
+    """A row per recipe: median PSNR of every schedule, as calibrated and after the short training."""
+    cells: dict[str, dict[tuple[str, int, bool], str]] = {}
+    for row in found["rows"]:
+        value = f"{row['median_psnr']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        cells.setdefault(row["recipe"], {})[row["scheduler"], row["steps"], row["fine_tuned"]] = value
+    columns = sorted({key for of_recipe in cells.values() for key in of_recipe}, key=lambda key: (-key[1], key[2]))
+    names = {True: "fine-tuned", False: "as calibrated"}
+    shown = {"own": "PNDM", "unipc": "UniPC"}
+    head = ["recipe", *(f"{shown[scheduler]} {steps}, {names[tuned]}" for scheduler, steps, tuned in columns)]
+    rows = [[f"`{recipe}`", *(of_recipe[key] for key in columns)] for recipe, of_recipe in cells.items()]
+    lines = [head, ["---"] * len(head), *rows]
+    about = f"{found['pictures']} pictures, {found['iterations']} iterations."
+    return f"\n{about}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return data
 
 
 def section(comparison: Comparison, name: str) -> str:

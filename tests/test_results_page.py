@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.results_page import page_with, read_comparisons, section, write_plots
+from benchmarks.results_page import page_with, read_comparisons, read_tables, reschedule_table, section, write_plots
 from s2p_deploy.records.comparison import write_record
 from tests.comparisons import HOSTILE, comparison, failed, recipe
 
@@ -19,7 +20,7 @@ PLACE = "# Results\n\nBy hand.\n\n<!-- begin rivals -->\nold\n<!-- end rivals --
 def test_the_committed_page_is_what_the_script_makes() -> None:
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     text = PAGE.read_text(encoding="utf-8")
-    assert page_with(text, read_comparisons(files)) == text
+    assert page_with(text, read_comparisons(files), read_tables(files)) == text
 
 
 def test_the_plots_of_the_committed_page_are_there() -> None:
@@ -41,6 +42,28 @@ def test_only_comparisons_are_read(tmp_path: Path) -> None:
     write_record(made, tmp_path / "rivals.json")
     (tmp_path / "speed.json").write_text('{"seconds": 1}')
     assert read_comparisons(sorted(tmp_path.iterdir())) == {"rivals": made}
+
+
+def test_schedules_are_columns_and_recipes_rows(tmp_path: Path) -> None:
+    """By hand: fewer steps come later, fine-tuned behind as calibrated."""
+    schedules = [("unipc", 10, False), ("own", 50, True), ("own", 50, False)]
+    rows = [
+        {"recipe": "a", "fine_tuned": tuned, "scheduler": scheduler, "steps": steps}
+        | {"median_psnr": 40.04 + number, "low": 39.0, "high": 45.0}
+        for number, (scheduler, steps, tuned) in enumerate(schedules)
+    ]
+    found = {"kind": "Reschedule", "pictures": 8, "iterations": 5, "rows": rows}
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    expected = """
+8 pictures, 5 iterations.
+
+| recipe | PNDM 50, as calibrated | PNDM 50, fine-tuned | UniPC 10, as calibrated |
+| --- | --- | --- | --- |
+| `a` | 42.0 (39.0 to 45.0) | 41.0 (39.0 to 45.0) | 40.0 (39.0 to 45.0) |
+
+"""
+    assert reschedule_table(found) == expected
+    assert read_tables([tmp_path / "b.json"]) == {"b": expected}
 
 
 def test_a_new_section_comes_last() -> None:
