@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines_page import machine_line, page_with, table_of
+from engines_page import NOT_MEASURED, machine_line, page_with, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,14 +43,15 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def streaming_section(found: Mapping[str, Any]) -> str:
     """Seconds and memory of calibration and export, and what the graph weighs beside its FP16 form."""
-    head = ["W4A8", "calibrate (`ptq-stream`)", "export in fp16", "bound", "denoiser", "of its FP16 graph"]
+    calibrate = "calibrate (`ptq-stream`), processor time"
+    head = ["W4A8", calibrate, "export in fp16", "bound", "denoiser", "of its FP16 graph"]
     return table_of(head, [_streaming_row(name, found) for name in NAMES if name in found["export"]])
 
 
 def step_section(found: Mapping[str, Any]) -> str:
     """A row per engine: seconds per step beside the floating-point engine's."""
     head = ["", "latents", "median step", "FP engine", "ratio", "peak memory", "FP engine"]
-    rows = [_step_row(key, form, run) for key, run in found.items() for form in run["ratios"]]
+    rows = [_step_row(key, form, run) for key, run in found.items() for form in run["engines"] if form != "fp"]
     first = next(iter(found.values()))
     about = f"Hint {first['hint']}, batch {first['batch']}, fp16 graphs. {machine_line(first)} Bound: ≤ 0.75 ×."
     return f"{about}\n\n{table_of(head, rows)}"
@@ -66,11 +67,12 @@ def builds_section(found: Mapping[str, Any]) -> str:
 
 
 def _streaming_row(name: str, found: Mapping[str, Any]) -> list[str]:
-    stream, made, fp = found["stream"][name][FORM], *(found["export"][name][f"{f}-fp16"] for f in (FORM, "fp"))
+    made, fp = (found["export"][name][f"{form}-fp16"] for form in (FORM, "fp"))
+    stream = found["stream"].get(name, {}).get(FORM)
     size, whole = (one["denoiser_gb"] - one["time_table_gb"] for one in (made, fp))
     return [
         NAMES[name],
-        f"{stream['processor_seconds']:.0f} s of processor time, {stream['peak_memory_gb']:.2f} GB",
+        f"{stream['processor_seconds']:.0f} s, {stream['peak_memory_gb']:.2f} GB" if stream else NOT_MEASURED,
         f"{made['seconds']:.0f} s, {made['peak_memory_gb']:.2f} GB",
         _EXPORT_BOUNDS.get(name, ""),
         f"{size:.2f} GB",
@@ -79,15 +81,15 @@ def _streaming_row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _step_row(key: str, form: str, run: Mapping[str, Any]) -> list[str]:
-    ours, fp, ratio = run["engines"][form], run["engines"]["fp"], run["ratios"][form]
+    ours, fp, ratio = run["engines"][form], run["engines"].get("fp"), run["ratios"].get(form)
     return [
         NAMES[key.split(maxsplit=1)[0]] + _FORMS[form],
         f"{run['latents']}×{run['latents']}",
         f"{ours['median_s']:.2f} s",
-        f"{fp['median_s']:.2f} s",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        f"{fp['median_s']:.2f} s" if fp else "more memory than there is",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
         f"{ours['peak_memory_gb']:.1f} GB",
-        f"{fp['peak_memory_gb']:.1f} GB",
+        f"{fp['peak_memory_gb']:.1f} GB" if fp else "",
     ]
 
 

@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("original", choices=ORIGINALS)
     parser.add_argument("--forms", nargs="+", choices=("w8a8", "w4a8", "w4a8-text"), default=["w4a8"])
     parser.add_argument("--pixels", type=int)
+    parser.add_argument("--alone", action="store_true", help="without fp, where memory is too small for it")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--work", type=Path, default=Path("build/full_size"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_families.json")
     asked = parser.parse_args()
     work = asked.work / asked.original
     if asked.measure == "step":
-        found = time_steps(work, (*asked.forms, "fp"), asked.pixels, asked.rounds)
+        found = time_steps(work, (*asked.forms, *(() if asked.alone else ("fp",))), asked.pixels, asked.rounds)
         note(asked.out, "step", f"{asked.original} {asked.pixels or 'trained'}", found)
         print(json.dumps(found, indent=1))
         return
@@ -62,7 +63,7 @@ def time_steps(work: Path, forms: tuple[str, ...], pixels: int | None, rounds: i
     with children([(name, WORKER) for name in engines]) as asked:
         loads = {
             child.name: child.ask("load", batch=BATCH, drawing=None, **load_request(engines[child.name]))["seconds"]
-            for child in asked
+            for child in reversed(asked)  # the largest first: its peak passes while the others hold nothing
         }
 
         def visit(member: int, number: int) -> None:
