@@ -57,7 +57,8 @@ def _table_gate(table: TableGap, gates: Gates) -> GateResult:
     asks = "relative difference at most"
     if not table.n:
         return _not_applicable(table.table, asks, limit, "it has no columns")
-    return _at_most(table.table, asks, table.difference, limit, table.n, table.where)
+    where = table.where if table.difference else ""  # of no difference, no place is the worst
+    return _at_most(table.table, asks, table.difference, limit, table.n, where)
 
 
 def _code_gates(found: Measurements, gates: Gates) -> tuple[GateResult, GateResult]:
