@@ -1,0 +1,45 @@
+"""docs/families.md: its full-size tables are what benchmarks/families_page.py makes of the committed measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines_page import NOT_MEASURED, page_with
+from families_page import SECTIONS, builds_section, read_results, step_section, streaming_section
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "families.md"
+MACHINE = {"machine": {"processor": "A processor", "cores": 2, "versions": {"openvino": "2026.4.1"}}}
+
+
+def exported(size: float, table: float) -> dict[str, Any]:
+    return {"seconds": 30.0, "peak_memory_gb": 1.0, "denoiser_gb": size, "time_table_gb": table}
+
+
+def test_the_committed_page_is_what_the_script_makes() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page_with(text, read_results(ROOT / "benchmarks" / "results"), SECTIONS) == text
+
+
+def test_a_size_is_taken_without_the_time_table() -> None:
+    export = {"sd14": {"w4a8-fp16": exported(0.5, 0.1), "fp-fp16": exported(1.7, 0.1)}}
+    table = streaming_section({"stream": {}, "export": export})
+    assert "| 0.40 GB | 0.25 |" in table
+    assert NOT_MEASURED in table
+
+
+def test_an_engine_without_its_floating_point_sibling_has_no_ratio() -> None:
+    own = {"median_s": 1.5, "peak_memory_gb": 6.2}
+    run = MACHINE | {"batch": 2, "latents": 64, "hint": "bf16", "engines": {"w4a8": own}, "ratios": {}}
+    assert "| SDXL 1.0, W4A8 | 64×64 | 1.50 s | more memory than there is |  | 6.2 GB |  |" in step_section(
+        {"sdxl 512": run}
+    )
+
+
+def test_builds_are_told_beside_the_floating_point_one() -> None:
+    made = MACHINE | {"processor_s": 90.0, "peak_memory_gb": 4.0, "plan_mb": 800.0}
+    fp = MACHINE | {"processor_s": 30.0, "peak_memory_gb": 8.0, "plan_mb": 1600.0}
+    table = builds_section({"sd3 w4a8": made, "sd3 fp": fp, "sd14 fp": fp})
+    assert "| SD3 medium | 90 s | 3.00 | 4.0 GB | 0.50 | 800 MB | 0.50 |" in table
+    assert "SD v1-4" not in table, "half a pair"
