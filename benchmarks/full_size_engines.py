@@ -134,7 +134,7 @@ def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any
             }
             for name, found in times.items()
         },
-        "ours_over": {name: _ratio(times["ours"], found) for name, found in times.items() if name != "ours"},
+        "ours_over": {name: step_ratio(times["ours"], found) for name, found in times.items() if name != "ours"},
     }
 
 
@@ -152,7 +152,8 @@ def _measured(asked: Sequence[Child], rounds: int) -> tuple[dict[str, list[list[
     return seconds, memory
 
 
-def _ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
+def step_ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
+    """Of seconds per step [rounds, steps]: of the best ones, and of the medians with their interval."""
     medians = ratio_of_medians(ours, theirs)
     return {"best": float(ours.min() / theirs.min()), "median": medians.value, "low": medians.low, "high": medians.high}
 

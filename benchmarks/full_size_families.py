@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from full_size_engines import BATCH, BUILD_TIMEOUT_S, build_rtx, note
+from full_size_engines import BATCH, BUILD_TIMEOUT_S, build_rtx, note, step_ratio
 from full_size_export import graph_name
 from full_size_pipeline import ORIGINALS
 
-from s2p_deploy.bench.figures import ratio_of_medians
 from s2p_deploy.bench.machine import this_machine
 from s2p_deploy.bench.measure import WORKER, load_request
 from s2p_deploy.bench.turns import children, in_turns
@@ -90,13 +89,8 @@ def time_steps(work: Path, forms: tuple[str, ...], pixels: int | None, rounds: i
             }
             for name, found in times.items()
         },
-        "ratios": {name: _ratio(times[name], times[forms[-1]]) for name in forms[:-1]},
+        "ratios": {name: step_ratio(times[name], times[forms[-1]]) for name in forms[:-1]},
     }
-
-
-def _ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    medians = ratio_of_medians(ours, theirs)
-    return {"best": float(ours.min() / theirs.min()), "median": medians.value, "low": medians.low, "high": medians.high}
 
 
 def _latents(engine: Engine) -> int:

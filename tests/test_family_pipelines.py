@@ -77,7 +77,9 @@ def test_text_to_image(pair: Pair) -> None:
 
 
 def test_guidance_off(pair: Pair) -> None:
-    pair.agree(prompt=PROMPTS, guidance_scale=1.0)
+    found = pair.agree(prompt=PROMPTS, guidance_scale=1.0)
+    guided = pair.call(pair.engine, prompt=PROMPTS, guidance_scale=2.0)
+    assert np.abs(found - guided).max() > 10 * TOLERANCE, "guidance changes the picture"
 
 
 def test_negative_prompts(pair: Pair) -> None:

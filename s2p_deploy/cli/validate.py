@@ -160,7 +160,9 @@ def _failure(report: ValidationReport, gates: tuple[GateResult, ...], verdict: s
         return None
     open_gates = [g.name for g in gates if g.status == "not measured"]
     named = [g.name for g in gates if g.status == "failed"] or open_gates
-    return GateFailedError(f"{verdict}: {'; '.join(named)} (see {report.html_file})")
+    # a page shows the verdict of its own gates
+    page = f"see {report.html_file}" if verdict == report.verdict else "--out writes a page with these gates"
+    return GateFailedError(f"{verdict}: {'; '.join(named)} ({page})")
 
 
 def _shown(
