@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.engines.runner import ClosingRunner
+from s2p_deploy.engines.runner import ClosingRunner, ShapedRunner
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ class OneRowRunner(ClosingRunner):
                 "or build with the lowering rescale"
             )
         return self._runner.infer(inputs)
+
+    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tells the runner, if it wants to know."""
+        if isinstance(self._runner, ShapedRunner):
+            self._runner.tune(shapes)
 
     def close(self) -> None:
         """Closes the runner."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from s2p_deploy.engines.options import ShapeProfile
+from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import TensorSpec
 
@@ -58,6 +59,14 @@ class ClosingRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@runtime_checkable
+class ShapedRunner(Runner, Protocol):
+    """A runner that is faster at input shapes that it was told of."""
+
+    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Runs inputs of these shapes in a form compiled for them, from the next such call on."""
 
 
 class TorchRunner(ClosingRunner):
@@ -113,6 +122,7 @@ class BoundRunner(ClosingRunner):
         self.timesteps, self.features, self.texts = timesteps, features, texts
         self.profile = profile or ShapeProfile()
         self._runner = runner
+        self._taken = inputs
         stands_for = {} if texts is None else {TEXT_PROJECTIONS: texts.spec}
         own = tuple(stands_for.get(spec.name, spec) for spec in inputs if spec.name != PROJECTIONS)
         width = 0 if features is None else features.added_width
@@ -156,6 +166,12 @@ class BoundRunner(ClosingRunner):
         """
         inputs = {"sample": sample, "step_index": step_index, TEXT: encoder_hidden_states}
         return self.infer(inputs if added_cond is None else inputs | {ADDED_COND: added_cond})[OUTPUT]
+
+    def tune(self, batch: int) -> None:
+        """Makes batches of that size, at the latents' size that the engine is tuned for, as fast as they can be."""
+        if isinstance(self._runner, ShapedRunner):
+            sizes = self.profile.sizes("optimum") | {"batch": batch}
+            self._runner.tune({spec.name: shape_at(spec, sizes) for spec in self._taken})
 
     def close(self) -> None:
         """Closes the engine."""

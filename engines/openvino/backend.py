@@ -19,6 +19,7 @@ from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.engines.openvino.ir_parts import IrParts
 from s2p_deploy.engines.openvino.precisions import compute_types, product_names
 from s2p_deploy.engines.options import ShapeProfile
+from s2p_deploy.engines.passes.padded_heads import PaddedHeads
 from s2p_deploy.engines.passes.split_linears import SplitLinears
 from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.profile_shapes import shape_at
@@ -62,13 +63,15 @@ class OpenVinoBackend:
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
     def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The chosen lowerings, and gated layers as two products.
+        """The chosen lowerings, gated layers as two products and, in bfloat16, wider heads of long attention.
 
         Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32.
         """
         keep = int4_rule(support_of(self.name), lowerings, wanted=weight_only, untried=weight_only)
         apply_passes(model, lowerings, keep)
         SplitLinears()(model)
+        if hint == "bf16":
+            PaddedHeads()(model)
 
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical graph in this backend's form."""
@@ -130,22 +133,28 @@ class OpenVinoRunner(ClosingRunner):
         self._model: openvino.Model | None = model
         self._hint = hint
         self._bound = {name: np.ascontiguousarray(value) for name, value in bound.items()}
-        self._tuned = tuned
+        self._tuned = [] if tuned is None else [dict(tuned)]
         self._weights = weights
-        self._requests: dict[bool, openvino.InferRequest] = {}
+        self._requests: dict[int | None, openvino.InferRequest] = {}  # by which of the tuned shapes; None: any
         self._outputs = [output.get_any_name() for output in model.outputs]
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs of the graph."""
         if self._model is None:
             raise ValueError("the runner is closed")
-        tuned = {name: value.shape for name, value in inputs.items()} == self._tuned
+        shapes = {name: value.shape for name, value in inputs.items()}
+        tuned = self._tuned.index(shapes) if shapes in self._tuned else None
         if tuned not in self._requests:
-            shaped = _for_inputs(self._model, {**inputs, **self._bound}) if tuned else self._model
+            shaped = self._model if tuned is None else _for_inputs(self._model, {**inputs, **self._bound})
             self._requests[tuned] = self._request(shaped)
         request = self._requests[tuned]
         request.infer(dict(inputs))
         return {name: np.array(request.get_tensor(name).data) for name in self._outputs}
+
+    def tune(self, shapes: Mapping[str, Shape]) -> None:
+        """Compiles for these shapes too when they are first called with: seconds, and a copy of the weights, once."""
+        if dict(shapes) not in self._tuned:
+            self._tuned.append(dict(shapes))
 
     def close(self) -> None:
         """Drops what was compiled and the model, then the weights."""

@@ -64,6 +64,18 @@ def test_openvinos_tuned_batch_agrees_with_its_other_sizes(engine_of: EngineOf) 
     assert sqnr(np.concatenate(single), tuned) > 45
 
 
+def test_openvino_compiles_for_every_batch_that_it_is_told_of(engine_of: EngineOf) -> None:
+    inputs = tiny_inputs(batch=4)
+    with load_engine(engine_of("openvino")) as runner:
+        dynamic = runner.infer(inputs)["noise_pred"]
+        runner.tune(4)
+        tuned = runner.infer(inputs)["noise_pred"]
+        again = runner.infer(inputs)["noise_pred"]
+    assert sqnr(dynamic, tuned) > 45
+    np.testing.assert_array_equal(tuned, again)
+
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
 def test_openvino_runs_every_planned_site_in_int8(

@@ -106,3 +106,17 @@ def test_a_torch_denoiser_runs_behind_the_same_call() -> None:
 def test_a_bfloat16_result_becomes_float32() -> None:
     runner = TorchRunner(lambda sample, _rows, _text: sample, torch.bfloat16)
     assert runner.infer(given())["noise_pred"].dtype == np.float32
+
+
+class Shaped(Echo):
+    """Remembers what it was told."""
+
+    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+
+
+def test_a_batch_to_be_fast_at_reaches_the_runner_as_the_shapes_of_its_inputs() -> None:
+    inner = Shaped()
+    BoundRunner(inner, INPUTS, ROWS).tune(4)
+    assert inner.shapes == {"sample": (4, 4, 8, 8), "step_index": (4,), "encoder_hidden_states": (4, 6, 48)}
+    BoundRunner(Echo(), INPUTS, ROWS).tune(4)  # to whom it is all the same

@@ -11,51 +11,8 @@ import pytest
 from s2p_deploy.engines.onnx_files import read_onnx, write_onnx
 from s2p_deploy.engines.passes.fused_attention import FusedAttention
 from s2p_deploy.errors import IntegrityError
+from tests.engines.passes.attention_graph import attention, inputs
 from tests.engines.passes.reference_run import run_reference
-from tests.graph_text import graph_from_text
-
-# As export writes it: 2 heads of 3, 5 tokens that ask, 4 that answer; both operands carry the root of the scale.
-GRAPH = """
-g (
-    float[batch,5,6] q, float[batch,4,6] k, float[batch,4,6] v,
-    int64[4] asked, int64[4] answered, int64[3] flat, float root
-) => (float[batch,5,6] y) {
-    q4 = Reshape(q, asked)
-    k4 = Reshape(k, answered)
-    v4 = Reshape(v, answered)
-    qh = Transpose <perm: ints = [0, 2, 1, 3]> (q4)
-    kh = Transpose <perm: ints = [0, 2, 1, 3]> (k4)
-    vh = Transpose <perm: ints = [0, 2, 1, 3]> (v4)
-    kt = Transpose <perm: ints = [0, 1, 3, 2]> (kh)
-    qs = Mul(qh, root)
-    ks = Mul(kt, root)
-    scores = MatMul(qs, ks)
-    shares = Softmax <axis: int = -1> (scores)
-    mixed = MatMul(shares, vh)
-    turned = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
-    y = Reshape(turned, flat)
-}
-"""
-STORED = {
-    "asked": np.asarray([-1, 5, 2, 3]),
-    "answered": np.asarray([-1, 4, 2, 3]),
-    "flat": np.asarray([-1, 5, 6]),
-    "root": np.float32(0.7),
-}
-
-
-def attention(**changes: tuple[str, str]) -> ir.Model:
-    text = GRAPH
-    for old, new in changes.values():
-        assert old in text
-        text = text.replace(old, new)
-    return graph_from_text(text, {name: np.asarray(value) for name, value in STORED.items()})
-
-
-def inputs() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    tokens = {"q": 5, "k": 4, "v": 4}
-    return {name: random.standard_normal((2, count, 6)).astype(np.float32) for name, count in tokens.items()}
 
 
 def test_one_operator_gives_the_same_numbers() -> None:

@@ -1,0 +1,124 @@
+"""Attention as torch's exporter writes it, found in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_HEADS_FORWARD, _KEYS_TURNED = [0, 2, 1, 3], [0, 1, 3, 2]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A value [B, T, H*D] that ``reshape`` takes apart into [B, T, H, D], and what it is multiplied with."""
+
+    source: ir.Value
+    reshape: ir.Node
+    tokens: int
+    heads: int
+    width: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Queries, keys and values, the scale, and the Reshape that ends it.
+
+        heads(x) = Transpose(Reshape(x [B, T, H*D], [B, T, H, D]), perm=[0, 2, 1, 3])
+        Reshape(Transpose(Softmax((heads(q)·a) @ (heads(k)ᵀ·b)) @ heads(v), perm=[0, 2, 1, 3]), [B, T, H*D])
+
+    a and b are constants, ``scale`` is their product. All three have the same number of heads, and nobody else reads a
+    value in between.
+    """
+
+    queries: Heads
+    keys: Heads
+    values: Heads
+    last: ir.Node
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return self.queries.scale * self.keys.scale
+
+
+def find_attention(graph: ir.Graph) -> list[Attention]:
+    """All of a graph's."""
+    return [found for node in graph if (found := _match(node)) is not None]
+
+
+def _match(softmax: ir.Node) -> Attention | None:
+    """The attention around a Softmax over the last axis."""
+    if softmax.op_type != "Softmax" or softmax.attributes.get_int("axis", -1) != -1:
+        return None
+    scores, mixed = _producer(softmax.inputs[0], "MatMul"), _reader(softmax, "MatMul")
+    if scores is None or mixed is None:
+        return None
+    last = _back_together(mixed)
+    queries, keys = _scaled_heads(scores.inputs[0], turned=False), _scaled_heads(scores.inputs[1], turned=True)
+    values = _heads(mixed.inputs[1])
+    if last is None or queries is None or keys is None or values is None:
+        return None
+    if not queries.heads == keys.heads == values.heads:
+        return None
+    return Attention(queries, keys, values, last)
+
+
+def _back_together(mixed: ir.Node) -> ir.Node | None:
+    """The Reshape behind the Transpose behind the last product."""
+    transpose = _reader(mixed, "Transpose")
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
+        return None
+    last = _reader(transpose, "Reshape")
+    return last if last is not None and len(_constant(last.inputs[1])) == 3 else None
+
+
+def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
+    """A value in heads times a constant; keys are turned (their last two dimensions swapped) in between."""
+    mul = _producer(value, "Mul")
+    scale = _constant(mul.inputs[1]) if mul is not None else []
+    if mul is None or len(scale) != 1:
+        return None
+    inner: ir.Value | None = mul.inputs[0]
+    if turned:
+        turn = _producer(inner, "Transpose")
+        if turn is None or list(turn.attributes["perm"].as_ints()) != _KEYS_TURNED:
+            return None
+        inner = turn.inputs[0]
+    found = _heads(inner)
+    return None if found is None else replace(found, scale=scale[0])
+
+
+def _heads(value: ir.Value | None) -> Heads | None:
+    """A value in heads; ``tokens`` is -1 where the graph leaves their number open."""
+    transpose = _producer(value, "Transpose")
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
+        return None
+    reshape = _producer(transpose.inputs[0], "Reshape")
+    shape = _constant(reshape.inputs[1]) if reshape is not None else []
+    if reshape is None or reshape.inputs[0] is None or len(shape) != 4:
+        return None
+    tokens, heads, width = map(int, shape[1:])
+    return Heads(reshape.inputs[0], reshape, tokens, heads, width)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """What makes a value that only one node reads."""
+    node = value.producer() if value is not None and len(value.uses()) == 1 else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _reader(node: ir.Node, op_type: str) -> ir.Node | None:
+    """The only node that reads a node's value."""
+    readers = list(node.outputs[0].consumers())
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
+
+
+def _constant(value: ir.Value | None) -> list[float]:
+    """The numbers of an initializer; none where it is something else."""
+    if value is None or not value.is_initializer() or value.const_value is None or value.const_value.size > 4:
+        return []
+    return list(value.const_value.numpy().reshape(-1).tolist())

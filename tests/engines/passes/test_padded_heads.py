@@ -1,0 +1,54 @@
+"""Structure and numbers of padded heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from s2p_deploy.engines.passes.padded_heads import PaddedHeads
+from tests.engines.passes.attention_graph import attention, inputs
+from tests.engines.passes.reference_run import run_reference
+
+LONG = 2048
+
+
+def test_long_attention_gets_wider_heads_and_the_same_numbers() -> None:
+    model = attention(LONG)
+    expected = run_reference(ir.to_proto(model), inputs(LONG))["y"]
+    assert PaddedHeads()(model).modified
+    kinds = [node.op_type for node in model.graph]
+    assert (kinds.count("Pad"), kinds.count("Slice")) == (3, 1)
+    proto = ir.to_proto(model)
+    np.testing.assert_allclose(run_reference(proto, inputs(LONG))["y"], expected, rtol=1e-5, atol=1e-6)
+    shapes = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph.value_info
+    widths = {one.name: [size.dim_value for size in one.type.tensor_type.shape.dim][1:] for one in shapes}
+    assert widths["qh"] == [2, 5, 32]
+    assert widths["mixed"] == [2, 5, 32]
+
+
+def test_a_second_pass_finds_nothing_to_do() -> None:
+    model = attention(LONG)
+    PaddedHeads()(model)
+    assert not PaddedHeads()(model).modified
+
+
+@pytest.mark.parametrize("answered", [4, LONG - 1])
+def test_short_attention_stays(answered: int) -> None:
+    model = attention(answered)
+    assert not PaddedHeads()(model).modified
+
+
+def test_openvino_still_fuses_it() -> None:
+    """Products and softmax stay in one compiled subgraph."""
+    import openvino
+
+    model = attention(LONG)
+    PaddedHeads()(model)
+    read = openvino.Core().read_model(model=ir.to_proto(model).SerializeToString())
+    read.reshape({name: list(value.shape) for name, value in inputs(LONG).items()})
+    compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    layers = [str(op.get_rt_info()["layerType"].astype(str)) for op in compiled.get_runtime_model().get_ordered_ops()]
+    assert "Subgraph" in layers
+    assert not {"MatMul", "Softmax", "FullyConnected"} & set(layers)
