@@ -3,7 +3,7 @@
 # The first Python that is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
-EXTRAS ?= openvino,sign,dev
+EXTRAS ?= openvino,serve,ray,sign,dev
 SLOW_TESTS ?= slow
 # Test processes; a file's tests stay in one, because they share what its fixtures make.
 WORKERS ?= 2
@@ -16,10 +16,10 @@ PIP_INSTALL := $(PIP) install --quiet --constraint constraints.txt
 TEST := TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint typecheck
+.PHONY: help setup demo test test-slow lint typecheck triton
 
 help:
-	@echo "make demo | test | test-slow | lint | typecheck | setup"
+	@echo "make demo | test | test-slow | lint | typecheck | setup | triton"
 
 setup: $(STAMP)
 
@@ -40,7 +40,20 @@ test: lint typecheck
 
 # pytest exits 5 where no test is marked so.
 test-slow: $(STAMP)
+	$(MAKE) triton || echo "warning: no tritonserver here; its tests are skipped" >&2
 	$(TEST) -m "$(SLOW_TESTS)" || test $$? -eq 5
+
+# A tritonserver for the tests that need one (they skip without), as nvidia-pytriton's wheel carries it, and the NumPy
+# that its Python backend was compiled for.
+TRITON := $(VENV)/triton
+triton: $(TRITON)/.set-up
+$(TRITON)/.set-up: $(STAMP)
+	rm -rf $(TRITON)
+	$(PIP) download --quiet --no-deps --dest $(TRITON)/wheels nvidia-pytriton==0.7.0 numpy==1.26.4
+	$(BIN)/python -m zipfile -e $(TRITON)/wheels/nvidia_pytriton-0.7.0-*.whl $(TRITON)
+	$(BIN)/python -m zipfile -e $(TRITON)/wheels/numpy-1.26.4-*.whl $(TRITON)/numpy1
+	rm -r $(TRITON)/wheels
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.backend import Backend
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, ScaleTable, TimestepTable
+    from s2p_deploy.records.pipeline_parts import PipelineParts
     from s2p_deploy.timesteps import Timesteps
 
 
@@ -101,12 +102,12 @@ def check_graph(engine: Engine, graph: ExportedGraph) -> None:
         raise IntegrityError(f"{engine.folder} is an engine of another graph than {graph.folder}: build it again")
 
 
-def check_environment(engine: Engine, backend: Backend) -> None:
+def check_environment(engine: Engine | PipelineParts, backend: Backend) -> None:
     """Raises MissingEnvironmentError naming the first thing here that differs from what the engine was built for."""
     here = backend.environment(engine.hint)
     for key, built in engine.environment.items():
         if here.get(key) != built:
             raise MissingEnvironmentError(
                 f"{engine.folder} needs {key} {built}, here it is {here.get(key, 'missing')}: "
-                "use it on such a machine, or build an engine for this one"
+                "use it on such a machine, or make one for this one"
             )

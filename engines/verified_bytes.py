@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from s2p_deploy.records import Engine, ExportedGraph
+    from s2p_deploy.records.copied import Artifact
 
 _CHUNK = 2**20
 
@@ -32,25 +33,29 @@ def verified_files(engine: Engine) -> dict[str, bytearray]:
     return {name: verified_file(engine, name) for name in engine.engine_files}
 
 
-def verified_file(engine: Engine, name: str) -> bytearray:
-    """One of an engine's files in memory, as :func:`verified_files`."""
-    with open_plain(engine.folder, name) as opened:
-        return _verified(opened, engine, name)
+def verified_file(artifact: Artifact, name: str) -> bytearray:
+    """One file of an engine, or of another artifact, in memory; as :func:`verified_files`."""
+    with open_plain(artifact.folder, name) as opened:
+        return _verified(opened, artifact, name)
 
 
-def _verified(opened: BufferedReader, engine: Engine, name: str) -> bytearray:
-    path, size = engine.folder / name, os.fstat(opened.fileno()).st_size
-    changed = f"{path} was changed after it was written: build the engine again"
-    if engine.manifest.content["sizes"].get(name, size) != size:
+def _verified(opened: BufferedReader, artifact: Artifact, name: str) -> bytearray:
+    path, size = artifact.folder / name, os.fstat(opened.fileno()).st_size
+    changed = f"{path} was changed after it was written: build the {_made(artifact)} again"
+    if artifact.manifest.content["sizes"].get(name, size) != size:
         raise IntegrityError(changed)
     free = available_memory()
     if free is not None and size > free:
         raise MissingEnvironmentError(f"{path} has {size} bytes, {free} bytes of memory are free")
     data = bytearray(size)
     count = opened.readinto(data)
-    if count != size or hashlib.sha256(data).hexdigest() != engine.manifest.files.get(name):
+    if count != size or hashlib.sha256(data).hexdigest() != artifact.manifest.files.get(name):
         raise IntegrityError(changed)
     return data
+
+
+def _made(artifact: Artifact) -> str:
+    return "engine" if artifact.manifest.kind == "Engine" else "parts"
 
 
 @contextmanager

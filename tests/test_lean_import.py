@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "transformers", "matplotlib")
 BACKENDS = ("openvino", "tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings")
-SERVING = ("fastapi", "uvicorn")
+SERVING = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
 STAGES = {
     "s2p_deploy": "s2p_deploy",
     "calib": "s2p_deploy.calib",

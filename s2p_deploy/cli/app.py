@@ -19,10 +19,13 @@ from s2p_deploy.cli.dataset import dataset
 from s2p_deploy.cli.demo import demo
 from s2p_deploy.cli.doctor import doctor
 from s2p_deploy.cli.export import export
+from s2p_deploy.cli.export_triton import export_triton
 from s2p_deploy.cli.generate import generate
 from s2p_deploy.cli.inspect import inspect
 from s2p_deploy.cli.outcome import show_error
+from s2p_deploy.cli.parts import parts
 from s2p_deploy.cli.quiet import quiet_libraries
+from s2p_deploy.cli.serve import serve
 from s2p_deploy.cli.sign import sign
 from s2p_deploy.cli.validate import validate
 from s2p_deploy.cli.verify import verify
@@ -38,8 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_ARTIFACTS = (dataset, calibrate, export, build, validate, bench, compare, generate)
-for command in (*_ARTIFACTS, inspect, verify, sign, doctor, demo):
+_ARTIFACTS = (dataset, calibrate, export, build, validate, bench, compare, parts, generate)
+for command in (*_ARTIFACTS, export_triton, serve, inspect, verify, sign, doctor, demo):
     app.command()(command)
 
 

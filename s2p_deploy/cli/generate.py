@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import typer
 
 from s2p_deploy.cli.options import JsonOption, ModelOption, PublicKeyOption, base_of
 from s2p_deploy.cli.outcome import Outcome, show
+from s2p_deploy.cli.parts import PartsOption, open_parts
 from s2p_deploy.errors import InputError
 
 SizeOption = Annotated[
@@ -40,6 +41,7 @@ def generate(  # noqa: PLR0913 - its options
     height: SizeOption = None,
     width: SizeOption = None,
     model: ModelOption = None,
+    parts: PartsOption = None,
     public_key: PublicKeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -50,23 +52,21 @@ def generate(  # noqa: PLR0913 - its options
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
     opened = open_engine(engine, public_key)
+    given = open_parts(parts, public_key)
     base = base_of(opened.manifest, model)
-    from s2p_deploy.engines import load_engine
-    from s2p_deploy.families import load_pipeline
-    from s2p_deploy.pipeline import Schedule, picture_size, pipeline_with_engine, timesteps_of
+    from s2p_deploy.pipeline import Schedule, open_engine_pipeline, picture_size, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
     from s2p_deploy.timesteps import row_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
     guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
-    floating = load_pipeline(base)
-    size = picture_size(floating, height, width)
-    schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length, size)
-    timesteps = timesteps_of(floating, schedule)
-    with load_engine(opened, schedules=[timesteps]) as runner:
-        pipe = pipeline_with_engine(floating, opened, runner)
-        picture = draw(pipe, Prompt("command line", prompt), schedule=schedule, guidance_scale=guidance, seed=seed)
+    schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
+    with open_engine_pipeline(opened, base, schedules=[schedule], parts=given) as drawing:
+        schedule = replace(schedule, size=picture_size(drawing.pipe, height, width))
+        timesteps = timesteps_of(drawing.pipe, schedule)
+        asked = Prompt("command line", prompt)
+        picture = draw(drawing.pipe, asked, schedule=schedule, guidance_scale=guidance, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     data = {"picture": str(out), "prompt": prompt, "seed": seed, "scheduler": scheduler, "steps": schedule.steps}

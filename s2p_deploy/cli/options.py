@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
+from s2p_deploy.errors import InputError, MissingEnvironmentError
 
 if TYPE_CHECKING:
     import torch
@@ -154,11 +154,6 @@ def base_of(manifest: Manifest, given: str | None) -> BasePipeline:
     Raises:
         InputError: there is none. IntegrityError: it is another one, or was changed.
     """
-    from s2p_deploy.families import resolve_base
+    from s2p_deploy.families.base import base_of as found_base  # imports PyTorch
 
-    base = resolve_base(given or manifest.base.source)
-    if base.base.digest != manifest.base.digest:
-        raise IntegrityError(
-            f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model"
-        )
-    return base
+    return found_base(manifest, given)

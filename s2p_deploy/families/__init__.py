@@ -15,7 +15,7 @@ from s2p_deploy.families.hot_denoiser import (
 )
 from s2p_deploy.families.kinds import kind_of, kind_of_config, network_config
 from s2p_deploy.families.network_kind import NetworkKind
-from s2p_deploy.families.pipelines import denoiser_of, with_denoiser
+from s2p_deploy.families.pipelines import denoiser_of, with_components, with_denoiser
 from s2p_deploy.families.sites import (
     DenoiserInputs,
     Site,
@@ -75,6 +75,7 @@ __all__ = [
     "time_slices",
     "time_table_of",
     "weight_places",
+    "with_components",
     "with_denoiser",
     "zero_inputs",
 ]

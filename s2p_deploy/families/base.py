@@ -9,15 +9,18 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.kinds import kind_of_config
 from s2p_deploy.records import Base, file_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.families.network_kind import Config, NetworkKind
+    from s2p_deploy.records import Manifest
 
 BUNDLED = "shapes"
 _PIPELINES = {  # and the name of the denoiser among their components
@@ -50,7 +53,7 @@ class BasePipeline:
 
     def denoiser_config(self) -> Config:
         """The denoiser's diffusers configuration."""
-        return _read_json(self.denoiser_folder / "config.json")
+        return read_json(self.denoiser_folder / "config.json")
 
 
 def resolve_base(source: str) -> BasePipeline:
@@ -61,29 +64,59 @@ def resolve_base(source: str) -> BasePipeline:
             asks for code to be run.
     """
     folder = _locate(source)
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     pipeline_class = str(index.get("_class_name"))
     if pipeline_class not in _PIPELINES:
         raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_PIPELINES))}")
-    for config in (folder / "model_index.json", *sorted(folder.glob("*/config.json"))):
-        asked = [key for key in _CODE_KEYS if key in _read_json(config)]
-        if asked:
-            raise InputError(f"{config} asks for code to be run ({asked[0]}): refused")
+    check_no_code(folder)
     hints = folder / "sampling.json"
-    guidance = float(_read_json(hints)["guidance_scale"]) if hints.is_file() else 7.5
+    guidance = float(read_json(hints)["guidance_scale"]) if hints.is_file() else 7.5
     found = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
     kind_of_config(found.denoiser_config())
     return found
 
 
-def load_pipeline(base: BasePipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """The stock diffusers pipeline on the CPU, float32 unless asked otherwise; safetensors only, no progress bar."""
+def check_no_code(folder: Path) -> None:
+    """Raises InputError where a configuration of a pipeline asks for code to be run."""
+    for config in (folder / "model_index.json", *sorted(folder.glob("*/config.json"))):
+        asked = [key for key in _CODE_KEYS if key in read_json(config)]
+        if asked:
+            raise InputError(f"{config} asks for code to be run ({asked[0]}): refused")
+
+
+def base_of(manifest: Manifest, given: str | None = None) -> BasePipeline:
+    """The floating-point pipeline that an artifact was made from: where ``given`` says, or where it was.
+
+    Raises:
+        InputError: there is none. IntegrityError: it is another one, or was changed.
+    """
+    base = resolve_base(given or manifest.base.source)
+    check_base(base, manifest)
+    return base
+
+
+def check_base(base: BasePipeline, manifest: Manifest) -> None:
+    """Raises IntegrityError where an artifact was made from another pipeline."""
+    if base.base.digest != manifest.base.digest:
+        raise IntegrityError(
+            f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model"
+        )
+
+
+def load_pipeline(
+    base: BasePipeline, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
+) -> DiffusionPipeline:
+    """The stock diffusers pipeline on the CPU, float32 unless asked otherwise; safetensors only, no progress bar.
+
+    Components in ``without`` are not read: None stands in their place.
+    """
     import diffusers
     import torch
 
     kind = getattr(diffusers, base.pipeline_class)
-    index = _read_json(base.folder / "model_index.json")
+    index = read_json(base.folder / "model_index.json")
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's third text encoder
+    absent |= dict.fromkeys(without)
     try:
         pipe = kind.from_pretrained(
             base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
@@ -124,7 +157,8 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError where there is none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -228,6 +228,32 @@ class EngineContent(Strict):
         return self
 
 
+class NetworkForm(_Exact):
+    """One network of a PipelineParts: its files, the first the one that names the others, and what goes in and out."""
+
+    files: Annotated[list[_Name], Field(min_length=1, max_length=2)]
+    input: TensorForm
+    outputs: Annotated[list[TensorForm], Field(min_length=1, max_length=8)]
+    config: dict[str, Any]
+
+
+class PartsContent(Strict):
+    """The content of a PipelineParts' manifest."""
+
+    backend: _Name
+    hint: _Name
+    environment: dict[str, str]
+    networks: Annotated[dict[_Name, NetworkForm], Field(min_length=1, max_length=8)]
+    sizes: dict[str, Annotated[int, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _every_file_is_of_one_network(self) -> PartsContent:
+        files = [file for network in self.networks.values() for file in network.files]
+        if len(set(files)) != len(files) or set(files) != set(self.sizes):
+            raise ValueError("every file must have a size and be of one network")
+        return self
+
+
 def check_points(points: tuple[str, ...], described: dict[str, PointForm], path: Path) -> None:
     """Raises IntegrityError unless every column of the scale table is another act point, and described."""
     if len(set(points)) != len(points):

@@ -1,45 +1,33 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from sibling_pipelines import sibling
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 
-from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import denoiser_of, kind_of, load_pipeline, with_denoiser
+from s2p_deploy.families import denoiser_of, load_pipeline, with_components, with_denoiser
 from s2p_deploy.pipeline import (
     EngineDenoiser,
     EngineTransformer,
     Schedule,
-    call_arguments,
-    engine_denoiser,
     generate,
     initial_noise,
-    with_schedule,
 )
-from s2p_deploy.records import Prompt, TimestepTable
-from s2p_deploy.timesteps import timestep_table_of
-from tests.tiny_pipeline import tiny_base
+from s2p_deploy.records import Prompt
+from tests.sibling_pipelines import sibling
+from tests.torch_denoisers import whole_denoiser
 
 PROMPT = "a small red circle at the top left, white background"
-TABLE = TimestepTable("PNDMScheduler", {}, 50, (1, 501, 940), np.linspace(0.1, 1.5, 1000))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    return load_pipeline(tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline"))
-
-
-@pytest.fixture(scope="module")
-def denoiser(base: StableDiffusionPipeline) -> EngineDenoiser:
-    """The FP UNet behind the runner's interface: what the pipeline draws must not change by a bit."""
-    runner = TorchRunner(lambda *inputs: base.unet(*inputs, return_dict=False)[0])
-    return EngineDenoiser(runner, base.unet.config, TABLE)
 
 
 def draw(pipe: StableDiffusionPipeline, **options: object) -> np.ndarray:
@@ -71,40 +59,6 @@ def test_a_stock_pipeline_draws_the_same_with_the_denoiser_in_place(
     pictures = draw(pipe, **options)
     assert len(pictures) == options.get("num_images_per_prompt", 1)
     np.testing.assert_array_equal(pictures, draw(base, **options))
-
-
-@pytest.mark.parametrize("name", ["pndm", "ddim", "unipc", "euler", "heun"])
-def test_every_named_scheduler_runs_and_draws_the_same(
-    base: StableDiffusionPipeline, denoiser: EngineDenoiser, name: str
-) -> None:
-    schedule, prompt = Schedule(5, name), Prompt("id", PROMPT)
-    pictures = [
-        np.asarray(generate(pipe, prompt, schedule=schedule, guidance_scale=2.5))
-        for pipe in (base, with_denoiser(base, denoiser))
-    ]
-    np.testing.assert_array_equal(*pictures)
-
-
-@pytest.mark.parametrize("schedule", [Schedule(10, "unipc"), Schedule(25, "pndm"), Schedule(10, "euler")])
-def test_few_steps_stay_on_the_table_of_fifty(
-    base: StableDiffusionPipeline, denoiser: EngineDenoiser, schedule: Schedule
-) -> None:
-    """Integer timesteps inside the rows that 50 PNDM steps calibrate."""
-    table = TimestepTable("PNDMScheduler", {}, 50, tuple(range(1, 982, 20)), np.linspace(0.1, 1.5, 1000))
-    asked: list[np.ndarray] = []
-
-    def answer(sample: torch.Tensor, rows: torch.Tensor, _text: torch.Tensor) -> torch.Tensor:
-        asked.append(rows.numpy())
-        return sample
-
-    engine = EngineDenoiser(TorchRunner(answer), base.unet.config, table)
-    picture = generate(with_denoiser(base, engine), Prompt("id", PROMPT), schedule=schedule, guidance_scale=2.0)
-    assert picture.size == (64, 64)
-    scheduler = with_schedule(base, schedule).scheduler
-    scheduler.set_timesteps(schedule.steps)
-    assert [int(rows[0]) for rows in asked] == scheduler.timesteps.tolist()
-    first, last = table.covered
-    assert all(first <= rows.min() and rows.max() <= last for rows in asked)
 
 
 def test_the_denoiser_reads_a_timestep_in_every_form(denoiser: EngineDenoiser) -> None:
@@ -174,70 +128,6 @@ def test_another_picture_size_is_refused(base: StableDiffusionPipeline, denoiser
         with_denoiser(base, denoiser)(PROMPT, height=32, width=32, num_inference_steps=2)
 
 
-def test_a_pipeline_with_an_engine_is_not_saved_without_it(
-    base: StableDiffusionPipeline, denoiser: EngineDenoiser, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="an engine is not saved with a pipeline"):
-        with_denoiser(base, denoiser).save_pretrained(tmp_path / "saved")
-
-
-def test_adapters_are_refused(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
-    pipe = with_denoiser(base, denoiser)
-    with pytest.raises(InputError, match="FreeU"):
-        pipe.enable_freeu(1.0, 1.0, 1.0, 1.0)
-    with pytest.raises(InputError, match="LoRA"):  # what load_lora_weights calls, where PEFT is installed
-        pipe.unet.load_lora_adapter({"layer.lora_A.weight": torch.ones(1)}, prefix=None)
-
-
-def test_the_new_pipeline_has_a_scheduler_of_its_own(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> None:
-    pipe = with_denoiser(base, denoiser)
-    assert pipe.scheduler is not base.scheduler
-    assert pipe.scheduler.config == base.scheduler.config
-    assert base.unet is not pipe.unet
-
-
-def test_latents_are_not_clipped_as_pictures(base: StableDiffusionPipeline) -> None:
-    scheduler = with_schedule(base, Schedule(5, "ddim")).scheduler
-    assert type(scheduler).__name__ == "DDIMScheduler"
-    assert scheduler.config.clip_sample is False
-    assert scheduler.config.beta_end == base.scheduler.config.beta_end
-
-
-def test_an_unknown_scheduler_is_refused(base: StableDiffusionPipeline) -> None:
-    with pytest.raises(InputError, match="unknown scheduler 'magic': use one of"):
-        with_schedule(base, Schedule(5, "magic"))
-
-
-def test_noise_depends_on_the_seed_alone() -> None:
-    config = {"sample_size": [8, 6], "in_channels": 4}
-    noise = initial_noise([3, 5], config)
-    assert noise.shape == (2, 4, 8, 6)
-    assert torch.equal(noise[1:], initial_noise([5], config))
-    assert torch.equal(noise[:1], torch.randn((1, 4, 8, 6), generator=torch.Generator().manual_seed(3)))
-
-
-def test_a_picture_depends_on_its_seed_or_its_prompts_id(base: StableDiffusionPipeline) -> None:
-    def picture(prompt_id: str, seed: int | None) -> np.ndarray:
-        prompt = Prompt(prompt_id, PROMPT)
-        return np.asarray(generate(base, prompt, schedule=Schedule(3), guidance_scale=2.0, seed=seed))
-
-    np.testing.assert_array_equal(picture("one", 4), picture("two", 4))
-    np.testing.assert_array_equal(picture("one", None), picture("two", Prompt("one", PROMPT).noise_seed))
-    assert not np.array_equal(picture("one", None), picture("two", None))
-
-
-def whole_denoiser(pipe: DiffusionPipeline, steps: int) -> EngineDenoiser:
-    """The pipeline's own denoiser behind the runner's interface, on the rows of its scheduler."""
-    network = denoiser_of(pipe)
-    table = timestep_table_of(pipe.scheduler, steps, fractional=True)
-    kind, timesteps = kind_of(network), torch.from_numpy(table.timesteps).float()
-
-    def answer(sample: torch.Tensor, rows: torch.Tensor, text: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        return kind.answer(network, sample, timesteps[rows], text, added)
-
-    return engine_denoiser(TorchRunner(answer), network.config, table)
-
-
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": "a large blue square"}, {"guidance_scale": 1.0}], ids=str)
 def test_stock_pipelines_of_other_families_draw_the_same(name: str, options: dict[str, Any]) -> None:
@@ -279,11 +169,32 @@ def test_what_changes_the_network_is_refused_in_every_family() -> None:
             sd3(sample, torch.ones(1, 30, 256), torch.ones(1, 224), timestep, **{name: [1]})
 
 
-def test_no_negative_prompt_is_none_where_no_prompt_has_any(base: StableDiffusionPipeline) -> None:
-    """SDXL takes zeros then, not the states of an empty text."""
-    plain, other = Prompt("a", "x"), Prompt("b", "y", "blurry")
-    schedule = Schedule(5, max_sequence_length=7)
-    assert call_arguments(base, [plain], schedule, 2.0)["negative_prompt"] is None
-    assert call_arguments(base, [plain, other], schedule, 2.0)["negative_prompt"] == ["", "blurry"]
-    assert "max_sequence_length" not in call_arguments(base, [plain], schedule, 2.0)
-    assert call_arguments(load_pipeline(sibling("sd3")), [plain], schedule, 2.0)["max_sequence_length"] == 7
+def sixteen_channels() -> StableDiffusion3Pipeline:
+    """Random weights behind the small SD3's text encoders: diffusers' inpainting takes latents of 16 channels alone."""
+    base = load_pipeline(sibling("sd3"))
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=16,
+        shift_factor=0.1,
+    )
+    config = dict(base.transformer.config) | {"in_channels": 16, "out_channels": 16, "num_layers": 1}
+    return with_components(base, {"vae": autoencoder, "transformer": SD3Transformer2DModel.from_config(config)})
+
+
+def test_inpainting_blends_latents_of_sixteen_channels() -> None:
+    base, steps = sixteen_channels(), 4
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    asked = {"prompt": PROMPT, "image": torch.rand(1, 3, 16, 16), "mask_image": mask, "height": 16, "width": 16}
+    asked |= {"num_inference_steps": steps, "strength": 1.0, "max_sequence_length": 8, "output_type": "latent"}
+    found = []
+    for pipe in (base, with_denoiser(base, whole_denoiser(base, steps))):
+        other = StableDiffusion3InpaintPipeline(**pipe.components)
+        other.set_progress_bar_config(disable=True)
+        found.append(other(generator=torch.Generator().manual_seed(5), **asked).images.numpy())
+    np.testing.assert_array_equal(*found)

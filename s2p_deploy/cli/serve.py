@@ -1,0 +1,231 @@
+"""``s2p-deploy serve``: an engine over HTTP."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from s2p_deploy.cli.options import (
+    JsonOption,
+    ModelOption,
+    PublicKeyOption,
+    SchedulesOption,
+    base_of,
+    schedule_from_option,
+)
+from s2p_deploy.cli.outcome import Outcome, show
+from s2p_deploy.cli.parts import PartsOption, open_parts
+from s2p_deploy.errors import InputError, MissingEnvironmentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.records import Engine
+    from s2p_deploy.records.pipeline_parts import PipelineParts
+    from s2p_deploy.serve.batching import Batching
+    from s2p_deploy.serve.http.metrics import Metrics
+    from s2p_deploy.serve.http.picture_service import PictureService
+    from s2p_deploy.serve.ray.run import RaySettings
+    from s2p_deploy.serve.service import ServiceSettings
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+_TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
+_TOKEN_TEXT = re.compile(r"[!-~]{16,}")
+
+
+def serve(  # noqa: PLR0913 - its options
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="What build wrote.")],
+    *,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; ENGINE's folder where left out.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; the default can be reached from this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free, and says which.")] = 8000,
+    batching: Annotated[
+        Literal["step", "request", "one"],
+        typer.Option(help="Form a batch anew at every step, of requests on the same schedule, or of one request."),
+    ] = "step",
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
+    max_active: Annotated[
+        int | None, typer.Option(min=1, help="Requests drawn at once; as many as fill a batch where left out.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps that a request may ask for.")] = 100,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="A size besides the model's own that may be asked for; repeatable."),
+    ] = None,
+    schedule: SchedulesOption = None,
+    parts: PartsOption = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ask every client for the token in this file (or in S2P_SERVE_TOKEN)."),
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw in replicas on Ray, one per device.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: how many.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With --ray: a cluster that runs already; one is started otherwise."),
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests have after SIGTERM.")] = 30.0,
+    model: ModelOption = None,
+    public_key: PublicKeyOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Serve an engine over HTTP: OpenAI's images API, KServe's v2 protocol, metrics, and a page at /."""
+    _check_installed()
+    from s2p_deploy.serve.http.limits import HttpLimits
+    from s2p_deploy.serve.http.metrics import Metrics
+    from s2p_deploy.serve.http.served_models import ServedModels
+    from s2p_deploy.serve.http.server import listen, run_server
+    from s2p_deploy.signing import open_engine
+
+    spread = _ray_settings(replicas, ray_address) if ray else None
+    if spread is not None and against is not None:
+        raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
+    limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size))
+    token = _token(token_file)
+    second = None if against is None else open_engine(against, public_key)
+    engines = _named(open_engine(engine, public_key), second, name)
+    networks = open_parts(parts, public_key)
+    settings, metrics = partial(_settings, batching, max_queue, max_active, schedule, networks), Metrics()
+    base = cache(partial(base_of, engines[next(iter(engines))].manifest, model))
+    opening = partial(_open_replicas, spread) if spread else _open
+    openings = {one: partial(opening, found, base, one, settings, metrics) for one, found in engines.items()}
+    listening = listen(host, port)
+    tell = partial(_tell_ready, tuple(engines), listening.url, as_json=as_json)
+    if not as_json:
+        _say(f"serving {next(iter(engines))} on {listening.url}")
+    models = ServedModels(openings, tell)
+    run_server(models, limits, metrics, listening, token=token, drain_seconds=drain_seconds)
+    return 0
+
+
+def _check_installed() -> None:
+    for package in _EXTRA:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise MissingEnvironmentError(f"serving needs {package}: pip install 's2p-deploy[serve]'") from error
+
+
+def _settings(
+    batching: Batching,
+    max_waiting: int,
+    max_active: int | None,
+    schedules: list[str] | None,
+    parts: PipelineParts | None,
+) -> ServiceSettings:
+    from s2p_deploy.serve.service import ServiceSettings
+
+    bound = tuple(schedule_from_option(text) for text in schedules or ())
+    return ServiceSettings(batching, max_waiting, max_active, schedules=bound, parts=parts)
+
+
+def _open(
+    engine: Engine,
+    base: Callable[[], BasePipeline],
+    name: str,
+    settings: Callable[[], ServiceSettings],
+    metrics: Metrics,
+) -> PictureService:
+    """A service of an engine. Slow; called beside the server, which answers already."""
+    from s2p_deploy.serve.opening import open_service
+
+    service = open_service(engine, base(), settings(), metrics.observer(name), name)
+    metrics.watch(name, service)
+    return service
+
+
+def _ray_settings(replicas: int, address: str | None) -> RaySettings:
+    from s2p_deploy.serve.ray.access import check_ray
+    from s2p_deploy.serve.ray.run import RaySettings
+
+    check_ray()
+    return RaySettings(replicas, address)
+
+
+def _open_replicas(
+    spread: RaySettings,
+    engine: Engine,
+    base: Callable[[], BasePipeline],
+    name: str,
+    settings: Callable[[], ServiceSettings],
+    metrics: Metrics,
+) -> PictureService:
+    """Replicas of an engine on Ray, as one service. Slow, as :func:`_open`."""
+    from s2p_deploy.serve.ray.run import open_ray_service
+
+    service = open_ray_service(engine, base(), settings(), metrics.observer(name), name, spread)
+    metrics.watch(name, service)
+    return service
+
+
+def _named(engine: Engine, against: Engine | None, name: str | None) -> dict[str, Engine]:
+    """The engines by the names that clients ask for, the first one first."""
+    first = engine.folder.resolve().name if name is None else name
+    if not _NAME.fullmatch(first):
+        raise InputError(f"{first!r} is no name for a model: pass --name with letters, digits and ._-")
+    if against is None:
+        return {first: engine}
+    if against.manifest.base.digest != engine.manifest.base.digest:
+        raise InputError(f"{against.folder} is not of the same pipeline as {engine.folder}: nothing to compare")
+    second = against.folder.resolve().name
+    return {first: engine, second if second != first and _NAME.fullmatch(second) else f"{first}.fp": against}
+
+
+def _sizes(texts: list[str] | None) -> frozenset[tuple[int, int]]:
+    """Heights and widths in pixels."""
+    found = [(text, _SIZE.fullmatch(text)) for text in texts or ()]
+    for text, match in found:
+        if match is None:
+            raise InputError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, e.g. 768x512")
+    return frozenset((int(match[2]), int(match[1])) for _, match in found if match)
+
+
+def _token(file: Path | None) -> str | None:
+    """The token that clients must bring, of the file or of the environment."""
+    if file is None:
+        token = os.environ.get(_TOKEN)
+        where = _TOKEN
+    else:
+        where = str(file)
+        try:
+            with file.open(encoding="ascii") as opened:
+                token = opened.read(_MOST_TOKEN)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--token-file {file} cannot be read as a token") from error
+    if token is None:
+        return None
+    if not _TOKEN_TEXT.fullmatch(token.strip()):
+        raise InputError(f"{where} must hold a token: at least 16 visible ASCII characters, without spaces")
+    return token.strip()
+
+
+def _tell_ready(names: tuple[str, ...], url: str, seconds: float, *, as_json: bool) -> None:
+    if as_json:
+        show(Outcome({"models": list(names), "url": url, "ready_seconds": seconds}, ()), as_json=True)
+        sys.stdout.flush()
+    else:
+        _say(f"ready after {seconds:.1f} s")
+
+
+def _say(line: str) -> None:
+    """A line at once: whoever started the server waits for it."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,160 @@
+"""The networks of a pipeline besides its denoiser: text encoders and the two halves of the autoencoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.families.base import read_json
+from s2p_deploy.families.kinds import network_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from s2p_deploy.families.base import BasePipeline
+
+STATES, LAYERS, POOLED = "last_hidden_state", "hidden_states", "pooled"
+ENCODER, DECODER = "vae_encoder", "vae_decoder"
+AUTOENCODER = "vae"
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_T5 = "T5EncoderModel"
+_EXAMPLE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ComponentNetwork:
+    """A network in evaluation mode as it is traced: one input, outputs by name.
+
+    ``open_sizes`` says which dimensions of ``example`` may have other sizes; ``config`` is the whole component's.
+    """
+
+    network: nn.Module
+    example: torch.Tensor
+    input: str
+    outputs: tuple[str, ...]
+    open_sizes: Mapping[int, Any]
+    config: dict[str, Any]
+
+
+def component_networks(base: BasePipeline) -> tuple[str, ...]:
+    """Names of what :func:`load_component` loads of a pipeline: its text encoders, and the autoencoder's halves."""
+    index = read_json(base.folder / "model_index.json")
+    present = tuple(name for name in _TEXT_ENCODERS if index.get(name, [None, None])[1] is not None)
+    return (*present, DECODER, ENCODER)
+
+
+def component_of(network: str) -> str:
+    """The pipeline's component that a network belongs to."""
+    return AUTOENCODER if network in {DECODER, ENCODER} else network
+
+
+def load_component(base: BasePipeline, name: str) -> ComponentNetwork:
+    """One of :func:`component_networks` in float32 on the CPU.
+
+    Raises:
+        InputError: it is of a class that is not supported, or cannot be loaded.
+    """
+    part = component_of(name)
+    library, kind = read_json(base.folder / "model_index.json")[part]
+    try:
+        if part != AUTOENCODER:
+            return _text_encoder(_loaded(transformers, kind, (*_CLIP, _T5), base, part))
+        autoencoder = _loaded(diffusers, kind, ("AutoencoderKL",), base, part)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{part} of {base.base.source} cannot be loaded by {library}: {reason}") from error
+    return _encoder(autoencoder) if name == ENCODER else _decoder(autoencoder)
+
+
+def _loaded(library: Any, kind: str, known: tuple[str, ...], base: BasePipeline, part: str) -> nn.Module:  # noqa: ANN401 - a module
+    if kind not in known:
+        raise InputError(f"{part} of {base.base.source} is a {kind}, which cannot be exported: {', '.join(known)} can")
+    loaded: nn.Module = getattr(library, kind).from_pretrained(
+        base.folder / part, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return loaded
+
+
+def _text_encoder(network: Any) -> ComponentNetwork:  # noqa: ANN401 - transformers is not typed
+    """CLIP's number of tokens is that of its positions; T5's is open."""
+    clip = hasattr(network.config, "max_position_embeddings")
+    tokens = network.config.max_position_embeddings if clip else _EXAMPLE_TOKENS
+    sizes = {0: torch.export.Dim("batch")} | ({} if clip else {1: torch.export.Dim("tokens", min=2)})
+    return ComponentNetwork(
+        _ClipStates(network) if clip else _T5States(network),
+        torch.zeros(2, tokens, dtype=torch.int64),
+        "input_ids",
+        (STATES, LAYERS, POOLED) if clip else (STATES,),
+        sizes,
+        json.loads(network.config.to_json_string(use_diff=False)),
+    )
+
+
+def _decoder(autoencoder: Any) -> ComponentNetwork:  # noqa: ANN401 - diffusers is not typed
+    config = network_config(autoencoder)
+    example = torch.zeros(2, config["latent_channels"], 6, 8)
+    return ComponentNetwork(_Decoder(autoencoder), example, "latents", ("image",), _open(1), config)
+
+
+def _encoder(autoencoder: Any) -> ComponentNetwork:  # noqa: ANN401 - diffusers is not typed
+    config = network_config(autoencoder)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    example = torch.zeros(2, config["in_channels"], 6 * factor, 8 * factor)
+    return ComponentNetwork(_Encoder(autoencoder), example, "image", ("moments",), _open(factor), config)
+
+
+def _open(factor: int) -> dict[int, Any]:
+    """Any batch, any height and width that are multiples of ``factor``."""
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    return {0: batch, 2: factor * height, 3: factor * width}
+
+
+class _Wrapped(nn.Module):
+    network: Any  # transformers and diffusers are not typed
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.eval()
+
+
+class _ClipStates(_Wrapped):
+    """Tokens int64 [batch, tokens] to the last states, those of every layer [layers + 1, ...], and the pooled ones."""
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        found = self.network(ids, position_ids=positions, output_hidden_states=True)
+        pooled = found.text_embeds if "text_embeds" in found else found.pooler_output
+        return found.last_hidden_state, torch.stack(found.hidden_states), pooled
+
+
+class _T5States(_Wrapped):
+    """Tokens int64 [batch, tokens] to the last states; nobody asks for the other layers', which are large."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.network(ids).last_hidden_state
+        return states
+
+
+class _Decoder(_Wrapped):
+    """Latents [batch, C, H, W] to pictures [batch, 3, factor * H, factor * W]."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        picture: torch.Tensor = self.network.decode(latents, return_dict=False)[0]
+        return picture
+
+
+class _Encoder(_Wrapped):
+    """Pictures to mean and log variance of their latents, [batch, 2 C, H, W]."""
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        moments: torch.Tensor = self.network.encode(picture).latent_dist.parameters
+        return moments

@@ -1,0 +1,112 @@
+"""What is answered where there is nothing to give: a status and one sentence, in the form of the API that was asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.serve.request import ClosingError, GivenUpError, LateError, OverloadedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.types import Scope
+
+CLIENT_LEFT = 499  # nobody reads it; the log does
+_RECORD = {"type": "object", "properties": {"error": {"type": ["object", "string"]}}, "required": ["error"]}
+_DESCRIBED = {"description": "Why there is nothing.", "content": {"application/json": {"schema": _RECORD}}}
+PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _DESCRIBED, "5XX": _DESCRIBED}  # as OpenAPI describes them
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_SECONDS_UNTIL_READY = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``param`` is the field at fault, ``code`` OpenAI's word for the problem."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's type of error."""
+        return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+
+class RequestProblem(Exception):  # noqa: N818 - carries what is answered
+    """A request that cannot be met."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def refusal(message: str, param: str | None = None) -> RequestProblem:
+    """400: the request asks for something that is not there."""
+    return RequestProblem(Problem(400, message, param))
+
+
+def not_ready(message: str) -> RequestProblem:
+    """503: it may be asked again soon."""
+    return RequestProblem(_unavailable(message, "not_ready"))
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a client is told of an error; nothing of one that is this server's own fault."""
+    match error:
+        case RequestProblem():
+            return error.problem
+        case OverloadedError():
+            return Problem(429, str(error), code="overloaded", headers=(("retry-after", str(error.retry_after)),))
+        case ClosingError():
+            return _unavailable("the server is closing", "closing")
+        case LateError():
+            return Problem(504, str(error), code="deadline_exceeded")
+        case GivenUpError():
+            return Problem(CLIENT_LEFT, "the client has left", code="cancelled")
+        case InputError():
+            return Problem(400, str(error))
+        case _:
+            return Problem(500, "internal error: the server's log says more under this request id", code="internal")
+
+
+def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
+    """A problem in the form of the API that ``scope`` asks: a sentence for KServe's, a record for OpenAI's."""
+    content: dict[str, Any]
+    if str(scope.get("path", "")).startswith("/v2"):
+        content = {"error": printable(problem.message)}
+    else:
+        content = problem_data(problem, request_id_of(scope))
+    return JSONResponse(content, problem.status, dict(problem.headers))
+
+
+def problem_data(problem: Problem, request_id: str) -> dict[str, Any]:
+    """OpenAI's body of an error, with the request's id."""
+    found: Mapping[str, str | None] = {
+        "message": printable(problem.message),
+        "type": problem.kind,
+        "param": None if problem.param is None else printable(problem.param),
+        "code": problem.code,
+        "request_id": request_id,
+    }
+    return {"error": dict(found)}
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the request log gave a request."""
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
+def printable(text: str) -> str:
+    """Text of a stranger, fit for a log and for JSON: no line breaks, control characters or halves of characters."""
+    return "".join(one if one.isprintable() else " " for one in text)[:500]
+
+
+def _unavailable(message: str, code: str) -> Problem:
+    return Problem(503, message, code=code, headers=(("retry-after", str(_SECONDS_UNTIL_READY)),))

@@ -1,0 +1,1 @@
+"""NVIDIA Triton: a model repository of an engine, and what runs inside its Python backend."""

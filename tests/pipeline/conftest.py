@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from s2p_deploy.engines import TorchRunner
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.pipeline import EngineDenoiser
+from tests.tiny_pipeline import tiny_base
+from tests.torch_denoisers import TABLE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    return load_pipeline(tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(base: StableDiffusionPipeline) -> EngineDenoiser:
+    """The FP UNet behind the runner's interface: what the pipeline draws must not change by a bit."""
+    runner = TorchRunner(lambda *inputs: base.unet(*inputs, return_dict=False)[0])
+    return EngineDenoiser(runner, base.unet.config, TABLE)

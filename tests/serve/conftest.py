@@ -1,0 +1,44 @@
+"""A W8A8 engine of a pipeline whose UNet runs in a millisecond; ONNX Runtime's reference, so bits can be compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from s2p_deploy.calib import calibrate
+from s2p_deploy.engines import build_engine
+from s2p_deploy.export import export_graph
+from s2p_deploy.recipe import load_recipe
+from s2p_deploy.records import Prompt, PromptSet
+from tests.cli.commands import QUICK
+from tests.tiny_pipeline import tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.records import Engine
+
+PROMPTS = PromptSet((Prompt("a", "a large red circle, white background"), Prompt("b", "a small blue square")))
+
+
+_SCHEDULE = ("sampling.steps=20", "dataset.points_per_prompt=10", "sampling.guidance_scale=2.0")
+
+
+class Tiny(NamedTuple):
+    """An engine and the pipeline it was made from."""
+
+    engine: Engine
+    base: BasePipeline
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    from s2p_deploy.cli.options import overrides_from_settings
+
+    folder: Path = tmp_path_factory.mktemp("served")
+    base = tiny_base(folder / "pipeline")
+    recipe = load_recipe("w8a8", overrides_from_settings([*QUICK, *_SCHEDULE]))
+    model = calibrate(base, recipe, PROMPTS, folder / "calib")
+    return Tiny(build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine"), base)

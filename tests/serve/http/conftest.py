@@ -1,0 +1,62 @@
+"""The tiny engine and its floating-point one, and a server of both that all tests share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+from s2p_deploy.calib import calibrate
+from s2p_deploy.engines import build_engine
+from s2p_deploy.export import export_graph
+from s2p_deploy.recipe import load_recipe
+from s2p_deploy.serve.http.metrics import Metrics
+from s2p_deploy.serve.opening import open_service
+from s2p_deploy.serve.service import ImageService, ServiceSettings
+from tests.serve.http.live_server import LiveServer, live_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from s2p_deploy.records import Engine
+    from tests.serve.conftest import Tiny
+
+SETTINGS = ServiceSettings(batches=(1, 2, 4))
+NAMES = ("small", "fp")
+
+
+class Opening(Protocol):
+    """Opens a model by its name, ``small`` or ``fp``."""
+
+    def __call__(self, name: str, metrics: Metrics, settings: ServiceSettings = ...) -> Callable[[], ImageService]: ...
+
+
+@pytest.fixture(scope="session")
+def floating(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("floating")
+    recipe = load_recipe("fp", {"sampling": {"steps": 20, "guidance_scale": 2.0}})
+    model = calibrate(tiny.base, recipe, None, folder / "calib")
+    return build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+
+
+@pytest.fixture(scope="session")
+def opening(tiny: Tiny, floating: Engine) -> Opening:
+    engines = {"small": tiny.engine, "fp": floating}
+
+    def of(name: str, metrics: Metrics, settings: ServiceSettings = SETTINGS) -> Callable[[], ImageService]:
+        def open_it() -> ImageService:
+            service = open_service(engines[name], tiny.base, settings, metrics.observer(name), name)
+            metrics.watch(name, service)
+            return service
+
+        return open_it
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def server(opening: Opening) -> Iterator[LiveServer]:
+    """``small`` and ``fp``, ready."""
+    metrics = Metrics()
+    with live_server({name: opening(name, metrics) for name in NAMES}, metrics=metrics) as live:
+        yield live

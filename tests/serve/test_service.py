@@ -1,0 +1,249 @@
+"""Requests at different steps in one batch, on a real W8A8 engine: each gets the picture that it would get alone."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import wait
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from s2p_deploy.engines import load_engine
+from s2p_deploy.engines.runner import ClosingRunner
+from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.pipeline import Schedule, generate, pipeline_with_engine, timesteps_of
+from s2p_deploy.records import Prompt
+from s2p_deploy.serve.observer import Unobserved
+from s2p_deploy.serve.opening import open_service, served_engine
+from s2p_deploy.serve.request import ClosingError, GivenUpError, ImageRequest, LateError, OverloadedError
+from s2p_deploy.serve.service import ImageService, ServiceSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from s2p_deploy.engines import Runner
+    from s2p_deploy.serve.batching import Batching
+    from s2p_deploy.serve.observer import Ending
+    from s2p_deploy.serve.ticket import Ticket
+    from tests.serve.conftest import Tiny
+
+    Alone = Callable[[ImageRequest], NDArray[np.uint8]]
+
+MINUTE = 60.0
+
+
+class Log(Unobserved):
+    """What a service told."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, int]] = []
+        self.endings: Counter[Ending] = Counter()
+
+    def ran_batch(self, samples: int, padded: int, pictures: int, seconds: float) -> None:
+        assert seconds > 0
+        self.batches.append((samples, padded, pictures))
+
+    def ended(self, ticket: Ticket, ending: Ending, seconds: float) -> None:
+        assert seconds >= 0
+        self.endings[ending] += 1
+
+
+def opened(tiny: Tiny, log: Log, settings: ServiceSettings) -> ImageService:
+    return open_service(tiny.engine, tiny.base, settings, log)
+
+
+@pytest.fixture(scope="module")
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture(scope="module")
+def service(tiny: Tiny, log: Log) -> Iterator[ImageService]:
+    with opened(tiny, log, ServiceSettings(batches=(2, 4, 8))) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Tiny) -> Iterator[Alone]:
+    """The picture that ``s2p-deploy generate`` draws for a request."""
+    floating = load_pipeline(tiny.base)
+    with load_engine(tiny.engine) as runner:
+        pipe = pipeline_with_engine(floating, tiny.engine, runner)
+
+        def draw(request: ImageRequest) -> NDArray[np.uint8]:
+            prompt = Prompt("alone", request.prompt, request.negative)
+            schedule = Schedule(request.steps, request.scheduler)
+            options = {"schedule": schedule, "guidance_scale": request.guidance_scale, "seed": request.seed}
+            return np.asarray(generate(pipe, prompt, **options))
+
+        yield draw
+
+
+REQUESTS = [
+    ImageRequest("a large red circle", 5, 2.0, 1),
+    ImageRequest("a small blue square", 10, 2.0, 2),
+    ImageRequest("a green triangle", 3, 1.0, 3),
+    ImageRequest("a green triangle", 8, 2.0, 3, negative="black background"),
+    ImageRequest("a large red circle", 6, 2.0, 4, scheduler="ddim"),
+    ImageRequest("a large red circle", 6, 2.0, 4, scheduler="heun"),
+    ImageRequest("a large red circle", 7, 2.0, 5, scheduler="unipc"),
+    ImageRequest("", 10, 3.0, 2**40),
+]
+
+
+def test_every_picture_is_the_one_it_would_be_alone(service: ImageService, log: Log, alone: Alone) -> None:
+    log.batches.clear()
+    tickets = [service.submit(request, timeout=MINUTE) for request in REQUESTS]
+    found = [np.asarray(ticket.picture.result()) for ticket in tickets]
+    assert max(pictures for _, _, pictures in log.batches) > 2, "requests met"
+    for picture, request in zip(found, REQUESTS, strict=True):
+        np.testing.assert_array_equal(picture, alone(request), err_msg=str(request))
+    assert [ticket.progress[0] == ticket.progress[1] > 0 for ticket in tickets] == [True] * len(tickets)
+
+
+def test_batches_have_profiled_sizes(service: ImageService, log: Log) -> None:
+    sizes = {size for size, _ in service.facts.batches}
+    assert {padded for samples, padded, _ in log.batches if samples <= max(sizes)} <= sizes | {1}
+    assert all(samples <= padded for samples, padded, _ in log.batches)
+
+
+@pytest.mark.parametrize("batching", ["request", "one"])
+def test_the_other_ways_draw_the_same(tiny: Tiny, alone: Alone, batching: Batching) -> None:
+    requests = REQUESTS[:3]
+    with opened(tiny, Log(), ServiceSettings(batching=batching, batches=(2, 4))) as service:
+        tickets = [service.submit(request, timeout=MINUTE) for request in requests]
+        for ticket, request in zip(tickets, requests, strict=True):
+            np.testing.assert_array_equal(np.asarray(ticket.picture.result()), alone(request))
+
+
+def test_a_request_that_is_given_up_leaves_the_others_alone(service: ImageService, log: Log, alone: Alone) -> None:
+    log.endings.clear()
+    kept, left = (service.submit(ImageRequest("a large red circle", 10, 2.0, seed), timeout=MINUTE) for seed in (1, 2))
+    left.cancel()
+    with pytest.raises(GivenUpError):
+        left.picture.result(MINUTE)
+    np.testing.assert_array_equal(np.asarray(kept.picture.result()), alone(kept.request))
+    assert log.endings == {"drawn": 1, "cancelled": 1}
+
+
+class Broken(ClosingRunner):
+    """The engine, but that it cannot do one row: it raises, or answers with values that are no numbers."""
+
+    def __init__(self, runner: Runner, row: int, *, raises: bool) -> None:
+        self._runner, self._row, self._raises = runner, row, raises
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        bad = inputs["step_index"] == self._row
+        if self._raises and bad.any():
+            raise MemoryError("no room")
+        outputs: dict[str, NDArray[Any]] = self._runner.infer(inputs)
+        outputs["noise_pred"][bad] = np.nan
+        return outputs
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+@pytest.mark.parametrize(
+    ("raises", "kind", "message"), [(True, MemoryError, "no room"), (False, S2PError, "values that are no numbers")]
+)
+def test_one_requests_failure_is_not_the_others(
+    tiny: Tiny, alone: Alone, raises: bool, kind: type[Exception], message: str
+) -> None:
+    settings = ServiceSettings(batches=(8,))
+    served = served_engine(tiny.engine, tiny.base, settings)
+    sound, doomed = ImageRequest("a large red circle", 10, 2.0, 1), ImageRequest("a large red circle", 15, 2.0, 1)
+    rows = {request: set(timesteps_of(served.pipe, Schedule(request.steps)).astype(int)) for request in (sound, doomed)}
+    row = sorted(rows[doomed] - rows[sound])[2]  # late, when all three are under way
+    log = Log()
+    with ImageService(replace(served, runner=Broken(served.runner, row, raises=raises)), settings, log) as service:
+        tickets = [service.submit(request, timeout=MINUTE) for request in (sound, doomed, sound)]
+        with pytest.raises(kind, match=message):
+            tickets[1].picture.result(MINUTE)
+        for ticket in (tickets[0], tickets[2]):
+            np.testing.assert_array_equal(np.asarray(ticket.picture.result(MINUTE)), alone(sound))
+    assert log.endings == {"drawn": 2, "failed": 1}
+    assert any(pictures == 3 for _, _, pictures in log.batches)
+
+
+def test_a_late_request_is_told_how_far_it_came(service: ImageService) -> None:
+    ticket = service.submit(ImageRequest("a large red circle", 10, 2.0, 1), timeout=0.0)
+    with pytest.raises(LateError, match=r"ran out (before it began|after \d+ of \d+ steps): allow more"):
+        ticket.picture.result(MINUTE)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ImageRequest("", 10, 2.0, 1, scheduler="nobody"), "unknown scheduler 'nobody'"),
+        (ImageRequest("", 10, 2.0, 1, scheduler="euler-karras"), "is fractional: this schedule needs an engine"),
+        (ImageRequest("", 10, 2.0, 1, size=(65, 64)), "must be multiples of 8"),
+        (ImageRequest("", 10, 2.0, 1, size=(128, 64)), "this engine draws 64x64 pixels"),
+    ],
+)
+def test_what_the_engine_cannot_draw_is_refused_at_once(
+    service: ImageService, request_: ImageRequest, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        service.submit(request_, timeout=MINUTE)
+    assert service.alive
+
+
+def test_a_full_queue_says_when_to_come_back(tiny: Tiny) -> None:
+    log = Log()
+    with opened(tiny, log, ServiceSettings(max_waiting=2, max_active=1, batches=(2,))) as service:
+        tickets, refused = [], []
+        for seed in range(12):
+            try:
+                tickets.append(service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE))
+            except OverloadedError as error:
+                refused.append(error)
+        assert refused
+        assert all(1 <= error.retry_after <= 600 for error in refused)
+        wait([ticket.picture for ticket in tickets], MINUTE)
+        assert log.endings == {"drawn": len(tickets) + 1}, "all that were taken, and the warm-up"
+        assert service.submit(ImageRequest("", 3, 2.0, 0), timeout=MINUTE).picture.result()
+
+
+def test_a_drained_service_finishes_what_it_took(tiny: Tiny) -> None:
+    service = opened(tiny, Log(), ServiceSettings(batches=(2,)))
+    tickets = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(3)]
+    assert service.drain(MINUTE)
+    assert all(ticket.picture.done() for ticket in tickets)
+    with pytest.raises(ClosingError):
+        service.submit(ImageRequest("", 10, 2.0, 0), timeout=MINUTE)
+    service.close()
+    service.close()
+
+
+def test_a_closed_service_answers_everyone(tiny: Tiny) -> None:
+    service = opened(tiny, Log(), ServiceSettings(max_active=1, batches=(2,)))
+    tickets = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(8)]
+    service.close()
+    for ticket in tickets:
+        error = ticket.picture.exception(0)
+        assert error is None or isinstance(error, ClosingError)
+    assert not service.alive
+    assert service.active == service.waiting == 0
+
+
+def test_requests_come_from_many_threads(service: ImageService, alone: Alone) -> None:
+    found: dict[int, NDArray[np.uint8]] = {}
+
+    def ask(seed: int) -> None:
+        ticket = service.submit(ImageRequest("a large red circle", 3 + seed % 4, 2.0, seed), timeout=MINUTE)
+        found[seed] = np.asarray(ticket.picture.result())
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(MINUTE)
+    for seed in (0, 7, 15):
+        np.testing.assert_array_equal(found[seed], alone(ImageRequest("a large red circle", 3 + seed % 4, 2.0, seed)))
