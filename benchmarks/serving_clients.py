@@ -19,11 +19,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -60,11 +61,10 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
 
 
-def started(engine: Path, log: Path, options: list[str]) -> Server:
+def started(engine: Path, log: IO[str], options: list[str]) -> Server:
     command = [sys.executable, "-m", "s2p_deploy.cli", "serve", str(engine), "--port", "0", *options]
     start = time.monotonic()
-    with log.open("w", encoding="utf-8") as err:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
     found = re.search(r"http://([\d.]+):(\d+)", process.stdout.readline())
     assert found is not None
@@ -189,14 +189,15 @@ def main() -> None:
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    server = started(given.engine, given.out.with_suffix(".log"), ["--max-queue", str(given.max_queue)])
-    try:
-        found = asyncio.run(measured(server, given.clients, given.seconds))
-        start = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        code = server.process.wait(60)
-    finally:
-        server.process.kill()
+    with tempfile.TemporaryFile("w") as log:
+        server = started(given.engine, log, ["--max-queue", str(given.max_queue)])
+        try:
+            found = asyncio.run(measured(server, given.clients, given.seconds))
+            start = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            code = server.process.wait(60)
+        finally:
+            server.process.kill()
     found = {"ready_s": server.ready} | found | {"exit_code": code, "shutdown_s": time.monotonic() - start}
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

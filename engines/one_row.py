@@ -8,7 +8,7 @@ from s2p_deploy.engines.runner import ClosingRunner, ShapedRunner
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,7 +31,7 @@ class OneRowRunner(ClosingRunner):
             )
         return self._runner.infer(inputs)
 
-    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
         """Tells the runner, if it wants to know."""
         if isinstance(self._runner, ShapedRunner):
             self._runner.tune(shapes)

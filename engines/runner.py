@@ -13,7 +13,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.records import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     import torch
@@ -65,8 +65,8 @@ class ClosingRunner:
 class ShapedRunner(Runner, Protocol):
     """A runner that is faster at input shapes that it was told of."""
 
-    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Runs inputs of these shapes in a form compiled for them, from the next such call on."""
+    def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+        """Runs inputs of any of these shapes in a form compiled for them, from now on."""
 
 
 class TorchRunner(ClosingRunner):
@@ -167,11 +167,11 @@ class BoundRunner(ClosingRunner):
         inputs = {"sample": sample, "step_index": step_index, TEXT: encoder_hidden_states}
         return self.infer(inputs if added_cond is None else inputs | {ADDED_COND: added_cond})[OUTPUT]
 
-    def tune(self, batch: int) -> None:
-        """Makes batches of that size, at the latents' size that the engine is tuned for, as fast as they can be."""
+    def tune(self, *batches: int) -> None:
+        """Makes batches of these sizes, at the latents' size that the engine is tuned for, as fast as they can be."""
         if isinstance(self._runner, ShapedRunner):
-            sizes = self.profile.sizes("optimum") | {"batch": batch}
-            self._runner.tune({spec.name: shape_at(spec, sizes) for spec in self._taken})
+            sizes = [self.profile.sizes("optimum") | {"batch": batch} for batch in batches]
+            self._runner.tune([{spec.name: shape_at(spec, one) for spec in self._taken} for one in sizes])
 
     def close(self) -> None:
         """Closes the engine."""

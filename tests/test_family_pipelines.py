@@ -194,7 +194,7 @@ def test_a_saved_pipeline_comes_back_and_draws_the_same(pair: Pair, tmp_path: Pa
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_pipeline_without_any_pytorch_network_draws_the_same(pair: Pair, backend: str, tmp_path: Path) -> None:
     parts = export_parts(pair.base, backend, tmp_path / "parts")
-    whole = {"prompt": PROMPTS, "guidance_scale": 2.0, "negative_prompt": "a large red circle"}
+    whole = {"prompt": PROMPTS, "guidance_scale": 2.0, "negative_prompt": ["a large red circle"] * len(PROMPTS)}
     changed = {"prompt": PROMPTS[0], "guidance_scale": 2.0, "image": picture(3)}
     engine = denoiser_of(pair.engine).engine
     with open_engine_pipeline(engine, pair.base, schedules=[Schedule(STEPS)], parts=parts) as opened:

@@ -6,6 +6,7 @@ instructions, and OpenVINO's own default there.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from s2p_deploy.engines.support import support_of
 from s2p_deploy.engines.verified_bytes import verified_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import onnx
     import onnx_ir as ir
@@ -151,10 +152,17 @@ class OpenVinoRunner(ClosingRunner):
         request.infer(dict(inputs))
         return {name: np.array(request.get_tensor(name).data) for name in self._outputs}
 
-    def tune(self, shapes: Mapping[str, Shape]) -> None:
-        """Compiles for these shapes too when they are first called with: seconds, and a copy of the weights, once."""
-        if dict(shapes) not in self._tuned:
-            self._tuned.append(dict(shapes))
+    def tune(self, shapes: Sequence[Mapping[str, Shape]]) -> None:
+        """Compiles for these shapes too: seconds, side by side, and a copy of the weights for each."""
+        if self._model is None:
+            raise ValueError("the runner is closed")
+        new = [dict(one) for one in shapes if dict(one) not in self._tuned]
+        bound = {name: value.shape for name, value in self._bound.items()}
+        models = [_fixed(self._model, one | bound) for one in new]
+        with ThreadPoolExecutor() as pool:  # compiling leaves Python alone
+            for one, request in zip(new, pool.map(self._request, models), strict=True):
+                self._requests[len(self._tuned)] = request
+                self._tuned.append(one)
 
     def close(self) -> None:
         """Drops what was compiled and the model, then the weights."""
@@ -182,8 +190,12 @@ def _model_of(files: Mapping[str, bytearray]) -> tuple[openvino.Model, NDArray[n
 
 def _for_inputs(model: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> openvino.Model:
     """A copy of the model with the fixed shapes of ``inputs``."""
+    return _fixed(model, {name: value.shape for name, value in inputs.items()})
+
+
+def _fixed(model: openvino.Model, shapes: Mapping[str, Shape]) -> openvino.Model:
     fixed = model.clone()
-    fixed.reshape({name: list(value.shape) for name, value in inputs.items()})
+    fixed.reshape({name: list(shape) for name, shape in shapes.items()})
     return fixed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -38,17 +39,36 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+_EXTRA = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
+
+AgainstOption = Annotated[
+    Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
+]
+SizesOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WIDTHxHEIGHT", help="A size besides the model's own that may be asked for; repeatable."),
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Ask every client for the token in this file (or in S2P_SERVE_TOKEN)."),
+]
+RayOption = Annotated[bool, typer.Option("--ray", help="Draw in replicas on Ray, one per device.")]
+ReplicasOption = Annotated[int, typer.Option(min=1, help="With --ray: how many.")]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="With --ray: a cluster that runs already; one is started otherwise."),
+]
+ActiveOption = Annotated[
+    int | None, typer.Option(min=1, help="Requests drawn at once; as many as fill a batch where left out.")
+]
 
 
 def serve(  # noqa: PLR0913 - its options
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="What build wrote.")],
     *,
-    against: Annotated[
-        Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
-    ] = None,
+    against: AgainstOption = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients; ENGINE's folder where left out.")
     ] = None,
@@ -61,27 +81,16 @@ def serve(  # noqa: PLR0913 - its options
         typer.Option(help="Form a batch anew at every step, of requests on the same schedule, or of one request."),
     ] = "step",
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
-    max_active: Annotated[
-        int | None, typer.Option(min=1, help="Requests drawn at once; as many as fill a batch where left out.")
-    ] = None,
+    max_active: ActiveOption = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
     max_steps: Annotated[int, typer.Option(min=1, help="Steps that a request may ask for.")] = 100,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="A size besides the model's own that may be asked for; repeatable."),
-    ] = None,
+    size: SizesOption = None,
     schedule: SchedulesOption = None,
     parts: PartsOption = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Ask every client for the token in this file (or in S2P_SERVE_TOKEN)."),
-    ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Draw in replicas on Ray, one per device.")] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="With --ray: how many.")] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="With --ray: a cluster that runs already; one is started otherwise."),
-    ] = None,
+    token_file: TokenOption = None,
+    ray: RayOption = False,
+    replicas: ReplicasOption = 1,
+    ray_address: RayAddressOption = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests have after SIGTERM.")] = 30.0,
     model: ModelOption = None,
     public_key: PublicKeyOption = None,
@@ -145,8 +154,11 @@ def _open(
     metrics: Metrics,
 ) -> PictureService:
     """A service of an engine. Slow; called beside the server, which answers already."""
+    gc.disable()  # while a million objects come that stay: their collection is a sixth of the imports' time
     from s2p_deploy.serve.opening import open_service
 
+    gc.freeze()
+    gc.enable()
     service = open_service(engine, base(), settings(), metrics.observer(name), name)
     metrics.watch(name, service)
     return service

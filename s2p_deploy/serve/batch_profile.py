@@ -50,7 +50,9 @@ def profile_batches(runner: BoundRunner, row: int, sizes: Sequence[int]) -> Batc
     profile are left out. ``row`` is any row of its scale table.
     """
     taken = [size for size in sizes if runner.profile.minimum <= size <= runner.profile.maximum]
-    found = {size: _seconds(runner, row, size) for size in taken or [runner.profile.optimum]}
+    wanted = taken or [runner.profile.optimum]
+    runner.tune(*wanted)
+    found = {size: _seconds(runner, row, size) for size in wanted}
     return up_to_the_knee(found)
 
 
@@ -64,9 +66,8 @@ def up_to_the_knee(seconds: Mapping[int, float]) -> BatchProfile:
 
 def _seconds(runner: BoundRunner, row: int, batch: int) -> float:
     """Of the fastest of a few runs: what else the machine does only ever adds."""
-    runner.tune(batch)
     inputs = random_inputs(runner.inputs, runner.profile.sizes("optimum") | {"batch": batch}, row, 0)
-    runner.infer(inputs)  # compiles, and warms up
+    runner.infer(inputs)  # warms up
     return min(_timed(runner, inputs) for _ in range(_RUNS))
 
 

@@ -86,7 +86,7 @@ def active(port: int) -> bool:
     return any(line.startswith("s2p_active_requests{") and not line.endswith(" 0.0") for line in text.splitlines())
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("package", ["fastapi", "greenlet", "prometheus_client", "uvicorn"])
 def test_without_its_extra_it_says_what_to_install(package: str) -> None:
     run = subprocess.run([sys.executable, "-c", BLOCKED, package], capture_output=True, text=True, check=False)
     assert run.returncode == 4
@@ -120,6 +120,13 @@ def test_options_that_make_no_sense_are_refused(run: Run, tiny_engine: Path, opt
     done = run("serve", tiny_engine, *options)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+
+
+def test_a_second_engine_is_not_for_replicas(run: Run, tiny_engine: Path) -> None:
+    pytest.importorskip("ray")
+    done = run("serve", tiny_engine, "--ray", "--against", tiny_engine)
+    assert (done.code, done.out) == (2, "")
+    assert "--against cannot be used with --ray" in done.err
 
 
 @pytest.mark.parametrize("content", ["", "short", "a token with spaces in it", "é" * 20])

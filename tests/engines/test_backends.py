@@ -75,7 +75,6 @@ def test_openvino_compiles_for_every_batch_that_it_is_told_of(engine_of: EngineO
     np.testing.assert_array_equal(tuned, again)
 
 
-
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
 def test_openvino_runs_every_planned_site_in_int8(

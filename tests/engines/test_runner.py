@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -111,12 +111,14 @@ def test_a_bfloat16_result_becomes_float32() -> None:
 class Shaped(Echo):
     """Remembers what it was told."""
 
-    def tune(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes = dict(shapes)
+    def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+        self.shapes = list(shapes)
 
 
 def test_a_batch_to_be_fast_at_reaches_the_runner_as_the_shapes_of_its_inputs() -> None:
     inner = Shaped()
-    BoundRunner(inner, INPUTS, ROWS).tune(4)
-    assert inner.shapes == {"sample": (4, 4, 8, 8), "step_index": (4,), "encoder_hidden_states": (4, 6, 48)}
+    BoundRunner(inner, INPUTS, ROWS).tune(4, 8)
+    four, eight = inner.shapes
+    assert four == {"sample": (4, 4, 8, 8), "step_index": (4,), "encoder_hidden_states": (4, 6, 48)}
+    assert eight["sample"] == (8, 4, 8, 8)
     BoundRunner(Echo(), INPUTS, ROWS).tune(4)  # to whom it is all the same

@@ -98,9 +98,9 @@ def live_server(
     listening, models, metrics = listen("127.0.0.1", 0), ServedModels(openings), metrics or Metrics()
     limits = limits or HttpLimits(steps=MANY_STEPS)
     server = DrainingServer(create_app(models, limits, metrics, Doorkeeper(LOOPBACK, token)), models, limits, 5)
+    live = LiveServer(listening.socket.getsockname()[1], models, metrics)  # the port, while the socket is surely open
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening.socket]})
     thread.start()
-    live = LiveServer(listening.socket.getsockname()[1], models, metrics)
     try:
         if ready:
             live.wait_for(lambda: models.state == "ready" or models.failure is not None, 60)
