@@ -22,7 +22,7 @@ from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import Schedule, generate, pipeline_with_engine
 from s2p_deploy.records import Prompt
 from s2p_deploy.serve.observer import Unobserved
-from s2p_deploy.serve.request import GivenUpError, ImageRequest, LateError, OverloadedError
+from s2p_deploy.serve.request import ClosingError, GivenUpError, ImageRequest, LateError, OverloadedError
 from s2p_deploy.serve.service import ServiceSettings
 
 if TYPE_CHECKING:
@@ -58,9 +58,19 @@ def service(tiny: Tiny) -> Iterator[RayService]:
         opening = pool.submit(open_ray_service, tiny.engine, tiny.base, settings, Unobserved(), "tiny", replicas)
         opened = opening.result()
     yield opened
+    drains(opened)
     opened.close()
     os.environ.clear()
     os.environ.update(before)
+
+
+def drains(service: RayService) -> None:
+    """What is left is drawn before the end; after that nothing more is taken, so this comes after all tests."""
+    ticket = service.submit(asked(MOST), timeout=120)
+    assert service.drain(120)
+    assert ticket.picture.result(timeout=1).size == (64, 64)
+    with pytest.raises(ClosingError):
+        service.submit(asked(), timeout=60)
 
 
 def asked(steps: int = 4, seed: int = 0) -> ImageRequest:
@@ -158,9 +168,3 @@ def test_nobody_joins_the_cluster_without_its_token(service: RayService) -> None
     finished = subprocess.run(command, check=False, env=stranger, capture_output=True, text=True, timeout=300)
     assert finished.returncode != 0
     assert "joined" not in finished.stdout
-
-
-def test_what_is_left_is_drawn_before_the_end(service: RayService) -> None:
-    ticket = service.submit(asked(MOST), timeout=120)
-    assert service.drain(120)
-    assert ticket.picture.result(timeout=1).size == (64, 64)
