@@ -1,8 +1,8 @@
 """Many clients against a real server, some of them leaving in the middle: memory, answers, and the pictures' sameness.
 
 Starts ``s2p-deploy serve``, draws every picture once alone, then lets clients ask for them at random for a while, 30 %
-of them gone before they are answered; every picture that comes is compared with its lone one. Then silence, and how
-soon a lone request is as fast as before.
+of them gone before they are answered; every picture that comes is compared with its lone one. At the end as many ask
+once more and all leave at the same moment: how soon is a lone request as fast as before?
 
     python benchmarks/serving_clients.py ENGINE --seconds 600 --out benchmarks/results/serving_clients.json
 """
@@ -32,6 +32,7 @@ from PIL import Image
 STEPS, SEEDS = (10, 25, 50), 8
 LEAVING = 0.3
 PROMPT = "a large red circle at the top left and a small blue square at the bottom right, white background"
+BURST_SECONDS = 2.0
 PATIENCE = 300.0  # seconds that a client waits for an answer: none may come later
 
 Wanted = tuple[int, int]  # steps and seed
@@ -162,6 +163,7 @@ async def measured(server: Server, clients: int, seconds: float) -> dict[str, An
     watcher = asyncio.create_task(watched(server, until, memory))
     await asyncio.gather(*crowd)
     await watcher
+    await asyncio.gather(*(asked(server, (50, 0), leave_after=BURST_SECONDS) for _ in range(clients)))
     again = await recovery(server, usual)
     third = max(1, len(memory) // 3)
     return {

@@ -52,7 +52,7 @@ CLIENTS = """
 
 `python benchmarks/serving_clients.py ENGINE --seconds 600 --out benchmarks/results/serving_clients.json`: real HTTP
 clients on the server's own two cores, each with one request open at a time, 30 % of which it gives up at a random
-moment; then silence.
+moment. At the end as many ask once more and all leave at the same moment.
 """
 
 
@@ -104,7 +104,7 @@ def _crowd(found: dict[str, Any]) -> Iterator[str]:
         ("resident, first and last third of the time", _gigabytes(found, "rss_first_third", "rss_last_third")),
         ("resident afterwards", _gigabytes(found, "rss_after")),
         ("p50, p95 of those drawn", f"{found['p50_s']:.1f} s, {found['p95_s']:.1f} s"),
-        ("back to a lone request's usual time after", f"{found['recovery_s']:.2f} s"),
+        ("a lone request takes its usual time again after", f"{found['recovery_s']:.2f} s"),
         ("ready after the start", f"{found['ready_s']:.1f} s"),
         ("SIGTERM to exit, exit code", f"{found['shutdown_s']:.1f} s, {found['exit_code']}"),
     )

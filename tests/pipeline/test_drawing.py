@@ -22,7 +22,7 @@ from tests.sibling_pipelines import sibling
 PROMPT = "a small red circle at the top left, white background"
 
 
-@pytest.mark.parametrize("name", ["pndm", "ddim", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("name", ["pndm", "ddim", "unipc", "euler", "heun", "lcm"])
 def test_every_named_scheduler_runs_and_draws_the_same(
     base: StableDiffusionPipeline, denoiser: EngineDenoiser, name: str
 ) -> None:
