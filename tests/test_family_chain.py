@@ -52,6 +52,7 @@ def lone_runs(runner: BoundRunner, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.slow
 def test_samples_of_one_batch_may_be_on_different_rows(name: str, tmp_path: Path) -> None:
     graph = exported(name, tmp_path, prompts=8, pictures=8)
     engine = build_engine(graph, "onnxruntime", tmp_path / "engine")

@@ -89,6 +89,7 @@ def test_attention_is_still_fused(graph: ExportedGraph) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.slow
 def test_the_other_kinds_take_any_size_too(name: str, tmp_path: Path, run_onnx: Run) -> None:
     """In floating point, where nothing but the graph can differ."""
     calibrated = calibrate(sibling(name), load_recipe("fp"), None, tmp_path / "calib")

@@ -44,6 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_graph_and_the_next_export_gives_the_same_bytes(
     w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def test_half_precision_too(w8a8: CalibratedModel, w8a8_half_graph: ExportedGrap
     np.testing.assert_array_equal(run_onnx(apart.onnx_file, given | projections)["noise_pred"], expected)
 
 
+@pytest.mark.slow
 def test_transformed_layers_leave_whole(tmp_path: Path, run_onnx: Callable) -> None:
     """A smoothed key with a low-rank branch is one column: its sum, not its halves."""
     spec = TransformSpec(smoothed=(KEY,), low_rank={f"{KEY}.layer": 2})

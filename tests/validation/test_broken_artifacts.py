@@ -127,6 +127,7 @@ def test_another_schedules_time_features(chain: Chain, few: ValidationLatents, t
     assert not {GRAPH_BLOCKS, ENGINE_BLOCKS, SITES} & set(found)  # which are fed the reference's features
 
 
+@pytest.mark.slow
 def test_an_overflow_of_fp16(chain: Chain, few: ValidationLatents, tmp_path: Path) -> None:
     calibrated = with_large_activations(chain, tmp_path / "calib", BLOCK)
     graph = export_graph(calibrated, tmp_path / "graph", dtype="fp16")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.serve.http.app import create_app
@@ -119,16 +120,26 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.signal: int | None = None
+        self._signals_kept = False
         self._models, self._drain_seconds = models, drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: also where a model cannot be loaded."""
+        if not self._signals_kept and self._models.state == "ready":
+            self._keep_signals()
         return await super().on_tick(counter) or self._models.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What a signal does."""
         first, self.signal = self.signal is None, self.signal or sig
         threading.Thread(target=self._drain if first else self._end, name="end", daemon=True).start()
+
+    def _keep_signals(self) -> None:
+        """Takes the signals back from what was loaded: Ray's own handler ends the process with SIGABRT."""
+        self._signals_kept = True
+        if threading.current_thread() is threading.main_thread():
+            for sig in HANDLED_SIGNALS:
+                signal.signal(sig, self.handle_exit)
 
     def _drain(self) -> None:
         LOG.info("closing: requests that run have %g s", self._drain_seconds)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from s2p_deploy.serve.facts import ServiceFacts
     from s2p_deploy.serve.request import ImageRequest
 
-_LAST_SECONDS = 30.0  # for what is still drawn when a replica is told to stop
+_LAST_SECONDS = 3.0  # for what is still drawn when a replica is told to stop; the front has drained before
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def _deployed(
         logging_config={"log_level": "WARNING"},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=5,  # the front has drained before
+        graceful_shutdown_wait_loop_s=0.2,
     )
     handle = serve.run(deployment.bind(spec), name=spec.name, route_prefix=None)
     return handle, handle.facts.remote().result(timeout_s=_READY_SECONDS)

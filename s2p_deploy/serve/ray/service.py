@@ -57,7 +57,7 @@ class RayService:
         self._followers = ThreadPoolExecutor(room, thread_name_prefix="ray")
         self._changed = threading.Condition()
         self._taken: dict[str, Ticket] = {}
-        self._closing = self._closed = False
+        self._closing = self._stopping = self._closed = False
 
     @property
     def waiting(self) -> int:
@@ -101,7 +101,7 @@ class RayService:
     def close(self) -> None:
         """Gives up what is left, then ends the replicas. May be called twice."""
         with self._changed:
-            self._closing = True
+            self._closing = self._stopping = True
             left = tuple(self._taken.values())
         for ticket in left:
             ticket.cancel()
@@ -117,8 +117,10 @@ class RayService:
             ticket.picture.set_result(self._drawn(ticket))
             ending = "drawn"
         except Exception as error:
-            ending = _ENDINGS.get(type(error), "failed")
-            ticket.picture.set_exception(error)
+            stopped = self._stopping and isinstance(error, GivenUpError)
+            told = ClosingError("the service was stopped before this picture was done: ask again") if stopped else error
+            ending = _ENDINGS.get(type(told), "failed")
+            ticket.picture.set_exception(told)
         finally:
             with self._changed:
                 self._taken.pop(ticket.id, None)
