@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from s2p_deploy.engines.backend import Backend
+    from s2p_deploy.engines.conditioning import TimeFeatures
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.records import Engine, ExportedGraph, ScaleTable, TimestepTable
     from s2p_deploy.records.pipeline_parts import PipelineParts
@@ -66,11 +67,7 @@ def load_engine(
     table = scales_of_rows(table, engine.timesteps, timesteps)
     if not tried:
         require_trial(engine)
-    features = None
-    if engine.takes_time_projections:
-        asked = np.concatenate([rows_of_timesteps(schedule, timesteps) for schedule in schedules or [[]]])
-        ahead = np.unique(asked).tolist() or list(timesteps.calibrated_rows)
-        features = time_features(engine, timesteps.timesteps, ahead)
+    features = bound_features(engine, timesteps, schedules)
     texts = text_projections(engine) if engine.takes_text_projections else None
     files = verified_files(engine)
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
@@ -94,6 +91,19 @@ def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepT
     for schedule in schedules:
         rows_of_timesteps(schedule, engine.timesteps)
     return engine.timesteps
+
+
+def bound_features(engine: Engine, timesteps: TimestepTable, schedules: Sequence[Timesteps]) -> TimeFeatures | None:
+    """Projected time features of the bound rows, those of ``schedules`` ahead; None where the graph has its own.
+
+    Raises:
+        IntegrityError: ``conditioning.onnx`` is missing or was changed.
+    """
+    if not engine.takes_time_projections:
+        return None
+    asked = np.concatenate([rows_of_timesteps(schedule, timesteps) for schedule in schedules or [[]]])
+    ahead = np.unique(asked).tolist() or list(timesteps.calibrated_rows)
+    return time_features(engine, timesteps.timesteps, ahead)
 
 
 def check_graph(engine: Engine, graph: ExportedGraph) -> None:

@@ -101,13 +101,14 @@ def _write_network(base: BasePipeline, name: str, backend: str, folder: Path, pr
 
 def _write_onnx(base: BasePipeline, name: str, file: Path, progress: Progress) -> dict[str, Any]:
     """PyTorch's weights are freed when it returns."""
-    from s2p_deploy.export.pipeline_parts import component_model, write_component
+    from s2p_deploy.export.exporter import write_model
+    from s2p_deploy.export.pipeline_parts import component_model
     from s2p_deploy.families.components import load_component
 
     component = load_component(base, name)
     model = component_model(component, name)
     given, made = _specs(model.graph.inputs), _specs(model.graph.outputs)
-    write_component(model, file, progress)
+    write_model(model, file, progress, f"write {file.stem}")
     return {"input": given[0], "outputs": made, "config": component.config}
 
 

@@ -113,9 +113,9 @@ def _form(calibrated: CalibratedModel, asked: TimeTableForm | None) -> TimeTable
 
 def _write_graph(graph: CanonicalGraph, plan: PrecisionPlan, dtype: DType, folder: Path, progress: Progress) -> None:
     """Writes the models, and ``graph.json``, which describes them; the denoiser is held to its contract."""
-    _write_model(graph.model, folder / GRAPH_FILE, progress)
+    write_model(graph.model, folder / GRAPH_FILE, progress)
     if graph.text_model is not None:
-        _write_model(graph.text_model, folder / TEXT_FILE, progress)
+        write_model(graph.text_model, folder / TEXT_FILE, progress)
     check_graph(folder / GRAPH_FILE, plan, [site.site for site in graph.sites if site.graph == "text"])
     if graph.conditioning is not None:
         write_conditioning(graph.conditioning, folder / CONDITIONING_FILE, progress)
@@ -148,15 +148,19 @@ def _write_tables(calibrated: CalibratedModel, folder: Path) -> None:
     write_timestep_table(calibrated.timesteps, folder / "timesteps.json")
 
 
-def _write_model(model: ir.Model, file: Path, progress: Progress) -> None:
-    """Writes the graph and its one external data file, tensor by tensor, and checks it as ONNX."""
+def write_model(model: ir.Model, file: Path, progress: Progress, stage: str = "write weights") -> None:
+    """Writes a graph and its one external data file, tensor by tensor, and checks it as ONNX.
+
+    Raises:
+        InputError: the disk is full.
+    """
     with writing(file):
         ir.save(
             model,
             file,
             external_data=f"{file.name}.data",
             size_threshold_bytes=_INLINE_UP_TO,
-            callback=lambda _tensor, info: progress("write weights", info.index + 1, info.total),
+            callback=lambda _tensor, info: progress(stage, info.index + 1, info.total),
         )
     onnx.checker.check_model(str(file), full_check=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -14,18 +13,13 @@ from s2p_deploy.export.passes.readable_names import ReadableNames
 from s2p_deploy.export.passes.strip_metadata import StripMetadata
 from s2p_deploy.export.scopes import NAME_SCOPES
 from s2p_deploy.export.tracing import OPSET, quiet_exporter
-from s2p_deploy.progress import Progress, silent
-from s2p_deploy.records.disk_room import writing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from numpy.typing import NDArray
 
     from s2p_deploy.families.components import ComponentNetwork
 
-_INLINE_UP_TO = 1024  # bytes; shapes and scalars stay readable in the graph file
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch notes where it does not know the module
 
 
@@ -65,20 +59,3 @@ def component_model(component: ComponentNetwork, name: str) -> ir.Model:
         transformation(model)
     model.graph.name = name
     return model
-
-
-def write_component(model: ir.Model, file: Path, progress: Progress = silent) -> None:
-    """Writes ``file`` and ``<file>.data`` beside it, tensor by tensor, and checks it as ONNX.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    with writing(file):
-        ir.save(
-            model,
-            file,
-            external_data=f"{file.name}.data",
-            size_threshold_bytes=_INLINE_UP_TO,
-            callback=lambda _tensor, info: progress(f"write {file.stem}", info.index + 1, info.total),
-        )
-    onnx.checker.check_model(str(file), full_check=True)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from s2p_deploy.engines.onnx_files import read_onnx
-from s2p_deploy.export.pipeline_parts import component_model, write_component
+from s2p_deploy.export.exporter import write_model
+from s2p_deploy.export.pipeline_parts import component_model
 from s2p_deploy.families import resolve_base
 from s2p_deploy.families.components import ComponentNetwork, load_component
+from s2p_deploy.progress import silent
 from tests.sibling_pipelines import sibling
 from tests.small_parts import small_base
 from tests.t5_pipeline import t5_base
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 def written(component: ComponentNetwork, name: str, folder: Path) -> Path:
     file = folder / f"{name}.onnx"
-    write_component(component_model(component, name), file)
+    write_model(component_model(component, name), file, silent)
     return file
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from s2p_deploy.engines import BoundRunner, ShapeProfile
 from s2p_deploy.engines.bound_scales import BOUND
-from s2p_deploy.engines.conditioning import time_features
-from s2p_deploy.engines.load import bound_timesteps
+from s2p_deploy.engines.load import bound_features, bound_timesteps
 from s2p_deploy.engines.text_projections import text_projections
 from s2p_deploy.serve.triton.bls import TableRunner
 from s2p_deploy.serve.triton.model_config import takes_table
-from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows
+from s2p_deploy.timesteps import scales_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,11 +30,7 @@ def native_binding(engine: Engine, schedules: Sequence[Timesteps]) -> Bind:
     """
     timesteps = bound_timesteps(engine, schedules)
     table = scales_of_rows(engine.scales, engine.timesteps, timesteps).scales
-    features = None
-    if engine.takes_time_projections:
-        asked = np.concatenate([rows_of_timesteps(schedule, timesteps) for schedule in schedules or [[]]])
-        ahead = np.unique(asked).tolist() or list(timesteps.calibrated_rows)
-        features = time_features(engine, timesteps.timesteps, ahead)
+    features = bound_features(engine, timesteps, schedules)
     texts = text_projections(engine) if engine.takes_text_projections else None
     per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
     fixed = any(spec.name == BOUND and isinstance(spec.shape[0], int) for spec in engine.inputs)

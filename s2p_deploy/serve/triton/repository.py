@@ -11,10 +11,9 @@ from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import load_pipeline, resolve_base
 from s2p_deploy.pipeline import Schedule, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
-from s2p_deploy.records import Manifest, check_vacant, open_artifact, write_artifact
+from s2p_deploy.records import Manifest, check_vacant, write_artifact
+from s2p_deploy.records.copied import copy_artifact
 from s2p_deploy.records.disk_room import check_room
-from s2p_deploy.records.manifest import MANIFEST, SIGNATURE
-from s2p_deploy.records.plain_files import open_plain
 from s2p_deploy.serve.triton.model_config import MODEL_FILES, denoiser_config, loop_config
 from s2p_deploy.serve.triton.settings import ENGINE, PIPELINE
 
@@ -72,7 +71,7 @@ def export_repository(
         loop, denoiser = (folder / name / VERSION for name in (options.name, options.denoiser))
         for place in (loop, denoiser):
             place.mkdir(parents=True)
-        _copy_engine(engine, loop / ENGINE)
+        copy_artifact(engine, loop / ENGINE)
         shutil.copytree(loop / ENGINE, denoiser / ENGINE, copy_function=_linked)
         (loop / "model.py").write_text(_LOOP, encoding="utf-8")
         if options.native:
@@ -118,20 +117,6 @@ def _schedules(engine: Engine, base: BasePipeline, options: RepositoryOptions) -
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
     pipe = load_pipeline(base)
     return [timesteps_of(pipe, Schedule(steps)).tolist() for steps in sorted({sampling.steps, *options.steps})]
-
-
-def _copy_engine(engine: Engine, out: Path) -> None:
-    """The whole artifact with its signature, as it is; the copy is verified."""
-    present = [name for name in (MANIFEST, SIGNATURE) if os.path.lexists(engine.folder / name)]
-    for name in (*engine.manifest.files, *present):
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open_plain(engine.folder, name) as source, target.open("xb") as opened:
-            shutil.copyfileobj(source, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-    if open_artifact(out, "Engine") != engine.manifest:
-        raise IntegrityError(f"{engine.folder} was changed while it was copied")
 
 
 def _place_native(engine: Engine, folder: Path) -> None:
