@@ -37,8 +37,9 @@ class Inbox:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._waiting)
+        """Requests that have not begun and that nobody has given up."""
+        with self._changed:
+            return len(self._wanted())
 
     @property
     def active(self) -> int:
@@ -55,7 +56,7 @@ class Inbox:
         with self._changed:
             if self._closing:
                 raise ClosingError("the service is closing: ask another one")
-            error = refused(tuple(self._waiting))
+            error = refused(self._wanted())
             if error is not None:
                 raise error
             self._waiting.append(ticket)
@@ -114,3 +115,7 @@ class Inbox:
         with self._changed:
             self._closing = self._stopped = True
             self._changed.notify_all()
+
+    def _wanted(self) -> tuple[Ticket, ...]:
+        """What is given up takes nobody's place, though the drawing thread, in the midst of a step, ends it later."""
+        return tuple(ticket for ticket in self._waiting if not ticket.given_up.is_set())
