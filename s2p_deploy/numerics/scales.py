@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from s2p_deploy.numerics.formats import IntegerFormat
 
 _FLOOR = torch.finfo(torch.float32).tiny ** 0.5  # keeps the scale of an all-zero tensor positive and invertible
+_BLOCK = 1 << 18  # weights at a time: what stays in a processor's cache is done in a sixth of the time
 
 
 def weight_scale_shape(weight: Tensor) -> tuple[int, ...]:
@@ -27,7 +29,15 @@ def least_squares_weight_scale(weight: Tensor, fmt: IntegerFormat, rounds: int =
     Each round takes the codes q of the present scale and solves ``min |w - s q|^2`` for s, from several starting clips;
     the start with the smallest error wins, so that no channel ends in a poor local minimum.
     """
-    flat = weight.detach().float().flatten(1)
+    # no block has one channel of many: a sum over a single row is shared out among threads in another order
+    blocks = max(1, min(math.ceil(weight.numel() / _BLOCK), weight.shape[0] // 2))
+    flat = weight.detach().flatten(1)
+    scales = [_least_squares_scale(channels.float(), fmt, rounds) for channels in flat.tensor_split(blocks)]
+    return torch.cat(scales).view(weight_scale_shape(weight))
+
+
+def _least_squares_scale(flat: Tensor, fmt: IntegerFormat, rounds: int) -> Tensor:
+    """Of the rows of ``flat`` float32 [out, N]: [out, 1]. No row's depends on another's."""
     peak = flat.abs().amax(1, keepdim=True).clamp_min(_FLOOR * fmt.qmax)
     best_scale, best_error = peak / fmt.qmax, torch.full_like(peak, torch.inf)
     for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
@@ -40,7 +50,7 @@ def least_squares_weight_scale(weight: Tensor, fmt: IntegerFormat, rounds: int =
         error = (dequantize(quantize(flat, scale, fmt), scale) - flat).square().sum(1, keepdim=True)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    return best_scale.view(weight_scale_shape(weight))
+    return best_scale
 
 
 def max_weight_scale(weight: Tensor, fmt: IntegerFormat) -> Tensor:

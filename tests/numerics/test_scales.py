@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,20 @@ def test_weights_on_a_grid_get_the_grids_scale() -> None:
     codes = torch.tensor([[-7.0, -3.0, 0.0, 1.0, 7.0], [7.0, 5.0, 2.0, -4.0, -7.0]])
     scale = torch.tensor([[0.03], [2.0]])
     torch.testing.assert_close(least_squares_weight_scale(codes * scale, INT4), scale)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("shape", [(7, 33, 3, 3), (3, 300_000), (1, 300_000), (515, 2, 7, 91), (1025, 1024)])
+def test_neighbours_in_the_cache_change_no_bit(shape: tuple[int, ...], threads: int) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = least_squares_weight_scale(weight, INT4)
+        lone = [least_squares_weight_scale(pair, INT4) for pair in weight.tensor_split(max(1, shape[0] // 2))]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, torch.cat(lone))
 
 
 def test_an_outlier_is_clipped_where_that_costs_less() -> None:

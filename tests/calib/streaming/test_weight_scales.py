@@ -13,22 +13,14 @@ from s2p_deploy.recipe import Scales
 from s2p_deploy.records import PrecisionPlan, SitePlan
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("shape", [(7, 33, 3, 3), (3, 300_000), (1, 300_000), (515, 2, 7, 91), (1025, 1024)])
 @pytest.mark.parametrize("how", ["least_squares", "max"])
-def test_blocks_change_no_bit(how: str, shape: tuple[int, ...], threads: int) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+def test_scales_are_those_that_other_calibrations_start_from(how: str) -> None:
+    weight = torch.randn((7, 33, 3, 3), generator=torch.Generator().manual_seed(0)).half()
     plan = PrecisionPlan((SitePlan("conv", "conv", "int4", None, ""), SitePlan("other", "conv", "none", None, "")), ())
     scale_of = least_squares_weight_scale if how == "least_squares" else max_weight_scale
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = closed_form_scales({"network.conv.weight": weight}.__getitem__, plan, Scales(weights=how), silent)
-        expected = WeightQuantizer(scale_of(weight, INT4), INT4).scale.detach()
-    finally:
-        torch.set_num_threads(before)
+    found = closed_form_scales({"network.conv.weight": weight}.__getitem__, plan, Scales(weights=how), silent)
     assert list(found) == ["conv"]
-    assert torch.equal(found["conv"], expected)
+    assert torch.equal(found["conv"], WeightQuantizer(scale_of(weight, INT4), INT4).scale.detach())
 
 
 def test_one_weight_is_held_at_a_time() -> None:
