@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.calib.atomic import link_or_copy, link_or_copy_files
 from s2p_deploy.calib.dataset.generate import generate_dataset
 from s2p_deploy.calib.dataset.shards import dataset_request, open_finished
 from s2p_deploy.calib.job import KIND, Job, claim, finished
@@ -28,6 +27,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.progress import silent
 from s2p_deploy.records import CalibratedModel, PromptSet, write_artifact
 from s2p_deploy.records.lock import claimed
+from s2p_deploy.records.whole_files import link_or_copy, link_or_copy_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2p_deploy.calib.atomic import write_tensors, write_text
 from s2p_deploy.calib.quantization.packed_weights import packed_weights
 from s2p_deploy.calib.summary import average_bits
 from s2p_deploy.families import text_tokens, time_slices
@@ -21,6 +20,7 @@ from s2p_deploy.records.precision_plan import write_plan
 from s2p_deploy.records.scale_table import write_scale_table
 from s2p_deploy.records.simulation import write_simulation
 from s2p_deploy.records.timestep_table import write_timestep_table
+from s2p_deploy.records.whole_files import write_tensors, write_text
 from s2p_deploy.timesteps import angles_of_timesteps, spread_over_rows
 
 if TYPE_CHECKING:

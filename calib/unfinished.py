@@ -6,8 +6,8 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.calib.atomic import write_text
 from s2p_deploy.errors import InputError
+from s2p_deploy.records.whole_files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from s2p_deploy.engines.support import Finding, Pattern, Verdict
 from s2p_deploy.engines.user_cache import plain_name, private_folder
 from s2p_deploy.errors import IntegrityError, MissingEnvironmentError
+from s2p_deploy.records.whole_files import write_text
 
 FORMAT = "s2p_deploy.support/1"
 _TEXTS = ("dtype", "verdict", "detail", "compute")
@@ -111,8 +112,6 @@ def write_to_cache(table: SupportTable) -> Path:
     Raises:
         MissingEnvironmentError: the user has no cache folder, or others may write to it.
     """
-    from s2p_deploy.calib.atomic import write_text
-
     path = private_folder(_CACHE) / table.key.file_name
     write_text(path, table_text(table))
     return path

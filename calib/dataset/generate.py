@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy import __version__
-from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.calib.dataset.estimate import Estimate, point_bytes, seconds_per_call, text_bytes
 from s2p_deploy.calib.dataset.merge import merge_shards
 from s2p_deploy.calib.dataset.sampler import Sampler
@@ -28,6 +27,7 @@ from s2p_deploy.families import hot_denoiser_of, load_pipeline, text_tokens
 from s2p_deploy.progress import silent
 from s2p_deploy.records import LatentDataset
 from s2p_deploy.records.disk_room import check_room
+from s2p_deploy.records.whole_files import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from s2p_deploy.calib.atomic import link_or_copy
 from s2p_deploy.calib.dataset.shards import KIND, open_finished, ranks_at_work, stored_request
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import LatentDataset, write_artifact
 from s2p_deploy.records.lock import claimed
+from s2p_deploy.records.whole_files import link_or_copy
 
 if TYPE_CHECKING:
     from pathlib import Path

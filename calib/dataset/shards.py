@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from s2p_deploy.calib.atomic import write_text
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import LatentDataset, read_manifest
 from s2p_deploy.records.lock import claimed, is_claimed
+from s2p_deploy.records.whole_files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

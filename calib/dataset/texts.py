@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.families import EncodedText, encode_texts
+from s2p_deploy.records.whole_files import write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

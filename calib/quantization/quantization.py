@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.calib.dataset.sampler import Sampler
 from s2p_deploy.calib.dataset.trajectories import call_rows
 from s2p_deploy.calib.quantization.fit_transforms import fit_transforms, set_smoothing
@@ -30,6 +29,7 @@ from s2p_deploy.calib.start import sites_after
 from s2p_deploy.families import apply_transforms, set_time_table
 from s2p_deploy.records import TransformSpec
 from s2p_deploy.records.precision_plan import read_plan, write_plan
+from s2p_deploy.records.whole_files import write_tensors
 from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows, with_schedules
 
 if TYPE_CHECKING:

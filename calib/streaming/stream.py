@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.calib.job import KIND
 from s2p_deploy.calib.model_files import WEIGHT_SCALES, WEIGHTS, Description, write_description
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
@@ -19,6 +18,7 @@ from s2p_deploy.calib.streaming.weight_scales import closed_form_scales
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import write_artifact
 from s2p_deploy.records.disk_room import check_room
+from s2p_deploy.records.whole_files import write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from s2p_deploy.calib.atomic import write_tensors
 from s2p_deploy.calib.dataset.sampler_walk import sampler_inputs
 from s2p_deploy.calib.quantization.plan import SENSITIVE
 from s2p_deploy.calib.training.row_influence import row_influence
 from s2p_deploy.calib.training.selection import held_out_walk
 from s2p_deploy.calib.training.setting import TrainingSetting
 from s2p_deploy.families import apply_transforms
+from s2p_deploy.records.whole_files import write_tensors
 from s2p_deploy.timesteps import angles_of_timesteps
 
 if TYPE_CHECKING:

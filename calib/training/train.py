@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from s2p_deploy.calib.atomic import write_tensors, write_text
 from s2p_deploy.calib.training.batches import draw_batch
 from s2p_deploy.calib.training.learner import Learner
 from s2p_deploy.calib.training.log import IterationRecord, RowRecord, SelectionRecord, cosine, log_text
@@ -21,6 +20,7 @@ from s2p_deploy.calib.training.objective import Objective
 from s2p_deploy.calib.training.row_errors import row_counts, row_errors
 from s2p_deploy.calib.training.selection import trajectory_error
 from s2p_deploy.errors import S2PError
+from s2p_deploy.records.whole_files import write_tensors, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from s2p_deploy.calib.atomic import write_tensors, write_text
 from s2p_deploy.records.strict import reading_tensors
+from s2p_deploy.records.whole_files import write_tensors, write_text
 from s2p_deploy.validation.exact_json import exact_text, exact_value
 from s2p_deploy.validation.measurements import Measurements
 from s2p_deploy.validation.pictures import Drawing, draw_parts, joined_drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from s2p_deploy.serve.ticket import Ticket
 
 _SECONDS_BETWEEN_LOOKS = 0.1  # at the progress
+_LONGEST_SILENCE = 15.0  # seconds; proxies close what says nothing for 30 to 60
 
 
 @contextmanager
@@ -60,12 +62,15 @@ async def pictures(tickets: Sequence[Ticket], request: Request) -> list[Image]:
         drawn.cancel()
 
 
-async def progress(ticket: Ticket) -> AsyncIterator[tuple[int, int]]:
-    """Calls of the denoiser done and all there will be, whenever they change, until the ticket is at its end."""
-    ended, last = _ended(ticket), (0, 0)
+async def progress(ticket: Ticket, silence: float = _LONGEST_SILENCE) -> AsyncIterator[tuple[int, int]]:
+    """Calls of the denoiser done and all there will be, until the ticket is at its end.
+
+    Whenever they change, and every ``silence`` seconds while they do not, so that no proxy takes a queue for an end.
+    """
+    ended, last, told = _ended(ticket), (0, 0), time.monotonic()
     while not ended.is_set():
-        if ticket.progress != last:
-            last = ticket.progress
+        if ticket.progress != last or time.monotonic() - told >= silence:
+            last, told = ticket.progress, time.monotonic()
             yield last
         try:
             await asyncio.wait_for(ended.wait(), _SECONDS_BETWEEN_LOOKS)

@@ -6,8 +6,6 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -22,6 +20,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file in one piece; the same tensors give the same bytes."""
+    from safetensors.torch import save_file
+
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     _write(path, lambda temporary: save_file(whole, temporary))
 
