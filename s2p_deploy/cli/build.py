@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +17,14 @@ from s2p_deploy.cli.progress_bars import progress_bars
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from s2p_deploy.engines import ShapeProfile, Span
     from s2p_deploy.engines.options import Lowering
+    from s2p_deploy.records.engine import SitePrecision
 
 _LOWERINGS: tuple[Lowering, ...] = ("auto", "rescale", "runtime_q")
+_QUANTIZED_BITS = 8  # activations of at most so many are integers
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -87,7 +92,23 @@ def build(  # noqa: PLR0913 - its options
         made = build_engine(opened, backend, out, options=options, replace=force, limits=limits, progress=progress)
     took = {name: made.manifest.content[name] for name in ("build_seconds", "peak_rss_bytes")}
     outcome = artifact_outcome(made.folder, made.manifest)
-    return show(replace(outcome, data=outcome.data | {"estimate": asdict(needed)} | took), as_json=as_json)
+    types = compute_types(made.sites)
+    told = (*outcome.text, precision_line(len(made.sites), types))
+    data = outcome.data | {"estimate": asdict(needed), "quantized_sites": types} | took
+    return show(replace(outcome, data=data, text=told), as_json=as_json)
+
+
+def compute_types(sites: Sequence[SitePrecision]) -> dict[str, int]:
+    """How many of the sites with quantized activations the backend says to compute in which type, most first."""
+    return dict(Counter(site.compute for site in sites if site.activation_bits <= _QUANTIZED_BITS).most_common())
+
+
+def precision_line(sites: int, types: Mapping[str, int]) -> str:
+    """What :func:`compute_types` found among so many sites, in words."""
+    if not types:
+        return f"none of {sites} sites has quantized activations"
+    listed = ", ".join(f"{name} ({count})" for name, count in types.items())
+    return f"{sum(types.values())} of {sites} sites have quantized activations, computed in {listed}"
 
 
 def profile_from_option(text: str) -> ShapeProfile:
