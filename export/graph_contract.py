@@ -32,8 +32,9 @@ from s2p_deploy.errors import GraphContractError
 from s2p_deploy.export.passes.hoisted_text import TEXT, TEXT_PROJECTIONS
 from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
-from s2p_deploy.export.tensors import FULL, storage_type
+from s2p_deploy.export.tensors import FULL
 from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
+from s2p_deploy.export.weight_codes import storage_type
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.records.exported_graph import TEXT_FILE

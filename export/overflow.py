@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from s2p_deploy.export.scopes import parameter_name
-from s2p_deploy.export.tensors import weight_codes
+from s2p_deploy.export.weight_codes import weight_codes
 from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:

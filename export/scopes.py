@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +18,7 @@ def module_path(node: ir.Node) -> str:
 
     The exporter's list ends with the operator: ``['', 'network', 'network.conv_in', 'conv2d']`` gives ``conv_in``.
     """
-    scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "['', '']"))
-    innermost: str = scopes[-2] if len(scopes) > 1 else ""
-    return innermost.removeprefix(_ROOT).removeprefix(".")
+    return _innermost(node.metadata_props.get(NAME_SCOPES, "['', '']"))
 
 
 def inside(path: str, prefixes: tuple[str, ...]) -> bool:
@@ -30,3 +29,10 @@ def inside(path: str, prefixes: tuple[str, ...]) -> bool:
 def parameter_name(path: str) -> str:
     """Name of a UNet parameter in the hot denoiser's state: ``conv_in.weight`` gives ``unet.conv_in.weight``."""
     return f"{_ROOT}.{path}"
+
+
+@lru_cache(maxsize=2**14)  # a denoiser's nodes have a few thousand scopes, and are asked many times
+def _innermost(scopes: str) -> str:
+    listed: list[str] = ast.literal_eval(scopes)
+    innermost = listed[-2] if len(listed) > 1 else ""
+    return innermost.removeprefix(_ROOT).removeprefix(".")

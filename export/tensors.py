@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.numerics import INT4, IntegerFormat, quantize, weight_scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 FULL = "_fp32"  # ends the names of values that are float32 in a graph of another type
-_SMALLEST_HALF = 2.0**-24  # a scale must stay above zero after it is rounded to FP16
 
 
 def lazy(name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
@@ -51,23 +48,6 @@ def reshaped(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
 def stored_bytes(model: ir.Model) -> int:
     """Bytes of all initializers as they are stored; nothing is read for it."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-
-
-def usable_weight_scale(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
-    """Weight scales that stay above zero when rounded to ``dtype`` (channels of zeros have scales near 1e-19)."""
-    return scale if dtype == ir.DataType.FLOAT else np.maximum(scale, np.float32(_SMALLEST_HALF))
-
-
-def storage_type(fmt: IntegerFormat) -> ir.DataType:
-    """The ONNX type that holds a format's codes: INT4 where they fit into it."""
-    return ir.DataType.INT4 if INT4.qmin <= fmt.qmin and fmt.qmax <= INT4.qmax else ir.DataType.INT8
-
-
-def weight_codes(weight: NDArray[np.float32], scale: NDArray[np.float32], fmt: IntegerFormat) -> NDArray[np.generic]:
-    """Integer codes of a weight [out, ...] by its scale [out, 1, ...], as training quantizes it."""
-    tensor = torch.from_numpy(weight)
-    codes = quantize(tensor, torch.from_numpy(scale).view(weight_scale_shape(tensor)), fmt)
-    return codes.numpy().astype(storage_type(fmt).numpy())
 
 
 def _cast(array: NDArray[np.generic], dtype: ir.DataType, name: str) -> NDArray[np.generic]:

@@ -29,10 +29,21 @@ def test_a_size_is_taken_without_the_time_table() -> None:
     assert NOT_MEASURED in table
 
 
-def test_an_engine_without_its_floating_point_sibling_has_no_ratio() -> None:
-    own = {"median_s": 1.5, "peak_memory_gb": 6.2}
+def test_a_step_is_told_beside_openvino_by_itself() -> None:
+    own, rival = {"best_s": 1.2, "peak_memory_gb": 2.6}, {"best_s": 1.6, "peak_memory_gb": 5.7}
+    ratio = {"best": 0.75, "median": 0.78, "low": 0.7, "high": 0.8}
+    engines, ratios = {"openvino": rival, "w4a8": own}, {"w4a8": ratio}
+    run = MACHINE | {"batch": 2, "latents": 64, "hint": "bf16", "engines": engines, "ratios": ratios}
+    row = "| SD v1-4, W4A8 | 64×64 | 1.20 s | 1.60 s | 0.75 | 0.78 (0.70 to 0.80) | 2.6 GB | 5.7 GB |"
+    table = step_section({"sd14 trained": run})
+    assert row in table
+    assert table.count("SD v1-4") == 1, "the rival is no row of its own"
+
+
+def test_an_engine_whose_rival_does_not_fit_has_no_ratio() -> None:
+    own = {"best_s": 1.5, "peak_memory_gb": 6.2}
     run = MACHINE | {"batch": 2, "latents": 64, "hint": "bf16", "engines": {"w4a8": own}, "ratios": {}}
-    assert "| SDXL 1.0, W4A8 | 64×64 | 1.50 s | more memory than there is |  | 6.2 GB |  |" in step_section(
+    assert "| SDXL 1.0, W4A8 | 64×64 | 1.50 s | more memory than there is |  |  | 6.2 GB |  |" in step_section(
         {"sdxl 512": run}
     )
 

@@ -68,6 +68,13 @@ def test_the_way_in_is_light(module: str, tmp_path: Path) -> None:
     assert answer_of(LOADED_HEAVY, module, json.dumps(HEAVY), cwd=tmp_path) == []
 
 
+@pytest.mark.parametrize("module", ["child", "trial_child", "probe.worker"])
+def test_the_processes_of_a_build_need_no_pytorch(module: str, tmp_path: Path) -> None:
+    """Each would spend 5 s and 400 MB on imports."""
+    heavy = json.dumps(["torch", "diffusers", "transformers"])
+    assert answer_of(LOADED_HEAVY, f"s2p_deploy.engines.{module}", heavy, cwd=tmp_path) == []
+
+
 def test_everything_else_imports_without_the_backends(tmp_path: Path) -> None:
     names = modules_outside_backends()
     assert "s2p_deploy.errors" in names

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 
@@ -51,7 +52,7 @@ def rescaled_points(graph: ir.Graph, codes: Collection[str]) -> dict[str, Rescal
 
 def remove_unread(model: ir.Model) -> None:
     """Removes nodes and initializers that nothing reads, and then the input of scales if nothing reads it."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
     for value in [value for value in model.graph.inputs if value.name == ACT_SCALES and not value.uses()]:
         model.graph.inputs.remove(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from s2p_deploy.export.tensors import constant
 
@@ -34,7 +35,7 @@ class OpenSizes(ir.passes.InPlacePass):
             target = _constant_target(node) if node.op_type == "Reshape" else None
             if target is not None:
                 _reshape_to(graph, node, target)
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+        RemoveUnusedNodesPass()(model)
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
             if value.shape is not None:
                 value.shape = ir.Shape([_known(size) for size in value.shape])

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from s2p_deploy.export.scopes import parameter_name
-from s2p_deploy.export.tensors import lazy, storage_type, usable_weight_scale, weight_codes
+from s2p_deploy.export.tensors import lazy
+from s2p_deploy.export.weight_codes import storage_type, usable_weight_scale, weight_codes
 from s2p_deploy.numerics import format_by_name
 
 if TYPE_CHECKING:

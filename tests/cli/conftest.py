@@ -14,6 +14,8 @@ from tests.cli.commands import PROMPTS, Chain, Finished, Run, quick_settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.shared_folder import SharedFolder
+
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
@@ -26,24 +28,29 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture(scope="session")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "two.txt"
-    path.write_text(PROMPTS, encoding="utf-8")
-    return path
+def prompts_file(shared: SharedFolder) -> Path:
+    return shared.made("two-prompts.txt", lambda path: path.write_text(PROMPTS, encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
-def made_chain(tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Chain:
-    folder = tmp_path_factory.mktemp("chain")
-    chain = Chain(prompts_file, folder / "calib", folder / "graph", folder / "engine")
-    commands: list[list[object]] = [
-        ["calibrate", "shapes", "--recipe", "w8a8", "--prompts", prompts_file, "--out", chain.calib, *quick_settings()],
-        ["export", chain.calib, "--out", chain.graph],
-        ["build", chain.graph, "--backend", "onnxruntime", "--out", chain.engine],
-    ]
-    for command in commands:
-        assert main([str(part) for part in command]) == 0, command
-    return chain
+def made_chain(shared: SharedFolder, prompts_file: Path) -> Chain:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        made = chain_in(folder, prompts_file)
+        settings = ["--prompts", prompts_file, *quick_settings()]
+        commands: list[list[object]] = [
+            ["calibrate", "shapes", "--recipe", "w8a8", "--out", made.calib, *settings],
+            ["export", made.calib, "--out", made.graph],
+            ["build", made.graph, "--backend", "onnxruntime", "--out", made.engine],
+        ]
+        for command in commands:
+            assert main([str(part) for part in command]) == 0, command
+
+    return chain_in(shared.made("command-line-chain", make), prompts_file)
+
+
+def chain_in(folder: Path, prompts: Path) -> Chain:
+    return Chain(prompts, folder / "calib", folder / "graph", folder / "engine")
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def chain(made_chain: Chain, tmp_path: Path) -> Chain:
     """A copy of the chain that a test may spoil."""
     folder = tmp_path / "chain"
     shutil.copytree(made_chain.calib.parent, folder)
-    return Chain(made_chain.prompts, folder / "calib", folder / "graph", folder / "engine")
+    return chain_in(folder, made_chain.prompts)
 
 
 @pytest.fixture

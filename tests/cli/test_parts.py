@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from s2p_deploy.calib import calibrate
-from s2p_deploy.cli import main
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline
@@ -21,19 +20,18 @@ from s2p_deploy.recipe import load_recipe
 from s2p_deploy.records import Base, Engine, write_artifact
 from s2p_deploy.records.pipeline_parts import PipelineParts
 from tests.cli.commands import Run
-from tests.small_parts import FACTOR, small_base
+from tests.shared_folder import SharedFolder
+from tests.small_parts import FACTOR, shared_small_base, shared_small_parts
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
-    return small_base(tmp_path_factory.mktemp("small") / "pipeline")
+def base(shared: SharedFolder) -> BasePipeline:
+    return shared_small_base(shared)
 
 
 @pytest.fixture(scope="module")
-def parts(base: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("parts") / "parts"
-    assert main(["parts", str(base.folder), "--backend", "onnxruntime", "--out", str(out)]) == 0
-    return out
+def parts(shared: SharedFolder) -> Path:
+    return shared_small_parts(shared, "onnxruntime").folder
 
 
 @pytest.fixture(scope="module")

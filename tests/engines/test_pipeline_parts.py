@@ -16,21 +16,22 @@ from s2p_deploy.families import BasePipeline
 from s2p_deploy.families.components import load_component
 from s2p_deploy.records import read_manifest, write_artifact
 from s2p_deploy.records.pipeline_parts import PipelineParts
-from tests.small_parts import small_base
+from tests.shared_folder import SharedFolder
+from tests.small_parts import shared_small_base, shared_small_parts
 
 NETWORKS = ("text_encoder", "vae_decoder", "vae_encoder")
 SIZES = {"text_encoder": (24,), "vae_decoder": (4, 10, 6), "vae_encoder": (3, 20, 12)}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
-    return small_base(tmp_path_factory.mktemp("small") / "pipeline")
+def base(shared: SharedFolder) -> BasePipeline:
+    return shared_small_base(shared)
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def made(request: pytest.FixtureRequest, base: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> PipelineParts:
+def made(request: pytest.FixtureRequest, shared: SharedFolder) -> PipelineParts:
     pytest.importorskip(request.param)
-    return export_parts(base, request.param, tmp_path_factory.mktemp("parts") / "parts")
+    return shared_small_parts(shared, request.param)
 
 
 @pytest.fixture

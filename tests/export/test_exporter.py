@@ -17,6 +17,7 @@ from s2p_deploy.families import hot_denoiser, time_table_of
 from s2p_deploy.numerics import INT4, INT8, quantize
 from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
 from s2p_deploy.records.precision_plan import read_plan, write_plan
+from tests.remembered_traces import trace_anew
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,8 +256,9 @@ def test_weights_are_stored_packed(w4a4_graph: ExportedGraph) -> None:
 
 
 def test_export_is_deterministic_and_tells_its_progress(
-    w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path
+    w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trace_anew(monkeypatch)
     seen: list[tuple[int, int]] = []
     again = export_graph(w8a8, tmp_path / "again", progress=lambda _stage, done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.records import CalibratedModel, ExportedGraph
 
-STEPS = 5
+STEPS, TOKENS = 6, 8  # those of tests/test_family_pipelines.py, which can take the same traces
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
 @pytest.fixture(scope="module", params=["sdxl", "sd3"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder, base = tmp_path_factory.mktemp(request.param), sibling(request.param)
-    recipe = load_recipe("fp", {"sampling": {"steps": STEPS, "max_sequence_length": 2}})
+    recipe = load_recipe("fp", {"sampling": {"steps": STEPS, "max_sequence_length": TOKENS}})
     model = calibrate(base, recipe, None, folder / "calib")
     return Family(request.param, model, export_graph(model, folder / "graph"), fp_denoiser(base, STEPS))
 

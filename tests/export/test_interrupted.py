@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from s2p_deploy.cli import main
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import CalibratedModel, ExportedGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # argv: calibrated model, where to. Kills itself while weights are written.
 KILLED = """
@@ -26,13 +33,16 @@ def stop(stage, done, total):
 export_graph(CalibratedModel.open(Path(sys.argv[1])), Path(sys.argv[2]), replace=True, progress=stop)
 """
 
-# argv: bytes that a file may have, then the command line. As where a disk has so much room left.
-LITTLE_ROOM = """
-import resource, sys
-from s2p_deploy.cli.app import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.exit(main(sys.argv[2:]))
-"""
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As where a disk has so many bytes of room left."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -59,12 +69,16 @@ def test_a_kill_leaves_the_old_graph_and_the_next_export_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["graph"]
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line(w8a8: CalibratedModel, tmp_path: Path) -> None:
-    found = run(LITTLE_ROOM, 20_000, "export", w8a8.folder, "--out", tmp_path / "graph")
-    assert found.returncode == 2
-    assert "denoiser.onnx cannot be written (" in found.stderr
-    assert "): make room, or choose another --out" in found.stderr
-    assert "Traceback" not in found.stderr
+@pytest.mark.usefixtures("w8a8_graph")  # its trace is remembered: to write it takes more room
+def test_a_disk_that_fills_up_meanwhile_is_one_line(
+    w8a8: CalibratedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with files_of_at_most(20_000):
+        assert main(["export", str(w8a8.folder), "--out", str(tmp_path / "graph")]) == 2
+    found = capsys.readouterr().err
+    assert "denoiser.onnx cannot be written (" in found
+    assert "): make room, or choose another --out" in found
+    assert "Traceback" not in found
     assert list(tmp_path.iterdir()) == []
 
 

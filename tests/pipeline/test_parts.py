@@ -14,7 +14,7 @@ from s2p_deploy.engines.pipeline_parts import export_parts
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline, with_components
 from s2p_deploy.pipeline import EngineAutoencoder, EngineTextEncoder, part_components
-from tests.small_parts import FACTOR, small_base
+from tests.small_parts import FACTOR, shared_small_base, shared_small_parts
 from tests.t5_pipeline import WIDTH, t5_base
 from tests.torch_denoisers import whole_denoiser
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from s2p_deploy.records.pipeline_parts import PipelineParts
+    from tests.shared_folder import SharedFolder
 
 PROMPT = "a small red circle at the top left, white background"
 IDS = torch.tensor([[272, 5, 9, 40, *[273] * 20], [272, 7, *[273] * 22]])
 
 
 @pytest.fixture(scope="module")
-def floating(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    return load_pipeline(small_base(tmp_path_factory.mktemp("small") / "pipeline"))
+def floating(shared: SharedFolder) -> StableDiffusionPipeline:
+    return load_pipeline(shared_small_base(shared))
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> PipelineParts:
-    base = small_base(tmp_path_factory.mktemp("same") / "pipeline")
-    return export_parts(base, "onnxruntime", tmp_path_factory.mktemp("parts") / "parts")
+def parts(shared: SharedFolder) -> PipelineParts:
+    return shared_small_parts(shared, "onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
+from s2p_deploy.families import resolve_base
 from s2p_deploy.recipe import load_recipe
-from s2p_deploy.records import Prompt, PromptSet
+from s2p_deploy.records import Engine, Prompt, PromptSet
 from tests.cli.commands import QUICK
 from tests.tiny_pipeline import tiny_base
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from s2p_deploy.families import BasePipeline
-    from s2p_deploy.records import Engine
+    from tests.shared_folder import SharedFolder
 
 PROMPTS = PromptSet((Prompt("a", "a large red circle, white background"), Prompt("b", "a small blue square")))
 
@@ -34,11 +35,14 @@ class Tiny(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny(shared: SharedFolder) -> Tiny:
     from s2p_deploy.cli.options import overrides_from_settings
 
-    folder: Path = tmp_path_factory.mktemp("served")
-    base = tiny_base(folder / "pipeline")
-    recipe = load_recipe("w8a8", overrides_from_settings([*QUICK, *_SCHEDULE]))
-    model = calibrate(base, recipe, PROMPTS, folder / "calib")
-    return Tiny(build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine"), base)
+    def make(folder: Path) -> None:
+        base = tiny_base(folder / "pipeline")
+        recipe = load_recipe("w8a8", overrides_from_settings([*QUICK, *_SCHEDULE]))
+        model = calibrate(base, recipe, PROMPTS, folder / "calib")
+        build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+
+    folder = shared.made("served-engine", make)
+    return Tiny(Engine.open(folder / "engine"), resolve_base(str(folder / "pipeline")))

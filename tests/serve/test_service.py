@@ -85,15 +85,15 @@ def alone(tiny: Tiny) -> Iterator[Alone]:
         yield draw
 
 
-REQUESTS = [
-    ImageRequest("a large red circle", 5, 2.0, 1),
-    ImageRequest("a small blue square", 10, 2.0, 2),
-    ImageRequest("a green triangle", 3, 1.0, 3),
-    ImageRequest("a green triangle", 8, 2.0, 3, negative="black background"),
-    ImageRequest("a large red circle", 6, 2.0, 4, scheduler="ddim"),
-    ImageRequest("a large red circle", 6, 2.0, 4, scheduler="heun"),
-    ImageRequest("a large red circle", 7, 2.0, 5, scheduler="unipc"),
-    ImageRequest("", 10, 3.0, 2**40),
+REQUESTS = [  # long enough that the texts of several are done while the first is still drawn
+    ImageRequest("a large red circle", 20, 2.0, 1),
+    ImageRequest("a small blue square", 25, 2.0, 2),
+    ImageRequest("a green triangle", 13, 1.0, 3),
+    ImageRequest("a green triangle", 18, 2.0, 3, negative="black background"),
+    ImageRequest("a large red circle", 20, 2.0, 4, scheduler="ddim"),
+    ImageRequest("a large red circle", 10, 2.0, 4, scheduler="heun"),
+    ImageRequest("a large red circle", 17, 2.0, 5, scheduler="unipc"),
+    ImageRequest("", 24, 3.0, 2**40),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,11 +14,16 @@ from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.recipe import recipe_from_data
-from s2p_deploy.records import Prompt, PromptSet
+from s2p_deploy.records import Engine, Prompt, PromptSet
 from s2p_deploy.shapes.grammar import Scene, SceneObject, caption
 from s2p_deploy.validation import Chain, open_chain
 from s2p_deploy.validation.latents import ValidationLatents, choose_latents
 from tests.tiny_pipeline import tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.shared_folder import SharedFolder
 
 RECIPE = {
     "name": "tiny",
@@ -45,13 +51,14 @@ def prompts() -> PromptSet:
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory, prompts: PromptSet) -> Chain:
-    folder = tmp_path_factory.mktemp("chain")
-    base = tiny_base(folder / "pipeline")
-    words = PromptSet((*prompts.prompts, Prompt("word", "a word")))
-    calibrated = calibrate(base, recipe_from_data(RECIPE, "test"), words, folder / "calib")
-    engine = build_engine(export_graph(calibrated, folder / "graph"), "onnxruntime", folder / "engine")
-    return open_chain(engine)
+def chain(shared: SharedFolder, prompts: PromptSet) -> Chain:
+    def make(folder: Path) -> None:
+        base = tiny_base(folder / "pipeline")
+        words = PromptSet((*prompts.prompts, Prompt("word", "a word")))
+        calibrated = calibrate(base, recipe_from_data(RECIPE, "test"), words, folder / "calib")
+        build_engine(export_graph(calibrated, folder / "graph"), "onnxruntime", folder / "engine")
+
+    return open_chain(Engine.open(shared.made("validated-chain", make) / "engine"))
 
 
 @pytest.fixture(scope="session")

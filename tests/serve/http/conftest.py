@@ -10,6 +10,7 @@ from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.recipe import load_recipe
+from s2p_deploy.records import Engine
 from s2p_deploy.serve.http.metrics import Metrics
 from s2p_deploy.serve.opening import open_service
 from s2p_deploy.serve.service import ImageService, ServiceSettings
@@ -17,9 +18,10 @@ from tests.serve.http.live_server import LiveServer, live_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-    from s2p_deploy.records import Engine
     from tests.serve.conftest import Tiny
+    from tests.shared_folder import SharedFolder
 
 SETTINGS = ServiceSettings(batches=(1, 2, 4))
 NAMES = ("small", "fp")
@@ -32,11 +34,13 @@ class Opening(Protocol):
 
 
 @pytest.fixture(scope="session")
-def floating(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = tmp_path_factory.mktemp("floating")
-    recipe = load_recipe("fp", {"sampling": {"steps": 20, "guidance_scale": 2.0}})
-    model = calibrate(tiny.base, recipe, None, folder / "calib")
-    return build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+def floating(tiny: Tiny, shared: SharedFolder) -> Engine:
+    def make(folder: Path) -> None:
+        recipe = load_recipe("fp", {"sampling": {"steps": 20, "guidance_scale": 2.0}})
+        model = calibrate(tiny.base, recipe, None, folder / "calib")
+        build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+
+    return Engine.open(shared.made("served-floating-engine", make) / "engine")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,97 @@
+"""Traces of denoisers, each made once per test run: one takes ten seconds, and depends on its arguments alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from s2p_deploy.export import canonical, tracing
+from s2p_deploy.export.tracing import TracedDenoiser
+from s2p_deploy.families import Block, Tap
+from s2p_deploy.records import TimeTable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+    import torch
+
+    from s2p_deploy.export.tracing import Sizes
+    from s2p_deploy.records import TimestepTable, TransformSpec
+    from tests.shared_folder import SharedFolder
+
+_GRAPH, _BLOCKS = "graph.onnx", "blocks.json"
+
+
+@dataclass(frozen=True)
+class RememberedTraces:
+    """Stands in for :func:`s2p_deploy.export.tracing.trace_denoiser`; every caller reads a graph of its own."""
+
+    shared: SharedFolder
+
+    def __call__(
+        self,
+        config: dict[str, Any],
+        time: TimeTable | TimestepTable,
+        transforms: TransformSpec,
+        *,
+        tokens: int,
+        dtype: torch.dtype,
+        sizes: Sizes = "fixed",
+    ) -> TracedDenoiser:
+        """The trace, from the folder if these arguments were traced before."""
+
+        def trace(folder: Path) -> None:
+            traced = tracing.trace_denoiser(config, time, transforms, tokens=tokens, dtype=dtype, sizes=sizes)
+            write_trace(traced, folder)
+
+        asked = (config, _outline(time), transforms.to_json(), tokens, str(dtype), sizes)
+        name = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return read_trace(self.shared.made(f"trace-{name[:32]}", trace))
+
+
+def remember_traces(patch: pytest.MonkeyPatch, shared: SharedFolder) -> None:
+    """Exports take their traces from ``shared`` from now on."""
+    patch.setattr(canonical, "trace_denoiser", RememberedTraces(shared))
+
+
+def trace_anew(patch: pytest.MonkeyPatch) -> None:
+    """Exports trace themselves, as they do outside tests."""
+    patch.setattr(canonical, "trace_denoiser", tracing.trace_denoiser)
+
+
+def write_trace(traced: TracedDenoiser, folder: Path) -> None:
+    """Initializers, which are parameters without data, are written as data in a file that is not there."""
+    folder.mkdir()
+    for name, value in traced.model.graph.initializers.items():
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=name)
+    (folder / _GRAPH).write_bytes(ir.to_proto(traced.model).SerializeToString())
+    (folder / _BLOCKS).write_text(json.dumps([dataclasses.asdict(block) for block in traced.blocks]))
+
+
+def read_trace(folder: Path) -> TracedDenoiser:
+    """What :func:`write_trace` wrote."""
+    model = ir.load(folder / _GRAPH)
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    return TracedDenoiser(model, tuple(map(_block, json.loads((folder / _BLOCKS).read_text()))))
+
+
+def _block(data: dict[str, Any]) -> Block:
+    taps = {side: tuple(Tap(**tap) for tap in data[side]) for side in ("entering", "leaving")}
+    return Block(**data | taps | {"modules": tuple(data["modules"])})
+
+
+def _outline(time: TimeTable | TimestepTable) -> list[Any]:
+    """What a trace can depend on: of a table of features its shape alone, for it is traced on the meta device."""
+    if isinstance(time, TimeTable):
+        return ["table", str(time.projections.dtype), time.projections.shape, time.slices]
+    arrays = [field.tobytes() for field in (time.angle, time.fractional) if field is not None]
+    return ["timesteps", repr(time), [sha256(data).hexdigest() for data in arrays]]
