@@ -10,8 +10,8 @@ Made in this order, each step by itself (what is there already is kept), all in 
     python benchmarks/full_size_engines.py layers       # where OpenVINO spends a step, ours and NNCF's
     python benchmarks/full_size_engines.py rtx          # TensorRT-RTX ahead of time: fp16, w8a8, w4a8
 
-``time`` and ``layers`` take ``--hint bf16`` or ``f32``; every step takes ``--work``. Each writes its part of
-``results/full_size_engines.json``; ``engines_page.py`` makes the page of it.
+``engines``, ``time`` and ``layers`` take ``--hint bf16`` or ``f32``; every step takes ``--work``. Each writes its part
+of ``results/full_size_engines.json``; ``engines_page.py`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -40,15 +40,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HERE = Path(__file__).resolve().parent
+IR_WORKER = (str(HERE / "full_size_ir_worker.py"),)
 BATCH = 2
-GRAPHS = (("fp", "fp32"), ("w8a8", "fp32"), ("fp", "fp16"), ("w8a8", "fp16"), ("w4a8", "fp16"))
-ENGINES = (
-    ("w8a8", "openvino", "bf16"),
-    ("fp", "openvino", "bf16"),
-    ("w8a8", "openvino", "f32"),
-    ("fp", "openvino", "f32"),
-    ("fp", "onnxruntime", "fast"),
-)
+TEXT_APART = "w8a8-text"  # of form w8a8, its text projections once per prompt
+GRAPHS = (("fp", "fp32"), ("w8a8", "fp32"), (TEXT_APART, "fp32"), ("fp", "fp16"), ("w8a8", "fp16"), ("w4a8", "fp16"))
+ENGINES = (("w8a8", "openvino"), (TEXT_APART, "openvino"), ("fp", "openvino"), ("fp", "onnxruntime"))
+RTX_PROFILE = ShapeProfile(1, BATCH, 4)
 RTX_FORMS = ("fp", "w8a8", "w4a8")
 BUILD_TIMEOUT_S = 7200.0
 
@@ -66,7 +63,7 @@ def main() -> None:
         case "graphs":
             write_graphs(asked.work)
         case "engines":
-            build_engines(asked.work)
+            build_engines(asked.work, asked.hint)
         case "time":
             found = time_engines(asked.work, asked.hint, asked.rounds, asked.nncf)
             note(asked.out, "time", asked.hint, found)
@@ -74,26 +71,28 @@ def main() -> None:
             note(asked.out, "layers", asked.hint, layer_times(asked.work, asked.hint, asked.nncf))
         case "rtx":
             for form in RTX_FORMS:
-                note(asked.out, "rtx", form, build_rtx(asked.work, form))
+                note(asked.out, "rtx", form, build_rtx(asked.work, f"graph-{form}-fp16"))
 
 
 def write_graphs(work: Path) -> None:
     """The graphs that are not there yet, of the models that are."""
     for form, dtype in GRAPHS:
-        out = work / f"graph-{form}-{dtype}"
-        if not out.exists() and (work / f"model-{form}").exists():
+        out, model = work / f"graph-{form}-{dtype}", work / f"model-{form.removesuffix('-text')}"
+        if not out.exists() and model.exists():
             start = time.perf_counter()
-            export_graph(CalibratedModel.open(work / f"model-{form}"), out, dtype=dtype)
+            text = "input" if form == TEXT_APART else "graph"
+            export_graph(CalibratedModel.open(model), out, dtype=dtype, text_projections=text)
             print(f"{out.name}: {time.perf_counter() - start:.0f} s, peak so far {_own_peak_gb():.1f} GB", flush=True)
 
 
-def build_engines(work: Path) -> None:
+def build_engines(work: Path, hint: str) -> None:
     """The CPU engines that are not there yet, of the graphs that are; tuned for the batch that is measured."""
-    for form, backend, hint in ENGINES:
-        out, folder = engine_folder(work, form, backend, hint), work / f"graph-{form}-fp32"
+    for form, backend in ENGINES:
+        own_hint = hint if backend == "openvino" else "fast"
+        out, folder = engine_folder(work, form, backend, own_hint), work / f"graph-{form}-fp32"
         if not out.exists() and folder.exists():
             graph = ExportedGraph.open(folder)
-            options = BuildOptions(hint, ShapeProfile(1, BATCH, BATCH))
+            options = BuildOptions(own_hint, ShapeProfile(1, BATCH, BATCH))
             made = build_engine(graph, backend, out, options=options, limits=Limits(BUILD_TIMEOUT_S))
             print(f"{out.name}: {made.manifest.content['build_seconds']} s", flush=True)
 
@@ -103,21 +102,22 @@ def engine_folder(work: Path, form: str, backend: str, hint: str) -> Path:
 
 
 def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any]:
-    """Seconds per step of four contenders in turns, two steps a turn after one unmeasured; ratios ours over theirs."""
+    """Seconds per step of the contenders in turns, two steps a turn after one unmeasured; ratios ours over theirs."""
     engines = {
-        "ours": engine_folder(work, "w8a8", "openvino", hint),
-        "openvino": engine_folder(work, "fp", "openvino", hint),
         "onnxruntime": engine_folder(work, "fp", "onnxruntime", "fast"),
+        "fp": engine_folder(work, "fp", "openvino", hint),
+        "text": engine_folder(work, TEXT_APART, "openvino", hint),
+        "ours": engine_folder(work, "w8a8", "openvino", hint),
     }
-    loads: dict[str, dict[str, Any]] = {
-        name: load_request(Engine.open(folder)) | {"drawing": None} for name, folder in engines.items()
-    }
-    loads["nncf"] = {"xml": str((work / nncf / "denoiser.xml").resolve()), "hint": hint}
-    commands = [(name, WORKER if name in engines else (str(HERE / "full_size_ir_worker.py"),)) for name in loads]
-    with children(commands) as asked:
-        loaded = {child.name: child.ask("load", batch=BATCH, **loads[child.name]) for child in asked}
+    models = {"openvino": work / "graph-fp-fp32" / "denoiser.onnx", "nncf": work / nncf / "denoiser.xml"}
+    loads = [(name, WORKER, load_request(Engine.open(folder)) | {"drawing": None}) for name, folder in engines.items()]
+    loads += [(name, IR_WORKER, {"model": str(file.resolve()), "hint": hint}) for name, file in models.items()]
+    with children([(name, worker) for name, worker, _ in loads]) as asked:
+        loaded = {
+            child.name: child.ask("load", batch=BATCH, **load) for child, (_, _, load) in zip(asked, loads, strict=True)
+        }
         print({name: round(found["seconds"], 1) for name, found in loaded.items()}, flush=True)
-        seconds, memory = _measured(asked, rounds)
+        seconds, memory = measured(asked, rounds)
     times = {name: np.asarray(found) for name, found in seconds.items()}
     return {
         "machine": this_machine().model_dump(),
@@ -138,7 +138,8 @@ def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any
     }
 
 
-def _measured(asked: Sequence[Child], rounds: int) -> tuple[dict[str, list[list[float]]], dict[str, dict[str, Any]]]:
+def measured(asked: Sequence[Child], rounds: int) -> tuple[dict[str, list[list[float]]], dict[str, dict[str, Any]]]:
+    """Seconds per step [rounds][steps] of every child by name, and its memory at the end."""
     seconds: dict[str, list[list[float]]] = {child.name: [] for child in asked}
     memory: dict[str, dict[str, Any]] = {}
 
@@ -196,12 +197,12 @@ def _example(port: Any) -> np.ndarray:  # noqa: ANN401 - openvino is not typed
     return np.full(shape, fill, port.get_element_type().to_dtype())
 
 
-def build_rtx(work: Path, form: str) -> dict[str, Any]:
+def build_rtx(work: Path, graph_name: str, profile: ShapeProfile = RTX_PROFILE) -> dict[str, Any]:
     """Builds one plan and deletes it; what it took, its size, and what its sites are stored in."""
-    out = work / f"engine-{form}-rtx"
+    out = work / f"{graph_name}-rtx"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    options = BuildOptions(profile=ShapeProfile(1, BATCH, 4))
-    graph = ExportedGraph.open(work / f"graph-{form}-fp16")
+    options = BuildOptions(profile=profile)
+    graph = ExportedGraph.open(work / graph_name)
     made = build_engine(graph, "tensorrt_rtx", out, options=options, replace=True, limits=Limits(BUILD_TIMEOUT_S))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     content = made.manifest.content
@@ -214,7 +215,7 @@ def build_rtx(work: Path, form: str) -> dict[str, Any]:
         "plan_mb": round(sum(content["sizes"].values()) / 1e6, 1),
         "sites": _site_kinds(made),
     }
-    print(json.dumps({form: {key: value for key, value in found.items() if key != "machine"}}), flush=True)
+    print(json.dumps({graph_name: {key: value for key, value in found.items() if key != "machine"}}), flush=True)
     shutil.rmtree(out)
     return found
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from full_size_pipeline import MODELS
 
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import CalibratedModel, ExportedGraph
@@ -24,7 +25,7 @@ from s2p_deploy.records import CalibratedModel, ExportedGraph
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("original", choices=("sd14", "sd21", "sdxl", "sd3"))
+    parser.add_argument("original", choices=MODELS)
     parser.add_argument("form", choices=("fp", "w8a8", "w4a8"))
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
     parser.add_argument("--sizes", choices=("fixed", "dynamic"), default="fixed")

@@ -1,8 +1,10 @@
-"""The child process of an OpenVINO IR that is no engine of this package, such as NNCF's: see full_size_engines.py."""
+"""The child process of a model that OpenVINO reads by itself, such as NNCF's IR: see full_size_engines.py.
+
+A request names the ``model``, its ``hint``, ``batch`` and, where height and width are open, the ``latents``' side.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,16 @@ from s2p_deploy.engines.openvino.backend import OpenVinoRunner
 
 
 class IrWorkload:
-    """An IR of fixed shapes, compiled with the same properties as an engine."""
+    """A model compiled with the same properties as an engine, and with none of an engine's passes."""
 
-    def __init__(self, xml: Path, hint: str, batch: int) -> None:
-        model = openvino.Core().read_model(xml)
+    def __init__(self, request: dict[str, Any]) -> None:
+        model = openvino.Core().read_model(request["model"])
+        model.reshape({port.get_any_name(): _fixed(port.get_partial_shape(), request) for port in model.inputs})
         self._shapes = {
             port.get_any_name(): (tuple(port.shape), np.dtype(port.get_element_type().to_dtype()))
             for port in model.inputs
         }
-        self._runner = OpenVinoRunner(model, hint, {}, batch)
+        self._runner = OpenVinoRunner(model, request["hint"], {})
 
     def step(self, number: int) -> None:
         """Standard normal values, and timesteps below 1000 where an input is of integers."""
@@ -29,7 +32,8 @@ class IrWorkload:
         inputs = {}
         for name, (shape, kind) in self._shapes.items():
             whole = kind.kind == "i"
-            inputs[name] = random.integers(1000, size=shape) if whole else random.standard_normal(shape, kind.type)
+            values = random.integers(1000, size=shape) if whole else random.standard_normal(shape)
+            inputs[name] = values.astype(kind)
         self._runner.infer(inputs)
 
     def open_pipeline(self) -> None:
@@ -41,9 +45,11 @@ class IrWorkload:
         raise NotImplementedError
 
 
-def _opened(request: dict[str, Any]) -> IrWorkload:
-    return IrWorkload(Path(request["xml"]), request["hint"], request["batch"])
+def _fixed(shape: Any, request: dict[str, Any]) -> list[int]:  # noqa: ANN401 - openvino is not typed
+    """The first axis that is open is the batch, others are the latents' sides."""
+    free = iter((request["batch"], request.get("latents", 0), request.get("latents", 0)))
+    return [size.get_length() if size.is_static else next(free) for size in shape]
 
 
 if __name__ == "__main__":
-    serve_workload(_opened)
+    serve_workload(IrWorkload)

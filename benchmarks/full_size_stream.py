@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size_pipeline import ORIGINALS, gigabytes
+from full_size_pipeline import MODELS, gigabytes
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.families import resolve_base
@@ -32,7 +32,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("original", choices=ORIGINALS)
+    parser.add_argument("original", choices=MODELS)
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("--work", type=Path, default=Path("build/full_size"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "full_size_stream.json")
