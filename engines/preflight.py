@@ -12,7 +12,7 @@ from s2p_deploy.records.disk_room import free_bytes
 if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
 
-BASE_MEMORY = 300 * 2**20  # interpreter and libraries, before any weight
+BASE_MEMORY = 120 * 10**6  # interpreter and libraries, before any weight
 MEMORY_PER_WEIGHT_BYTE = 1.5  # least seen: the backend's copy, and the file pages that go into it
 DISK_PER_WEIGHT_BYTE = 2.0  # the prepared graph and the engine, side by side until the end
 
@@ -28,21 +28,21 @@ class Cost:
 
 
 _MB = 10**6
-# Measured on the bundled model (5 to 17 MB of weights): OpenVINO 620 MB, ONNX Runtime 530, TensorRT-RTX 950 and 860,
-# and 7 to 15 s of processor time. Per byte, on chains of convolutions of 89 and 354 MB: OpenVINO 2.2 to 2.8, ONNX
-# Runtime 2.1; for TensorRT-RTX on SD v1-4 in fp16 (1.74 GB of weights: 5.8 GB, 17 s) and in W8A8 (0.86 GB: 3.6 GB,
-# 54 s). TensorRT builds on a GPU and times kernels there; it is taken to be like TensorRT-RTX, not measured.
-_RTX_FLOATING = Cost(860 * _MB, 2.8, 10.0, 4.0)
-_RTX_QUANTIZED = Cost(950 * _MB, 3.1, 15.0, 46.0)
+# Measured on the bundled model (4 to 17 MB of weights), quantized and not: OpenVINO 316 and 259 MB, ONNX Runtime 216
+# and 167, TensorRT-RTX 779 and 686; 0.5 to 7 s. Per byte, on chains of convolutions of 89 and 354 MB: OpenVINO 2.2 to
+# 2.8, ONNX Runtime 2.1; for TensorRT-RTX on SD v1-4 in fp16 (1.74 GB of weights: 5.8 GB, 17 s) and in W8A8 (0.86 GB:
+# 3.6 GB, 54 s). TensorRT builds on a GPU and times kernels there; it is taken to be like TensorRT-RTX, not measured.
+_RTX_FLOATING = Cost(660 * _MB, 2.8, 5.0, 4.0)
+_RTX_QUANTIZED = Cost(770 * _MB, 3.1, 7.0, 46.0)
 _FLOATING = {
-    "onnxruntime": Cost(530 * _MB, 2.1, 8.0, 5.0),
-    "openvino": Cost(620 * _MB, 2.2, 9.0, 5.0),
+    "onnxruntime": Cost(130 * _MB, 2.1, 1.0, 5.0),
+    "openvino": Cost(220 * _MB, 2.2, 2.0, 5.0),
     "tensorrt_rtx": _RTX_FLOATING,
     "tensorrt": _RTX_FLOATING,
 }
 _QUANTIZED = {
-    "onnxruntime": Cost(530 * _MB, 2.1, 8.0, 5.0),
-    "openvino": Cost(620 * _MB, 2.8, 9.0, 5.0),
+    "onnxruntime": Cost(200 * _MB, 2.1, 1.0, 5.0),
+    "openvino": Cost(300 * _MB, 2.8, 2.0, 5.0),
     "tensorrt_rtx": _RTX_QUANTIZED,
     "tensorrt": _RTX_QUANTIZED,
 }
