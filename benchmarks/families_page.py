@@ -103,7 +103,7 @@ def _step_row(key: str, form: str, run: Mapping[str, Any]) -> list[str]:
         NAMES[key.split(maxsplit=1)[0]] + _FORMS[form],
         f"{run['latents']}×{run['latents']}",
         f"{ours['best_s']:.2f} s",
-        f"{rival['best_s']:.2f} s" if rival else "more memory than there is",
+        f"{rival['best_s']:.2f} s" if rival else "not run",
         f"{ratio['best']:.2f}" if ratio else "",
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
         f"{ours['peak_memory_gb']:.1f} GB",

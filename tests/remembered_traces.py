@@ -6,26 +6,26 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+import torch
 
 from s2p_deploy.export import canonical, tracing
 from s2p_deploy.export.tracing import TracedDenoiser
 from s2p_deploy.families import Block, Tap
-from s2p_deploy.records import TimeTable
+from s2p_deploy.records import TimestepTable, TimeTable, TransformSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
-    import torch
 
-    from s2p_deploy.export.tracing import Sizes
-    from s2p_deploy.records import TimestepTable, TransformSpec
     from tests.shared_folder import SharedFolder
 
 _GRAPH, _BLOCKS = "graph.onnx", "blocks.json"
+_SIGNATURE = signature(tracing.trace_denoiser)
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,16 @@ class RememberedTraces:
 
     shared: SharedFolder
 
-    def __call__(
-        self,
-        config: dict[str, Any],
-        time: TimeTable | TimestepTable,
-        transforms: TransformSpec,
-        *,
-        tokens: int,
-        dtype: torch.dtype,
-        sizes: Sizes = "fixed",
-    ) -> TracedDenoiser:
+    def __call__(self, *arguments: object, **options: object) -> TracedDenoiser:
         """The trace, from the folder if these arguments were traced before."""
 
         def trace(folder: Path) -> None:
-            traced = tracing.trace_denoiser(config, time, transforms, tokens=tokens, dtype=dtype, sizes=sizes)
-            write_trace(traced, folder)
+            write_trace(tracing.trace_denoiser(*arguments, **options), folder)  # type: ignore[arg-type]
 
-        asked = (config, _outline(time), transforms.to_json(), tokens, str(dtype), sizes)
-        name = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        asked = _SIGNATURE.bind(*arguments, **options)
+        asked.apply_defaults()
+        outlines = {name: _outline(value) for name, value in asked.arguments.items()}
+        name = sha256(json.dumps(outlines, sort_keys=True).encode()).hexdigest()
         return read_trace(self.shared.made(f"trace-{name[:32]}", trace))
 
 
@@ -89,9 +81,13 @@ def _block(data: dict[str, Any]) -> Block:
     return Block(**data | taps | {"modules": tuple(data["modules"])})
 
 
-def _outline(time: TimeTable | TimestepTable) -> list[Any]:
+def _outline(value: object) -> object:
     """What a trace can depend on: of a table of features its shape alone, for it is traced on the meta device."""
-    if isinstance(time, TimeTable):
-        return ["table", str(time.projections.dtype), time.projections.shape, time.slices]
-    arrays = [field.tobytes() for field in (time.angle, time.fractional) if field is not None]
-    return ["timesteps", repr(time), [sha256(data).hexdigest() for data in arrays]]
+    if isinstance(value, TimeTable):
+        return ["table", str(value.projections.dtype), value.projections.shape, value.slices]
+    if isinstance(value, TimestepTable):
+        arrays = [field.tobytes() for field in (value.angle, value.fractional) if field is not None]
+        return ["timesteps", repr(value), [sha256(data).hexdigest() for data in arrays]]
+    if isinstance(value, TransformSpec):
+        return value.to_json()
+    return str(value) if isinstance(value, torch.dtype) else value

@@ -92,19 +92,19 @@ def build(  # noqa: PLR0913 - its options
         made = build_engine(opened, backend, out, options=options, replace=force, limits=limits, progress=progress)
     took = {name: made.manifest.content[name] for name in ("build_seconds", "peak_rss_bytes")}
     outcome = artifact_outcome(made.folder, made.manifest)
-    types = compute_types(made.sites)
+    types = quantized_sites(made.sites)
     told = (*outcome.text, precision_line(len(made.sites), types))
     data = outcome.data | {"estimate": asdict(needed), "quantized_sites": types} | took
     return show(replace(outcome, data=data, text=told), as_json=as_json)
 
 
-def compute_types(sites: Sequence[SitePrecision]) -> dict[str, int]:
+def quantized_sites(sites: Sequence[SitePrecision]) -> dict[str, int]:
     """How many of the sites with quantized activations the backend says to compute in which type, most first."""
     return dict(Counter(site.compute for site in sites if site.activation_bits <= _QUANTIZED_BITS).most_common())
 
 
 def precision_line(sites: int, types: Mapping[str, int]) -> str:
-    """What :func:`compute_types` found among so many sites, in words."""
+    """What :func:`quantized_sites` found among so many sites, in words."""
     if not types:
         return f"none of {sites} sites has quantized activations"
     listed = ", ".join(f"{name} ({count})" for name, count in types.items())

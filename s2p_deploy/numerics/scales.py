@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from s2p_deploy.numerics.formats import IntegerFormat
 
 _FLOOR = torch.finfo(torch.float32).tiny ** 0.5  # keeps the scale of an all-zero tensor positive and invertible
-_BLOCK = 1 << 18  # weights at a time: what stays in a processor's cache is done in a sixth of the time
+_BLOCK = 1 << 18  # weights at a time: what stays in a processor's cache is done in a quarter of the time
 
 
 def weight_scale_shape(weight: Tensor) -> tuple[int, ...]:

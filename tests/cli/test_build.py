@@ -19,7 +19,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from s2p_deploy.cli.build import bytes_from_option, compute_types, precision_line, profile_from_option
+from s2p_deploy.cli.build import bytes_from_option, precision_line, profile_from_option, quantized_sites
 from s2p_deploy.engines import ShapeProfile
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import Base, write_artifact
@@ -60,10 +60,10 @@ def test_it_is_told_what_computes_in_which_type() -> None:
         return SitePrecision(name, "conv", "rescale", 8, bits, compute)
 
     sites = [site("a", 8, "fp32"), site("b", 8, "int8"), site("c", 8, "int8"), site("d", 16, "fp16")]
-    types = compute_types(sites)
+    types = quantized_sites(sites)
     assert types == {"int8": 2, "fp32": 1}
     assert precision_line(4, types) == "3 of 4 sites have quantized activations, computed in int8 (2), fp32 (1)"
-    assert precision_line(1, compute_types(sites[-1:])) == "none of 1 sites has quantized activations"
+    assert precision_line(1, quantized_sites(sites[-1:])) == "none of 1 sites has quantized activations"
 
 
 @pytest.fixture(scope="module")
