@@ -24,20 +24,16 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from contenders import Contender, step_ratio, timed_in_turns
 
-from s2p_deploy.bench.figures import ratio_of_medians
 from s2p_deploy.bench.machine import this_machine
 from s2p_deploy.bench.measure import WORKER, load_request
-from s2p_deploy.bench.turns import Child, children, in_turns
 from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 HERE = Path(__file__).resolve().parent
 IR_WORKER = (str(HERE / "full_size_ir_worker.py"),)
@@ -102,7 +98,7 @@ def engine_folder(work: Path, form: str, backend: str, hint: str) -> Path:
 
 
 def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any]:
-    """Seconds per step of the contenders in turns, two steps a turn after one unmeasured; ratios ours over theirs."""
+    """Seconds per step of the contenders in turns; ratios ours over theirs."""
     engines = {
         "onnxruntime": engine_folder(work, "fp", "onnxruntime", "fast"),
         "fp": engine_folder(work, "fp", "openvino", hint),
@@ -110,53 +106,26 @@ def time_engines(work: Path, hint: str, rounds: int, nncf: str) -> dict[str, Any
         "ours": engine_folder(work, "w8a8", "openvino", hint),
     }
     models = {"openvino": work / "graph-fp-fp32" / "denoiser.onnx", "nncf": work / nncf / "denoiser.xml"}
-    loads = [(name, WORKER, load_request(Engine.open(folder)) | {"drawing": None}) for name, folder in engines.items()]
-    loads += [(name, IR_WORKER, {"model": str(file.resolve()), "hint": hint}) for name, file in models.items()]
-    with children([(name, worker) for name, worker, _ in loads]) as asked:
-        loaded = {
-            child.name: child.ask("load", batch=BATCH, **load) for child, (_, _, load) in zip(asked, loads, strict=True)
-        }
-        print({name: round(found["seconds"], 1) for name, found in loaded.items()}, flush=True)
-        seconds, memory = measured(asked, rounds)
-    times = {name: np.asarray(found) for name, found in seconds.items()}
+    found = timed_in_turns(
+        [engine_contender(name, Engine.open(folder)) for name, folder in engines.items()]
+        + [Contender(name, IR_WORKER, {"model": str(file.resolve()), "hint": hint}) for name, file in models.items()],
+        BATCH,
+        rounds,
+    )
+    ours = found.seconds["ours"]
     return {
         "machine": this_machine().model_dump(),
         "batch": BATCH,
         "hint": hint,
         "nncf": json.loads((work / nncf / "about.json").read_text(encoding="utf-8")),
-        "contenders": {
-            name: {
-                "best_s": float(found.min()),
-                "median_s": float(np.median(found)),
-                "steps": int(found.size),
-                "load_s": loaded[name]["seconds"],
-                "peak_memory_gb": memory[name]["peak"] / 1e9,
-            }
-            for name, found in times.items()
-        },
-        "ours_over": {name: step_ratio(times["ours"], found) for name, found in times.items() if name != "ours"},
+        "contenders": found.figures,
+        "ours_over": {name: step_ratio(ours, theirs) for name, theirs in found.seconds.items() if name != "ours"},
     }
 
 
-def measured(asked: Sequence[Child], rounds: int) -> tuple[dict[str, list[list[float]]], dict[str, dict[str, Any]]]:
-    """Seconds per step [rounds][steps] of every child by name, and its memory at the end."""
-    seconds: dict[str, list[list[float]]] = {child.name: [] for child in asked}
-    memory: dict[str, dict[str, Any]] = {}
-
-    def visit(member: int, number: int) -> None:
-        child = asked[member]
-        memory[child.name] = child.ask("steps", count=2)
-        seconds[child.name].append(memory[child.name]["seconds"])
-        print(f"round {number + 1}/{rounds} {child.name}: {memory[child.name]['seconds']}", flush=True)
-
-    in_turns(len(asked), rounds, visit)
-    return seconds, memory
-
-
-def step_ratio(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    """Of seconds per step [rounds, steps]: of the best ones, and of the medians with their interval."""
-    medians = ratio_of_medians(ours, theirs)
-    return {"best": float(ours.min() / theirs.min()), "median": medians.value, "low": medians.low, "high": medians.high}
+def engine_contender(name: str, engine: Engine) -> Contender:
+    """One of our engines, which only steps and draws nothing."""
+    return Contender(name, WORKER, load_request(engine) | {"drawing": None})
 
 
 def layer_times(work: Path, hint: str, nncf: str) -> dict[str, Any]:

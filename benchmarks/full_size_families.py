@@ -20,14 +20,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from full_size_engines import BATCH, BUILD_TIMEOUT_S, IR_WORKER, RTX_PROFILE, build_rtx, measured, note, step_ratio
+from contenders import Contender, step_ratio, timed_in_turns
+from full_size_engines import BATCH, BUILD_TIMEOUT_S, IR_WORKER, RTX_PROFILE, build_rtx, engine_contender, note
 from full_size_export import graph_name
 from full_size_pipeline import MODELS
 
 from s2p_deploy.bench.machine import this_machine
-from s2p_deploy.bench.measure import WORKER, load_request
-from s2p_deploy.bench.turns import children
 from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, Span, build_engine
 from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.records import Engine, ExportedGraph
@@ -62,37 +60,25 @@ def main() -> None:
 
 
 def time_steps(work: Path, forms: tuple[str, ...], pixels: int | None, rounds: int, *, alone: bool) -> dict[str, Any]:
-    """Seconds per step of all forms in turns, two steps a turn after one unmeasured; ratios to OpenVINO by itself."""
+    """Seconds per step of all forms in turns; ratios to OpenVINO by itself."""
     engines = {form: cpu_engine(work, form, pixels) for form in forms}
     latents = _latents(next(iter(engines.values())))
-    loads = [(form, WORKER, load_request(engine) | {"drawing": None}) for form, engine in engines.items()]
+    contenders = [engine_contender(form, engine) for form, engine in engines.items()]
     if not alone:
         graph = work / graph_name("fp", "fp16", sizes="dynamic" if pixels else "fixed") / "denoiser.onnx"
-        loads.append((RIVAL, IR_WORKER, {"model": str(graph.resolve()), "hint": HINT, "latents": latents}))
-    loads.reverse()  # the largest first: its peak passes while the others hold nothing
-    with children([(name, worker) for name, worker, _ in loads]) as asked:
-        held = {
-            child.name: child.ask("load", batch=BATCH, **load)["seconds"]
-            for child, (_, _, load) in zip(asked, loads, strict=True)
-        }
-        seconds, memory = measured(asked, rounds)
-    times = {name: np.asarray(found) for name, found in seconds.items()}
+        contenders.append(
+            Contender(RIVAL, IR_WORKER, {"model": str(graph.resolve()), "hint": HINT, "latents": latents})
+        )
+    # The largest first: its peak passes while the others hold nothing.
+    found = timed_in_turns(contenders[::-1], BATCH, rounds)
+    ratios = {} if alone else {form: step_ratio(found.seconds[form], found.seconds[RIVAL]) for form in forms}
     return {
         "machine": this_machine().model_dump(),
         "batch": BATCH,
         "latents": latents,
         "hint": HINT,
-        "engines": {
-            name: {
-                "best_s": round(float(found.min()), 3),
-                "median_s": round(float(np.median(found)), 3),
-                "steps": int(found.size),
-                "load_s": round(held[name], 1),
-                "peak_memory_gb": round(memory[name]["peak"] / 1e9, 2),
-            }
-            for name, found in times.items()
-        },
-        "ratios": {} if alone else {form: step_ratio(times[form], times[RIVAL]) for form in forms},
+        "engines": found.figures,
+        "ratios": ratios,
     }
 
 
