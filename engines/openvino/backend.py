@@ -21,6 +21,7 @@ from s2p_deploy.engines.openvino.ir_parts import IrParts
 from s2p_deploy.engines.openvino.precisions import compute_types, product_names
 from s2p_deploy.engines.options import ShapeProfile
 from s2p_deploy.engines.passes.padded_heads import PaddedHeads
+from s2p_deploy.engines.passes.scaled_queries import ScaledQueries
 from s2p_deploy.engines.passes.split_linears import SplitLinears
 from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
 from s2p_deploy.engines.profile_shapes import shape_at
@@ -64,7 +65,7 @@ class OpenVinoBackend:
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
     def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The chosen lowerings, gated layers as two products and, in bfloat16, wider heads of long attention.
+        """The chosen lowerings, gated layers as two products and, in bfloat16, attention as its kernel likes it.
 
         Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32.
         """
@@ -73,6 +74,7 @@ class OpenVinoBackend:
         SplitLinears()(model)
         if hint == "bf16":
             PaddedHeads()(model)
+            ScaledQueries()(model)
 
     def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
         """The canonical graph in this backend's form."""

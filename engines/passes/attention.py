@@ -30,8 +30,8 @@ class Attention:
         heads(x) = Transpose(Reshape(x [B, T, H*D], [B, T, H, D]), perm=[0, 2, 1, 3])
         Reshape(Transpose(Softmax((heads(q)·a) @ (heads(k)ᵀ·b)) @ heads(v), perm=[0, 2, 1, 3]), [B, T, H*D])
 
-    a and b are constants, ``scale`` is their product. All three have the same number of heads, and nobody else reads a
-    value in between.
+    a and b are constants or not there, ``scale`` is their product. All three have the same number of heads, and nobody
+    else reads a value in between.
     """
 
     queries: Heads
@@ -54,7 +54,7 @@ def _match(softmax: ir.Node) -> Attention | None:
     """The attention around a Softmax over the last axis."""
     if softmax.op_type != "Softmax" or softmax.attributes.get_int("axis", -1) != -1:
         return None
-    scores, mixed = _producer(softmax.inputs[0], "MatMul"), _reader(softmax, "MatMul")
+    scores, mixed = producer_of(softmax.inputs[0], "MatMul"), reader_of(softmax, "MatMul")
     if scores is None or mixed is None:
         return None
     last = _back_together(mixed)
@@ -69,22 +69,22 @@ def _match(softmax: ir.Node) -> Attention | None:
 
 def _back_together(mixed: ir.Node) -> ir.Node | None:
     """The Reshape behind the Transpose behind the last product."""
-    transpose = _reader(mixed, "Transpose")
+    transpose = reader_of(mixed, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
         return None
-    last = _reader(transpose, "Reshape")
-    return last if last is not None and len(_constant(last.inputs[1])) == 3 else None
+    last = reader_of(transpose, "Reshape")
+    return last if last is not None and len(constant_of(last.inputs[1])) == 3 else None
 
 
 def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
-    """A value in heads times a constant; keys are turned (their last two dimensions swapped) in between."""
-    mul = _producer(value, "Mul")
-    scale = _constant(mul.inputs[1]) if mul is not None else []
-    if mul is None or len(scale) != 1:
+    """A value in heads, times a constant or as it is; keys are turned (their last two dimensions swapped) before."""
+    mul = producer_of(value, "Mul")
+    scale = [1.0] if mul is None else constant_of(mul.inputs[1])
+    if len(scale) != 1:
         return None
-    inner: ir.Value | None = mul.inputs[0]
+    inner = value if mul is None else mul.inputs[0]
     if turned:
-        turn = _producer(inner, "Transpose")
+        turn = producer_of(inner, "Transpose")
         if turn is None or list(turn.attributes["perm"].as_ints()) != _KEYS_TURNED:
             return None
         inner = turn.inputs[0]
@@ -94,30 +94,30 @@ def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
 
 def _heads(value: ir.Value | None) -> Heads | None:
     """A value in heads; ``tokens`` is -1 where the graph leaves their number open."""
-    transpose = _producer(value, "Transpose")
+    transpose = producer_of(value, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
         return None
-    reshape = _producer(transpose.inputs[0], "Reshape")
-    shape = _constant(reshape.inputs[1]) if reshape is not None else []
+    reshape = producer_of(transpose.inputs[0], "Reshape")
+    shape = constant_of(reshape.inputs[1]) if reshape is not None else []
     if reshape is None or reshape.inputs[0] is None or len(shape) != 4:
         return None
     tokens, heads, width = map(int, shape[1:])
     return Heads(reshape.inputs[0], reshape, tokens, heads, width)
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """What makes a value that only one node reads."""
+def producer_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """What makes a value that only one node reads, if it is of that type."""
     node = value.producer() if value is not None and len(value.uses()) == 1 else None
     return node if node is not None and node.op_type == op_type else None
 
 
-def _reader(node: ir.Node, op_type: str) -> ir.Node | None:
-    """The only node that reads a node's value."""
+def reader_of(node: ir.Node, op_type: str) -> ir.Node | None:
+    """The only node that reads a node's value, if it is of that type."""
     readers = list(node.outputs[0].consumers())
     return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
 
-def _constant(value: ir.Value | None) -> list[float]:
+def constant_of(value: ir.Value | None) -> list[float]:
     """The numbers of an initializer; none where it is something else."""
     if value is None or not value.is_initializer() or value.const_value is None or value.const_value.size > 4:
         return []

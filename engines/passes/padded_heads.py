@@ -13,37 +13,36 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.passes.attention import Attention, Heads
 
 _TILE = 32  # bfloat16 values in a row of an AMX tile
-_LONG = 2048  # tokens from which on the product of scores and values is worth more than the copies
+_LONG = 512  # tokens from which on the product of scores is worth more than the copies
 
 
 class PaddedHeads(ir.passes.InPlacePass):
-    """Heads [B, T, H, D] get zeros up to the next multiple of 32; the result's are cut off again.
+    """Queries and keys in heads [B, T, H, D] get zeros up to the next multiple of 32.
 
         Reshape(x, [B, T, H, D])  ->  Pad(Reshape(x, [B, T, H, D]), up to D')
-        Reshape(y [B, T, H, D], [B, T, H*D])  ->  Reshape(Slice(y [B, T, H, D'], 0:D), [B, T, H*D])
 
-    Zeros add nothing to a score and give zeros beside the values, so the numbers stay. Where at least 2048 tokens
-    answer: with 4096, two cores with AMX and D = 40, one attention of Stable Diffusion v1 took 134 instead of 192 ms;
-    with 77 it lost, and so did float32.
+    Zeros add nothing to a score, so the numbers stay. Where at least 512 tokens answer, or any number of them: on a
+    core with AMX and D = 40, one attention of Stable Diffusion v1 with 4096 tokens took 111 instead of 136 ms (119 with
+    padded values, which were cut off again), with 512 2.9 instead of 3.2; with 256 and with 77 nothing was gained, and
+    float32 lost a fifth. ``benchmarks/attention_forms.py`` measures again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites every occurrence."""
         found = [match for match in find_attention(model.graph) if _gains(match)]
         for match in found:
-            for heads in (match.queries, match.keys, match.values):
-                _pad(model.graph, heads)
-            _cut(model.graph, match)
-            _forget_shapes(match)
+            for heads in (match.queries, match.keys):
+                _forget_shapes(_pad(model.graph, heads))
         return ir.passes.PassResult(model, modified=bool(found))
 
 
 def _gains(match: Attention) -> bool:
-    widths = {match.queries.width, match.keys.width, match.values.width}
-    return len(widths) == 1 and min(widths) % _TILE != 0 and match.keys.tokens >= _LONG
+    width, tokens = match.keys.width, match.keys.tokens
+    return match.queries.width == width and width % _TILE != 0 and (tokens >= _LONG or tokens < 0)
 
 
-def _pad(graph: ir.Graph, heads: Heads) -> None:
+def _pad(graph: ir.Graph, heads: Heads) -> ir.Value:
+    """Pads, and returns what the others read now."""
     whole = heads.reshape.outputs[0]
     missing = -heads.width % _TILE
     ends = _initializer(graph, f"{whole.name}/pads", [0, 0, 0, 0, 0, 0, 0, missing])
@@ -53,27 +52,15 @@ def _pad(graph: ir.Graph, heads: Heads) -> None:
         if user is not pad:
             user.replace_input_with(index, pad.outputs[0])
     graph.insert_after(heads.reshape, pad)
+    return pad.outputs[0]
 
 
-def _cut(graph: ir.Graph, match: Attention) -> None:
-    wide = match.last.inputs[0]
-    assert wide is not None
-    numbers = {"from": 0, "to": match.values.width, "axis": 3}
-    edges = [_initializer(graph, f"{wide.name}/{kind}", [number]) for kind, number in numbers.items()]
-    cut = ir.node("Slice", (wide, *edges), name=f"{wide.name}/Slice")
-    cut.outputs[0].type, cut.outputs[0].shape = wide.type, wide.shape
-    graph.insert_before(match.last, cut)
-    match.last.replace_input_with(0, cut.outputs[0])
-
-
-def _forget_shapes(match: Attention) -> None:
-    """Of the values between padding and cut, whose width is another now."""
-    ahead = [heads.reshape.outputs[0] for heads in (match.queries, match.keys, match.values)]
-    while ahead:
-        for node in ahead.pop().consumers():
-            if node.op_type != "Slice":
-                node.outputs[0].shape = None
-                ahead.append(node.outputs[0])
+def _forget_shapes(padded: ir.Value) -> None:
+    """Of what is made of it up to the scores: their width is another now."""
+    (node,) = padded.consumers()
+    while node.op_type != "MatMul":
+        node.outputs[0].shape = None
+        (node,) = node.outputs[0].consumers()
 
 
 def _initializer(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:

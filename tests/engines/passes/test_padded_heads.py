@@ -8,10 +8,11 @@ import onnx_ir as ir
 import pytest
 
 from s2p_deploy.engines.passes.padded_heads import PaddedHeads
+from s2p_deploy.engines.passes.scaled_queries import ScaledQueries
 from tests.engines.passes.attention_graph import attention, inputs
 from tests.engines.passes.reference_run import run_reference
 
-LONG = 2048
+LONG = 512
 
 
 def test_long_attention_gets_wider_heads_and_the_same_numbers() -> None:
@@ -19,13 +20,14 @@ def test_long_attention_gets_wider_heads_and_the_same_numbers() -> None:
     expected = run_reference(ir.to_proto(model), inputs(LONG))["y"]
     assert PaddedHeads()(model).modified
     kinds = [node.op_type for node in model.graph]
-    assert (kinds.count("Pad"), kinds.count("Slice")) == (3, 1)
+    assert (kinds.count("Pad"), kinds.count("Slice")) == (2, 0)
     proto = ir.to_proto(model)
     np.testing.assert_allclose(run_reference(proto, inputs(LONG))["y"], expected, rtol=1e-5, atol=1e-6)
     shapes = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph.value_info
     widths = {one.name: [size.dim_value for size in one.type.tensor_type.shape.dim][1:] for one in shapes}
     assert widths["qh"] == [2, 5, 32]
-    assert widths["mixed"] == [2, 5, 32]
+    assert widths["kt"] == [2, 32, LONG]
+    assert widths["mixed"] == [2, 5, 3]
 
 
 def test_a_second_pass_finds_nothing_to_do() -> None:
@@ -40,12 +42,17 @@ def test_short_attention_stays(answered: int) -> None:
     assert not PaddedHeads()(model).modified
 
 
-def test_openvino_still_fuses_it() -> None:
+def test_an_open_number_of_tokens_is_taken_for_long() -> None:
+    assert PaddedHeads()(attention(-1)).modified
+
+
+def test_openvino_still_fuses_it_with_scaled_queries_too() -> None:
     """Products and softmax stay in one compiled subgraph."""
     import openvino
 
     model = attention(LONG)
     PaddedHeads()(model)
+    ScaledQueries()(model)
     read = openvino.Core().read_model(model=ir.to_proto(model).SerializeToString())
     read.reshape({name: list(value.shape) for name, value in inputs(LONG).items()})
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
