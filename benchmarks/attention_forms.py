@@ -1,6 +1,6 @@
 """One attention in the forms that a graph can give it: what OpenVINO makes of each on a CPU with bfloat16.
 
-    python benchmarks/attention_forms.py [--tokens 4096 1024] [--heads 8] [--width 40] [--rounds 10]
+    python benchmarks/attention_forms.py [--tokens 4096 1024] [--heads 8] [--width 40] [--rounds 12]
 
 The default is the widest self-attention of Stable Diffusion v1-4, batch 2: five such layers are half of an INT8 step.
 The forms take turns in one process; the figures go into ``results/attention_forms.json`` and from there into
@@ -39,10 +39,16 @@ class Sizes(NamedTuple):
     heads: int
     width: int
 
-    @property
-    def padded(self) -> int:
-        """The width up to whole AMX tiles."""
-        return self.width + -self.width % TILE
+
+class Form(NamedTuple):
+    """How queries, keys [B, H, T, W] and values [B, H, T, V] become [B, H, T, V], and which are padded to whole tiles.
+
+    ``about`` is what the page calls it.
+    """
+
+    about: str
+    core: Callable[[Node, Node, Node, float], Node]
+    padded: str = ""
 
 
 def main() -> None:
@@ -50,7 +56,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 1024])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "attention_forms.json")
     asked = parser.parse_args()
     runs = [timed_forms(Sizes(tokens, asked.heads, asked.width), asked.rounds) for tokens in asked.tokens]
@@ -61,107 +67,90 @@ def main() -> None:
 
 
 def timed_forms(sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """Milliseconds of every form in turns, and how far its result is from the first one's in dB."""
+    """Milliseconds of every form in turns after one run that is not measured."""
     random = np.random.default_rng(0)
     shape = (BATCH, sizes.tokens, sizes.heads * sizes.width)
     inputs = [random.standard_normal(shape, dtype=np.float32) for _ in range(3)]
-    requests = {name: _compiled(form(sizes), HINT) for name, form in FORMS.items()}
-    exact = _compiled(plain(sizes), "f32").infer(inputs)[0]
-    errors = {name: sqnr_db(exact, request.infer(inputs)[0]) for name, request in requests.items()}
-    spent: dict[str, list[float]] = {name: [] for name in requests}
-    names = list(requests)
+    requests = [compiled(form, sizes, HINT) for form in FORMS]
+    spent: list[list[float]] = [[] for _ in FORMS]
+    for request in requests:
+        request.infer(inputs)
 
     def visit(member: int, _: int) -> None:
         start = time.perf_counter()
-        requests[names[member]].infer(inputs)
-        spent[names[member]].append((time.perf_counter() - start) * 1e3)
+        requests[member].infer(inputs)
+        spent[member].append((time.perf_counter() - start) * 1e3)
 
-    in_turns(len(names), rounds, visit)
-    forms = {
-        name: {"best_ms": min(found), "median_ms": float(np.median(found)), "sqnr_db": errors[name]}
-        for name, found in spent.items()
-    }
+    in_turns(len(FORMS), rounds, visit)
+    forms = [
+        {"about": form.about, "best_ms": min(found), "median_ms": float(np.median(found))}
+        for form, found in zip(FORMS, spent, strict=True)
+    ]
     return sizes._asdict() | {"forms": forms}
 
 
-def sqnr_db(exact: np.ndarray, found: np.ndarray) -> float:
-    """Signal over error; float32's own attention is the signal."""
-    return float(10 * np.log10(np.square(exact).sum() / np.square(exact - found).sum()))
+def compiled(form: Form, sizes: Sizes, hint: str) -> openvino.InferRequest:
+    """Queries, keys and values [B, T, H*D] -> [B, T, H*D] in one form."""
+    tokens, heads, width = sizes
+    inputs = {name: op.parameter([BATCH, tokens, heads * width], np.float32, name=name) for name in "qkv"}
 
-
-def plain(sizes: Sizes) -> openvino.Model:
-    """Scores, softmax, values: what the exporter writes."""
-    return _attention(sizes, sizes.width, lambda q, k, v: op.matmul(_softmax(_scores(sizes, q, k)), v, False, False))
-
-
-def padded(sizes: Sizes) -> openvino.Model:
-    """The same with heads padded to whole tiles: what ``engines/passes/padded_heads.py`` makes of it."""
-    return _attention(sizes, sizes.padded, lambda q, k, v: op.matmul(_softmax(_scores(sizes, q, k)), v, False, False))
-
-
-def operator(sizes: Sizes) -> openvino.Model:
-    """OpenVINO's ScaledDotProductAttention."""
-
-    def core(q: Node, k: Node, v: Node) -> Node:
-        no_mask, scale = _floats(0.0), _floats(sizes.width**-0.5)
-        return op.scaled_dot_product_attention(q, k, v, attention_mask=no_mask, scale=scale)
-
-    return _attention(sizes, sizes.width, core)
-
-
-def divided_last(sizes: Sizes) -> openvino.Model:
-    """Divided by the sums after the values, on a hundredth of the numbers."""
-
-    def core(q: Node, k: Node, v: Node) -> Node:
-        scores = _scores(sizes, q, k)
-        powers = op.exp(op.subtract(scores, op.reduce_max(scores, _axes(3), True)))
-        return op.divide(op.matmul(powers, v, False, False), op.reduce_sum(powers, _axes(3), True))
-
-    return _attention(sizes, sizes.padded, core)
-
-
-def without_maximum(sizes: Sizes) -> openvino.Model:
-    """Divided last, and no maximum subtracted (which overflows for scores beyond 88)."""
-
-    def core(q: Node, k: Node, v: Node) -> Node:
-        powers = op.exp(_scores(sizes, q, k))
-        return op.divide(op.matmul(powers, v, False, False), op.reduce_sum(powers, _axes(3), True))
-
-    return _attention(sizes, sizes.padded, core)
-
-
-FORMS: dict[str, Callable[[Sizes], openvino.Model]] = {
-    "plain": plain,
-    "padded": padded,
-    "operator": operator,
-    "divided_last": divided_last,
-    "without_maximum": without_maximum,
-}
-
-
-def _attention(sizes: Sizes, width: int, core: Callable[[Node, Node, Node], Node]) -> openvino.Model:
-    """Queries, keys and values [B, T, H*D] -> [B, T, H*D], by a core on heads [B, H, T, width]."""
-    tokens, heads, narrow = sizes
-    inputs = [op.parameter([BATCH, tokens, heads * narrow], np.float32, name=name) for name in "qkv"]
-
-    def split(whole: Node) -> Node:
-        apart = op.reshape(whole, _axes(BATCH, tokens, heads, narrow), False)
-        if width > narrow:
-            apart = op.pad(apart, _axes(0, 0, 0, 0), _axes(0, 0, 0, width - narrow), "constant", _floats(0.0))
+    def split(name: str) -> Node:
+        apart = op.reshape(inputs[name], _axes(BATCH, tokens, heads, width), False)
+        if name in form.padded:
+            apart = op.pad(apart, _axes(0, 0, 0, 0), _axes(0, 0, 0, -width % TILE), "constant", _floats(0.0))
         return op.transpose(apart, _axes(0, 2, 1, 3))
 
-    result = op.transpose(core(*(split(whole) for whole in inputs)), _axes(0, 2, 1, 3))
-    if width > narrow:
-        result = op.slice(result, _axes(0), _axes(narrow), _axes(1), _axes(3))
-    return openvino.Model([op.reshape(result, _axes(BATCH, tokens, heads * narrow), False)], inputs)
+    result = op.transpose(form.core(*(split(name) for name in "qkv"), width**-0.5), _axes(0, 2, 1, 3))
+    if "v" in form.padded:
+        result = op.slice(result, _axes(0), _axes(width), _axes(1), _axes(3))
+    flat = op.reshape(result, _axes(BATCH, tokens, heads * width), False)
+    properties = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.Model([flat], list(inputs.values()))
+    return openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
 
 
-def _scores(sizes: Sizes, q: Node, k: Node) -> Node:
-    return op.matmul(op.multiply(q, _floats(sizes.width**-0.5)), k, False, True)
+def both_scaled(q: Node, k: Node, v: Node, scale: float) -> Node:
+    """As torch's exporter writes it: each operand of the scores carries the root of the scale."""
+    keys = op.multiply(op.transpose(k, _axes(0, 1, 3, 2)), _floats(scale**0.5))
+    scores = op.matmul(op.multiply(q, _floats(scale**0.5)), keys, False, False)
+    return op.matmul(op.softmax(scores, 3), v, False, False)
 
 
-def _softmax(scores: Node) -> Node:
-    return op.softmax(scores, 3)
+def queries_scaled(q: Node, k: Node, v: Node, scale: float) -> Node:
+    """As ``engines/passes/scaled_queries.py`` leaves it."""
+    return op.matmul(op.softmax(_scores(q, k, scale), 3), v, False, False)
+
+
+def operator(q: Node, k: Node, v: Node, scale: float) -> Node:
+    """OpenVINO's own."""
+    return op.scaled_dot_product_attention(q, k, v, attention_mask=_floats(0.0), scale=_floats(scale))
+
+
+def divided_last(q: Node, k: Node, v: Node, scale: float) -> Node:
+    """Divided by the sums after the values, on a hundredth of the numbers."""
+    scores = _scores(q, k, scale)
+    powers = op.exp(op.subtract(scores, op.reduce_max(scores, _axes(3), True)))
+    return op.divide(op.matmul(powers, v, False, False), op.reduce_sum(powers, _axes(3), True))
+
+
+def without_softmax(q: Node, k: Node, v: Node, scale: float) -> Node:
+    """Not an attention: what its two products take."""
+    return op.matmul(op.relu(_scores(q, k, scale)), v, False, False)
+
+
+FORMS = (
+    Form("as exported: queries and keys scaled", both_scaled),
+    Form("queries alone scaled", queries_scaled),
+    Form("the same, queries and keys padded (ours)", queries_scaled, "qk"),
+    Form("the same, values padded too", queries_scaled, "qkv"),
+    Form("OpenVINO's ScaledDotProductAttention, padded as ours", operator, "qk"),
+    Form("padded as ours, divided after the values", divided_last, "qk"),
+    Form("padded as ours, ReLU for the softmax (no attention)", without_softmax, "qk"),
+)
+
+
+def _scores(q: Node, k: Node, scale: float) -> Node:
+    return op.matmul(op.multiply(q, _floats(scale)), k, False, True)
 
 
 def _axes(*values: int) -> Node:
@@ -170,11 +159,6 @@ def _axes(*values: int) -> Node:
 
 def _floats(value: float) -> Node:
     return op.constant(np.asarray(value, np.float32))
-
-
-def _compiled(model: openvino.Model, hint: str) -> openvino.InferRequest:
-    properties = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-    return openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ def main() -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """The parts of the full-size benchmarks by name; those that are not there are left out."""
-    engines, ptq = (_read(folder / f"full_size_{name}.json") for name in ("engines", "ptq"))
+    engines = _read(folder / "full_size_engines.json")
     parts = {name: engines[name] for name in ("time", "layers", "rtx") if name in engines}
-    return parts | ({"ptq": ptq} if ptq else {})
+    apart = {"ptq": "full_size_ptq.json", "attention": "attention_forms.json"}
+    return parts | {name: found for name, file in apart.items() if (found := _read(folder / file))}
 
 
 def page_with(page: str, results: Mapping[str, Any], sections: Mapping[str, Callable[[Any], str]] | None = None) -> str:
@@ -89,6 +90,21 @@ def rtx_section(found: Mapping[str, Any]) -> str:
         " Bounds: time ≤ 4 ×, memory ≤ 1 ×, plan ≤ 0.56 × (W8A8) and ≤ 0.45 × (W4A8)."
     )
     return f"{about}\n\n{table_of(head, rows)}\n\n{table_of(columns, sites)}"
+
+
+def attention_section(found: Mapping[str, Any]) -> str:
+    """A row per form of one attention: best and median milliseconds at each number of tokens."""
+    runs = found["runs"]
+    head = ["form", *(f"{run['tokens']} tokens, best (median)" for run in runs)]
+    rows = [
+        [forms[0]["about"], *(f"{form['best_ms']:.1f} ms ({form['median_ms']:.1f})" for form in forms)]
+        for forms in zip(*(run["forms"] for run in runs), strict=True)
+    ]
+    about = (
+        f"Hint {found['hint']}, batch {found['batch']}, {runs[0]['heads']} heads of {runs[0]['width']}."
+        f" {machine_line(found)}"
+    )
+    return f"{about}\n\n{table_of(head, rows)}"
 
 
 def ptq_section(found: Mapping[str, Any]) -> str:
@@ -187,6 +203,7 @@ _SHOWN = ("openvino", "onnxruntime", "tensorrt-rtx")
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "time": time_section,
     "layers": layers_section,
+    "attention": attention_section,
     "rtx": rtx_section,
     "ptq": ptq_section,
 }

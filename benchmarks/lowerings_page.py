@@ -65,8 +65,10 @@ op and ·(s/c) are float32, and the result is cast back before the bias. The exp
 ## Attention
 
 OpenVINO compiles the exported form (two scaled operands, product, softmax, product) into one kernel by itself, in f32
-and in bf16. ONNX Runtime does not; with the hint `fast` the attention becomes `com.microsoft.MultiHeadAttention`, which
-never holds all scores. The hint `reference` keeps the graph as it is.
+and in bf16. In bf16 that kernel is faster where the queries alone are scaled and where heads are as wide as its tiles:
+the graph gets that form ([engines.md](engines.md) has what each is worth). ONNX Runtime fuses nothing here; with the
+hint `fast` the attention becomes `com.microsoft.MultiHeadAttention`, which never holds all scores. The hint `reference`
+keeps the graph as it is.
 
 ## Gated layers
 
