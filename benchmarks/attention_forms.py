@@ -141,11 +141,12 @@ def without_softmax(q: Node, k: Node, v: Node, scale: float) -> Node:
 FORMS = (
     Form("as exported: queries and keys scaled", both_scaled),
     Form("queries alone scaled", queries_scaled),
-    Form("the same, queries and keys padded (ours)", queries_scaled, "qk"),
-    Form("the same, values padded too", queries_scaled, "qkv"),
+    Form("both scaled, both padded", both_scaled, "qk"),
+    Form("queries alone scaled, both padded (ours)", queries_scaled, "qk"),
+    Form("ours, values padded too", queries_scaled, "qkv"),
     Form("OpenVINO's ScaledDotProductAttention, padded as ours", operator, "qk"),
-    Form("padded as ours, divided after the values", divided_last, "qk"),
-    Form("padded as ours, ReLU for the softmax (no attention)", without_softmax, "qk"),
+    Form("ours, divided after the values", divided_last, "qk"),
+    Form("ours with ReLU for the softmax (no attention)", without_softmax, "qk"),
 )
 
 

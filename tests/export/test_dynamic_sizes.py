@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from artifacts import tiny_inputs
+from artifacts import tiny_inputs, tiny_unet
 
 from s2p_deploy.calib import calibrate, fake_quant_denoiser
-from s2p_deploy.engines import TorchRunner
+from s2p_deploy.engines import BuildOptions, ShapeProfile, Span, TorchRunner, build_engine, load_engine
 from s2p_deploy.engines.passes.fused_attention import FusedAttention
 from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.export import GraphParts, export_graph
-from s2p_deploy.families import given_features
+from s2p_deploy.families import TimePath, given_features
 from s2p_deploy.recipe import load_recipe
 from s2p_deploy.records import TensorSpec
 from tests.sibling_pipelines import sibling
@@ -103,3 +103,40 @@ def test_the_other_kinds_take_any_size_too(name: str, tmp_path: Path, run_onnx: 
         with torch.no_grad():
             expected = hot(*(torch.from_numpy(given[argument]) for argument in arguments)).numpy()
         assert sqnr(expected, run_onnx(graph.onnx_file, given)["noise_pred"]) > 100
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.slow
+def test_quantized_and_without_their_text_products_too(name: str, tmp_path: Path, run_onnx: Run) -> None:
+    """The other kinds in W8A8: the graph and its text graph give what the whole one gives."""
+    calibrated = calibrate(sibling(name), load_recipe("ptq-stream"), None, tmp_path / "calib")
+    whole, apart = (
+        export_graph(calibrated, tmp_path / form, sizes="dynamic", text_projections=form) for form in ("graph", "input")
+    )
+    random = np.random.default_rng(0)
+    for height, width in ((8, 8), (12, 4)):
+        sizes = {"batch": 2, "height": height, "width": width}
+        fed = [spec for spec in whole.inputs if spec.name != "act_scales"]
+        given = {spec.name: random.standard_normal(shape_at(spec, sizes)).astype(spec.dtype) for spec in fed}
+        given["act_scales"] = whole.scales.scales
+        expected = run_onnx(whole.onnx_file, given)["noise_pred"]
+        found = run_onnx(apart.onnx_file, given | run_onnx(apart.text_file, given))["noise_pred"]
+        assert found.shape == (2, *shape_at(whole.outputs[0], sizes)[1:])
+        assert sqnr(expected, found) > 60
+
+
+@pytest.mark.slow
+def test_every_option_at_once_is_the_plain_graph(w8a8: CalibratedModel, graph: ExportedGraph, tmp_path: Path) -> None:
+    """Open sizes, time table and text products as inputs: an engine of it answers as one of the plain graph."""
+    options: dict[str, Any] = {"time_table": "input", "time_path": TimePath(tiny_unet()), "text_projections": "input"}
+    apart = export_graph(w8a8, tmp_path / "apart", sizes="dynamic", **options)
+    span = Span(8, 8, 16, 2)
+    plain, split = (
+        build_engine(one, "onnxruntime", folder, options=BuildOptions(profile=ShapeProfile(1, 2, 2, span, span)))
+        for one, folder in ((graph, tmp_path / "plain"), (apart, tmp_path / "split"))
+    )
+    with load_engine(plain, graph) as one, load_engine(split, apart) as other:
+        for height, width in ((8, 8), (12, 16)):
+            given = {name: value for name, value in inputs(graph, height, width).items() if name != "act_scales"}
+            expected, found = (runner.infer(given)["noise_pred"] for runner in (one, other))
+            assert sqnr(expected, found) > 25  # time features differ in their last bits, and roundings flip
