@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from s2p_deploy.engines.passes.attention import constant_of, producer_of, reader_of
+from s2p_deploy.engines.passes.rescaled_points import remove_unread
 
 
 class ScaledQueries(ir.passes.InPlacePass):
@@ -23,6 +24,8 @@ class ScaledQueries(ir.passes.InPlacePass):
         found = [match for node in model.graph if (match := _match(node)) is not None]
         for match in found:
             _rewrite(model.graph, match)
+        if found:
+            remove_unread(model)
         return ir.passes.PassResult(model, modified=bool(found))
 
 

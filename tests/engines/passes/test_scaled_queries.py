@@ -20,6 +20,7 @@ def test_keys_are_read_as_they_are_and_the_numbers_stay() -> None:
     assert ScaledQueries()(model).modified
     kinds = [node.op_type for node in model.graph]
     assert kinds.count("Mul") == 1
+    assert "root" not in model.graph.initializers
     (scores,) = (node for node in model.graph if node.outputs[0].name == "scores")
     scaled, keys = (operand.producer() for operand in scores.inputs)
     assert [node.op_type for node in (scaled, keys)] == ["Mul", "Transpose"]
