@@ -145,7 +145,7 @@ def _time_row(name: str, run: Mapping[str, Any], bound: float | None) -> list[st
 
 def _layers_table(hint: str, run: Mapping[str, Any]) -> str:
     ours, theirs = run["layers"]["ours"], run["layers"]["nncf"]
-    kinds = sorted({*ours, *theirs}, key=lambda kind: -max(_ms(ours, kind), _ms(theirs, kind)))
+    kinds = sorted({*ours, *theirs}, key=lambda kind: (-max(_ms(ours, kind), _ms(theirs, kind)), kind))
     shown = [kind for kind in kinds if max(_ms(ours, kind), _ms(theirs, kind)) >= 10]
     rows = [[f"`{kind}`", *_spent(ours, kind), *_spent(theirs, kind)] for kind in shown]
     total = [f"{sum(_ms(side, kind) for kind in side):.0f}" for side in (ours, theirs)]
