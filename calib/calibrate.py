@@ -1,47 +1,65 @@
-"""The stage: a pipeline, a recipe and prompts give a CalibratedModel; killed at any time, a second start goes on."""
+"""The stage: a pipeline, a recipe and prompts give a CalibratedModel; killed at any time, a second start continues."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
+from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
-from s2p_deploy.calib.dataset.generate import generate_dataset
-from s2p_deploy.calib.dataset.shards import dataset_request, open_finished
-from s2p_deploy.calib.job import KIND, Job, claim, finished
-from s2p_deploy.calib.model_files import Found, write_model
-from s2p_deploy.calib.quantization.quantization import Quantization, quantization_of
-from s2p_deploy.calib.quantization.scale_start import StartingGrids, calibrated_rows
+from s2p_deploy.calib.dataset import DatasetRequest, generate_dataset, open_dataset
+from s2p_deploy.calib.hooks import PRODUCT, Hooks
+from s2p_deploy.calib.memory import memory_of, samples_that_fit, usable_memory
+from s2p_deploy.calib.model_files import WEIGHTS, training_summary, write_model_files
+from s2p_deploy.calib.modelopt import modelopt_scales, set_smoothing, smoothed_layers
+from s2p_deploy.calib.plan import Transforms, mixed_plan, planned_layers
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-from s2p_deploy.calib.start import start_of
-from s2p_deploy.calib.streaming.stream import stream_model, streams
-from s2p_deploy.calib.summary import training_summary
-from s2p_deploy.calib.training.act_scales import ActScales
-from s2p_deploy.calib.training.prepare import setting_of, teacher_of
-from s2p_deploy.calib.training.state import TrainingState
-from s2p_deploy.calib.training.train import LOG, TrainingOutcome, train
+from s2p_deploy.calib.request import (
+    KIND,
+    CalibrationRequest,
+    claim_unfinished,
+    continued,
+    is_unfinished,
+    open_calibrated,
+)
+from s2p_deploy.calib.samples import calibrated_indices
+from s2p_deploy.calib.sensitivity import layer_sensitivities
+from s2p_deploy.calib.shifts import input_ranges, middle
+from s2p_deploy.calib.streaming import resolve_layout, stream_model, streams
+from s2p_deploy.calib.training import LOG, TrainingSetting, held_out_trajectories, train
+from s2p_deploy.calib.training_memory import Fit, Network, TrainingAccount, fit_training
+from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.calib.trajectories import call_with_zeros, in_parts, load_float_pipeline
+from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
-from s2p_deploy.progress import silent
-from s2p_deploy.records import CalibratedModel, PromptSet, write_artifact
-from s2p_deploy.records.lock import claimed
-from s2p_deploy.records.whole_files import link_or_copy, link_or_copy_files
+from s2p_deploy.families import ShiftedLayer, apply_transforms, module_of_type, text_tokens
+from s2p_deploy.records import CalibratedModel, PromptSet, ScaleTable, TransformSpec, write_artifact
+from s2p_deploy.records.files import claimed, link_or_copy, link_or_copy_files, write_tensors
+from s2p_deploy.records.precision_plan import read_plan, write_plan
+from s2p_deploy.timesteps import interpolate_scales, scales_for_schedule, timestep_indices, with_schedules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from s2p_deploy.calib.dataset.estimate import Estimate
-    from s2p_deploy.calib.start import Start
-    from s2p_deploy.families import BasePipeline
-    from s2p_deploy.progress import Progress
+    from torch import Tensor
+
+    from s2p_deploy.calib.dataset import Estimate
+    from s2p_deploy.calib.training import TrainingOutcome
+    from s2p_deploy.calib.trajectories import FloatPipeline
+    from s2p_deploy.families import BasePipeline, IndexedDenoiser, QuantizableLayer
     from s2p_deploy.recipe import Recipe
-    from s2p_deploy.records import PrecisionPlan
+    from s2p_deploy.records import LatentDataset, PrecisionPlan
 
 _DATASET = "dataset"
 _NO_PROMPTS = PromptSet(())
+_PLAN, _SHIFTS, _STARTING_SCALES = "plan.yaml", "shifts.safetensors", "starting_scales.safetensors"
+_WEIGHTS, _ACT_SCALES = "weights/", "act_scales"
 
 
 def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and options by keyword
@@ -53,17 +71,17 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     plan: PrecisionPlan | None = None,
     initial: CalibratedModel | None = None,
     dataset: Path | None = None,
-    device: str = "cpu",
     replace: bool = False,
-    progress: Progress = silent,
-    tell: Callable[[Estimate], None] | None = None,
+    on_estimate: Callable[[Estimate | Fit], None] | None = None,
+    hooks: Hooks = PRODUCT,
+    context: Context = Context(),
 ) -> CalibratedModel:
     """Calibrates ``base`` and writes the CalibratedModel at ``out``, its LatentDataset in ``out/dataset``.
 
-    Work in progress stands in ``<out>.partial``: a second start with the same request goes on there, and a finished
-    ``out`` of the same request is returned as it is. Where the recipe leaves the guidance scale open, the pipeline's
-    default is taken, and stored. A recipe that looks at no activation (``fp``, ``ptq-stream``) is streamed: it reads
-    one weight at a time, walks no prompt and leaves nothing behind where it is stopped.
+    Unfinished work is in ``<out>.partial``: a second start with the same request continues it, and a finished ``out``
+    of the same request is returned as it is. Where the recipe leaves the guidance scale open, the pipeline's default is
+    taken, and stored. A recipe that measures no activation (``fp``, ``ptq-stream``) is streamed: it reads one weight at
+    a time, walks no prompt and leaves nothing behind where it is stopped.
 
     Args:
         base: the floating-point pipeline.
@@ -71,41 +89,67 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         prompts: the first are walked for the dataset, those after them select the checkpoint; a streamed recipe reads
             none.
         out: folder of the artifact.
-        plan: stands in place of the plan that the recipe gives.
-        initial: a finished model of the same pipeline to go on from, with its plan and its transforms; such as for a
+        plan: replaces the plan that the recipe gives.
+        initial: a finished model of the same pipeline to continue, with its plan and its transforms; such as for a
             short training on another schedule. With ``scales.activations: given`` a model, of another pipeline too,
             whose activation scales are taken.
         dataset: the LatentDataset of this pipeline, these prompts and the recipe's sections, made there where there is
             none; recipes that agree in :func:`dataset_name` can share it. None: made for this calibration alone.
-        device: where training runs; the walk is made there too.
-        replace: drops what stands in the way and makes ``out`` anew.
-        progress: told about every part.
-        tell: given the size and time of a dataset that has to be made, before it is.
+        replace: drops an artifact and unfinished work of another request.
+        on_estimate: called with how the training is divided to fit into memory, and with the size and time of a dataset
+            that has to be made, before either begins.
+        hooks: parts of other methods, for comparisons.
+        context: where dataset and training are computed, and whom to report to.
 
     Raises:
         InputError: the recipe, the plan or the prompts do not fit, or ``out`` or its partial is of another request or
             at work in another process.
+        MissingEnvironmentError: the training does not fit into the device's memory.
         S2PError: training diverged.
         IntegrityError: a finished artifact was changed.
     """
+    context.set_threads()
     resolved = recipe.with_guidance(base.default_guidance)
+    if context.seed is not None:
+        resolved = resolved.with_seed(context.seed)
     streamed = streams(resolved, plan)
     if initial is not None and not streamed:
         _check_initial(initial, base, plan)
-    used, selection = (_NO_PROMPTS, _NO_PROMPTS) if streamed else _prompts(resolved, prompts)
-    job = Job(base, resolved, used, selection, out, plan, initial, dataset, device, replace, progress)
-    with claimed(job.partial):
+    walked, selection = (_NO_PROMPTS, _NO_PROMPTS) if streamed else _prompts(resolved, prompts)
+    request = CalibrationRequest(
+        base, resolved, walked, selection, out, plan, initial, dataset, replace, hooks, context
+    )
+    with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:
-            return finished(job)
+            return open_calibrated(request)
         if streamed:
-            stream_model(job)
+            stream_model(request)
         else:
-            _calibrate_from_dataset(job, tell)
+            _calibrate_from_dataset(request, on_estimate)
     return CalibratedModel.open(out)
 
 
+def training_fit(
+    base: BasePipeline, recipe: Recipe, *, plan: PrecisionPlan | None = None, context: Context = Context()
+) -> Fit | None:
+    """Chooses how a recipe's training is divided so that it fits into the memory of the context's device.
+
+    None where no memory is counted and none is given, or where no activation is looked at. The networks are not loaded.
+
+    Raises:
+        InputError: the recipe or the plan does not fit the pipeline.
+        MissingEnvironmentError: the training does not fit, or without one a single sample.
+    """
+    memory = None if streams(recipe, plan) else usable_memory(context.torch_device, context.memory_limit)
+    if memory is None:
+        return None
+    layout = resolve_layout(base, recipe, plan)
+    network = Network(layout.denoiser, layout.plan, layout.tokens, teacher=_looks_at_a_teacher(recipe, PRODUCT))
+    return fit_training(TrainingAccount(network, recipe.training), memory)
+
+
 def dataset_name(recipe: Recipe) -> str:
-    """A short name that recipes share whose datasets are the same for one pipeline and one prompt file."""
+    """Makes a short name that recipes share whose datasets are the same for one pipeline and one prompt file."""
     sections = {"sampling": recipe.sampling.model_dump(), "dataset": recipe.dataset.model_dump()}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -113,13 +157,13 @@ def dataset_name(recipe: Recipe) -> str:
 def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: PrecisionPlan | None) -> None:
     if initial.manifest.base.digest != base.base.digest:
         raise InputError(f"{initial.folder} was made from another pipeline than {base.base.source}: calibrate anew")
-    if initial.simulation is not None or plan is not None:
-        reason = "a plan was given too" if plan is not None else "it exists in simulation only"
-        raise InputError(f"cannot go on from {initial.folder}: {reason}")
+    initial.require_deployable()
+    if plan is not None:
+        raise InputError(f"cannot continue {initial.folder}: a plan was given too")
 
 
 def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, PromptSet]:
-    """Those that are walked, and those that select the checkpoint."""
+    """Divides prompts into those that are walked and those that select the checkpoint."""
     if prompts is None:
         raise InputError(f"recipe {recipe.name} walks prompts: pass --prompts FILE")
     first, count = recipe.dataset.prompts, recipe.training.selection.prompts
@@ -131,60 +175,275 @@ def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, Prom
     return prompts.first(first), PromptSet(prompts.prompts[first : first + count])
 
 
-def _calibrate_from_dataset(job: Job, tell: Callable[[Estimate], None] | None) -> None:
-    if job.dataset is not None:  # before the claim, as what follows: what does not fit leaves nothing behind
-        open_finished(dataset_request(job.base, job.recipe, job.prompts, job.dataset))
-    start = start_of(job)
-    claim(job)
-    dataset = generate_dataset(
-        start.pipe,
-        start.hot,
-        job.base.base,
-        job.prompts,
-        job.recipe,
-        out=job.dataset or job.partial / _DATASET,
-        progress=job.progress,
-        device=torch.device(job.device),
-        tell=tell,
+def _calibrate_from_dataset(request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit], None] | None) -> None:
+    recipe = request.recipe
+    if recipe.transforms.shift != "none" and recipe.scales.calibrator != "own":
+        raise InputError(
+            f"recipe {recipe.name} has transforms.shift, which {recipe.scales.calibrator} does not know:"
+            " set it to none, or scales.calibrator to own"
+        )
+    # Everything that can be refused is, before the work folder is claimed and before the long walk.
+    request, fit = _fitted(request)
+    if fit is not None and on_estimate is not None:
+        on_estimate(fit)
+    recipe, hooks = request.recipe, request.hooks
+    of_dataset = DatasetRequest(
+        request.base,
+        request.prompts,
+        recipe,
+        request.dataset or request.partial / _DATASET,
+        stored_calls=hooks.stored_calls,
     )
-    teacher = teacher_of(job, start)
-    quantization = quantization_of(job, start, dataset)
-    rows = calibrated_rows(dataset)
-    state = _starting_state(job, start, quantization, rows)
-    setting = setting_of(job, start, state, quantization.plan, teacher)
-    outcome = train(state, dataset, setting, job.partial, job.progress)
-    grids = quantization.grids
-    trained = StartingGrids(state.act_scales.table(), grids.offsets, grids.relaxed)
-    found = Found(state.denoiser, quantization.spec, rows, trained)
+    dataset = open_dataset(of_dataset) if request.dataset is not None else None
+    device = request.context.torch_device
+    source = load_float_pipeline(request.base, recipe.sampling.steps, hooks.time_table, device)
+    transforms = hooks.transforms(source.denoiser, recipe)
+    config = source.denoiser.config
+    transforms, layers, plan = planned_layers(recipe, transforms, config, source.time_source, request.plan)
+    request = _measured(request, source, 0 if fit is None else fit.resting)
+    context = request.context
+    claim_unfinished(request.partial, request.conditions(), replace=request.replace)
+    if dataset is None:
+        dataset = generate_dataset(of_dataset, source, on_estimate=on_estimate, context=context)
+    teacher = _teacher(request, source)
+    state, transforms = _starting_state(request, source, transforms, layers, plan, dataset)
+    if teacher is not None:
+        transforms.apply(teacher)  # exact while not fitted: the trained denoiser's module paths, the pipeline's outputs
+    setting = _training_setting(request, source, teacher, state, dataset)
+    outcome = train(state, dataset, setting, request.partial, context.progress)
+    _write_model(request, source, state, transforms, dataset, outcome)
+    shutil.rmtree(request.partial)
+
+
+def _fitted(request: CalibrationRequest) -> tuple[CalibrationRequest, Fit | None]:
+    """Divides the samples of an update so that training fits into memory; as before, where a run is continued.
+
+    What the hooks of another method take is not counted, and nothing is changed for it.
+
+    Raises:
+        InputError: unfinished work of another request is in the way.
+        MissingEnvironmentError: the training does not fit.
+    """
+    before = continued(request)
+    if is_unfinished(request.partial, before.conditions(), replace=request.replace):
+        return before, None
+    if request.hooks != PRODUCT:
+        return request, None
+    fit = training_fit(request.base, request.recipe, plan=request.plan, context=request.context)
+    if fit is None:
+        return request, None
+    chosen = fit.division
+    recipe = request.recipe.with_division(chosen.batch, chosen.accumulate, checkpointing=chosen.checkpointing)
+    return replaced(request, recipe=recipe), fit
+
+
+def _measured(request: CalibrationRequest, source: FloatPipeline, beside: int) -> CalibrationRequest:
+    """Measures how many samples a call takes on a GPU, beside a training that keeps so many bytes; unless it is known.
+
+    Raises:
+        MissingEnvironmentError: there is no room for one.
+    """
+    memory = memory_of(source.device)
+    if memory is None or request.context.samples_per_call is not None:
+        return request
+    tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
+    found = samples_that_fit(lambda samples: call_with_zeros(source.denoiser, tokens, samples), memory, beside=beside)
+    return replaced(request, context=replaced(request.context, samples_per_call=found))
+
+
+def _looks_at_a_teacher(recipe: Recipe, hooks: Hooks) -> bool:
+    training = recipe.training
+    return training.features.targets != "none" or training.selection.prompts > 0 or hooks.needs_teacher
+
+
+def _teacher(request: CalibrationRequest, source: FloatPipeline) -> IndexedDenoiser | None:
+    """Copies the floating-point denoiser before it is changed, where training looks at one."""
+    if not _looks_at_a_teacher(request.recipe, request.hooks):
+        return None
+    return copy.deepcopy(source.denoiser).requires_grad_(requires_grad=False)
+
+
+def _starting_state(
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    transforms: Transforms,
+    layers: tuple[QuantizableLayer, ...],
+    plan: PrecisionPlan,
+    dataset: LatentDataset,
+) -> tuple[TrainingState, Transforms]:
+    """Transforms ``source.denoiser`` in place and quantizes it; returns its state and all its transforms.
+
+    Raises:
+        InputError: the recipe does not fit the denoiser.
+        S2PError: an activation is not finite.
+    """
+    denoiser, recipe, progress = source.denoiser, request.recipe, request.context.progress
+    calibrated = calibrated_indices(dataset)
+    if source.deployed_time_table is not None:
+        denoiser.set_time_table(source.deployed_time_table)
+    calibrator = recipe.scales.calibrator
+    if request.initial is not None:
+        transforms, plan = Transforms(request.initial.transforms), request.initial.plan
+        weight_scales, act_scales = _continued(request.initial, source, calibrated)
+    else:
+        transforms.apply(denoiser)
+        transforms.fit(denoiser, dataset, progress)
+        _fit_shifts(request, denoiser, transforms.spec.shifted, dataset)
+        peaks = None if calibrator == "own" else modelopt_scales(denoiser, plan, dataset, calibrator, progress)
+        if peaks is not None and peaks.smoothing:
+            if request.plan is not None:
+                raise InputError("scales.calibrator: modelopt_smoothquant rewrites layers: give no plan file")
+            smoothing = TransformSpec(smoothed=smoothed_layers(plan))
+            apply_transforms(denoiser, smoothing)
+            set_smoothing(denoiser, peaks.smoothing)
+            transforms = replaced(transforms, spec=replaced(transforms.spec, smoothed=smoothing.smoothed))
+            transforms, layers, plan = planned_layers(recipe, transforms, denoiser.config, source.time_source, None)
+        plan = _final_plan(request, source, layers, plan, dataset)
+        if peaks is not None:
+            weight_scales, act_scales = peaks.weight_scales(plan), peaks.act_scales(plan, len(calibrated))
+        else:
+            weight_scales, act_scales = _starting_scales(request, source, plan, dataset)
+    quantized = QuantizedDenoiser(
+        denoiser,
+        plan,
+        weight_scales,
+        weight_format=request.hooks.weight_format,
+        input_quantizer=request.hooks.input_quantizer,
+    )
+    scales = request.hooks.act_scales(recipe, plan, act_scales)
+    state = TrainingState(quantized, scales, torch.tensor(calibrated), request.context.samples_per_call)
+    state.modules().to(source.device)  # the scales, which come from files
+    return state, transforms
+
+
+def _fit_shifts(
+    request: CalibrationRequest, denoiser: IndexedDenoiser, paths: Sequence[str], dataset: LatentDataset
+) -> None:
+    """Finds the shifts once and keeps them in the work folder."""
+    file = request.partial / _SHIFTS
+    if paths and not file.exists():
+        ranges = input_ranges(denoiser, paths, dataset, request.recipe.scales.latents, request.context.progress)
+        write_tensors(file, {path: middle(*ends) for path, ends in ranges.items()})
+    for path, shift in (load_file(file) if paths else {}).items():
+        module_of_type(denoiser, path, ShiftedLayer).set_shift(shift.to(denoiser.device))
+
+
+def _continued(
+    initial: CalibratedModel, source: FloatPipeline, calibrated: tuple[int, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Takes everything over from a finished calibration; timesteps new to it start at their interpolated scales."""
+    denoiser = source.denoiser
+    apply_transforms(denoiser, initial.transforms)
+    denoiser.load_state_dict({name: torch.from_numpy(value) for name, value in initial.weights().items()})
+    weight_scales = {name: torch.from_numpy(value) for name, value in initial.weight_scales().items()}
+    timesteps = source.timesteps.timesteps[list(calibrated)]
+    bound = with_schedules(initial.timesteps, [timesteps], covered=False)
+    scales = scales_for_schedule(initial.scales, initial.timesteps, bound).scales
+    return weight_scales, torch.from_numpy(scales[timestep_indices(timesteps, bound, covered=False)])
+
+
+def _final_plan(
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    layers: tuple[QuantizableLayer, ...],
+    plan: PrecisionPlan,
+    dataset: LatentDataset,
+) -> PrecisionPlan:
+    """Adds mixed precision to the plan, unless the plan was given; found once and kept in the work folder."""
+    recipe, file = request.recipe, request.partial / _PLAN
+    if request.plan is not None:
+        return request.plan
+    if not file.exists():
+        if recipe.mixed.sensitivity != "none":
+            scores = layer_sensitivities(
+                source.denoiser,
+                plan,
+                source.timesteps,
+                dataset,
+                recipe.mixed,
+                seed=recipe.training.seed,
+                progress=request.context.progress,
+            )
+            plan = mixed_plan(plan, layers, scores, recipe.mixed)
+        write_plan(request.hooks.refined_plan(request, source.denoiser, plan, dataset), file)
+    return read_plan(file)
+
+
+def _starting_scales(
+    request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan, dataset: LatentDataset
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Finds the starting scales once and keeps them in the work folder."""
+    file = request.partial / _STARTING_SCALES
+    if not file.exists():
+        weight_scales, act_scales = request.hooks.starting_scales(request, source, plan, dataset)
+        write_tensors(
+            file, {_WEIGHTS + name: scale for name, scale in weight_scales.items()} | {_ACT_SCALES: act_scales}
+        )
+    stored = load_file(file)
+    act_scales = stored.pop(_ACT_SCALES)
+    return {name.removeprefix(_WEIGHTS): scale for name, scale in stored.items()}, act_scales
+
+
+def _training_setting(
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    teacher: IndexedDenoiser | None,
+    state: TrainingState,
+    dataset: LatentDataset,
+) -> TrainingSetting:
+    """Collects what the recipe's training needs beside its state, which is as it starts."""
+    recipe, hooks = request.recipe, request.hooks
+    held_out = None
+    if recipe.training.selection.prompts:
+        assert teacher is not None, "selection has one"
+        in_calls = in_parts(teacher, request.context.samples_per_call)
+        held_out = held_out_trajectories(source, in_calls, request.selection, recipe)
+    return TrainingSetting(
+        training=recipe.training,
+        loss=hooks.loss(request, source, teacher, state, dataset),
+        order=hooks.batch_order(dataset, state.calibrated, recipe.training),
+        teacher=teacher,
+        held_out=held_out,
+        learning_rate=hooks.learning_rate,
+    )
+
+
+def _write_model(
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    state: TrainingState,
+    transforms: Transforms,
+    dataset: LatentDataset,
+    outcome: TrainingOutcome,
+) -> None:
+    calibrated = state.calibrated.tolist()
+    timesteps = replaced(source.timesteps, calibrated=tuple(source.timesteps.timesteps[calibrated].tolist()))
+    scales = interpolate_scales(state.act_scales.table().cpu().numpy(), timesteps)
 
     def fill(folder: Path) -> dict[str, Any]:
-        link_or_copy(job.partial / LOG, folder / LOG)
+        link_or_copy(request.partial / LOG, folder / LOG)
         link_or_copy_files(dataset.folder, folder / _DATASET)
-        content = write_model(folder, job, start, found)
-        return content | {"dataset": dataset.manifest.digest, "training": _summary(job, rows, outcome)}
+        write_tensors(folder / WEIGHTS, request.hooks.stored_weights(folder, state, timesteps))
+        content = write_model_files(
+            folder,
+            request,
+            state.denoiser,
+            weight_scales=state.denoiser.weight_scales(),
+            act_scales=ScaleTable(scales, state.denoiser.plan.quantizer_names(), tuple(calibrated)),
+            timesteps=timesteps,
+            time_table=source.deployed_time_table,
+            transforms=transforms.spec,
+            tokens=text_tokens(source.pipe, request.recipe.sampling.max_sequence_length),
+        )
+        summary = training_summary(request, calibrated, outcome)
+        return content | {"dataset": dataset.manifest.digest, "training": summary}
 
     write_artifact(
-        job.out,
+        request.out,
         kind=KIND,
-        base=job.base.base,
-        recipe=job.recipe.model_dump(mode="json"),
+        base=request.base.base,
+        recipe=request.recipe.model_dump(mode="json"),
         fill=fill,
-        parents={_DATASET: (job.out / _DATASET, dataset.manifest)},
-        replace=job.replace,
+        parents={_DATASET: (request.out / _DATASET, dataset.manifest)},
+        replace=request.replace,
     )
-    shutil.rmtree(job.partial)
-
-
-def _starting_state(job: Job, start: Start, quantization: Quantization, rows: tuple[int, ...]) -> TrainingState:
-    one_for_all = job.recipe.scales.timesteps != "each" or job.recipe.scales.calibrator != "own"
-    static = [one_for_all or not point.timestep_dependent for point in quantization.plan.act_points]
-    grids = quantization.grids
-    denoiser = QuantizedDenoiser(start.hot, quantization.plan, quantization.weight_scales)
-    act_scales = ActScales(grids.scales, static, grids.offsets, grids.relaxed)
-    return TrainingState(denoiser, act_scales, torch.tensor(rows))
-
-
-def _summary(job: Job, rows: tuple[int, ...], outcome: TrainingOutcome) -> dict[str, Any]:
-    selections = [[tried.iteration, tried.error] for tried in outcome.selections]
-    summary = training_summary(rows, outcome.start, outcome.final)
-    return {"iterations": len(outcome.iterations), "loss": job.recipe.training.loss, "selections": selections} | summary

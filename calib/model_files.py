@@ -1,138 +1,149 @@
-"""The files of a CalibratedModel, written from what calibration found."""
+"""The files of a CalibratedModel, and what a calibration reports about itself."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from s2p_deploy.calib.quantization.packed_weights import packed_weights
-from s2p_deploy.calib.summary import average_bits
-from s2p_deploy.families import text_tokens, time_slices
-from s2p_deploy.numerics import INT4
-from s2p_deploy.records import ScaleTable, Simulation
-from s2p_deploy.records.calibrated_model import parameter_name
-from s2p_deploy.records.packed_weights import write_packed_weights
+from s2p_deploy.calib.quantized_denoiser import weight_format
+from s2p_deploy.families import zero_inputs
+from s2p_deploy.numerics import format_by_name
+from s2p_deploy.records.files import write_tensors, write_text
 from s2p_deploy.records.precision_plan import write_plan
-from s2p_deploy.records.scale_table import write_scale_table
-from s2p_deploy.records.simulation import write_simulation
-from s2p_deploy.records.timestep_table import write_timestep_table
-from s2p_deploy.records.whole_files import write_tensors, write_text
-from s2p_deploy.timesteps import angles_of_timesteps, spread_over_rows
+from s2p_deploy.records.scale_table import write_scale_table, write_timestep_table
+from s2p_deploy.records.typed_json import json_data
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from torch import Tensor
 
-    from s2p_deploy.calib.job import Job
-    from s2p_deploy.calib.quantization.scale_start import StartingGrids
     from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
-    from s2p_deploy.calib.start import Start
-    from s2p_deploy.records import PackedWeight, TimestepTable, TimeTable, TransformSpec
+    from s2p_deploy.calib.request import CalibrationRequest
+    from s2p_deploy.calib.training import TrainingOutcome
+    from s2p_deploy.numerics import IntegerFormat
+    from s2p_deploy.records import LayerPlan, ScaleTable, TimestepTable, TimeTable, TransformSpec
 
 WEIGHTS, WEIGHT_SCALES = "weights.safetensors", "weight_scales.safetensors"
+FLOAT_BITS = 16  # what stays in floating point is deployed in half precision
 
 
-@dataclass(frozen=True)
-class Found:
-    """What calibration found: a denoiser transformed by ``spec``, and its grids on the calibrated ``rows``."""
+def write_model_files(  # noqa: PLR0913 - the parts of a model
+    folder: Path,
+    request: CalibrationRequest,
+    denoiser: QuantizedDenoiser,
+    *,
+    weight_scales: Mapping[str, Tensor],
+    act_scales: ScaleTable,
+    timesteps: TimestepTable,
+    time_table: TimeTable | None,
+    transforms: TransformSpec,
+    tokens: int,
+) -> dict[str, Any]:
+    """Writes all files but ``weights.safetensors``; returns the content of the manifest that follows from them.
 
-    denoiser: QuantizedDenoiser
-    spec: TransformSpec
-    rows: tuple[int, ...]
-    grids: StartingGrids
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a CalibratedModel says besides its weights and their scales.
-
-    ``denoiser`` is quantized as planned; it may be on the meta device. ``config`` is the diffusers configuration of its
-    network. There is no ``time_table`` where the time features depend on the prompt too. ``act_scales`` are of every
-    row of ``timesteps``.
+    Args:
+        folder: the model's folder.
+        request: what was calibrated.
+        denoiser: quantized as planned; may be on the meta device.
+        weight_scales: float32 [out, 1, ...] by layer.
+        act_scales: of every index of ``timesteps``.
+        timesteps: with the calibrated ones.
+        time_table: None where the time features depend on the prompt too.
+        transforms: how the modules differ from the pipeline's own.
+        tokens: length of the text states.
     """
-
-    denoiser: QuantizedDenoiser
-    spec: TransformSpec
-    config: dict[str, Any]
-    time_table: TimeTable | None
-    timesteps: TimestepTable
-    act_scales: ScaleTable
-    tokens: int
-
-
-def write_model(folder: Path, job: Job, start: Start, found: Found) -> dict[str, Any]:
-    """Writes the files that every CalibratedModel has; returns the part of the content that follows from them."""
-    denoiser, rows, grids = found.denoiser, found.rows, found.grids
-    timesteps = _timestep_table(start, rows)
-    scales = spread_over_rows(grids.scales.numpy(), timesteps)
-    packed = _low_bit_weights(denoiser)
-    tokens = text_tokens(start.pipe, job.recipe.sampling.max_sequence_length)
-    left_out = {parameter_name(f"{site}.weight") for site in packed}
-    weights = {name: value for name, value in denoiser.hot_state().items() if name not in left_out}
-    write_tensors(folder / WEIGHTS, weights)
-    write_tensors(folder / WEIGHT_SCALES, denoiser.weight_scales())
-    write_packed_weights(packed, folder / "low_bit.safetensors")
-    if job.recipe.simulation_only:
-        write_simulation(_simulation(grids, timesteps, scales), folder / "simulation.safetensors")
-    described = Description(
-        denoiser=denoiser,
-        spec=found.spec,
-        config=start.config,
-        time_table=start.time_table,
-        timesteps=timesteps,
-        act_scales=ScaleTable(scales, denoiser.plan.point_names(), rows),
-        tokens=tokens,
-    )
-    return write_description(folder, job, described)
-
-
-def write_description(folder: Path, job: Job, described: Description) -> dict[str, Any]:
-    """Writes all files but those of weights and their scales; returns the content that follows from them."""
-    hot, table = described.denoiser.hot, described.time_table
-    if table is not None:
-        write_tensors(folder / "time_table.safetensors", {"time_projections": torch.from_numpy(table.projections)})
-    write_scale_table(described.act_scales, folder / "act_scales.safetensors")
-    write_timestep_table(described.timesteps, folder / "timesteps.json")
-    write_plan(described.denoiser.plan, folder / "plan.yaml")
-    write_text(folder / "denoiser_config.json", json.dumps(described.config, indent=1) + "\n")
+    inner = denoiser.inner
+    write_tensors(folder / WEIGHT_SCALES, weight_scales)
+    if time_table is not None:
+        write_tensors(folder / "time_table.safetensors", {"time_projections": torch.from_numpy(time_table.projections)})
+    write_scale_table(act_scales, folder / "act_scales.safetensors")
+    write_timestep_table(timesteps, folder / "timesteps.json")
+    write_plan(denoiser.plan, folder / "plan.yaml")
+    write_text(folder / "denoiser_config.json", json.dumps(inner.config, indent=1) + "\n")
     return {
-        "time_slices": {name: list(columns) for name, columns in time_slices(hot).items()},
-        "tokens": described.tokens,
-        "added_cond": hot.added_width,
-        "asked": {name: value for name, value in job.asked().items() if name != "recipe"},
-        "average_bits": average_bits(described.denoiser, described.tokens),
-        "transforms": described.spec.to_json(),
-        "simulation_only": job.recipe.simulation_only,
+        "time_slices": {name: list(columns) for name, columns in inner.time_slices().items()},
+        "tokens": tokens,
+        "added_width": inner.added_width,
+        "request": {name: value for name, value in request.identity().items() if name != "recipe"},
+        "average_bits": average_bits(denoiser, tokens, request.hooks.weight_format),
+        "transforms": json_data(transforms),
+        "research": request.hooks.research,
     }
 
 
-def _timestep_table(start: Start, rows: tuple[int, ...]) -> TimestepTable:
-    """With those rows of the schedule that were calibrated."""
-    calibrated = start.timesteps.timesteps[list(rows)].tolist()
-    return replace(start.timesteps, calibrated=tuple(calibrated))
+def average_bits(
+    denoiser: QuantizedDenoiser,
+    tokens: int = 77,
+    weight_format: Callable[[LayerPlan], IntegerFormat | None] = weight_format,
+) -> dict[str, Any]:
+    """Averages the bits of ``weights`` and ``activations`` over the layers, by three weightings, which differ widely.
 
-
-def _low_bit_weights(denoiser: QuantizedDenoiser) -> dict[str, PackedWeight]:
-    """Codes of the sites with fewer than 16 levels; INT4 sites keep their float weight, from which training goes on."""
-    return {site: weight for site, weight in packed_weights(denoiser).items() if weight.format != INT4.name}
-
-
-def _simulation(grids: StartingGrids, timesteps: TimestepTable, scales: NDArray[np.float32]) -> Simulation:
-    """Offsets of rows between calibrated ones interpolate over the angle, on each row's own grid.
-
-    A row is relaxed where the nearest calibrated one at or below it is.
+    ``parameters`` weighs a layer by the number of its weights, ``layers`` not at all, ``input_elements`` by the
+    elements that it reads for one sample, with a text of ``tokens`` tokens. Codes count log2(levels) bits,
+    ``floating_point`` what all else counts.
     """
-    angles = angles_of_timesteps(timesteps.timesteps, timesteps)
-    known = angles_of_timesteps(np.asarray(timesteps.calibrated), timesteps)
-    offsets = np.zeros_like(scales)
-    if grids.offsets is not None:
-        columns = [np.interp(angles, known, column) for column in grids.offsets.double().numpy().T]
-        offsets = scales * np.round(np.stack(columns, axis=1) / scales).astype(np.float32)
-    relaxed = np.zeros(len(known), dtype=bool) if grids.relaxed is None else grids.relaxed.numpy()
-    nearest = np.searchsorted(known, angles, side="right").clip(1) - 1
-    return Simulation(offsets, tuple(np.flatnonzero(relaxed[nearest]).tolist()))
+    plan = denoiser.plan
+    formats = [weight_format(layer) for layer in plan.layers]
+    weights = [FLOAT_BITS if fmt is None else fmt.bits for fmt in formats]
+    quantizers = {name: format_by_name(plan.quantizer(name).activations) for name in plan.quantizer_names()}
+    formats = [quantizers.get(layer.activation_quantizer or "") for layer in plan.layers]
+    activations = [FLOAT_BITS if fmt is None else fmt.bits for fmt in formats]
+    weightings = {
+        "parameters": [denoiser.layer(layer.name).get_parameter("weight").numel() for layer in plan.layers],
+        "layers": [1] * len(plan.layers),
+        "input_elements": _input_elements(denoiser, tokens),
+    }
+    averages = {
+        name: {"weights": _mean(weights, sizes), "activations": _mean(activations, sizes)}
+        for name, sizes in weightings.items()
+    }
+    return averages | {"floating_point": FLOAT_BITS}
+
+
+@torch.no_grad()
+def _input_elements(denoiser: QuantizedDenoiser, tokens: int) -> list[int]:
+    """Counts the elements of every layer's input for one sample, in one forward pass of the unquantized inputs."""
+    elements: dict[str, int] = {}
+    hooks = [
+        denoiser.layer(layer.name).register_forward_pre_hook(
+            lambda _, args, name=layer.name: elements.update({name: args[0].numel()})
+        )
+        for layer in denoiser.plan.layers
+    ]
+    inputs = zero_inputs(denoiser.inner, tokens=tokens)
+    try:
+        denoiser(*inputs.arguments(), inputs.sample.new_ones(1, len(denoiser.plan.activation_quantizers)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [elements[layer.name] for layer in denoiser.plan.layers]
+
+
+def _mean(bits: Sequence[float], sizes: Sequence[int]) -> float:
+    return sum(b * n for b, n in zip(bits, sizes, strict=True)) / sum(sizes)
+
+
+def training_summary(
+    request: CalibrationRequest, calibrated: Sequence[int], outcome: TrainingOutcome
+) -> dict[str, Any]:
+    """Summarizes a training: mean squared errors and SQNR in dB before and after, by calibrated timestep index.
+
+    ``starting_loss`` and ``final_loss`` are means over the timesteps of the error in units of its starting value.
+    """
+    start, final = outcome.start, outcome.final
+    return {
+        "iterations": len(outcome.iterations),
+        "loss": request.recipe.training.loss,
+        "selections": [[tried.iteration, tried.error] for tried in outcome.selections],
+        "starting_loss": 1.0,
+        "final_loss": float((final.error / start.error).mean()),
+        "timestep_indices": list(calibrated),
+        "errors_start": start.error.tolist(),
+        "errors_final": final.error.tolist(),
+        "sqnr_db_start": start.sqnr(),
+        "sqnr_db_final": final.sqnr(),
+    }

@@ -1,13 +1,13 @@
 """The fake-quantized denoiser in PyTorch: what is trained, and what every engine is compared with.
 
-A sample's row is data. Its scales go to the sites as arguments of the call (``torch.func.functional_call``), so samples
-of one batch sit on different rows and nothing is left behind in a module.
+A sample's timestep index is data. Its scales go to the layers as arguments of the call
+(``torch.func.functional_call``), so samples of one batch may have different timesteps, and no module keeps a state
+between calls.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -15,13 +15,13 @@ from torch import nn
 
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import (
-    HotDenoiser,
+    IndexedDenoiser,
     apply_transforms,
-    hot_denoiser_of,
+    indexed_denoiser_of,
     load_pipeline,
-    new_hot_denoiser,
+    new_indexed_denoiser,
 )
-from s2p_deploy.numerics import INT10, IntegerFormat, fake_quantize, format_by_name, quantize
+from s2p_deploy.numerics import IntegerFormat, fake_quantize, format_by_name, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,58 +29,58 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.families import BasePipeline
-    from s2p_deploy.records import CalibratedModel, PrecisionPlan, Simulation, SitePlan
+    from s2p_deploy.records import CalibratedModel, LayerPlan, PrecisionPlan
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class SampleGrids:
-    """The activation grids of a batch: each sample's own row.
-
-    ``scales`` float32 [batch, points]. In simulation only: ``offsets`` float32 [batch, points], the value of code 0,
-    and ``relaxed`` bool [batch], samples whose activations have 10 bits.
-    """
-
-    scales: Tensor
-    offsets: Tensor | None = None
-    relaxed: Tensor | None = None
+def weight_format(layer: LayerPlan) -> IntegerFormat | None:
+    """Returns the integer format of a layer's weights, or None where they stay in floating point."""
+    return format_by_name(layer.weights)
 
 
 class InputQuantizer(nn.Module):
-    """Fake-quantizes a site's input, one grid per sample; the grid's tensors [batch] exist only during a call."""
+    """Fake-quantizes the input of a layer, or of neighbors that read one tensor, each sample on its own grid.
+
+    ``act_scale`` float32 [batch] exists only during a call. Another grid (a hook of :class:`Hooks`) may have [batch, n]
+    numbers in its place. ``readers`` layers share the result, so that q, k and v of an attention keep one copy of it.
+    """
 
     act_scale: Tensor | None
-    act_offset: Tensor | None
-    act_relaxed: Tensor | None
 
-    def __init__(self, site: str, fmt: IntegerFormat) -> None:
+    def __init__(self, layer: str, fmt: IntegerFormat) -> None:
         super().__init__()
-        self.site, self.fmt = site, fmt
-        for name in ("act_scale", "act_offset", "act_relaxed"):
-            self.register_buffer(name, None, persistent=False)
+        self.name, self.fmt = layer, fmt
+        self.readers = 0
+        self._left = 0  # readers of what is kept
+        self._kept: tuple[Tensor, Tensor] | None = None  # an input, and its values on the grid
+        self.register_buffer("act_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [batch, ...] on its own sample's grid. Raises S2PError where the call brought no scale."""
+        """Puts ``x`` [batch, ...] on its samples' grids. Raises S2PError where the call brought no scale."""
         if self.act_scale is None:
             raise S2PError(
-                f"site {self.site} was reached without an activation scale: call the QuantizedDenoiser, not its parts"
+                f"layer {self.name} was reached without an activation scale: call the QuantizedDenoiser, not its parts"
             )
-        scale = _per_sample(self.act_scale, x)
-        if self.act_offset is None:
-            return self._on_grid(x, scale)
-        offset = _per_sample(self.act_offset, x)
-        return self._on_grid(x - offset, scale) + offset
+        if self._kept is None or self._kept[0] is not x:
+            self._kept, self._left = (x, self.on_grid(x, self.act_scale)), self.readers
+        result = self._kept[1]
+        self._left -= 1
+        if self._left == 0:
+            self.forget()
+        return result
 
-    def _on_grid(self, x: Tensor, scale: Tensor) -> Tensor:
-        on_grid = fake_quantize(x, scale, self.fmt)
-        if self.act_relaxed is None:
-            return on_grid
-        return torch.where(_per_sample(self.act_relaxed, x), fake_quantize(x, scale, INT10), on_grid)
+    def forget(self) -> None:
+        """Drops what is kept for readers that did not come."""
+        self._kept = None
+
+    def on_grid(self, x: Tensor, act_scale: Tensor) -> Tensor:
+        """Fake-quantizes ``x`` [batch, ...] under ``act_scale`` float32 [batch]."""
+        return fake_quantize(x, per_sample(act_scale, x), self.fmt)
 
     def codes(self, x: Tensor, act_scale: Tensor) -> Tensor:
-        """Integer codes (as floats) of ``x`` [batch, ...] under the scales ``act_scale`` float32 [batch]."""
-        return quantize(x, _per_sample(act_scale, x), self.fmt)
+        """Quantizes ``x`` [batch, ...] to integer codes (as floats) under ``act_scale`` float32 [batch]."""
+        return quantize(x, per_sample(act_scale, x), self.fmt)
 
 
 class WeightQuantizer(nn.Module):
@@ -97,7 +97,7 @@ class WeightQuantizer(nn.Module):
         return self.log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight on its grid."""
+        """Returns the weight on its grid."""
         return fake_quantize(weight, self.scale, self.fmt)
 
 
@@ -140,83 +140,125 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedDenoiser(nn.Module):
-    """A hot denoiser (changed in place) whose planned sites are quantized.
+    """An indexed denoiser (changed in place) whose planned layers are quantized.
 
-    ``weight_scales`` float32 [out, 1, ...] by site. With ``bake`` the weights are put on their grid once, for a model
-    that is not trained any more: the same values, faster.
+    Args:
+        inner: the floating-point denoiser.
+        plan: formats of its layers.
+        weight_scales: float32 [out, 1, ...] by layer.
+        bake: puts the weights on their grid once, for a model that is not trained any more: the same values, faster.
+        weight_format: the integer format of a layer's weights.
+        input_quantizer: quantizes a layer's input.
     """
 
     def __init__(
-        self, hot: HotDenoiser, plan: PrecisionPlan, weight_scales: Mapping[str, Tensor], *, bake: bool = False
+        self,
+        inner: IndexedDenoiser,
+        plan: PrecisionPlan,
+        weight_scales: Mapping[str, Tensor],
+        *,
+        bake: bool = False,
+        weight_format: Callable[[LayerPlan], IntegerFormat | None] = weight_format,
+        input_quantizer: Callable[[str, IntegerFormat], InputQuantizer] = InputQuantizer,
     ) -> None:
         super().__init__()
-        self.hot, self.plan = hot, plan
-        for site in plan.sites:
-            _replace(
-                hot,
-                site,
-                _quantized(hot.network.get_submodule(site.site), site, plan, weight_scales.get(site.site), bake=bake),
+        self.inner, self.plan = inner, plan
+        self._input_quantizers: dict[tuple[str, str], InputQuantizer] = {}  # by activation quantizer and parent module
+        for layer in plan.layers:
+            module = inner.network.get_submodule(layer.name)
+            if not isinstance(module, nn.Conv2d | nn.Linear):
+                raise InputError(
+                    f"layer {layer.name} is a {type(module).__name__}, not a Conv2d or Linear:"
+                    " the plan is of another denoiser"
+                )
+            parent, _, leaf = layer.name.rpartition(".")
+            inputs = self._input_quantizer(layer, parent, input_quantizer)
+            weights = _weight_quantizer(module, layer, weight_format(layer), weight_scales.get(layer.name), bake=bake)
+            quantized = (
+                QuantizedConv2d(module, inputs, weights)
+                if isinstance(module, nn.Conv2d)
+                else QuantizedLinear(module, inputs, weights)
             )
+            inner.network.get_submodule(parent).register_module(leaf, quantized)
+        column = {name: number for number, name in enumerate(plan.quantizer_names())}
         self._columns = {
-            f"hot.network.{name}.input_quantizer": column
-            for column, point in enumerate(plan.act_points)
-            for name in point.sites
+            f"inner.network.{quantizer.name}.input_quantizer": column[name]
+            for (name, _), quantizer in self._input_quantizers.items()
         }
+
+    def _input_quantizer(
+        self, layer: LayerPlan, parent: str, make: Callable[[str, IntegerFormat], InputQuantizer]
+    ) -> nn.Module:
+        """Makes the input quantizer of a layer, or finds that of its neighbors.
+
+        Blocks do not share theirs, though all read one text: checkpointing recomputes each block by itself.
+        """
+        name = layer.activation_quantizer
+        fmt = None if name is None else format_by_name(self.plan.quantizer(name).activations)
+        if name is None or fmt is None:
+            return nn.Identity()
+        quantizer = self._input_quantizers.get((name, parent))
+        if quantizer is None:
+            quantizer = self._input_quantizers[name, parent] = make(layer.name, fmt)
+        quantizer.readers += 1
+        return quantizer
 
     def forward(
         self,
         sample: Tensor,
-        step_index: Tensor,
+        timestep_index: Tensor,
         encoder_hidden_states: Tensor,
         added_cond: Tensor | None,
-        grids: SampleGrids,
+        act_scales: Tensor,
     ) -> Tensor:
-        """The network's raw output [batch, C, H, W].
+        """Computes the network's raw output [batch, C, H, W].
 
         Args:
             sample: float32 [batch, C, H, W] latents after ``scale_model_input``.
-            step_index: int64 [batch] row of each sample.
+            timestep_index: int64 [batch].
             encoder_hidden_states: float32 [batch, tokens, D] text states.
             added_cond: float32 [batch, A], not read where A is 0.
-            grids: activation grids of each sample, already looked up.
+            act_scales: float32 [batch, quantizers], the scales of each sample's timestep.
         """
-        output: Tensor = self.within(grids, lambda hot: hot(sample, step_index, encoder_hidden_states, added_cond))
+        output: Tensor = self.within(
+            act_scales, lambda inner: inner(sample, timestep_index, encoder_hidden_states, added_cond)
+        )
         return output
 
-    def within(self, grids: SampleGrids, function: Callable[[HotDenoiser], Result]) -> Result:
-        """``function(hot)``, during which the sites have the samples' grids.
+    def within(self, act_scales: Tensor, function: Callable[[IndexedDenoiser], Result]) -> Result:
+        """Calls ``function(inner)``, during which the layers have the samples' activation scales.
 
         A backward pass that recomputes activations (checkpointing) has to run inside too.
         """
-        arguments: dict[str, Tensor] = {}
-        for name, column in self._columns.items():
-            arguments[f"{name}.act_scale"] = grids.scales[:, column]
-            if grids.offsets is not None:
-                arguments[f"{name}.act_offset"] = grids.offsets[:, column]
-            if grids.relaxed is not None:
-                arguments[f"{name}.act_relaxed"] = grids.relaxed
-        result: Result = torch.func.functional_call(_Call(self.hot), arguments, (function,))
+        arguments = {f"{name}.act_scale": act_scales[:, column] for name, column in self._columns.items()}
+        try:
+            result: Result = torch.func.functional_call(_Call(self.inner), arguments, (function,))
+        finally:
+            for quantizer in self._input_quantizers.values():
+                quantizer.forget()
         return result
 
-    def site(self, name: str) -> nn.Module:
-        """The module of a site; its forward input is the activation before quantization."""
-        module: nn.Module = self.hot.network.get_submodule(name)
+    def layer(self, name: str) -> nn.Module:
+        """Returns the module of a layer; its forward input is the activation before quantization."""
+        module: nn.Module = self.inner.network.get_submodule(name)
         return module
 
-    def hot_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the hot denoiser's own names, without the quantizers'."""
+    def inner_state(self) -> dict[str, Tensor]:
+        """Returns parameters and buffers under the indexed denoiser's own names, without the quantizers'."""
         return {
             name: value
-            for name, value in self.hot.state_dict().items()
+            for name, value in self.inner.state_dict().items()
             if not name.endswith("weight_quantizer.log_scale")
         }
 
     def weight_scales(self) -> dict[str, Tensor]:
-        """The scales float32 [out, 1, ...] of the sites whose weights are still being trained."""
-        found = {site.site: self.site(site.site).weight_quantizer for site in self.plan.sites if site.weights != "none"}
+        """Returns the scales float32 [out, 1, ...] of the layers whose weights are not baked."""
+        quantizers = {
+            layer.name: self.layer(layer.name).weight_quantizer for layer in self.plan.layers if layer.weights != "none"
+        }
         return {
             name: quantizer.scale.detach()
-            for name, quantizer in found.items()
+            for name, quantizer in quantizers.items()
             if isinstance(quantizer, WeightQuantizer)
         }
 
@@ -224,80 +266,77 @@ class QuantizedDenoiser(nn.Module):
 class _Call(nn.Module):
     """Calls a function of a denoiser as a module's forward pass, which is what ``functional_call`` can wrap."""
 
-    def __init__(self, hot: HotDenoiser) -> None:
+    def __init__(self, inner: IndexedDenoiser) -> None:
         super().__init__()
-        self.hot = hot
+        self.inner = inner
 
-    def forward(self, function: Callable[[HotDenoiser], Result]) -> Result:
-        return function(self.hot)
+    def forward(self, function: Callable[[IndexedDenoiser], Result]) -> Result:
+        return function(self.inner)
 
 
 class FakeQuantDenoiser(nn.Module):
-    """A finished quantized denoiser with its tables bound: the reference that engines are compared with.
+    """A finished quantized denoiser with its scales bound: the reference that engines are compared with.
 
-    ``act_scales`` float32 [rows, points]; ``simulation`` has what no engine can do, where the model is of that kind.
+    ``act_scales`` float32 [timesteps, quantizers].
     """
 
     act_scales: Tensor
-    act_offsets: Tensor | None
-    relaxed_rows: Tensor | None
 
-    def __init__(self, denoiser: QuantizedDenoiser, act_scales: Tensor, simulation: Simulation | None = None) -> None:
+    def __init__(self, denoiser: QuantizedDenoiser, act_scales: Tensor) -> None:
         super().__init__()
         self.denoiser = denoiser
-        offsets = relaxed = None
-        if simulation is not None:
-            offsets = torch.from_numpy(simulation.offsets)
-            relaxed = torch.zeros(len(act_scales), dtype=torch.bool)
-            relaxed[list(simulation.relaxed)] = True
         self.register_buffer("act_scales", act_scales, persistent=False)
-        self.register_buffer("act_offsets", offsets, persistent=False)
-        self.register_buffer("relaxed_rows", relaxed, persistent=False)
 
     def forward(
-        self, sample: Tensor, step_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
+        self, sample: Tensor, timestep_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
     ) -> Tensor:
-        """The network's raw output [batch, C, H, W]; arguments as :meth:`HotDenoiser.forward`."""
-        grids = SampleGrids(
-            self.act_scales[step_index],
-            None if self.act_offsets is None else self.act_offsets[step_index],
-            None if self.relaxed_rows is None else self.relaxed_rows[step_index],
+        """Computes the network's raw output [batch, C, H, W]; arguments as :meth:`IndexedDenoiser.forward`."""
+        output: Tensor = self.denoiser(
+            sample, timestep_index, encoder_hidden_states, added_cond, self.act_scales[timestep_index]
         )
-        output: Tensor = self.denoiser(sample, step_index, encoder_hidden_states, added_cond, grids)
         return output
 
-    def site(self, name: str) -> nn.Module:
-        """The module of a site; its forward input is the activation before quantization."""
-        return self.denoiser.site(name)
+    def layer(self, name: str) -> nn.Module:
+        """Returns the module of a layer; its forward input is the activation before quantization."""
+        return self.denoiser.layer(name)
 
-    def site_scale(self, name: str, step_index: Tensor) -> Tensor | None:
-        """The activation scales float32 [batch] of a site on some rows, or None where it stays in floating point."""
+    def layer_scale(self, name: str, timestep_index: Tensor) -> Tensor | None:
+        """Looks up the activation scales float32 [batch] of a layer, or None where it stays in floating point."""
         plan = self.denoiser.plan
-        point = next(site.act_point for site in plan.sites if site.site == name)
-        return None if point is None else self.act_scales[step_index, plan.point_names().index(point)]
+        quantizer = next(layer.activation_quantizer for layer in plan.layers if layer.name == name)
+        return None if quantizer is None else self.act_scales[timestep_index, plan.quantizer_names().index(quantizer)]
 
 
 def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
-    """The fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU; the FP model for fp."""
-    config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
-    hot = new_hot_denoiser(config, calibrated.time_source())
-    apply_transforms(hot, calibrated.transforms)
-    hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
-    scales = {name: torch.from_numpy(value) for name, value in calibrated.weight_scales().items()}
-    denoiser = QuantizedDenoiser(hot, calibrated.plan, scales, bake=True)
-    return (
-        FakeQuantDenoiser(denoiser, torch.from_numpy(calibrated.scales.scales), calibrated.simulation)
-        .eval()
-        .requires_grad_(requires_grad=False)
-    )
+    """Loads the fake-quant reference of a calibrated model, in evaluation mode, float32 on the CPU.
 
+    Of recipe ``fp`` it is the floating-point model.
 
-def fp_denoiser(base: BasePipeline, steps: int) -> HotDenoiser:
-    """The floating-point hot denoiser of a pipeline, in evaluation mode, float32 on the CPU.
-
-    Its rows are those of ``steps`` of the pipeline's scheduler. Raises InputError where that has no such schedule.
+    Raises:
+        InputError: the model is a comparison's, of a kind that no engine can run.
     """
-    return hot_denoiser_of(load_pipeline(base), steps).eval().requires_grad_(requires_grad=False)
+    calibrated.require_deployable()
+    config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
+    inner = new_indexed_denoiser(config, calibrated.time_source())
+    apply_transforms(inner, calibrated.transforms)
+    inner.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
+    scales = {name: torch.from_numpy(value) for name, value in calibrated.weight_scales().items()}
+    denoiser = QuantizedDenoiser(inner, calibrated.plan, scales, bake=True)
+    reference = FakeQuantDenoiser(denoiser, torch.from_numpy(calibrated.scales.scales))
+    return reference.eval().requires_grad_(requires_grad=False)
+
+
+def fp_denoiser(base: BasePipeline, steps: int) -> IndexedDenoiser:
+    """Loads the floating-point indexed denoiser of a pipeline, in evaluation mode, float32 on the CPU.
+
+    Its timesteps are those of ``steps`` of the pipeline's scheduler. Raises InputError where that has no such schedule.
+    """
+    return indexed_denoiser_of(load_pipeline(base), steps).eval().requires_grad_(requires_grad=False)
+
+
+def per_sample(scale: Tensor, x: Tensor) -> Tensor:
+    """Views scales [batch] as [batch, 1, ...], to broadcast against ``x`` [batch, ...]."""
+    return scale.view(-1, *(1,) * (x.dim() - 1))
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -305,38 +344,15 @@ def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
     return height, width
 
 
-def _per_sample(scale: Tensor, x: Tensor) -> Tensor:
-    return scale.view(-1, *(1,) * (x.dim() - 1))
-
-
-def _quantized(
-    module: nn.Module, site: SitePlan, plan: PrecisionPlan, scale: Tensor | None, *, bake: bool
+def _weight_quantizer(
+    module: nn.Conv2d | nn.Linear, layer: LayerPlan, fmt: IntegerFormat | None, scale: Tensor | None, *, bake: bool
 ) -> nn.Module:
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        kind = type(module).__name__
-        raise InputError(f"site {site.site} is a {kind}, not a Conv2d or Linear: the plan is of another denoiser")
-    inputs = _input_quantizer(site, plan)
-    weights: nn.Module = nn.Identity()
-    fmt = format_by_name(site.weights)
-    if fmt is not None:
-        if scale is None:
-            raise InputError(f"site {site.site} has {site.weights} weights in the plan and no weight scale")
-        if bake:
-            module.weight = nn.Parameter(fake_quantize(module.weight.detach(), scale, fmt))
-        else:
-            weights = WeightQuantizer(scale, fmt)
-    if isinstance(module, nn.Conv2d):
-        return QuantizedConv2d(module, inputs, weights)
-    return QuantizedLinear(module, inputs, weights)
-
-
-def _input_quantizer(site: SitePlan, plan: PrecisionPlan) -> nn.Module:
-    if site.act_point is None:
+    """Makes the weight quantizer of a layer; where ``bake``, quantizes its weight in place."""
+    if fmt is None:
         return nn.Identity()
-    fmt = format_by_name(plan.point(site.act_point).activations)
-    return nn.Identity() if fmt is None else InputQuantizer(site.site, fmt)
-
-
-def _replace(hot: HotDenoiser, site: SitePlan, module: nn.Module) -> None:
-    parent, _, leaf = site.site.rpartition(".")
-    hot.network.get_submodule(parent).register_module(leaf, module)
+    if scale is None:
+        raise InputError(f"layer {layer.name} has {layer.weights} weights in the plan and no weight scale")
+    if not bake:
+        return WeightQuantizer(scale, fmt)
+    module.weight = nn.Parameter(fake_quantize(module.weight.detach(), scale, fmt))
+    return nn.Identity()

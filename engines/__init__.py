@@ -1,47 +1,51 @@
-"""Engines: ExportedGraph -> Engine -> Runner, for every backend through the same four verbs."""
+"""Engines: ExportedGraph -> Engine -> Runner, for every backend through one contract."""
 
+from s2p_deploy.child_process import Limits
 from s2p_deploy.engines.backend import (
     Backend,
     Capabilities,
     backend_by_name,
     backend_names,
-    check_hint,
+    resolve_execution,
     usable_backend,
 )
-from s2p_deploy.engines.bound_scales import check_scales
 from s2p_deploy.engines.build import build_engine
-from s2p_deploy.engines.isolation import Limits
-from s2p_deploy.engines.load import load_engine
-from s2p_deploy.engines.lowerings import Lowerings, recorded_lowerings
-from s2p_deploy.engines.options import BuildOptions, ShapeProfile, Span
-from s2p_deploy.engines.parts import EnginePart, EngineParts, PreparedParts, engine_parts
+from s2p_deploy.engines.load import check_scales, load_engine
+from s2p_deploy.engines.lowerings import Lowerings, layers_not_int8, recorded_lowerings
+from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
-from s2p_deploy.engines.site_report import sites_not_int8
-from s2p_deploy.engines.subgraph import runner_for_subgraph
+from s2p_deploy.engines.subgraphs import (
+    PreparedSubgraphs,
+    RunnableSubgraph,
+    Subgraphs,
+    engine_subgraphs,
+    runner_for_subgraph,
+)
+from s2p_deploy.records import ShapeProfile, Span
 
 __all__ = [
     "Backend",
     "BoundRunner",
     "BuildOptions",
     "Capabilities",
-    "EnginePart",
-    "EngineParts",
     "Limits",
     "Lowerings",
-    "PreparedParts",
+    "PreparedSubgraphs",
+    "RunnableSubgraph",
     "Runner",
     "ShapeProfile",
     "Span",
+    "Subgraphs",
     "TorchRunner",
     "backend_by_name",
     "backend_names",
     "build_engine",
-    "check_hint",
     "check_scales",
-    "engine_parts",
+    "engine_subgraphs",
+    "layers_not_int8",
     "load_engine",
     "recorded_lowerings",
+    "resolve_execution",
     "runner_for_subgraph",
-    "sites_not_int8",
     "usable_backend",
 ]

@@ -1,4 +1,4 @@
-"""What every backend offers: four verbs over one set of small records, found by name."""
+"""The contract of a backend, its registry, and the checks of what a build requests of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from s2p_deploy.engines.profile_shapes import shape_at
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.child_process import ChildEndedError, call
+from s2p_deploy.engines.options import shape_at
+from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
+from s2p_deploy.records import Execution
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,28 +21,30 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from s2p_deploy.child_process import Limits
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import BuildOptions, ShapeProfile
-    from s2p_deploy.engines.parts import EngineParts
+    from s2p_deploy.engines.options import BuildOptions
     from s2p_deploy.engines.runner import Runner
-    from s2p_deploy.records import Engine, ExportedGraph, TensorSpec
+    from s2p_deploy.engines.subgraphs import Subgraphs
+    from s2p_deploy.records import Engine, ExportedGraph, ShapeProfile, TensorSpec
 
-_MODULES = {
-    "onnxruntime": "s2p_deploy.engines.onnxruntime",
-    "openvino": "s2p_deploy.engines.openvino",
-    "tensorrt_rtx": "s2p_deploy.engines.tensorrt",
-    "tensorrt": "s2p_deploy.engines.tensorrt",
+_CLASSES = {
+    "onnxruntime": "s2p_deploy.engines.onnxruntime.backend:OnnxRuntimeBackend",
+    "openvino": "s2p_deploy.engines.openvino.backend:OpenVinoBackend",
+    "tensorrt_rtx": "s2p_deploy.engines.tensorrt.backend:TensorRtBackend",
+    "tensorrt": "s2p_deploy.engines.tensorrt.backend:TensorRtBackend",
 }
+_PRECISION_OF = {"fp32": "f32", "fp16": "f16"}
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do here.
+    """A backend's abilities on this machine.
 
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
-    first of ``hints`` is the default; ``unavailable`` maps those that exist but cannot be used here to what to do about
-    it. ``refit`` says whether its engines can be made refittable or stripped of their weights: here, with a GPU, or
-    never.
+    first of ``precisions`` and of ``providers`` is the default; without precisions, it computes in the graph's own.
+    ``unavailable`` maps providers that exist but cannot be used here to what to do about it. ``refit`` says whether its
+    engines can be made refittable or stripped of their weights: here, with a GPU, or never.
     """
 
     backend: str
@@ -48,20 +52,27 @@ class Capabilities:
     missing: str | None
     executes: bool
     dtypes: tuple[str, ...]
-    hints: tuple[str, ...]
+    precisions: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    optimizations: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     refit: Literal["here", "with a GPU", "never"] = "never"
 
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What ``compile`` needs.
+    """Input of :meth:`Backend.compile`.
 
-    The prepared graph and its inputs, the options (their hint is not None), the folder that becomes the engine, a
-    scratch folder, and ``example`` inputs for one trial run where the backend can run here.
+    Args:
+        model: the graph in the backend's form; its weights are read as it is written or compiled.
+        inputs: those of the graph that the model still has.
+        options: resolved, nothing left to defaults.
+        folder: becomes the engine.
+        scratch: is gone after the build; on the same disk as ``folder``.
+        example: inputs for one trial run, where the backend can run here.
     """
 
-    onnx_path: Path
+    model: ir.Model
     inputs: tuple[TensorSpec, ...]
     options: BuildOptions
     folder: Path
@@ -71,10 +82,13 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ``compile`` made.
+    """Result of :meth:`Backend.compile`.
 
-    Names of its files, what must match to load them, the compute type that the backend reports of ONNX nodes (int8,
-    fp32, ...; nodes that it does not report are left out), and anything else worth recording.
+    Args:
+        files: names of the engine's files.
+        environment: library versions and device that must match for them to be loaded.
+        compute: ONNX node -> type that the backend reports (int8, fp32, ...); nodes that it does not report are absent.
+        notes: anything else worth recording.
     """
 
     files: tuple[str, ...]
@@ -88,51 +102,63 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is asked for by."""
+        """Returns the key in :func:`backend_names`."""
 
     def capabilities(self) -> Capabilities:
-        """What it can do on this machine; never raises for a missing library."""
+        """Describes what it can do on this machine; never raises for a missing library."""
 
-    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
-        """Derives the backend's ONNX file from the canonical graph, into ``folder``."""
-
-    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The passes of ``prepare`` alone, in place: what validation applies to a block's subgraph."""
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, execution: Execution) -> None:
+        """Gives a canonical graph, or a subgraph of one, the backend's form, in place."""
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the engine's files. May crash: :func:`s2p_deploy.engines.build_engine` calls it in a child process."""
 
-    def environment(self, hint: str | None = None) -> dict[str, str]:
-        """What must equal the record of an engine of ``hint`` (None: the default) for it to be loaded here."""
+    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+        """Describes what must equal the record of an engine that runs so (None: by default) for it to be loaded."""
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
-        """A runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
+        """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
 
-    def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
-        """Compiles a small in-memory model that was prepared, as ``compile`` does, and runs it here."""
+    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
+        """Compiles a small prepared model in memory, as ``compile`` does, and loads it here."""
 
-    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> EngineParts | None:
-        """Cuts parts out of an engine's own files, verified; None where nothing can be cut out of them.
+    def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs | None:
+        """Opens an engine's own files, verified, to cut subgraphs out of them; None where they cannot be cut.
 
-        ``scratch`` is an empty folder that lives as long as the parts do.
+        ``scratch`` is an empty folder that lives as long as the subgraphs do.
         """
 
 
 def backend_by_name(name: str) -> Backend:
-    """The backend of a name. Raises InputError for an unknown one; the library behind it is not imported."""
-    if name not in _MODULES:
-        raise InputError(f"unknown backend {name!r}: use one of {', '.join(_MODULES)}")
-    backend: Backend = importlib.import_module(_MODULES[name]).backend(name)
+    """Returns the backend of a name; the library behind it is not imported. Raises InputError for an unknown one."""
+    if name not in _CLASSES:
+        raise InputError(f"unknown backend {name!r}: use one of {', '.join(_CLASSES)}")
+    module, _, kind = _CLASSES[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), kind)(name)
     return backend
 
 
 def backend_names() -> tuple[str, ...]:
-    """Names of all backends."""
-    return tuple(_MODULES)
+    """Lists the names of all backends."""
+    return tuple(_CLASSES)
+
+
+def call_in_child(function: str, message: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Calls a function, ``package.module:name``, that a native library may crash, in a process of its own.
+
+    Raises:
+        EngineBuildError: it crashed, ran out of memory, took too long, or failed; the first line says which, the end of
+            its log follows.
+        S2PError: the expected error that it met, as its own class.
+    """
+    try:
+        return call(function, message, limits)
+    except ChildEndedError as error:
+        raise EngineBuildError(error.ended.with_tail(f"the build {error.ended.summary(limits)}")) from error
 
 
 def usable_backend(name: str) -> Backend:
-    """The backend of a name, whose library is installed.
+    """Returns the backend of a name, whose library is installed.
 
     Raises:
         InputError: there is none of that name. MissingEnvironmentError: its library is missing.
@@ -144,19 +170,50 @@ def usable_backend(name: str) -> Backend:
     return backend
 
 
-def check_hint(backend: Backend, hint: str | None) -> str:
-    """The precision hint to use: the given one, or the backend's default.
+def resolve_execution(backend: Backend, requested: Execution, dtype: str) -> Execution:
+    """Resolves precision, provider and optimization: what was requested, and the backend's defaults.
+
+    Args:
+        backend: what builds.
+        requested: None stands for a default.
+        dtype: of the graph, ``fp32`` or ``fp16``.
 
     Raises:
-        InputError: the backend knows no such hint. MissingEnvironmentError: it does, but not on this machine.
+        InputError: the backend has no such choice. MissingEnvironmentError: it has, but not on this machine.
     """
     able = backend.capabilities()
-    if hint is not None and hint in able.unavailable:
-        raise MissingEnvironmentError(f"{backend.name} cannot use the hint {hint} here: {able.unavailable[hint]}")
-    if hint is not None and hint not in able.hints:
-        known = (*able.hints, *able.unavailable)
-        raise InputError(f"{backend.name} knows no hint {hint!r}: use one of {', '.join(known)}")
-    return hint or able.hints[0]
+    advice = able.unavailable.get(requested.provider or "")
+    if advice is not None:
+        raise MissingEnvironmentError(f"{backend.name} cannot use the provider {requested.provider} here: {advice}")
+    known = (*able.providers, *able.unavailable)
+    provider = _chosen(backend.name, "provider", requested.provider, able.providers, known)
+    optimizations = able.optimizations
+    if provider is not None and provider != able.providers[0]:
+        optimizations = optimizations[::-1]  # only on the CPU are results that nothing rewrote the default
+    optimization = _chosen(backend.name, "optimization", requested.optimization, optimizations)
+    own = _PRECISION_OF[dtype]
+    if not able.precisions and requested.precision not in {None, own}:
+        raise InputError(
+            f"{backend.name} computes in the graph's own precision, {own} here: export the graph in another type, or "
+            "leave --precision out"
+        )
+    precision = _chosen(backend.name, "precision", requested.precision, able.precisions or (own,))
+    return Execution(precision, provider, optimization)
+
+
+def _chosen(
+    backend: str, what: str, requested: str | None, usable: tuple[str, ...], known: tuple[str, ...] = ()
+) -> str | None:
+    """Returns the requested one, or the first that is usable."""
+    if requested is None:
+        return next(iter(usable), None)
+    if requested not in usable:
+        others = ", ".join(known or usable)
+        raise InputError(
+            f"{backend} knows no {what} {requested!r}: "
+            + (f"use one of {others}" if others else f"it has no such choice, leave --{what} out")
+        )
+    return requested
 
 
 def check_refit(backend: Backend, options: BuildOptions) -> None:
@@ -177,14 +234,14 @@ def check_refit(backend: Backend, options: BuildOptions) -> None:
 
 
 def example_inputs(graph: ExportedGraph, profile: ShapeProfile) -> dict[str, NDArray[Any]]:
-    """Inputs for a trial run at the sizes tuned for: zeros, a calibrated row, and the graph's own scales."""
+    """Makes inputs for a trial run at the sizes tuned for: zeros, a calibrated timestep, the graph's own scales."""
     sizes = profile.sizes("optimum")
-    row = graph.timesteps.calibrated_rows[0]
+    index = graph.timesteps.calibrated_indices[0]
     values: dict[str, NDArray[Any]] = {}
     for spec in graph.inputs:
         if spec.name == "act_scales":
             values[spec.name] = graph.scales.scales
         else:
-            fill = row if spec.name == "step_index" else 0
+            fill = index if spec.name == "timestep_index" else 0
             values[spec.name] = np.full(shape_at(spec, sizes), fill, dtype=spec.dtype)
     return values

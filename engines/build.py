@@ -1,73 +1,100 @@
-"""ExportedGraph -> Engine: prepare and compile in a child process, then one artifact."""
+"""The build stage: ExportedGraph -> Engine. Estimates, lowers and compiles in a child process, writes one artifact."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from s2p_deploy.engines.backend import check_hint, check_refit, usable_backend
-from s2p_deploy.engines.isolation import Limits, run_child
+from s2p_deploy.child_process import Limits
+from s2p_deploy.context import Context
+from s2p_deploy.engines.backend import (
+    CompileRequest,
+    call_in_child,
+    check_refit,
+    example_inputs,
+    resolve_execution,
+    usable_backend,
+)
+from s2p_deploy.engines.load import remember_trial
+from s2p_deploy.engines.lowerings import MIXED_TIMESTEPS, RECORDED, layer_precisions, lowered_model, storage_bits
+from s2p_deploy.engines.machine import peak_rss
 from s2p_deploy.engines.model_card import CARD, engine_card
-from s2p_deploy.engines.options import BuildOptions
-from s2p_deploy.engines.preflight import check_resources, estimate
-from s2p_deploy.engines.probe.run import ensure_probed
-from s2p_deploy.engines.profile_shapes import profile_for
-from s2p_deploy.engines.trial import remembered
-from s2p_deploy.engines.verified_bytes import copy_verified
-from s2p_deploy.errors import InputError
-from s2p_deploy.progress import Progress, silent
-from s2p_deploy.records import Engine, check_vacant, write_artifact
+from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.engines.options import BuildOptions, profile_for
+from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.records import Engine, ExportedGraph, check_vacant, write_artifact
+from s2p_deploy.records.artifacts import copy_verified
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
+from s2p_deploy.records.files import available_memory, free_bytes
 
-if TYPE_CHECKING:
-    from s2p_deploy.records import ExportedGraph
-
-CHILD = "s2p_deploy.engines.child"
 TIMEOUT_S = 3600.0
+BASE_MEMORY = 120 * 10**6  # interpreter and libraries, before any weight
+MEMORY_PER_WEIGHT_BYTE = 1.5  # least seen: the backend's copy, and the file pages that go into it
+DISK_PER_WEIGHT_BYTE = 2.0  # the prepared graph and the engine, side by side until the end
 
 
-def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three by keyword
+def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by keyword
     graph: ExportedGraph,
-    backend: str,
     out: Path,
     *,
+    backend: str,
     options: BuildOptions | None = None,
-    replace: bool = False,
     limits: Limits | None = None,
-    progress: Progress = silent,
+    replace: bool = False,
+    context: Context = Context(),
 ) -> Engine:
     """Builds the engine of a graph and writes it to ``out``. A build that fails leaves nothing behind.
 
     Args:
         graph: what to build from; fp16 for the TensorRT kinds.
-        backend: onnxruntime, openvino, tensorrt_rtx or tensorrt.
         out: folder of the new artifact.
-        options: hint, batch sizes, lowering (None: the defaults).
-        replace: whether an artifact at ``out`` may be replaced; it stays until the new one is whole.
-        limits: of the build's child process: seconds of wall time and bytes of private memory.
-        progress: told when the build starts and ends.
+        backend: onnxruntime, openvino, tensorrt_rtx or tensorrt.
+        options: precision, provider, optimization, batch sizes, lowering (None: the defaults).
+        limits: of the build's child process: seconds of wall time (None: an hour) and bytes of private memory.
+        replace: replaces an artifact at ``out``; it stays until the new one is whole.
+        context: its ``progress`` is told when the build starts and ends.
 
     Raises:
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
         MissingEnvironmentError: the backend's library, memory or disk is missing.
         EngineBuildError: the backend failed or crashed; the message ends with its log.
-
-    Before the first build with a version of which it is not known what it takes, small patterns are built to learn it.
     """
     limits = limits or Limits(TIMEOUT_S)
-    asked = check_build(graph, backend, out, options or BuildOptions(), limits, replace=replace)
-    if any(site.weight is not None for site in graph.sites):
-        ensure_probed(backend, progress)
+    resolved = check_build(graph, backend, out, options or BuildOptions(), limits, replace=replace)
 
     def fill(folder: Path) -> dict[str, Any]:
-        progress("build", 0, 1)
-        built = _built_in_child(graph, backend, folder, asked, limits)
-        _copy_tables(graph, folder)
-        progress("build", 1, 1)
-        sizes = {name: (folder / name).stat().st_size for name in built["engine_files"]}
-        content = built | _described(graph, backend, asked) | {"sizes": sizes}
+        context.progress("build", 0, 1)
+        # scratch beside the artifact, on the same disk
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.scratch-", dir=folder.parent) as scratch:
+            message = {
+                "graph": str(graph.folder.resolve()),
+                "backend": backend,
+                "options": dataclasses.asdict(resolved),
+                "folder": str(folder.resolve()),
+                "scratch": scratch,
+            }
+            compiled = call_in_child("s2p_deploy.engines.build:compile_in_child", message, limits)
+        for name in graph.manifest.files:
+            side_graph = name.startswith((CONDITIONING_FILE, TEXT_FILE))
+            if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
+                copy_verified(graph, name, folder / name, one_link=True)
+        context.progress("build", 1, 1)
+        content = compiled | {
+            "sizes": {name: (folder / name).stat().st_size for name in compiled["engine_files"]},
+            "backend": backend,
+            **dataclasses.asdict(resolved.execution),
+            "options": dataclasses.asdict(resolved),
+            "dtype": graph.dtype,
+            "profile": resolved.profile.to_json(),
+            "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
+            "quantizers": graph.manifest.content["quantizers"],
+            "added_width": graph.added_width,
+            "denoiser_config": graph.manifest.content["denoiser_config"],
+        }
         (folder / CARD).write_text(engine_card(graph, content), encoding="utf-8")
         return content
 
@@ -80,13 +107,13 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but three 
         parents={"graph": (graph.folder, graph.manifest)},
         replace=replace,
     )
-    return remembered(Engine.open(out))
+    return remember_trial(Engine.open(out))
 
 
 def check_build(
     graph: ExportedGraph, backend: str, out: Path, options: BuildOptions, limits: Limits, *, replace: bool
 ) -> BuildOptions:
-    """Refuses what :func:`build_engine` would refuse before any work; returns the options with their hint.
+    """Refuses what :func:`build_engine` would refuse before any work; returns the options with every default filled in.
 
     Raises:
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
@@ -100,43 +127,139 @@ def check_build(
         )
     check_vacant(out, replace=replace)
     profile = profile_for(graph, options.profile)
-    asked = dataclasses.replace(options, hint=check_hint(chosen, options.hint), profile=profile)
-    check_refit(chosen, asked)
+    execution = resolve_execution(chosen, options.execution, graph.dtype)
+    resolved = dataclasses.replace(options, **dataclasses.asdict(execution), profile=profile)
+    check_refit(chosen, resolved)
     check_resources(estimate(graph, backend), out.parent, limits.memory)
-    return asked
+    return resolved
 
 
-def _copy_tables(graph: ExportedGraph, folder: Path) -> None:
-    for name in graph.manifest.files:
-        side_graph = name.startswith((CONDITIONING_FILE, TEXT_FILE))
-        if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
-            copy_verified(graph, name, folder / name)
-
-
-def _built_in_child(
-    graph: ExportedGraph, backend: str, folder: Path, options: BuildOptions, limits: Limits
-) -> dict[str, Any]:
-    # beside the artifact: what the backend keeps of the prepared graph is renamed, not copied
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.scratch-", dir=folder.parent) as scratch:
-        request = {
-            "graph": str(graph.folder.resolve()),
-            "backend": backend,
-            "options": dataclasses.asdict(options),
-            "folder": str(folder.resolve()),
-            "scratch": scratch,
-        }
-        return run_child(CHILD, request, Path(scratch), limits)
-
-
-def _described(graph: ExportedGraph, backend: str, options: BuildOptions) -> dict[str, Any]:
+def compile_in_child(message: dict[str, Any]) -> dict[str, Any]:
+    """Lowers and compiles in the build's child process: writes the backend's files, returns content of the manifest."""
+    started = time.monotonic()
+    backend = usable_backend(message["backend"])
+    graph = ExportedGraph.open(Path(message["graph"]))
+    options = BuildOptions.from_json(message["options"])
+    model, lowerings = lowered_model(graph, backend, options)
+    storage = storage_bits(model)
+    if graph.text:
+        storage |= storage_bits(read_onnx(graph.folder, TEXT_FILE, graph.manifest.files))
+    left = {value.name for value in model.graph.inputs}
+    inputs = tuple(spec for spec in graph.inputs if spec.name in left)
+    example = example_inputs(graph, options.profile)
+    compiled = backend.compile(
+        CompileRequest(
+            model=model,
+            inputs=inputs,
+            options=options,
+            folder=Path(message["folder"]),
+            scratch=Path(message["scratch"]),
+            example={spec.name: example[spec.name] for spec in inputs},
+        )
+    )
+    layers = layer_precisions(graph, lowerings, storage, compiled.compute)
     return {
-        "backend": backend,
-        "hint": options.hint,
-        "options": dataclasses.asdict(options),
-        "dtype": graph.dtype,
-        "profile": options.profile.to_json(),
-        "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
-        "points": graph.manifest.content["points"],
-        "added_cond": graph.manifest.content.get("added_cond", 0),
-        "denoiser_config": graph.manifest.content["denoiser_config"],
+        "engine_files": list(compiled.files),
+        "environment": compiled.environment,
+        "inputs": [dataclasses.asdict(spec) for spec in inputs],
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        RECORDED: lowerings.by_quantizer,
+        MIXED_TIMESTEPS: lowerings.mixed_timesteps,
+        "notes": compiled.notes,
+        "build_seconds": round(time.monotonic() - started, 3),
+        "peak_rss_bytes": peak_rss(),
     }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a backend's builds as measured: memory and seconds to begin with, and per byte and GB of weights."""
+
+    memory: int
+    memory_per_byte: float
+    seconds: float
+    seconds_per_gb: float
+
+
+_MB = 10**6
+# Measured on the bundled model (4 to 17 MB of weights), quantized and not: OpenVINO 316 and 259 MB, ONNX Runtime 216
+# and 167, TensorRT-RTX 779 and 686; 0.5 to 7 s. Per byte, on chains of convolutions of 89 and 354 MB: OpenVINO 2.2 to
+# 2.8, ONNX Runtime 2.1; for TensorRT-RTX on SD v1-4 in fp16 (1.74 GB of weights: 5.8 GB, 17 s) and in W8A8 (0.86 GB:
+# 3.6 GB, 54 s). TensorRT builds on a GPU and times kernels there; it is taken to be like TensorRT-RTX, not measured.
+_RTX_FLOATING = Cost(660 * _MB, 2.8, 5.0, 4.0)
+_RTX_QUANTIZED = Cost(770 * _MB, 3.1, 7.0, 46.0)
+_FLOATING = {
+    "onnxruntime": Cost(130 * _MB, 2.1, 1.0, 5.0),
+    "openvino": Cost(220 * _MB, 2.2, 2.0, 5.0),
+    "tensorrt_rtx": _RTX_FLOATING,
+    "tensorrt": _RTX_FLOATING,
+}
+_QUANTIZED = {
+    "onnxruntime": Cost(200 * _MB, 2.1, 1.0, 5.0),
+    "openvino": Cost(300 * _MB, 2.8, 2.0, 5.0),
+    "tensorrt_rtx": _RTX_QUANTIZED,
+    "tensorrt": _RTX_QUANTIZED,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Needs of a build: the least memory and disk without which it cannot work, and the likely peak and time.
+
+    Bytes, and seconds. Other processors and other graphs take up to a few times as long.
+    """
+
+    memory: int
+    disk: int
+    likely_memory: int
+    likely_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.likely_memory / 1e9:.2g} GB of memory (at least {self.memory / 1e9:.2g}),"
+            f" {self.disk / 1e9:.2g} GB of disk, {_duration(self.likely_seconds)}"
+        )
+
+
+def estimate(graph: ExportedGraph, backend: str) -> Estimate:
+    """Estimates the needs of building ``graph`` from the size of its weights and from other builds."""
+    weights = sum(path.stat().st_size for path in graph.folder.glob("denoiser.onnx*"))
+    cost = (_FLOATING if all(layer.weight is None for layer in graph.layers) else _QUANTIZED)[backend]
+    least = BASE_MEMORY + int(MEMORY_PER_WEIGHT_BYTE * weights)
+    return Estimate(
+        memory=least,
+        disk=int(DISK_PER_WEIGHT_BYTE * weights),
+        likely_memory=max(least, cost.memory + int(cost.memory_per_byte * weights)),
+        likely_seconds=round(cost.seconds + cost.seconds_per_gb * weights / 1e9, 1),
+    )
+
+
+def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) -> None:
+    """Refuses a build that cannot work here.
+
+    Raises:
+        InputError: ``memory_limit`` is below the least that is needed.
+        MissingEnvironmentError: the machine has too little memory or disk available.
+    """
+    if memory_limit is not None and memory_limit < needed.memory:
+        raise InputError(
+            f"a memory limit of {_size(memory_limit)} is too small: this build needs at least {_size(needed.memory)}"
+        )
+    memory = available_memory()
+    if memory is not None and memory < needed.memory:
+        raise MissingEnvironmentError(
+            f"the build needs at least {_size(needed.memory)} of memory, {_size(memory)} are available"
+        )
+    disk = free_bytes(folder)
+    if disk < needed.disk:
+        raise MissingEnvironmentError(
+            f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free"
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,4 +1,7 @@
-"""Projected time features of the rows that are bound to an engine of the input form, by its conditioning graph."""
+"""Inputs that graphs beside the denoiser's compute: projected time features, and products of the text.
+
+They are small and rarely run: by ONNX Runtime on the CPU, whatever the engine's backend is, and their results are kept.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +10,65 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from s2p_deploy.engines.runner import PROJECTIONS
-from s2p_deploy.engines.side_graph import SideGraph
+from s2p_deploy.engines.onnx_files import check_external_bytes
+from s2p_deploy.engines.runner import PROJECTIONS, TEXT, TEXT_PROJECTIONS
 from s2p_deploy.errors import IntegrityError
-from s2p_deploy.records.exported_graph import CONDITIONING_FILE
+from s2p_deploy.records import TensorSpec
+from s2p_deploy.records.artifacts import read_verified
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import onnxruntime
     from numpy.typing import NDArray
 
     from s2p_deploy.records import Engine
 
     # timesteps float32 [n] and added_cond float32 [n, A] -> features [n, P] in the engine's dtype
     Condition = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating[Any]]]
+    # text states [1, tokens, D] -> products [1, tokens, sum of widths], both of the engine's dtype
+    Project = Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]]]
 
-_MOST_BYTES = 2**29  # of features that are kept for prompts seen before
+_MOST_BYTES = 2**29  # of features and of products that are kept for prompts seen before
+_ERRORS_ONLY = 3
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_SAME_BITS_EVERYWHERE = "reference"  # the optimization whose results do not depend on the number of cores
 
 
 class TimeFeatures(Protocol):
-    """Projected time features by row. ``added_width`` is A, the width of what else they depend on."""
+    """Projected time features by timestep index. ``added_width`` is A, the width of what else they depend on."""
 
     added_width: int
 
-    def of(self, rows: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
-        """Features [batch, P] of rows [batch], for ``added_cond`` [batch, A] where A is not 0."""
+    @property
+    def table(self) -> NDArray[np.floating[Any]] | None:
+        """Features [timesteps, P], where they depend on the timestep alone."""
+
+    def of(self, indices: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
+        """Returns features [batch, P] of timestep indices [batch], for ``added_cond`` [batch, A] where A is not 0."""
 
 
 class StoredFeatures:
-    """Features [rows, P] of all rows, where they depend on the timestep alone."""
+    """Features [timesteps, P] of all timesteps, where they depend on the timestep alone."""
 
     added_width = 0
 
     def __init__(self, table: NDArray[np.floating[Any]]) -> None:
         self.table = table
 
-    def of(self, rows: NDArray[np.int64], _added_cond: NDArray[np.float32] | None = None) -> NDArray[np.floating[Any]]:
-        """Rows of the table."""
-        found: NDArray[np.floating[Any]] = self.table[rows]
-        return found
+    def of(
+        self, indices: NDArray[np.int64], _added_cond: NDArray[np.float32] | None = None
+    ) -> NDArray[np.floating[Any]]:
+        """Returns indices of the table."""
+        features: NDArray[np.floating[Any]] = self.table[indices]
+        return features
 
 
 class PromptFeatures:
-    """Features that depend on the prompt too: computed once per prompt for all rows ``ahead``, and kept.
+    """Features that depend on the prompt too: computed once per prompt for all indices ``ahead``, and kept.
 
-    Other rows are computed when they are asked for. Those of the prompts used last are kept, in ``most_bytes`` or one
+    Other indices are computed when they are needed. Those of the prompts used last are kept, in ``most_bytes`` or one
     prompt.
     """
 
@@ -64,23 +81,24 @@ class PromptFeatures:
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self.added_width, self._most_bytes = added_width, most_bytes
+        self.table = None
         self._condition, self._timesteps, self._ahead = condition, timesteps.astype(np.float32), tuple(ahead)
         self._kept: OrderedDict[bytes, dict[int, NDArray[np.floating[Any]]]] = OrderedDict()
 
-    def of(self, rows: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
+    def of(self, indices: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
         """See :class:`TimeFeatures`."""
         assert added_cond is not None, "the inputs were checked"
-        return np.stack([self._one(int(row), added) for row, added in zip(rows, added_cond, strict=True)])
+        return np.stack([self._one(int(index), added) for index, added in zip(indices, added_cond, strict=True)])
 
-    def _one(self, row: int, added: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    def _one(self, index: int, added: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
         known = self._kept.setdefault(added.tobytes(), {})
         self._kept.move_to_end(added.tobytes())
-        if row not in known:
-            missing = [row] if known else list(dict.fromkeys((row, *self._ahead)))
-            found = self._condition(self._timesteps[missing], np.repeat(added[None], len(missing), 0))
-            known.update(zip(missing, found, strict=True))
-            self._forget(known[row].nbytes)
-        return known[row]
+        if index not in known:
+            missing = [index] if known else list(dict.fromkeys((index, *self._ahead)))
+            features = self._condition(self._timesteps[missing], np.repeat(added[None], len(missing), 0))
+            known.update(zip(missing, features, strict=True))
+            self._forget(known[index].nbytes)
+        return known[index]
 
     def _forget(self, each: int) -> None:
         """Drops prompts from the oldest on, never the last."""
@@ -89,10 +107,10 @@ class PromptFeatures:
 
 
 def time_features(engine: Engine, timesteps: NDArray[np.float64], ahead: Sequence[int]) -> TimeFeatures:
-    """The features of an engine's rows, whose ``timesteps`` are float64 [rows], by its ``conditioning.onnx``.
+    """Opens the features of an engine's ``timesteps``, float64 [timesteps], computed by its ``conditioning.onnx``.
 
-    ONNX Runtime runs it, on the CPU, whatever the engine's backend is. ``ahead`` are the rows that a prompt will ask
-    for.
+    ONNX Runtime runs it, on the CPU, whatever the engine's backend is. ``ahead`` are the indices that a prompt
+    will need.
 
     Raises:
         IntegrityError: the file is missing or was changed, or is no graph of that kind.
@@ -121,3 +139,115 @@ def _conditioning(engine: Engine) -> Condition:
         return features
 
     return condition
+
+
+class TextProjections:
+    """Products of text states: those of the texts used last are kept, in ``most_bytes`` or one batch.
+
+    Samples are computed one at a time, so that a text's products do not depend on what else was in its batch. ``spec``
+    is what the text states look like.
+    """
+
+    def __init__(self, project: Project, spec: TensorSpec, most_bytes: int = _MOST_BYTES) -> None:
+        self.spec = spec
+        self._project, self._most_bytes = project, most_bytes
+        self._kept: OrderedDict[bytes, NDArray[np.floating[Any]]] = OrderedDict()
+
+    def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """[batch, tokens, sum of widths] of text states [batch, tokens, D] in the dtype of ``spec``."""
+        products = np.concatenate([self._one(sample) for sample in states[:, None]])
+        self._forget(most=max(self._most_bytes, products.nbytes))
+        return products
+
+    def close(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+    def _one(self, sample: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        key = sample.tobytes()
+        if key not in self._kept:
+            self._kept[key] = self._project(sample)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _forget(self, most: int) -> None:
+        """Drops texts from the one on that was used longest ago."""
+        while sum(kept.nbytes for kept in self._kept.values()) > most:
+            self._kept.popitem(last=False)
+
+
+def text_projections(engine: Engine) -> TextProjections:
+    """Opens the text projections of an engine, computed by its ``text.onnx`` on the CPU whatever its backend is.
+
+    Raises:
+        IntegrityError: the file is missing or was changed, or is no graph of that kind.
+    """
+    graph = SideGraph(engine, TEXT_FILE, "--text-projections input")
+    taken = next(spec for spec in engine.inputs if spec.name == TEXT_PROJECTIONS)
+    spec = next((given for given in graph.inputs() if given.name == TEXT), TensorSpec(TEXT, "", ()))
+    if spec != TensorSpec(TEXT, taken.dtype, (*taken.shape[:2], *spec.shape[2:])) or len(spec.shape) != 3:
+        raise IntegrityError(f"{graph.path} takes {list(spec.shape)} {spec.dtype}: export the graph again")
+
+    def project(states: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        products = graph.run(TEXT_PROJECTIONS, {TEXT: states})
+        wanted = (len(states), *taken.shape[1:])
+        if products.shape != wanted or products.dtype != np.dtype(taken.dtype):
+            raise IntegrityError(
+                f"{graph.path} gives {list(products.shape)}, not {list(wanted)}: export the graph again"
+            )
+        return products
+
+    return TextProjections(project, spec)
+
+
+class SideGraph:
+    """Session of one of an engine's ONNX files with its data, loaded from verified bytes and run unoptimized.
+
+    ``option`` is the option of ``export`` that writes the file.
+
+    Raises:
+        IntegrityError: the file is missing, was changed, or cannot be loaded.
+    """
+
+    def __init__(self, engine: Engine, name: str, option: str) -> None:
+        self.path = engine.folder / name
+        if name not in engine.manifest.files:
+            raise IntegrityError(f"{self.path} is missing: export the graph again with {option}, and build again")
+        names = [file for file in engine.manifest.files if file.startswith(name)]
+        files = {file: read_verified(engine, file) for file in names}
+        model = bytes(files.pop(name))
+        check_external_bytes(model, {file: len(content) for file, content in files.items()})
+        try:
+            self._session = _session(model, files, threads=int(engine.optimization == _SAME_BITS_EVERYWHERE))
+        except Exception as error:  # ONNX Runtime's errors have no class of their own in common
+            raise self._unusable(error) from error
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Lists its inputs."""
+        taken = self._session.get_inputs()
+        return tuple(TensorSpec(item.name, _TYPES.get(item.type, item.type), tuple(item.shape)) for item in taken)
+
+    def run(self, output: str, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """Computes one of its outputs. Raises IntegrityError where it cannot compute that."""
+        try:
+            value: NDArray[Any] = self._session.run([output], dict(given))[0]
+        except Exception as error:  # as above
+            raise self._unusable(error) from error
+        return np.ascontiguousarray(value)
+
+    def _unusable(self, error: Exception) -> IntegrityError:
+        return IntegrityError(f"{self.path} cannot be used ({type(error).__name__}): export it again")
+
+
+def _session(model: bytes, data: dict[str, bytearray], threads: int) -> onnxruntime.InferenceSession:
+    """``threads`` 0 are as many as there are cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    if data:
+        sizes = [len(content) for content in data.values()]
+        options.add_external_initializers_from_files_in_memory(list(data), list(data.values()), sizes)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

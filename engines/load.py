@@ -1,24 +1,38 @@
-"""Engine -> runner: an engine is executable code, so everything is checked first, on the very bytes that are loaded."""
+"""Engine -> runner: an engine is executable code, so everything is checked first, on the very bytes that are loaded.
+
+An engine that was not built or run here before is loaded and run once in a child process first: it is native code, or a
+program for a native parser, and a hostile or damaged one that was sealed anew can crash the process that loads it. The
+child takes that crash. What survived is remembered by its manifest's digest in the user's cache, so it costs one more
+load, once. It is no sandbox: the child has the user's rights.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s2p_deploy.child_process import ChildEndedError, Limits, call
 from s2p_deploy.engines.backend import usable_backend
-from s2p_deploy.engines.bound_scales import BOUND, check_scales
-from s2p_deploy.engines.conditioning import time_features
-from s2p_deploy.engines.lowerings import MIXED_ROWS
-from s2p_deploy.engines.one_row import OneRowRunner
-from s2p_deploy.engines.options import ShapeProfile
-from s2p_deploy.engines.runner import BoundRunner
-from s2p_deploy.engines.tensor_runner import BoundTensorRunner, TensorRunner
-from s2p_deploy.engines.text_projections import text_projections
-from s2p_deploy.engines.trial import require_trial
-from s2p_deploy.engines.verified_bytes import verified_files
+from s2p_deploy.engines.conditioning import text_projections, time_features
+from s2p_deploy.engines.lowerings import RECORDED, STATIC
+from s2p_deploy.engines.machine import private_folder
+from s2p_deploy.engines.runner import (
+    BOUND,
+    OUTPUT,
+    BoundRunner,
+    BoundTensorRunner,
+    TensorRunner,
+    UniformTimestepRunner,
+    UniformTimestepTensorRunner,
+)
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
-from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows, with_schedules
+from s2p_deploy.records import Engine
+from s2p_deploy.records.artifacts import verified_files
+from s2p_deploy.timesteps import scales_for_schedule, timestep_indices, with_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +40,12 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.backend import Backend
     from s2p_deploy.engines.conditioning import TimeFeatures
     from s2p_deploy.engines.runner import Runner
-    from s2p_deploy.records import Engine, ExportedGraph, ScaleTable, TimestepTable
-    from s2p_deploy.records.pipeline_parts import PipelineParts
+    from s2p_deploy.records import ComponentEngines, ExportedGraph, ScaleTable, TimestepTable
     from s2p_deploy.timesteps import Timesteps
+
+TRIAL_TIMEOUT_S = 900.0
+_RANGE_SLACK = 1e-6  # relative; a table that went through decimal text
+_ROUNDING = {"fp32": 1e-6, "fp16": 2.0**-10}  # of the constant, to the graph's type
 
 
 def load_engine(
@@ -39,14 +56,14 @@ def load_engine(
     *,
     tried: bool = False,
 ) -> BoundRunner:
-    """A runner of an engine, with everything bound that has rows.
+    """Loads an engine, with everything bound that has a value per timestep.
 
     Args:
         engine: what to load.
         expected_graph: what it must have been built from.
         scales: the activation scales of the training timesteps; the engine's own where left out.
-        schedules: timesteps of every schedule that will be asked for. Integer timesteps always have rows; fractional
-            ones only where they are named here, on an engine of the input form.
+        schedules: timesteps of every schedule that will be run. Integer timesteps always have an index; fractional
+            ones only where they are named here, on an engine that takes time projections as an input.
         tried: load it here without a trial run in a child process, which the trial's own child does.
 
     Raises:
@@ -62,9 +79,11 @@ def load_engine(
     timesteps = bound_timesteps(engine, schedules)
     table = scales or engine.scales
     check_scales(engine, table)
-    if len(table.scales) != engine.timesteps.rows:
-        raise InputError(f"the scale table has {len(table.scales)} rows, {engine.folder} has {engine.timesteps.rows}")
-    table = scales_of_rows(table, engine.timesteps, timesteps)
+    if len(table.scales) != len(engine.timesteps):
+        raise InputError(
+            f"the scale table has {len(table.scales)} timesteps, {engine.folder} has {len(engine.timesteps)}"
+        )
+    table = scales_for_schedule(table, engine.timesteps, timesteps)
     if not tried:
         require_trial(engine)
     features = bound_features(engine, timesteps, schedules)
@@ -72,16 +91,17 @@ def load_engine(
     files = verified_files(engine)
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
     runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {})
-    if not engine.manifest.content.get(MIXED_ROWS, True):
-        runner = OneRowRunner(runner)
+    if not engine.mixed_timesteps:
+        uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
+        runner = uniform(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    profile = ShapeProfile.from_json(engine.manifest.content["profile"])
+    profile = engine.profile
     return kind(runner, per_step, timesteps, features, texts, profile=profile)
 
 
 def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepTable:
-    """The rows of an engine that is bound to schedules.
+    """Returns the timesteps of an engine that is bound to schedules.
 
     Raises:
         InputError: a timestep is outside the covered range, or fractional where the time table is constant.
@@ -89,20 +109,20 @@ def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepT
     if engine.takes_time_projections:
         return with_schedules(engine.timesteps, schedules)
     for schedule in schedules:
-        rows_of_timesteps(schedule, engine.timesteps)
+        timestep_indices(schedule, engine.timesteps)
     return engine.timesteps
 
 
 def bound_features(engine: Engine, timesteps: TimestepTable, schedules: Sequence[Timesteps]) -> TimeFeatures | None:
-    """Projected time features of the bound rows, those of ``schedules`` ahead; None where the graph has its own.
+    """Opens the projected time features of the bound timesteps; None where the graph computes its own.
 
     Raises:
         IntegrityError: ``conditioning.onnx`` is missing or was changed.
     """
     if not engine.takes_time_projections:
         return None
-    asked = np.concatenate([rows_of_timesteps(schedule, timesteps) for schedule in schedules or [[]]])
-    ahead = np.unique(asked).tolist() or list(timesteps.calibrated_rows)
+    scheduled = np.concatenate([timestep_indices(schedule, timesteps) for schedule in schedules or [[]]])
+    ahead = np.unique(scheduled).tolist() or list(timesteps.calibrated_indices)
     return time_features(engine, timesteps.timesteps, ahead)
 
 
@@ -112,12 +132,110 @@ def check_graph(engine: Engine, graph: ExportedGraph) -> None:
         raise IntegrityError(f"{engine.folder} is an engine of another graph than {graph.folder}: build it again")
 
 
-def check_environment(engine: Engine | PipelineParts, backend: Backend) -> None:
+def check_environment(engine: Engine | ComponentEngines, backend: Backend) -> None:
     """Raises MissingEnvironmentError naming the first thing here that differs from what the engine was built for."""
-    here = backend.environment(engine.hint)
+    here = backend.environment(engine.execution)
     for key, built in engine.environment.items():
         if here.get(key) != built:
             raise MissingEnvironmentError(
                 f"{engine.folder} needs {key} {built}, here it is {here.get(key, 'missing')}: "
                 "use it on such a machine, or make one for this one"
             )
+
+
+def check_scales(engine: Engine, table: ScaleTable) -> None:
+    """Checks that a scale table may be bound to an engine.
+
+    It must have the same quantizers, as many timesteps as the engine takes, and every scale finite, positive and within
+    the range that export checked. Columns of quantizers whose lowering is ``static`` must be what the engine has built
+    in, within the tolerance that it was built with.
+
+    Raises:
+        InputError: it may not; the message names the first quantizer at fault.
+    """
+    if table.quantizers != engine.scales.quantizers:
+        raise InputError(f"the scale table has other quantizers than {engine.folder}: it belongs to another model")
+    timesteps = next((spec.shape[0] for spec in engine.inputs if spec.name == BOUND), None)
+    if isinstance(timesteps, int) and timesteps != len(table.scales):
+        raise InputError(f"the scale table has {len(table.scales)} timesteps, {engine.folder} takes {timesteps}")
+    checked = [engine.manifest.content["quantizers"][name] for name in table.quantizers]
+    low = np.asarray([quantizer["lowest"] for quantizer in checked]) * (1 - _RANGE_SLACK)
+    high = np.asarray([quantizer["highest"] for quantizer in checked]) * (1 + _RANGE_SLACK)
+    # written so that NaN fails too
+    bad = ~(np.isfinite(table.scales) & (table.scales > 0) & (table.scales >= low) & (table.scales <= high))
+    if bad.any():
+        index, column = (int(places[0]) for places in np.nonzero(bad))
+        raise InputError(
+            f"scale of {table.quantizers[column]} at timestep index {index} is {table.scales[index, column]:g}, "
+            f"outside {low[column]:g} to {high[column]:g} that export checked: export and build again"
+        )
+    _check_baked(engine, table)
+
+
+def _check_baked(engine: Engine, table: ScaleTable) -> None:
+    """Raises InputError for a column that differs from the constant in the engine."""
+    content = engine.manifest.content
+    tolerance = content.get("options", {}).get("static_tolerance", 0.0)
+    # the constant is the middle of a range whose ends differ by the tolerance
+    within = math.sqrt(1 + tolerance) * (1 + _ROUNDING[engine.dtype])
+    for name, column in zip(table.quantizers, table.scales.T, strict=True):
+        if content.get(RECORDED, {}).get(name) != STATIC:
+            continue
+        baked = content["quantizers"][name]["reference_scale"]
+        away = np.maximum(column / baked, baked / column)
+        if away.max() > within:
+            raise InputError(
+                f"scale of {name} at timestep index {int(away.argmax())} is {column[away.argmax()]:g}, but "
+                f"{engine.folder} has {baked:g} built in (lowering static): build an engine for this table"
+            )
+
+
+def require_trial(engine: Engine) -> None:
+    """Tries an engine in a child process, unless it was built or tried here before.
+
+    Raises:
+        IntegrityError: it crashed or failed there.
+        MissingEnvironmentError: as loading it would raise, or memory ran out.
+    """
+    with suppress(MissingEnvironmentError):  # without a usable cache folder, every load tries it again
+        if (private_folder("tried") / engine.manifest.digest).is_file():
+            return
+    message = {"engine": str(engine.folder.resolve()), "digest": engine.manifest.digest}
+    limits = Limits(TRIAL_TIMEOUT_S)
+    try:
+        call("s2p_deploy.engines.load:try_in_child", message, limits)
+    except ChildEndedError as error:
+        reason = error.ended.summary(limits)
+        if error.ended.out_of_memory:
+            raise MissingEnvironmentError(
+                f"{engine.folder}: a trial run in a child process {reason}: free some, or build with a smaller --batch"
+            ) from error
+        raise IntegrityError(f"{engine.folder}: a trial run in a child process {reason}: build it again") from error
+    remember_trial(engine)
+
+
+def remember_trial(engine: Engine) -> Engine:
+    """Notes an engine as one that runs here, and returns it."""
+    with suppress(MissingEnvironmentError):
+        (private_folder("tried") / engine.manifest.digest).touch()
+    return engine
+
+
+def try_in_child(message: dict[str, Any]) -> dict[str, Any]:
+    """Loads an engine and runs it at its smallest and at its tuned batch, in the trial's child process.
+
+    Raises:
+        IntegrityError: it is not the engine of the digest, or gives another shape than its manifest says.
+    """
+    engine = Engine.open(Path(message["engine"]))
+    if engine.manifest.digest != message["digest"]:
+        raise IntegrityError(f"{engine.folder} was changed while it was opened")
+    index, profile = engine.timesteps.calibrated_indices[0], engine.profile
+    with load_engine(engine, tried=True) as runner:
+        for batch in sorted({profile.minimum, profile.optimum}):
+            shapes = {s.name: [batch if isinstance(size, str) else size for size in s.shape] for s in runner.inputs}
+            inputs = {name: np.full(shape, index if name == "timestep_index" else 0) for name, shape in shapes.items()}
+            output = runner.infer(inputs)[OUTPUT]
+            if output.shape != inputs["sample"].shape:
+                raise IntegrityError(f"{engine.folder} gives {OUTPUT} of shape {list(output.shape)}: build it again")
+    return {}

@@ -1,35 +1,46 @@
-"""Which lowering every act point gets, and which INT4 weights stay packed: decided from records, never from a graph."""
+"""How each quantized layer is lowered for a backend: chosen from records, applied by passes, reported per layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2p_deploy.engines.passes.expand_int4 import Int4Use
-from s2p_deploy.engines.support import Pattern
+from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.engines.passes.expand_int4 import ExpandInt4, Int4Use
+from s2p_deploy.engines.passes.runtime_quantize import RuntimeQuantize
+from s2p_deploy.engines.passes.static_quantizers import StaticQuantizers
+from s2p_deploy.engines.passes.unread_columns import UnreadColumns
+from s2p_deploy.engines.support import Pattern, support_of
 from s2p_deploy.errors import InputError
+from s2p_deploy.records import LayerPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import numpy as np
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines.backend import Backend
     from s2p_deploy.engines.options import BuildOptions
-    from s2p_deploy.engines.support import Support
-    from s2p_deploy.records import Engine, ExportedGraph, GraphSite
+    from s2p_deploy.engines.support import SupportTable
+    from s2p_deploy.records import Engine, ExportedGraph, GraphLayer, PrecisionPlan
 
 RESCALE, RUNTIME_Q, STATIC = "rescale", "runtime_q", "static"
-RECORDED, MIXED_ROWS = "lowerings", "mixed_rows"  # in an engine's content: act point -> lowering, and a bool
+# in an engine's content: activation quantizer -> lowering, and a bool
+RECORDED, MIXED_TIMESTEPS = "lowerings", "mixed_timesteps"
+UNKNOWN = "unknown"
+_ON_CPU = "fp32"
+_BITS = {"int8": 8, "int4": 4}
 _REFUSED = frozenset({"fails", "crashes", "wrong"})
 _OPS = {"conv": "conv", "linear": "matmul", "Conv": "conv", "MatMul": "matmul"}
 
 
 @dataclass(frozen=True)
-class PointLowering:
-    """One act point: the tensor of its codes, its column of the scale table, and its lowering."""
+class QuantizerLowering:
+    """Lowering of one activation quantizer, with the tensor of its codes and its column of the scale table."""
 
-    point: str
+    quantizer: str
     codes: str
     column: int
     lowering: str
@@ -37,68 +48,72 @@ class PointLowering:
 
 @dataclass(frozen=True)
 class Lowerings:
-    """The lowering of every act point of a graph. Empty: all stay as the canonical graph has them (``rescale``)."""
+    """Lowerings of all activation quantizers of a graph; empty: all stay as exported (``rescale``)."""
 
-    points: tuple[PointLowering, ...] = ()
-
-    @property
-    def by_point(self) -> dict[str, str]:
-        """Act point -> lowering."""
-        return {point.point: point.lowering for point in self.points}
+    quantizers: tuple[QuantizerLowering, ...] = ()
 
     @property
-    def mixed_rows(self) -> bool:
-        """Whether the samples of a batch may be on different rows."""
-        return all(point.lowering != RUNTIME_Q for point in self.points)
+    def by_quantizer(self) -> dict[str, str]:
+        """Activation quantizer -> lowering."""
+        return {quantizer.quantizer: quantizer.lowering for quantizer in self.quantizers}
+
+    @property
+    def mixed_timesteps(self) -> bool:
+        """True where the samples of a batch may be at different timesteps."""
+        return all(quantizer.lowering != RUNTIME_Q for quantizer in self.quantizers)
 
     def columns(self, lowering: str) -> dict[str, int]:
-        """Codes -> column of the points with a lowering."""
-        return {point.codes: point.column for point in self.points if point.lowering == lowering}
+        """Codes -> column of the quantizers with a lowering."""
+        return {quantizer.codes: quantizer.column for quantizer in self.quantizers if quantizer.lowering == lowering}
 
 
-def choose_lowerings(graph: ExportedGraph, options: BuildOptions, support: Support) -> Lowerings:
-    """The lowering of every act point.
+def choose_lowerings(graph: ExportedGraph, options: BuildOptions, support: SupportTable) -> Lowerings:
+    """Chooses the lowering of every activation quantizer.
 
-    ``static`` where the point's scales vary by no more than ``options.static_tolerance`` over the rows; else what
-    ``options.lowering`` asks for; with ``auto`` that is ``rescale``, or ``runtime_q`` where the backend was seen to
-    refuse the first and to take the second.
+    ``static`` where the quantizer's scales vary by no more than ``options.static_tolerance`` over the timesteps; else
+    ``options.lowering``; with ``auto`` that is ``rescale``, or ``runtime_q`` where ``support`` says that the backend
+    refuses the first and takes the second.
 
     Raises:
-        InputError: the backend was seen to refuse the lowering that was asked for.
+        InputError: the backend refuses the lowering of ``options``.
     """
-    columns = dict(zip(graph.scales.points, graph.scales.scales.T, strict=True))
-    members: dict[str, list[GraphSite]] = {name: [] for name in graph.scales.points}
-    for site in graph.sites:
-        if site.act_point is not None:
-            members[site.act_point].append(site)
+    columns = dict(zip(graph.scales.quantizers, graph.scales.scales.T, strict=True))
+    members: dict[str, list[GraphLayer]] = {name: [] for name in graph.scales.quantizers}
+    for layer in graph.layers:
+        if layer.activation_quantizer is not None:
+            members[layer.activation_quantizer].append(layer)
     return _lowerings(
-        graph, {name: _lowering(sites, columns[name], options, support) for name, sites in members.items()}
+        graph, {name: _lowering_of(layers, columns[name], options, support) for name, layers in members.items()}
     )
 
 
 def recorded_lowerings(engine: Engine, graph: ExportedGraph) -> Lowerings:
-    """What an engine was built with. ``graph`` is the one it was built from."""
-    return _lowerings(graph, engine.manifest.content.get(RECORDED, {}))
+    """Returns the lowerings that an engine of ``graph`` was built with."""
+    return _lowerings(graph, engine.lowerings)
 
 
 def variation(column: NDArray[np.float32]) -> float:
-    """How much the scales of one act point vary over the rows: largest over smallest, less one."""
+    """Returns how much one quantizer's scales vary over the timesteps: largest over smallest, less one."""
     return float(column.max()) / float(column.min()) - 1
 
 
 def int4_rule(
-    support: Support, lowerings: Lowerings, *, wanted: Callable[[Int4Use], bool], untried: Callable[[Int4Use], bool]
+    support: SupportTable,
+    lowerings: Lowerings,
+    *,
+    wanted: Callable[[Int4Use], bool],
+    untried: Callable[[Int4Use], bool],
 ) -> Callable[[Int4Use], bool]:
-    """Which uses of INT4 weights stay packed: ``wanted`` ones that the backend was seen to take.
+    """Makes the rule for INT4 weights that stay packed: ``wanted`` uses that the backend takes.
 
-    Where the probe says nothing, ``untried`` decides.
+    Where the support table says nothing, ``untried`` decides.
     """
-    quantized = set(lowerings.by_point.values()) or {RESCALE}
+    quantized = set(lowerings.by_quantizer.values()) or {RESCALE}
 
     def keep(use: Int4Use) -> bool:
         forms = quantized if use.quantized_activation else {"float"}
         activations = "int8" if use.quantized_activation else "none"
-        verdicts = {_verdict(support, Pattern(form, _OPS.get(use.op, use.op), "int4", activations)) for form in forms}
+        verdicts = {support.verdict(Pattern(form, _OPS.get(use.op, use.op), "int4", activations)) for form in forms}
         if verdicts & _REFUSED:
             return False
         return untried(use) if "unknown" in verdicts else wanted(use)
@@ -106,20 +121,24 @@ def int4_rule(
     return keep
 
 
-def _lowerings(graph: ExportedGraph, by_point: Mapping[str, str]) -> Lowerings:
-    codes = {site.act_point: site.codes for site in graph.sites}
+def _lowerings(graph: ExportedGraph, by_quantizer: Mapping[str, str]) -> Lowerings:
+    codes = {layer.activation_quantizer: layer.codes for layer in graph.layers}
     return Lowerings(
         tuple(
-            PointLowering(name, str(codes[name]), column, by_point[name])
-            for column, name in enumerate(graph.scales.points)
-            if name in by_point
+            QuantizerLowering(name, str(codes[name]), column, by_quantizer[name])
+            for column, name in enumerate(graph.scales.quantizers)
+            if name in by_quantizer
         )
     )
 
 
-def _lowering(sites: list[GraphSite], column: NDArray[np.float32], options: BuildOptions, support: Support) -> str:
+def _lowering_of(
+    layers: list[GraphLayer], column: NDArray[np.float32], options: BuildOptions, support: SupportTable
+) -> str:
     def verdicts(lowering: str) -> set[str]:
-        return {_verdict(support, Pattern(lowering, _OPS[s.op], _stored(s), "int8")) for s in sites}
+        # INT4 counts as INT8 here: every backend can expand it
+        stored = {(layer.op, "none" if layer.weight is None else "int8") for layer in layers}
+        return {support.verdict(Pattern(lowering, _OPS[op], weights, "int8")) for op, weights in stored}
 
     if variation(column) <= options.static_tolerance and not verdicts(STATIC) & _REFUSED:
         return STATIC
@@ -129,7 +148,7 @@ def _lowering(sites: list[GraphSite], column: NDArray[np.float32], options: Buil
     refused = sorted(verdicts(options.lowering) & _REFUSED)
     if refused:
         raise InputError(
-            f"lowering {options.lowering} of {sites[0].site}: with this version the backend {_SAID[refused[0]]}; "
+            f"lowering {options.lowering} of {layers[0].name}: with this version the backend {_SAID[refused[0]]}; "
             "choose another --lowering"
         )
     return options.lowering
@@ -138,10 +157,83 @@ def _lowering(sites: list[GraphSite], column: NDArray[np.float32], options: Buil
 _SAID = {"fails": "refuses it", "crashes": "crashes on it", "wrong": "computes it wrong"}
 
 
-def _stored(site: GraphSite) -> str:
-    """Weights as a quantized site has them where INT4 is expanded: every backend can do that."""
-    return "none" if site.weight is None else "int8"
+def lowered_model(graph: ExportedGraph, backend: Backend, options: BuildOptions) -> tuple[ir.Model, Lowerings]:
+    """Reads the canonical graph and gives it a backend's form; weights are read when the model is written or compiled.
+
+    Raises:
+        IntegrityError: the graph's external data is not beside it, is cut short, or was changed.
+        InputError: the backend refuses the lowering of ``options``.
+    """
+    lowerings = choose_lowerings(graph, options, support_of(backend.name))
+    model = read_onnx(graph.folder, graph.onnx_file.name, graph.manifest.files)
+    backend.prepare_model(model, lowerings, options.execution)
+    return model, lowerings
 
 
-def _verdict(support: Support, pattern: Pattern) -> str:
-    return support.verdicts.get(pattern, "unknown")
+def apply_passes(model: ir.Model, lowerings: Lowerings, keep_int4: Callable[[Int4Use], bool]) -> None:
+    """Gives a canonical graph, or a subgraph, the chosen form in place. INT4 that ``keep_int4`` refuses expands."""
+    ExpandInt4(keep_int4)(model)
+    StaticQuantizers(lowerings.columns(STATIC))(model)
+    RuntimeQuantize(lowerings.columns(RUNTIME_Q))(model)
+    UnreadColumns()(model)
+
+
+def weight_only(use: Int4Use) -> bool:
+    """Keeps INT4 packed where the activation is floating point: it is dequantized before the operator anyway."""
+    return not use.quantized_activation
+
+
+def weight_only_or_matmul(use: Int4Use) -> bool:
+    """Keeps INT4 packed in MatMul beside INT8 activations too."""
+    return weight_only(use) or use.op == "MatMul"
+
+
+def any_use(_use: Int4Use) -> bool:
+    """Keeps INT4 packed wherever the backend takes it."""
+    return True
+
+
+def storage_bits(model: ir.Model) -> dict[str, int]:
+    """Returns the bits per value of every constant of a graph."""
+    tensors = model.graph.initializers.items()
+    return {name: value.const_value.dtype.bitwidth for name, value in tensors if value.const_value is not None}
+
+
+def layer_precisions(
+    graph: ExportedGraph, lowerings: Lowerings, storage: Mapping[str, int], compute: Mapping[str, str]
+) -> tuple[LayerPrecision, ...]:
+    """Describes every layer. ``storage`` maps the graphs' tensors to bits, ``compute`` ONNX nodes to types.
+
+    Layers of ``text.onnx`` are computed by ONNX Runtime on the CPU: their products are float32 ones there.
+    """
+    chosen = lowerings.by_quantizer
+    floating = 32 if graph.dtype == "fp32" else 16
+    return tuple(
+        LayerPrecision(
+            name=layer.name,
+            op=layer.op,
+            lowering=_lowering(layer, chosen),
+            weight_storage_bits=floating if layer.weight is None else storage[layer.weight],
+            activation_bits=_BITS.get(layer.activations, floating),
+            compute=_ON_CPU if layer.graph == "text" else compute.get(layer.node, UNKNOWN),
+        )
+        for layer in graph.layers
+    )
+
+
+def layers_not_int8(engine: Engine, plan: PrecisionPlan) -> tuple[str, ...]:
+    """Lists the layers that the plan wants computed in integers and that the engine's backend does not report as int8.
+
+    Integers are wanted where both weights and activations are quantized.
+    """
+    compute = {layer.name: layer.compute for layer in engine.layers}
+    planned = (
+        layer.name for layer in plan.layers if layer.activation_quantizer is not None and layer.weights != "none"
+    )
+    return tuple(layer for layer in planned if compute.get(layer, UNKNOWN) != "int8")
+
+
+def _lowering(layer: GraphLayer, chosen: Mapping[str, str]) -> str:
+    if layer.activation_quantizer is not None:
+        return chosen[layer.activation_quantizer]
+    return "float" if layer.weight is None else "weight_only"

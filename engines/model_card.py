@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,28 +24,28 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
-_METADATA = re.compile(r"\A---\r?\n(.*?)\r?\n---\s", re.DOTALL)
 _MOST_METADATA = 2**16  # bytes of a pipeline's card that are looked at
 _HALF = 16  # bits
-_WIDE = 10_000  # no line of metadata is folded
 
 
 def engine_card(graph: ExportedGraph, content: Mapping[str, Any]) -> str:
-    """The card of an engine.
+    """Writes the card of an engine.
 
     Args:
         graph: what it was built from.
-        content: what its manifest will say: backend, hint, sites, environment, sizes.
+        content: what its manifest will say: backend, precision, layers, environment, sizes.
     """
     base, recipe = graph.manifest.base, str(graph.manifest.recipe["name"])
     kinds = Counter(
-        (s["op"], s["weight_storage_bits"], s["activation_bits"], s["lowering"], s["compute"]) for s in content["sites"]
+        (s["op"], s["weight_storage_bits"], s["activation_bits"], s["lowering"], s["compute"])
+        for s in content["layers"]
     )
+    metadata = ModelCardData(**card_metadata(base, license_of(Path(base.source)), content))
     return (
         card_environment("s2p_deploy.engines")
         .get_template("model_card.md.j2")
         .render(
-            metadata=metadata_block(card_metadata(base, license_of(Path(base.source)), content)),
+            metadata=f"---\n{metadata.to_yaml()}\n---",
             base=base,
             source=shown_source(base),
             recipe=recipe,
@@ -58,9 +59,9 @@ def engine_card(graph: ExportedGraph, content: Mapping[str, Any]) -> str:
 
 
 def card_metadata(base: Base, license_name: str | None, engine: Mapping[str, Any]) -> dict[str, Any]:
-    """What model hubs read: names of ours, and of others only what can be nothing but an id.
+    """Returns what model hubs read: names of ours, and of others only what can be nothing but an id.
 
-    ``engine`` has at least ``backend`` and ``sites``.
+    ``engine`` has at least ``backend`` and ``layers``.
     """
     quantized = ["quantized"] if _is_quantized(engine) else []
     metadata: dict[str, Any] = {
@@ -74,38 +75,32 @@ def card_metadata(base: Base, license_name: str | None, engine: Mapping[str, Any
 
 
 def _is_quantized(engine: Mapping[str, Any]) -> bool:
-    return any(site["weight_storage_bits"] < _HALF or site["activation_bits"] < _HALF for site in engine["sites"])
-
-
-def metadata_block(metadata: Mapping[str, Any]) -> str:
-    """YAML between two lines of dashes."""
-    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, width=_WIDE)}---"
+    return any(layer["weight_storage_bits"] < _HALF or layer["activation_bits"] < _HALF for layer in engine["layers"])
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that a pipeline's own card names, or None."""
+    """Returns the licence that a pipeline's own card names, or None."""
     try:
         with (folder / CARD).open("rb") as opened:
-            found = _METADATA.match(opened.read(_MOST_METADATA).decode("utf-8", "replace"))
-        metadata = yaml.safe_load(found.group(1)) if found else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            card = ModelCard(opened.read(_MOST_METADATA).decode("utf-8", "replace"))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return None
-    name = metadata.get("license") if isinstance(metadata, dict) else None
+    name = card.data.get("license")
     return name if isinstance(name, str) and _LICENSE.fullmatch(name) else None
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a pipeline was named by ``owner/name``, not by where it lies."""
+    """Tells whether a pipeline was named by ``owner/name``, not by where it lies."""
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
 def shown_source(base: Base) -> str:
-    """What a pipeline is called for others: its hub id or its folder's name, never a path of the builder's machine."""
+    """Returns a pipeline's name for others: its hub id or its folder's name, never a path of the builder's machine."""
     return base.source if is_hub_id(base.source) else Path(base.source).name or base.source
 
 
 def code(value: Any) -> str:  # noqa: ANN401 - shown as text
-    """Any text as one Markdown code span, in which nothing means anything."""
+    """Formats any text as one Markdown code span, in which nothing means anything."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -113,13 +108,13 @@ def code(value: Any) -> str:  # noqa: ANN401 - shown as text
 
 
 def cell(value: Any) -> str:  # noqa: ANN401 - as above
-    """The same inside a table, where a bar would end the cell: it is shown broken."""
+    """Formats the same inside a table, where a bar would end the cell: it is shown broken."""
     return code(value).replace("|", "\u00a6")
 
 
 @cache
 def card_environment(package: str) -> Environment:
-    """Templates of cards in a package, with the filters ``code`` and ``cell``."""
+    """Opens the templates of cards in a package, with the filters ``code`` and ``cell``."""
     from jinja2 import Environment, PackageLoader
 
     # Markdown, not HTML: the filters do what escaping would

@@ -7,16 +7,18 @@ in the main graph's initializers.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no stubs
+from google.protobuf.message import DecodeError
 
 from s2p_deploy.errors import IntegrityError
-from s2p_deploy.records.plain_files import open_plain, read_plain
+from s2p_deploy.records.artifacts import VerifiedReader
+from s2p_deploy.records.files import read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -40,25 +42,58 @@ _PLAIN_ATTRIBUTES = {
 }
 
 
-def read_onnx(path: Path) -> ir.Model:
-    """Reads a model; tensors in external data are mapped when asked for, never before.
+def read_onnx(folder: Path, name: str, digests: Mapping[str, str]) -> ir.Model:
+    """Reads a model of an artifact; tensors in external data are read, and verified once more, when they are used.
+
+    Args:
+        folder: the artifact.
+        name: the model's file in it.
+        digests: SHA-256 of every file of the artifact.
 
     Raises:
-        IntegrityError: it is no ONNX file, it has a part that is refused, or a tensor's data is not in a plain file
-            beside it (relative, regular, no link of either kind), inside that file and at its full length.
+        IntegrityError: it is no ONNX file, it or its data is not what ``digests`` say, a part is refused, or a
+            tensor's data is not in a plain file beside it (relative, regular, no link of either kind), inside that
+            file and at its full length.
     """
-    proto = _parsed(read_plain(path.parent, path.name, MOST_MODEL), str(path))
-    sizes: dict[str, int] = {}
+    path = folder / name
+    data = read_plain(folder, name, MOST_MODEL)
+    if hashlib.sha256(data).hexdigest() != digests.get(name):
+        raise IntegrityError(f"{path} was changed after it was written: make it again")
+    proto = _parsed(data, str(path))
+    readers: dict[str, VerifiedReader] = {}
     for tensor in _external_tensors(proto):
         location = _entries(tensor)["location"]
-        if location == path.name:
+        if location == name:
             raise IntegrityError(f"tensor {tensor.name} keeps its data in the model's own file {path}: refused")
-        if location not in sizes:
-            sizes[location] = _size_of_plain_file(path.parent, location, tensor.name)
-    _check_tensors(proto, sizes)
+        if "/" in location or location in {"", ".", ".."}:
+            raise IntegrityError(
+                f"tensor {tensor.name} keeps its data at {location!r}: only a file beside the graph is allowed"
+            )
+        if location not in readers:
+            readers[location] = VerifiedReader(folder, location, digests.get(location))
+    _check_tensors(proto, {location: reader.size for location, reader in readers.items()})
     model = _as_ir(proto, str(path))
-    ir.external_data.set_base_dir(model.graph, path.parent)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _verified_tensor(value.const_value, readers[str(value.const_value.location)])
     return model
+
+
+def _verified_tensor(external: ir.ExternalTensor, reader: VerifiedReader) -> ir.LazyTensor:
+    """Makes the same tensor read through ``reader`` each time that it is used; packed types stay packed."""
+    dtype, shape, name, start = external.dtype, external.shape, external.name, external.offset or 0
+    count = math.prod(shape.numpy())
+    length = -(-count * dtype.bitwidth // 8)
+
+    def load() -> ir.TensorProtocol:
+        raw = reader.read(start, length)
+        if dtype.bitwidth < 8:
+            return ir.PackedTensor(np.frombuffer(raw, np.uint8), dtype, shape=shape, name=name)
+        # little-endian, as ONNX stores it
+        array = np.frombuffer(raw, dtype.numpy().newbyteorder("<")).reshape(shape.numpy())
+        return ir.Tensor(array, dtype=dtype, shape=shape, name=name)
+
+    return ir.LazyTensor(load, dtype, shape, name=name)
 
 
 def write_onnx(model: ir.Model, path: Path) -> None:
@@ -67,7 +102,7 @@ def write_onnx(model: ir.Model, path: Path) -> None:
 
 
 def check_external_bytes(model_bytes: bytes | bytearray, sizes: Mapping[str, int]) -> None:
-    """The same checks for a model in memory whose external files are in memory too, by name.
+    """Checks a model in memory whose external files are in memory too, by name.
 
     Raises:
         IntegrityError: it is no ONNX model, it has a part that is refused, or a tensor asks for another file or for
@@ -107,7 +142,7 @@ def _as_ir(proto: onnx.ModelProto, what: str) -> ir.Model:
 
 
 def _check_tensors(proto: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    """Every tensor has a shape that exists; external ones lie in a file of ``sizes``, inside it, at full length."""
+    """Checks that tensors have shapes that exist, external ones in a file of ``sizes``, inside it, at full length."""
     for tensor in _tensors(proto):
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) >= _SIZE_LIMIT:
             raise IntegrityError(f"tensor {tensor.name} has the shape {list(tensor.dims)}: refused")
@@ -135,7 +170,7 @@ def _check_bounds(tensor: onnx.TensorProto, sizes: Mapping[str, int]) -> None:
 
 
 def _holds_its_values(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor inside the model has as much data as its shape says; some types pack four values into one."""
+    """Tells whether a tensor inside the model has the data of its shape; some types pack four values into one."""
     count = math.prod(tensor.dims)
     if tensor.raw_data:
         return bool(tensor.data_type in _TYPES and len(tensor.raw_data) == _bytes_of(tensor))
@@ -154,7 +189,7 @@ def _number(text: str) -> int:
 
 
 def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
-    """The keys of a tensor's external data: each once, and no others than a place needs."""
+    """Returns the keys of a tensor's external data: each once, and no others than a place needs."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     known = {"location"} <= set(entries) <= {"location", "offset", "length"}
     if len(entries) != len(tensor.external_data) or not known:
@@ -175,25 +210,17 @@ def _tensors_in_nodes(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _external_tensors(proto: onnx.ModelProto) -> Iterable[onnx.TensorProto]:
-    """Of the main graph's initializers; refused anywhere else. Parsers look at either mark: they must agree."""
+    """Lists the external initializers; refused anywhere else. Parsers look at either mark: they must agree."""
     external = onnx.TensorProto.EXTERNAL
     for tensor in _tensors_in_nodes(proto):
         if tensor.data_location == external or tensor.external_data:
             raise IntegrityError(
                 f"tensor {tensor.name} is external data outside the main graph's initializers: refused"
             )
-    found = []
+    external_tensors = []
     for tensor in proto.graph.initializer:
         if (tensor.data_location == external) != bool(tensor.external_data):
             raise IntegrityError(f"tensor {tensor.name} says that its data is external and that it is not: refused")
         if tensor.external_data:
-            found.append(tensor)
-    return found
-
-
-def _size_of_plain_file(folder: Path, location: str, tensor: str) -> int:
-    """The size of a file that is named by one plain part."""
-    if "/" in location or location in {"", ".", ".."}:
-        raise IntegrityError(f"tensor {tensor} keeps its data at {location!r}: only a file beside the graph is allowed")
-    with open_plain(folder, location, one_link=True) as opened:
-        return os.fstat(opened.fileno()).st_size
+            external_tensors.append(tensor)
+    return external_tensors

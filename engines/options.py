@@ -1,111 +1,122 @@
-"""What a build may be asked for besides its backend."""
+"""Options of a build, and the input shapes that its profile gives an engine."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.records import Execution, ShapeProfile, Span, TensorSpec
+from s2p_deploy.records.typed_json import read_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    import onnx
+
+    from s2p_deploy.records import ExportedGraph
+
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape, Shape]]
 Lowering = Literal["auto", "rescale", "runtime_q"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Latent rows or columns of an engine: fewest, tuned for, most; all are multiples of ``step``."""
-
-    minimum: int
-    optimum: int
-    maximum: int
-    step: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise InputError(f"sizes {self.minimum}:{self.optimum}:{self.maximum} must be ascending from 1")
-        odd = [size for size in (self.minimum, self.optimum, self.maximum) if size % self.step]
-        if odd:
-            raise InputError(f"a latent size of {odd[0]} is no multiple of {self.step}, as this network needs")
-
-    def __str__(self) -> str:
-        if self.minimum == self.maximum:
-            return str(self.minimum)
-        return f"{self.minimum} to {self.maximum} in steps of {self.step}"
-
-    def __contains__(self, size: int) -> bool:
-        return self.minimum <= size <= self.maximum and size % self.step == 0
-
-
-@dataclass(frozen=True)
-class ShapeProfile:
-    """Batch sizes of an engine: the smallest, the one it is tuned for, the largest.
-
-    TensorRT engines refuse others; the CPU backends take any. Where a graph's latents may have any size, ``height`` and
-    ``width`` say which ones the engine takes (None: the trained size); every backend's refuse others.
-    """
-
-    minimum: int = 1
-    optimum: int = 2
-    maximum: int = 32
-    height: Span | None = None
-    width: Span | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise InputError(f"batch profile {self.minimum}/{self.optimum}/{self.maximum} must be ascending from 1")
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> ShapeProfile:
-        """The profile that :meth:`to_json` made a mapping of."""
-        height, width = _span(data.get("height")), _span(data.get("width"))
-        return ShapeProfile(data["minimum"], data["optimum"], data["maximum"], height, width)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a mapping; without height and width where those are fixed."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    def sizes(self, end: Literal["minimum", "optimum", "maximum"]) -> dict[str, int]:
-        """Every open size by its name in the graph."""
-        spans = {"height": self.height, "width": self.width}
-        latents = {name: int(getattr(span, end)) for name, span in spans.items() if span is not None}
-        return {"batch": int(getattr(self, end))} | latents
-
-    def check_latents(self, height: int, width: int) -> None:
-        """Raises InputError where latents of that size are outside the profile."""
-        if self.height is None or self.width is None:
-            return
-        if height not in self.height or width not in self.width:
-            raise InputError(
-                f"this engine takes latents of height {self.height} and width {self.width}, got {height}x{width}: "
-                "build one for that size"
-            )
-
-
-def _span(data: Mapping[str, Any] | None) -> Span | None:
-    return None if data is None else Span(data["minimum"], data["optimum"], data["maximum"], data["step"])
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """Options of a build; they travel to the child process as JSON and are recorded in the engine.
 
-    ``hint`` is a precision hint of the backend's (None: its default). ``lowering`` says how timestep-dependent scales
+    ``precision``, ``provider`` and ``optimization`` are those of :class:`s2p_deploy.records.Execution` (None: the
+    backend's default). ``lowering`` says how timestep-dependent scales
     become operators (``auto``: what the backend takes, ``rescale`` where it takes several). Columns of the scale table
-    that vary by no more than the fraction ``static_tolerance`` over the rows become constants. ``refit`` makes a
+    that vary by no more than the fraction ``static_tolerance`` over the timesteps become constants. ``refit`` makes a
     TensorRT plan whose weights can be put in again, the same ones; ``stripped`` leaves them out of the plan: they come
     from the graph when the engine is loaded.
+
+    Example:
+        >>> BuildOptions(precision="bf16", profile=ShapeProfile(2, 4, 16), static_tolerance=0.02).execution
+        Execution(precision='bf16', provider=None, optimization=None)
     """
 
-    hint: str | None = None
+    precision: str | None = None
+    provider: str | None = None
+    optimization: str | None = None
     profile: ShapeProfile = field(default_factory=ShapeProfile)
     lowering: Lowering = "auto"
     static_tolerance: float = 0.0
     refit: bool = False
     stripped: bool = False
 
+    @property
+    def execution(self) -> Execution:
+        """Precision, provider and optimization in one record."""
+        return Execution(self.precision, self.provider, self.optimization)
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BuildOptions:
-        """The options that ``dataclasses.asdict`` made a mapping of."""
-        return BuildOptions(**{**data, "profile": ShapeProfile.from_json(data["profile"])})
+        """Reads the options that ``dataclasses.asdict`` made a mapping of."""
+        return BuildOptions(**{**data, "profile": read_value(ShapeProfile, data["profile"], Path("options"))})
+
+
+MOST_TIMESTEPS = 4096  # in a scale table whose size is open: dozens of schedules bound at once
+
+
+def profile_shapes(inputs: Iterable[TensorSpec], profile: ShapeProfile, timesteps: int) -> Shapes:
+    """Returns the smallest, tuned-for and largest shape of every input.
+
+    Where the graph leaves open how many timesteps its scale table has, one profile spans 1 to 4096 of them and is tuned
+    for ``timesteps``.
+
+    Raises:
+        InputError: a size is dynamic that neither the profile nor ``timesteps`` gives.
+    """
+    low = profile.sizes("minimum") | {"timesteps": 1}
+    tuned = profile.sizes("optimum") | {"timesteps": min(timesteps, MOST_TIMESTEPS)}
+    high = profile.sizes("maximum") | {"timesteps": MOST_TIMESTEPS}
+    return {spec.name: (shape_at(spec, low), shape_at(spec, tuned), shape_at(spec, high)) for spec in inputs}
+
+
+def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+    """Returns the shape of a tensor whose dynamic sizes are given by name.
+
+    Raises:
+        InputError: another size is dynamic.
+    """
+    other = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
+    if other:
+        raise InputError(
+            f"input {spec.name} has the dynamic size {other[0]!r}: only {' and '.join(sizes)} may be dynamic"
+        )
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+
+def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
+    """Returns the profile with the latents' heights and widths of an engine of ``graph``; left out, the trained ones.
+
+    Raises:
+        InputError: the graph has one size; a size is no multiple of what its network needs, or above its largest.
+    """
+    trained = graph.manifest.content.get("latents")
+    if trained is not None:
+        height, width = (
+            _span_for(requested, trained[side], trained["multiple"], trained.get("largest"))
+            for side, requested in (("height", profile.height), ("width", profile.width))
+        )
+        return replace(profile, height=height, width=width)
+    if profile.height is not None or profile.width is not None:
+        raise InputError(f"{graph.folder} takes latents of one size: export it with --sizes dynamic")
+    return profile
+
+
+def _span_for(requested: Span | None, trained: int, step: int, largest: int | None) -> Span:
+    if requested is not None and largest is not None and requested.maximum > largest:
+        raise InputError(
+            f"a latent size of {requested.maximum} is above {largest}, the most that this network has positions for"
+        )
+    return Span(trained, trained, trained, step) if requested is None else replace(requested, step=step)
+
+
+def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
+    """Returns name and shape of an ONNX graph's input (its type is not read); a size without a name is ``?``."""
+    sizes = value.type.tensor_type.shape.dim
+    return TensorSpec(value.name, "", tuple(size.dim_param or size.dim_value or "?" for size in sizes))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from s2p_deploy.engines.options import ShapeProfile
-from s2p_deploy.engines.profile_shapes import shape_at
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError
-from s2p_deploy.records import TensorSpec
+from s2p_deploy.records import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from s2p_deploy.engines.conditioning import TimeFeatures
-    from s2p_deploy.engines.text_projections import TextProjections
+    from s2p_deploy.engines.conditioning import TextProjections, TimeFeatures
     from s2p_deploy.records import TimestepTable
 
 OUTPUT = "noise_pred"
+BOUND = "act_scales"
 PROJECTIONS = "time_projections"
 ADDED_COND = "added_cond"
 TEXT, TEXT_PROJECTIONS = "encoder_hidden_states", "text_projections"
@@ -33,7 +33,7 @@ class Runner(Protocol):
     """Something that computes outputs from inputs. A context manager; closed, it holds no memory."""
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name; the arrays belong to the caller."""
+        """Returns outputs by name; the arrays belong to the caller."""
 
     def close(self) -> None:
         """Frees what the runner holds. May be called twice."""
@@ -46,7 +46,7 @@ class Runner(Protocol):
 
 
 class ClosingRunner:
-    """The context manager of a runner: leaving it closes."""
+    """Base of runners: a context manager that closes on leaving."""
 
     def close(self) -> None:
         """Frees what the runner holds."""
@@ -63,50 +63,70 @@ class ClosingRunner:
 
 @runtime_checkable
 class ShapedRunner(Runner, Protocol):
-    """A runner that is faster at input shapes that it was told of."""
+    """Runner that compiles for input shapes given in advance."""
 
     def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
         """Runs inputs of any of these shapes in a form compiled for them, from now on."""
 
 
+@runtime_checkable
+class TensorRunner(Runner, Protocol):
+    """A runner that also takes and gives tensors on the GPU: a sampling loop there moves no data through the host."""
+
+    def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns outputs by name on the GPU, ordered on PyTorch's current stream; valid until the next call.
+
+        ``inputs`` may lie on any device and in any floating-point type.
+        """
+
+
 class TorchRunner(ClosingRunner):
     """A PyTorch denoiser, floating point or fake-quant.
 
-    It is called with ``sample`` [batch, C, H, W], ``step_index`` int64 [batch], ``encoder_hidden_states`` [batch,
+    It is called with ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch], ``encoder_hidden_states`` [batch,
     tokens, D] and, where it is given, ``added_cond`` [batch, A]. Floating-point inputs are cast to ``dtype`` (None:
-    float32).
+    float32); ``device`` is the module's (None: the CPU).
     """
 
-    def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> None:
         import torch
 
         self._module = module
         self._dtype = dtype or torch.float32
+        self._device = device or torch.device("cpu")
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """``noise_pred`` as NumPy (float32 for types that NumPy lacks)."""
+        """Predicts ``noise_pred`` as NumPy (float32 for types that NumPy lacks)."""
         import torch
 
-        sample = torch.from_numpy(np.ascontiguousarray(inputs["sample"])).to(self._dtype)
-        rows = torch.from_numpy(np.ascontiguousarray(inputs["step_index"], dtype=np.int64))
-        names = [name for name in (TEXT, ADDED_COND) if name in inputs]
-        texts = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._dtype) for name in names]
+        def placed(name: str, dtype: torch.dtype) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device, dtype)
+
+        texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
         with torch.no_grad():
-            output = self._module(sample, rows, *texts)
+            output = self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)
         if output.dtype == torch.bfloat16:
             output = output.float()
-        return {OUTPUT: output.numpy()}
+        return {OUTPUT: output.cpu().numpy()}
 
     def close(self) -> None:
-        """Nothing to free: the module belongs to the caller."""
+        """Does nothing: the module belongs to the caller."""
 
 
 class BoundRunner(ClosingRunner):
-    """An engine with its scales bound: what pipelines and comparisons call, with the same inputs as PyTorch.
+    """An engine with its scales bound: called by pipelines and comparisons with the same inputs as PyTorch.
 
-    Values are cast to what the engine's inputs ask for. ``timesteps`` says which timestep every row is; ``features``
+    Values are cast to the types of the engine's inputs. ``timesteps`` says which timestep every index is; ``features``
     gives their projected time features, and ``texts`` the products of the text, where the engine takes those as an
     input. ``profile`` says which latents the engine takes (None: those of the size that its inputs have).
+
+    Example:
+        >>> with load_engine("build/engine") as runner:
+        ...     latents, text = np.zeros((2, 4, 8, 8), np.float32), np.zeros((2, 24, 128), np.float32)
+        ...     runner(latents, np.asarray([1, 981]), text).shape
+        (2, 4, 8, 8)
     """
 
     def __init__(
@@ -131,7 +151,7 @@ class BoundRunner(ClosingRunner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a call takes; sizes of the batch are names, a height and width that may vary is the one tuned for."""
+        """Lists the inputs of a call; the batch is a name, an open height or width is the one tuned for."""
         latents = {name: size for name, size in self.profile.sizes("optimum").items() if name != "batch"}
         return tuple(
             replace(spec, shape=tuple(latents.get(str(size), size) for size in spec.shape))
@@ -139,16 +159,16 @@ class BoundRunner(ClosingRunner):
         )
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """``noise_pred`` [batch, C, H, W].
+        """Predicts ``noise_pred`` [batch, C, H, W].
 
         Raises:
-            InputError: an input is missing, has another shape than the engine's, or a row is outside the scale table.
+            InputError: an input is missing, has another shape than the engine's, or an index is outside the table.
         """
         self._check(inputs)
         given = {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in self._inputs}
         if self.features is not None:
             added = np.asarray(inputs[ADDED_COND], dtype=np.float32) if self._added else None
-            given[PROJECTIONS] = self.features.of(given["step_index"], added)
+            given[PROJECTIONS] = self.features.of(given["timestep_index"], added)
         if self.texts is not None:
             given[TEXT_PROJECTIONS] = self.texts.of(given.pop(TEXT))
         return self._runner.infer(given)
@@ -156,15 +176,15 @@ class BoundRunner(ClosingRunner):
     def __call__(
         self,
         sample: NDArray[Any],
-        step_index: NDArray[np.int64],
+        timestep_index: NDArray[np.int64],
         encoder_hidden_states: NDArray[Any],
         added_cond: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        """One step: ``sample`` [batch, C, H, W], rows [batch], text [batch, tokens, D] -> ``noise_pred``.
+        """Predicts one step: ``sample`` [batch, C, H, W], indices [batch], text [batch, tokens, D] -> ``noise_pred``.
 
         ``added_cond`` [batch, A] where the time features depend on the prompt too.
         """
-        inputs = {"sample": sample, "step_index": step_index, TEXT: encoder_hidden_states}
+        inputs = {"sample": sample, "timestep_index": timestep_index, TEXT: encoder_hidden_states}
         return self.infer(inputs if added_cond is None else inputs | {ADDED_COND: added_cond})[OUTPUT]
 
     def tune(self, *batches: int) -> None:
@@ -191,15 +211,138 @@ class BoundRunner(ClosingRunner):
             wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape)
             if shape != wanted:
                 raise InputError(f"input {spec.name} has shape {list(shape)}, the engine takes {list(wanted)}")
-        rows, index = self.timesteps.rows, np.asarray(inputs["step_index"])
-        if ((index < 0) | (index >= rows)).any():
-            raise InputError(f"a step_index is outside the scale table's rows 0 to {rows - 1}")
+        count, index = len(self.timesteps), np.asarray(inputs["timestep_index"])
+        if ((index < 0) | (index >= count)).any():
+            raise InputError(f"a timestep_index is outside the scale table, whose indices are 0 to {count - 1}")
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """The open sizes by name: the batch, and the latents' height and width, which the profile must span."""
-        sizes = {"batch": len(inputs["step_index"]) if "step_index" in inputs else 0}
+        """Returns the open sizes by name: the batch, and the latents' height and width, which the profile must span."""
+        sizes = {"batch": len(inputs["timestep_index"]) if "timestep_index" in inputs else 0}
         shape = np.shape(inputs["sample"]) if "sample" in inputs else ()
         if len(shape) == 4:
             sizes |= {"height": shape[2], "width": shape[3]}
             self.profile.check_latents(shape[2], shape[3])
         return sizes
+
+
+@dataclass(frozen=True)
+class _SeenText:
+    """Text states, at a version that PyTorch counts, and their products on the GPU.
+
+    A reference to the states is kept, so that their memory is not given to other tensors.
+    """
+
+    states: torch.Tensor
+    version: int
+    projections: torch.Tensor
+
+    def is_of(self, states: torch.Tensor) -> bool:
+        """Tells whether ``states`` are the very same memory, and nothing was written there since."""
+        if states.is_inference():  # PyTorch counts no writes to these
+            return False
+        ours, theirs = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (self.states, states))
+        return ours == theirs and self.version == states._version
+
+
+class BoundTensorRunner(BoundRunner):
+    """A bound engine whose runner takes tensors: what is bound is on the GPU, ``infer`` is as ever."""
+
+    _seen: _SeenText | None = None
+
+    def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``noise_pred`` [batch, C, H, W] on the GPU, valid until the next call.
+
+        Args:
+            inputs: ``sample`` and ``encoder_hidden_states`` on the GPU, ``timestep_index`` int64 [batch] on the host:
+                it is checked there, so that nothing waits for the GPU.
+
+        Raises:
+            InputError: an input is missing, has another shape than the engine's, or an index is outside the table.
+        """
+        runner = self._runner
+        if not isinstance(runner, TensorRunner):
+            raise InputError("this engine's runner takes no tensors: call infer")
+        self._check(inputs)
+        given = {name: tensor for name, tensor in inputs.items() if name != ADDED_COND}
+        if self.features is not None:
+            given[PROJECTIONS] = self._projections(inputs)
+        if self.texts is not None:
+            given[TEXT_PROJECTIONS] = self._text_projections(given.pop(TEXT))
+        return runner.infer_tensors(given)
+
+    def _projections(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns projections: of a stored table without a way through the host, of a prompt from there."""
+        import torch
+
+        indices = inputs["timestep_index"]
+        if self._table is not None:
+            return self._table[indices.to(self._table.device, non_blocking=True)]
+        assert self.features is not None, "the caller looked"
+        return torch.from_numpy(self.features.of(indices.numpy(), inputs[ADDED_COND].float().cpu().numpy()))
+
+    def _text_projections(self, states: torch.Tensor) -> torch.Tensor:
+        """On the GPU; nothing waits for it where the states are those of the call before, as in a sampling loop."""
+        import torch
+
+        if self._seen is None or not self._seen.is_of(states):
+            assert self.texts is not None, "the caller looked"
+            given = states.detach().cpu().float().numpy().astype(self.texts.spec.dtype)
+            projections = torch.from_numpy(self.texts.of(given)).to(states.device)
+            if states.is_inference():
+                return projections
+            self._seen = _SeenText(states, states._version, projections)
+        return self._seen.projections
+
+    def close(self) -> None:
+        """Closes the engine."""
+        self._seen = None
+        super().close()
+
+    @cached_property
+    def _table(self) -> torch.Tensor | None:
+        """Returns the stored time projections of all timesteps, on the GPU where there is one."""
+        import torch
+
+        if self.features is None or self.features.table is None:
+            return None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.from_numpy(self.features.table).to(device)
+
+
+class UniformTimestepRunner(ClosingRunner):
+    """A runner of an engine that has one scale per batch (lowering ``runtime_q``): refuses mixed timesteps."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Returns the runner's outputs. Raises InputError where ``timestep_index`` names more than one timestep."""
+        self._check(inputs["timestep_index"])
+        return self._runner.infer(inputs)
+
+    def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+        """Tells the runner, if it wants to know."""
+        if isinstance(self._runner, ShapedRunner):
+            self._runner.tune(shapes)
+
+    def close(self) -> None:
+        """Closes the runner."""
+        self._runner.close()
+
+    def _check(self, indices: NDArray[Any] | torch.Tensor) -> None:
+        if len(set(indices.tolist())) > 1:
+            raise InputError(
+                "this engine takes batches of one timestep (lowering runtime_q): give samples of one timestep at a "
+                "time, or build with the lowering rescale"
+            )
+
+
+class UniformTimestepTensorRunner(UniformTimestepRunner):
+    """Uniform-timestep runner around one that takes tensors."""
+
+    _runner: TensorRunner
+
+    def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the runner's outputs; raises as ``infer``."""
+        self._check(inputs["timestep_index"])
+        return self._runner.infer_tensors(inputs)

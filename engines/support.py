@@ -1,26 +1,39 @@
-"""What a backend's installed version takes: verdicts on patterns, found by building them (``doctor --probe``)."""
+"""Support tables: what a version of a backend makes of each quantized pattern, as a maintainer measured it.
+
+A table ships for every version that a release was tested with; ``tools/check_backends.py`` writes them. Of any other
+version nothing is known, and builds take the conservative form.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+from pydantic import TypeAdapter, ValidationError
+
+from s2p_deploy.engines.machine import compute_capability, plain_name, platform_name
+from s2p_deploy.errors import IntegrityError
+from s2p_deploy.records import Execution
 
 Verdict = Literal["builds", "fails", "crashes", "wrong", "unknown"]
 
-_FIRST_OF_SEVERAL: tuple[Verdict, ...] = ("crashes", "wrong", "fails", "unknown", "builds")
+# a pattern that was tried in two dtypes has the worse verdict of both
+_WORST_FIRST: tuple[Verdict, ...] = ("crashes", "wrong", "fails", "unknown", "builds")
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A quantized (or floating) product as a backend sees it.
 
-    ``lowering`` is one of the exported graph's, ``rescale``, ``runtime_q``, ``static`` or ``float``, or one of those
-    that the probe tries besides (:mod:`s2p_deploy.engines.probe.patterns`). ``op`` is ``conv`` or ``matmul``;
-    ``weights`` are ``int8`` or ``int4`` (per output channel), ``int4_block`` or ``none``; ``activations`` are ``int8``
-    or ``none``.
+    Args:
+        lowering: of the exported graph, ``rescale``, ``runtime_q``, ``static`` or ``float``, or one that only the check
+            tries besides.
+        op: ``conv`` or ``matmul``.
+        weights: ``int8`` or ``int4`` (per output channel), ``int4_block`` or ``none``.
+        activations: ``int8`` or ``none``.
     """
 
     lowering: str
@@ -31,10 +44,14 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one pattern in one dtype.
+    """The result of one pattern in one dtype.
 
-    ``detail`` is the first line of the error (empty where it builds), ``compute`` the type that the backend reports for
-    the product (``unknown`` where it reports none).
+    Args:
+        pattern: what was built.
+        dtype: of the graph, ``fp32`` or ``fp16``.
+        verdict: ``wrong`` builds, but computes other values than it should.
+        detail: the first line of the error, empty where it builds.
+        compute: type that the backend reports for the product, ``unknown`` where it reports none.
     """
 
     pattern: Pattern
@@ -45,53 +62,82 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Support:
-    """Verdicts on the patterns of one version of a backend; a pattern that was never tried is ``unknown``.
+class TableKey:
+    """Identity of a table: what it is valid for.
 
-    ``loses_int8`` are patterns that build, but whose product the backend reports in floating point where it computes
-    the same operator with constant scales and INT8 weights in INT8.
+    ``device`` is ``cpu``, ``sm_89`` and the like where the backend executes on a GPU, or ``none`` where it only builds.
     """
 
+    backend: str
     version: str
-    verdicts: Mapping[Pattern, Verdict]
-    loses_int8: frozenset[Pattern] = frozenset()
+    platform: str
+    device: str
 
-    def takes(self, pattern: Pattern) -> bool:
-        """Whether it builds, and where the backend executes here, also computes the right values."""
-        return self.verdicts.get(pattern, "unknown") == "builds"
+    @property
+    def file_name(self) -> str:
+        """Returns a plain file name."""
+        return plain_name(self.backend, self.version, self.platform, self.device) + ".json"
 
 
-def support_of(backend: str) -> Support:
-    """What the installed version of a backend takes.
+@dataclass(frozen=True)
+class SupportTable:
+    """All findings about one version of a backend, and how its patterns ran."""
 
-    From the probe's result in the user's cache, else from the table that ships for this version and platform; with
-    neither, everything is ``unknown``.
+    key: TableKey
+    execution: Execution = field(default_factory=Execution)
+    findings: tuple[Finding, ...] = ()
+
+    @cached_property
+    def verdicts(self) -> dict[Pattern, Verdict]:
+        """Returns one verdict per pattern: it builds only if it builds in every dtype that was tried."""
+        verdicts: dict[Pattern, Verdict] = {}
+        for finding in self.findings:
+            both = {verdicts.get(finding.pattern, finding.verdict), finding.verdict}
+            verdicts[finding.pattern] = next(verdict for verdict in _WORST_FIRST if verdict in both)
+        return verdicts
+
+    def verdict(self, pattern: Pattern) -> Verdict:
+        """Returns the verdict on a pattern; ``unknown`` where it was not tried."""
+        return self.verdicts.get(pattern, "unknown")
+
+
+TABLE = TypeAdapter(SupportTable)
+
+
+def support_of(backend: str) -> SupportTable:
+    """Returns the shipped table of a backend's installed version, without findings where there is none.
 
     Raises:
-        InputError: there is no backend of that name.
+        InputError: there is no backend of that name. IntegrityError: the shipped file is damaged.
     """
-    from s2p_deploy.engines.support_tables import find_table, key_of
-
     key = key_of(backend)
-    table = find_table(key)
-    if table is None:
-        return Support(key.version, {})
-    return Support(key.version, folded(table.findings), frozenset(_losing_int8(table.findings)))
+    path = shipped_folder() / key.file_name
+    return read_table(path) if path.is_file() else SupportTable(key)
 
 
-def folded(findings: Iterable[Finding]) -> dict[Pattern, Verdict]:
-    """One verdict per pattern: it builds only if it builds in every dtype that was tried."""
-    verdicts: dict[Pattern, Verdict] = {}
-    for finding in findings:
-        both = {verdicts.get(finding.pattern, finding.verdict), finding.verdict}
-        verdicts[finding.pattern] = next(verdict for verdict in _FIRST_OF_SEVERAL if verdict in both)
-    return verdicts
+def key_of(backend: str) -> TableKey:
+    """Returns the key of what is installed here. Raises InputError for an unknown backend."""
+    from s2p_deploy.engines.backend import backend_by_name
+
+    chosen = backend_by_name(backend)
+    able = chosen.capabilities()
+    if not able.executes:
+        device = "none"
+    elif chosen.environment().get("device") == "cpu":
+        device = "cpu"
+    else:
+        device = "sm_{}{}".format(*compute_capability() or ("", "unknown"))
+    return TableKey(backend, str(able.version), platform_name(), device)
 
 
-def _losing_int8(findings: Iterable[Finding]) -> Iterator[Pattern]:
-    compute = {(finding.pattern, finding.dtype): finding.compute for finding in findings}
-    for (pattern, dtype), kind in compute.items():
-        quantized = pattern.activations == "int8" and pattern.weights != "none"
-        best = compute.get((Pattern("static", pattern.op, "int8", "int8"), dtype))
-        if quantized and best == "int8" and kind != "int8":
-            yield pattern
+def read_table(path: Path) -> SupportTable:
+    """Reads a table. Raises IntegrityError where it is none."""
+    try:
+        return TABLE.validate_json(path.read_bytes(), strict=False)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is no support table: install s2p_deploy again") from error
+
+
+def shipped_folder() -> Path:
+    """Returns the folder of the tables that ship."""
+    return Path(str(resources.files("s2p_deploy.engines"))) / "support"

@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def row_of(folder: Path, kind: str, count: int) -> np.ndarray:
-    """The first pictures of one kind side by side, uint8 [height, count * width, 3]."""
+    """Puts the first pictures of one kind side by side, uint8 [height, count * width, 3]."""
     files = sorted(folder.glob(f"*-{kind}.png"))[:count]
     return np.concatenate([np.asarray(Image.open(file).convert("RGB")) for file in files], axis=1)
 

@@ -1,7 +1,7 @@
 """Export: a CalibratedModel in, one QDQ ONNX graph (an ExportedGraph) out.
 
-What the package offers is imported when it is first asked for. The exporter needs PyTorch and diffusers, seconds of
-imports; engines use the graph tools beside it in a process of their own, which needs neither.
+The package's names are imported when they are first used. The exporter needs PyTorch and diffusers, seconds of imports;
+engines use the graph tools beside it in a process of their own, which needs neither.
 """
 
 from __future__ import annotations
@@ -12,20 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from s2p_deploy.export.exporter import export_graph
     from s2p_deploy.export.graph_contract import check_graph
-    from s2p_deploy.export.subgraph import GraphParts, block_subgraph, site_subgraph
+    from s2p_deploy.export.subgraph import Subgraphs
 
-__all__ = ["GraphParts", "block_subgraph", "check_graph", "export_graph", "site_subgraph"]
-_MADE_IN = {
-    "GraphParts": "subgraph",
-    "block_subgraph": "subgraph",
-    "check_graph": "graph_contract",
-    "export_graph": "exporter",
-    "site_subgraph": "subgraph",
-}
+__all__ = ["Subgraphs", "check_graph", "export_graph"]
+_MODULES = {"Subgraphs": "subgraph", "check_graph": "graph_contract", "export_graph": "exporter"}
 
 
 def __getattr__(name: str) -> object:
-    """One of ``__all__``, as PEP 562 has a package give it."""
-    if name not in _MADE_IN:
+    """Imports one of ``__all__``, as PEP 562 has a package do it."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MADE_IN[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -4,17 +4,20 @@ Rules, each one function:
 
 1. interface: names, element types and dynamic dimensions of inputs and outputs; opset; ONNX's own operators only
 2. names: every node has one, no two share one
-3. weighted nodes: every Conv and MatMul with a stored weight is a planned site, and every planned site is there; hence
+3. weighted nodes: every Conv and MatMul with a stored weight is a planned layer, and every planned layer is there;
+hence
    no time embedding and no time projection is left
 4. quantizers: scales and zero points are constants, scales finite and positive, zero points zero
-5. act points: one QuantizeLinear and one DequantizeLinear each, with one scale (and a second DequantizeLinear with that
-   scale in float32, for sites that a half-precision graph computes in float32); nothing else is quantized
-6. sites: each reads its act point's values (or plain ones) and its weight in the planned type with one scale per output
+5. activation quantizers: one QuantizeLinear and one DequantizeLinear each, with one scale (and a second
+DequantizeLinear with that
+   scale in float32, for layers that a half-precision graph computes in float32); nothing else is quantized
+6. layers: each reads its activation quantizer's values (or plain ones) and its weight in the planned type with one
+scale per output
    channel, and scales its result back
-7. types: one floating-point type everywhere but in the part that takes ratios of scales, and around sites that a
+7. types: one floating-point type everywhere but in the part that takes ratios of scales, and around layers that a
    half-precision graph computes in float32 because they could overflow: such values have names that end in ``_fp32``
 8. data: external data lies in one file beside the graph
-9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those sites and keeps rules 1 to
+9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those layers and keeps rules 1 to
    8 with ``encoder_hidden_states`` alone as input; it joins on the last axis, in order and with their names, the
    tensors that the graph divides
 """
@@ -29,12 +32,12 @@ import numpy as np
 import onnx_ir as ir
 
 from s2p_deploy.errors import GraphContractError
+from s2p_deploy.export.passes.gather_scales import ACT_SCALES
 from s2p_deploy.export.passes.hoisted_text import TEXT, TEXT_PROJECTIONS
-from s2p_deploy.export.passes.scale_rows import ACT_SCALES
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
-from s2p_deploy.export.tensors import FULL
+from s2p_deploy.export.quantization import storage_type
+from s2p_deploy.export.tensors import FLOAT32_SUFFIX
 from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
-from s2p_deploy.export.weight_codes import storage_type
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.records.exported_graph import TEXT_FILE
@@ -45,29 +48,31 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from s2p_deploy.records import SitePlan
+    from s2p_deploy.records import LayerPlan
 
 _OPS = {"conv": "Conv", "linear": "MatMul"}
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 
-def check_graph(path: Path, plan: PrecisionPlan, text_sites: Collection[str] = ()) -> None:
+def check_graph(path: Path, plan: PrecisionPlan, text_layers: Collection[str] = ()) -> None:
     """Checks the graph in a file (its data beside it) against the contract and its plan.
 
-    ``text_sites`` are those that ``text.onnx`` beside it computes.
+    ``text_layers`` are those that ``text.onnx`` beside it computes.
 
     Raises:
-        GraphContractError: a rule is broken; the message names the rule's subject and the node, tensor or site.
+        GraphContractError: a rule is broken; the message names the rule's subject and the node, tensor or layer.
     """
     model = ir.load(path)
-    own = PrecisionPlan(tuple(site for site in plan.sites if site.site not in text_sites), plan.act_points)
-    dtype = _check_interface(model, own, TEXT_PROJECTIONS if text_sites else TEXT)
+    own = PrecisionPlan(
+        tuple(layer for layer in plan.layers if layer.name not in text_layers), plan.activation_quantizers
+    )
+    dtype = _check_interface(model, own, TEXT_PROJECTIONS if text_layers else TEXT)
     _check_parts(model.graph, own, dtype, path)
-    if text_sites:
+    if text_layers:
         text, text_path = ir.load(path.with_name(TEXT_FILE)), path.with_name(TEXT_FILE)
         _check_text_interface(text, dtype)
-        apart = PrecisionPlan(tuple(site for site in plan.sites if site.site in text_sites), ())
+        apart = PrecisionPlan(tuple(layer for layer in plan.layers if layer.name in text_layers), ())
         _check_parts(text.graph, apart, dtype, text_path)
         _check_joint(text.graph, model.graph)
 
@@ -77,10 +82,10 @@ def _check_parts(graph: ir.Graph, plan: PrecisionPlan, dtype: ir.DataType, path:
     _check_names(graph)
     _check_weighted_nodes(graph, plan)
     _check_quantizers(graph)
-    _check_act_points(graph, plan)
+    _check_activation_quantizers(graph, plan)
     nodes = {str(node.name): node for node in graph}
-    for site in plan.sites:
-        _check_site(nodes[f"{site.site}/{_OPS[site.op]}"], site, dtype)
+    for layer in plan.layers:
+        _check_layer(nodes[f"{layer.name}/{_OPS[layer.op]}"], layer, dtype)
     _check_types(graph, dtype)
     _check_external_data(graph, path)
 
@@ -97,7 +102,9 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.Data
     _check_opset(model)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
-    expected = [text if name == TEXT else name for name in INPUTS] + ([ACT_SCALES] if plan.act_points else [])
+    expected = [text if name == TEXT else name for name in INPUTS] + (
+        [ACT_SCALES] if plan.activation_quantizers else []
+    )
     if [name for name in inputs if name != TIME_PROJECTIONS] != expected:
         raise GraphContractError(
             f"inputs are {', '.join(map(str, inputs))}: expected {', '.join(expected)} in this order"
@@ -105,16 +112,16 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.Data
     dtype = inputs["sample"].dtype
     if dtype is None or dtype not in _FLOATS:
         raise GraphContractError(f"input sample is {dtype}: expected FLOAT or FLOAT16")
-    types = {"step_index": ir.DataType.INT64, ACT_SCALES: ir.DataType.FLOAT}
+    types = {"timestep_index": ir.DataType.INT64, ACT_SCALES: ir.DataType.FLOAT}
     for name, value in inputs.items():
         wanted = types.get(str(name), dtype)
         if value.dtype != wanted:
             raise GraphContractError(f"input {name} is {value.dtype}: expected {wanted}")
         if name != ACT_SCALES and _first_dimension(value) != "batch":
             raise GraphContractError(f"input {name} has first dimension {_first_dimension(value)}: expected batch")
-    if plan.act_points and _sizes(inputs[ACT_SCALES])[1:] != (len(plan.act_points),):
+    if plan.activation_quantizers and _sizes(inputs[ACT_SCALES])[1:] != (len(plan.activation_quantizers),):
         raise GraphContractError(
-            f"input {ACT_SCALES} is {inputs[ACT_SCALES].shape}: the plan has {len(plan.act_points)} act points"
+            f"input {ACT_SCALES} is {inputs[ACT_SCALES].shape}: the plan has {len(plan.activation_quantizers)}"
         )
     if [value.name for value in graph.outputs] != [OUTPUT] or graph.outputs[0].dtype != dtype:
         raise GraphContractError(
@@ -164,16 +171,16 @@ def _check_names(graph: ir.Graph) -> None:
 
 def _check_weighted_nodes(graph: ir.Graph, plan: PrecisionPlan) -> None:
     """Rule 3."""
-    expected = {f"{site.site}/{_OPS[site.op]}" for site in plan.sites}
+    expected = {f"{layer.name}/{_OPS[layer.op]}" for layer in plan.layers}
     found = {str(node.name) for node in graph if node.op_type in _WEIGHTED and _stored_weight(node) is not None}
     for name in sorted(expected - found):
-        raise GraphContractError(f"planned site {name} is not in the graph, or its weight is not stored in it")
+        raise GraphContractError(f"planned layer {name} is not in the graph, or its weight is not stored in it")
     for name in sorted(found - expected):
-        raise GraphContractError(f"{name} has a stored weight and is no planned site")
+        raise GraphContractError(f"{name} has a stored weight and is no planned layer")
 
 
 def _stored_weight(node: ir.Node) -> ir.Value | None:
-    """The initializer behind a node's second input, directly or through a DequantizeLinear or a Cast."""
+    """Returns the initializer behind a node's second input, directly or through a DequantizeLinear or a Cast."""
     value = node.inputs[1]
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type in {"DequantizeLinear", "Cast"}:
@@ -208,13 +215,13 @@ def _constant(node: ir.Node, index: int) -> NDArray[np.float32] | None:
     return array
 
 
-def _check_act_points(graph: ir.Graph, plan: PrecisionPlan) -> None:
+def _check_activation_quantizers(graph: ir.Graph, plan: PrecisionPlan) -> None:
     """Rule 5."""
     quantizes = {str(node.name): node for node in graph if node.op_type == "QuantizeLinear"}
-    expected = {f"{point.name}/input_quantizer/codes" for point in plan.act_points}
+    expected = {f"{quantizer.name}/input_quantizer/codes" for quantizer in plan.activation_quantizers}
     if set(quantizes) != expected:
         name = sorted(set(quantizes) ^ expected)[0]
-        raise GraphContractError(f"{name}: every act point has one QuantizeLinear, and nothing else has")
+        raise GraphContractError(f"{name}: every activation quantizer has one QuantizeLinear, and nothing else has")
     for name, node in quantizes.items():
         codes = node.outputs[0]
         readers = [reader for reader, _ in codes.uses()]
@@ -225,72 +232,76 @@ def _check_act_points(graph: ir.Graph, plan: PrecisionPlan) -> None:
             )
         if codes.dtype != ir.DataType.INT8 or _sizes(node.inputs[1]) != ():
             raise GraphContractError(f"{name}: activations are quantized to INT8 with one scale")
-    points = {point.name: point.activations for point in plan.act_points}
-    for name, activations in points.items():
+    quantizers = {quantizer.name: quantizer.activations for quantizer in plan.activation_quantizers}
+    for name, activations in quantizers.items():
         source = quantizes[f"{name}/input_quantizer/codes"].inputs[0]
         clipped = source is not None and _made_by(source, "Clip")
         if clipped != (activations != "int8"):
             raise GraphContractError(
-                f"act point {name}: {activations} and {'a' if clipped else 'no'} Clip before its quantizer"
+                f"activation quantizer {name}: {activations} and {'a' if clipped else 'no'} Clip before its quantizer"
             )
 
 
 def _decodes(node: ir.Node, quantize: ir.Node) -> bool:
-    """Whether ``node`` is a DequantizeLinear by the number that ``quantize`` divides by."""
+    """Returns whether ``node`` is a DequantizeLinear by the number that ``quantize`` divides by."""
     if node.op_type != "DequantizeLinear":
         return False
     decodes_by, codes_by = _constant(node, 1), _constant(quantize, 1)
     return decodes_by is not None and codes_by is not None and np.array_equal(decodes_by, codes_by)
 
 
-def _check_site(node: ir.Node, site: SitePlan, dtype: ir.DataType) -> None:
+def _check_layer(node: ir.Node, layer: LayerPlan, dtype: ir.DataType) -> None:
     """Rule 6; rule 3 saw the node and its weight."""
-    suffix = FULL if node.outputs[0].dtype != dtype else ""
+    suffix = FLOAT32_SUFFIX if node.outputs[0].dtype != dtype else ""
     source, weight, stored = node.inputs[0], node.inputs[1], _stored_weight(node)
     assert source is not None
     assert weight is not None
     assert stored is not None
-    read = f"{site.act_point}/input_quantizer/dequantized{suffix}" if site.act_point else None
+    read = f"{layer.activation_quantizer}/input_quantizer/dequantized{suffix}" if layer.activation_quantizer else None
     wrong = source.name != read if read else _made_by(source, "DequantizeLinear")
     if wrong:
-        raise GraphContractError(f"site {site.site} reads {source.name}: its act point is {site.act_point}")
-    if (site.weights != "none") != _made_by(weight, "DequantizeLinear"):
-        raise GraphContractError(f"site {site.site}: weights are planned {site.weights}, stored {stored.dtype}")
-    if site.weights != "none":
-        _check_weight(site, weight, stored)
-    if site.act_point is not None:
-        _check_scaled_back(site, node, suffix)
+        raise GraphContractError(
+            f"layer {layer.name} reads {source.name}: its activation quantizer is {layer.activation_quantizer}"
+        )
+    if (layer.weights != "none") != _made_by(weight, "DequantizeLinear"):
+        raise GraphContractError(f"layer {layer.name}: weights are planned {layer.weights}, stored {stored.dtype}")
+    if layer.weights != "none":
+        _check_weight(layer, weight, stored)
+    if layer.activation_quantizer is not None:
+        _check_scaled_back(layer, node, suffix)
 
 
-def _check_weight(site: SitePlan, weight: ir.Value, stored: ir.Value) -> None:
-    fmt = format_by_name(site.weights)
-    assert fmt is not None  # the caller took the sites whose weights have a format
+def _check_weight(layer: LayerPlan, weight: ir.Value, stored: ir.Value) -> None:
+    fmt = format_by_name(layer.weights)
+    assert fmt is not None  # the caller took the layers whose weights have a format
     if stored.dtype != storage_type(fmt):
-        raise GraphContractError(f"site {site.site}: weights are planned {site.weights}, stored {stored.dtype}")
+        raise GraphContractError(f"layer {layer.name}: weights are planned {layer.weights}, stored {stored.dtype}")
     dequantize = weight.producer()
     assert dequantize is not None  # the caller saw it
-    axis = 0 if site.op == "conv" else 1
+    axis = 0 if layer.op == "conv" else 1
     shape, channels = _sizes(dequantize.inputs[1]), _sizes(stored)[axis : axis + 1]
     if dequantize.attributes.get_int("axis", 1) != axis or shape != channels:
         raise GraphContractError(
-            f"site {site.site}: weights need one scale per output channel on axis {axis}, got {shape}"
+            f"layer {layer.name}: weights need one scale per output channel on axis {axis}, got {shape}"
         )
 
 
-def _check_scaled_back(site: SitePlan, node: ir.Node, suffix: str) -> None:
-    """The result of quantized operands is multiplied by s/c before anything else, so a bias comes after."""
+def _check_scaled_back(layer: LayerPlan, node: ir.Node, suffix: str) -> None:
+    """Checks that the result of quantized operands is multiplied by s/c first, so that a bias comes after."""
     readers = [reader for reader, _ in node.outputs[0].uses()]
-    factor = f"{site.act_point}/input_quantizer/from_centre{suffix}"
+    factor = f"{layer.activation_quantizer}/input_quantizer/from_reference{suffix}"
     scaled = len(readers) == 1 and readers[0].op_type == "Mul" and factor in [v.name for v in readers[0].inputs if v]
     if len(node.inputs) > 2 or not scaled:
-        raise GraphContractError(f"site {site.site}: its result must be multiplied by {factor} before a bias is added")
+        raise GraphContractError(
+            f"layer {layer.name}: its result must be multiplied by {factor} before a bias is added"
+        )
 
 
 def _check_types(graph: ir.Graph, dtype: ir.DataType) -> None:
     """Rule 7. ONNX itself wants the factors of a Resize in float32."""
     for value in _values(graph):
         ratio = str(value.name).startswith(ACT_SCALES) or all(node.op_type == "Resize" for node in value.consumers())
-        full = value.dtype == ir.DataType.FLOAT and str(value.name).endswith(FULL)
+        full = value.dtype == ir.DataType.FLOAT and str(value.name).endswith(FLOAT32_SUFFIX)
         if value.dtype in _FLOATS and value.dtype != dtype and not ratio and not full:
             raise GraphContractError(f"{value.name} is {value.dtype} in a graph of {dtype}")
 

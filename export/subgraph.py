@@ -1,4 +1,4 @@
-"""Parts of a canonical graph as models of their own, so that a part can be fed the reference's own inputs."""
+"""Subgraphs of a canonical graph as models of their own, which can be fed the reference's own inputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from s2p_deploy.records import ExportedGraph
 
 
-class GraphParts:
-    """Cuts parts out of one graph file, which is parsed once.
+class Subgraphs:
+    """Cuts subgraphs out of one graph file, which is parsed once.
 
     Args:
-        graph: says where blocks and sites are.
+        graph: says where blocks and layers are.
         onnx_file: another file with the same tensor names, such as a backend's prepared graph.
     """
 
@@ -33,33 +33,35 @@ class GraphParts:
         self._values = ir.convenience.create_value_mapping(self._model.graph)
 
     def block(self, block: str) -> onnx.ModelProto:
-        """One block with its weights inside.
+        """Cuts out a block, its weights inside.
 
-        Inputs: the entering activations under their own names, then those graph inputs that it needs (``step_index``,
-        ``encoder_hidden_states`` or ``text_projections``, ``act_scales``, ``time_projections``). Outputs: the leaving
-        activations.
+        Inputs: the entering activations under their own names, then those graph inputs that it needs
+            (``timestep_index``, ``encoder_hidden_states`` or ``text_projections``, ``act_scales``,
+            ``time_projections``). Outputs: the leaving activations.
 
         Raises:
             InputError: there is no such block. GraphContractError: the file does not hold the block's tensors.
         """
-        found = next((item for item in self.graph.blocks if item.block == block), None)
-        if found is None:
+        cut = next((item for item in self.graph.blocks if item.block == block), None)
+        if cut is None:
             names = ", ".join(item.block for item in self.graph.blocks)
             raise InputError(f"no block {block} in {self.graph.folder}: use one of {names}")
-        return self.between([tap.tensor for tap in found.entering], [tap.tensor for tap in found.leaving])
+        return self.between([tap.tensor for tap in cut.entering], [tap.tensor for tap in cut.leaving])
 
-    def site(self, site: str) -> onnx.ModelProto:
-        """One site with its quantizers and weights, otherwise as :meth:`block`.
+    def layer(self, layer: str) -> onnx.ModelProto:
+        """Cuts out a layer with its quantizers and weights, otherwise as :meth:`block`.
 
-        Where the site's activation is quantized, its codes (INT8) are a second output.
+        A layer of the text is in the graph's ``text_file``.
+
+        Where the layer's activation is quantized, its codes (INT8) are a second output.
         """
-        found = next((item for item in self.graph.sites if item.site == site), None)
-        if found is None:
-            raise InputError(f"no site {site} in the plan of {self.graph.folder}")
-        return self.between([found.input], [found.output, found.codes] if found.codes else [found.output])
+        cut = next((item for item in self.graph.layers if item.name == layer), None)
+        if cut is None:
+            raise InputError(f"no layer {layer} in the plan of {self.graph.folder}")
+        return self.between([cut.input], [cut.output, cut.codes] if cut.codes else [cut.output])
 
     def between(self, entries: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-        """The nodes between tensors ``entries`` (and graph inputs) and ``outputs``, as a model with its weights inside.
+        """Cuts out the nodes between tensors ``entries`` (and graph inputs) and ``outputs``, their weights inside.
 
         Raises:
             GraphContractError: the file has no such tensor.
@@ -75,27 +77,13 @@ class GraphParts:
         return ir.to_proto(part)
 
     def constant(self, name: str) -> NDArray[Any] | None:
-        """The value of an initializer; None where there is none of that name."""
+        """Returns the value of an initializer; None where there is none of that name."""
         value = self._model.graph.initializers.get(name)
         return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def block_subgraph(graph: ExportedGraph, block: str, onnx_file: Path | None = None) -> onnx.ModelProto:
-    """One block as a model of its own: :meth:`GraphParts.block` of a file that is used once."""
-    return GraphParts(graph, onnx_file).block(block)
-
-
-def site_subgraph(graph: ExportedGraph, site: str, onnx_file: Path | None = None) -> onnx.ModelProto:
-    """One site as a model of its own: :meth:`GraphParts.site` of a file that is used once.
-
-    Without ``onnx_file`` that is the graph's file that the site is in.
-    """
-    apart = any(item.site == site and item.graph == "text" for item in graph.sites)
-    return GraphParts(graph, onnx_file or (graph.text_file if apart else graph.onnx_file)).site(site)
-
-
 def _reached_inputs(graph: ir.Graph, starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> list[ir.Value]:
-    """Graph inputs that ``ends`` depend on other than through ``starts``, in the graph's order."""
+    """Finds the graph inputs that ``ends`` depend on other than through ``starts``, in the graph's order."""
     pending, seen = list(ends), set(starts)
     while pending:
         value = pending.pop()

@@ -1,4 +1,4 @@
-"""From a denoiser's configuration to its graph, traced on the meta device: no weight is ever in memory here."""
+"""Traces networks to ONNX; a denoiser from its configuration, on the meta device, with no weight in memory."""
 
 from __future__ import annotations
 
@@ -11,29 +11,62 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from s2p_deploy.export.passes.time_projections import TIME_PROJECTIONS
-from s2p_deploy.families import apply_transforms, given_features, hot_skeleton, time_slices, zero_inputs
+from s2p_deploy.families import apply_transforms, indexed_skeleton, zero_inputs
 from s2p_deploy.records import TimeTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx_ir as ir
 
-    from s2p_deploy.families import Block, HotDenoiser
+    from s2p_deploy.families import Block, IndexedDenoiser
     from s2p_deploy.records import TimestepTable, TransformSpec
 
 Sizes = Literal["fixed", "dynamic"]
 OPSET = 21
-INPUTS = ("sample", "step_index", "encoder_hidden_states")
+INPUTS = ("sample", "timestep_index", "encoder_hidden_states")
 OUTPUT = "noise_pred"
 
 
 @dataclass(frozen=True)
 class TracedDenoiser:
-    """The graph, and the denoiser's blocks."""
+    """A denoiser's graph, and its blocks."""
 
     model: ir.Model
     blocks: tuple[Block, ...]
+
+
+def trace(
+    module: torch.nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    open_sizes: Sequence[Mapping[int, Any]],
+) -> ir.Model:
+    """Traces a module to ONNX as torch's exporter writes it.
+
+    Args:
+        module: what to trace, on the examples' device; on the meta device its initializers have shapes and no data.
+        examples: its positional arguments.
+        inputs: their names in the graph.
+        outputs: the names of its results.
+        open_sizes: of every argument the names of the dimensions that stay open, by axis.
+    """
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(dict(axes) for axes in open_sizes),
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return program.model
 
 
 def trace_denoiser(
@@ -45,37 +78,25 @@ def trace_denoiser(
     dtype: torch.dtype,
     sizes: Sizes = "fixed",
 ) -> TracedDenoiser:
-    """The transformed hot denoiser's graph as torch's exporter writes it; its initializers have shapes and no data.
+    """Traces the transformed indexed denoiser; its initializers have shapes and no data.
 
-    Inputs are ``sample`` [batch, C, H, W], ``step_index`` int64 [batch] and ``encoder_hidden_states``
+    Inputs are ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch] and ``encoder_hidden_states``
     [batch, tokens, D], without a table of features ``time_projections`` [batch, P] too; the output is ``noise_pred``.
     Every node's metadata names the modules it came from. With ``sizes`` dynamic, H and W are open: any multiples of
     what the network's kind asks for.
     """
-    denoiser = hot_skeleton(config, time).hot.to(dtype=dtype).eval()
+    denoiser = indexed_skeleton(config, time).denoiser.to(dtype=dtype).eval()
     apply_transforms(denoiser, transforms)
-    step = denoiser.kind.size_multiple(config) if sizes == "dynamic" else None
+    step = denoiser.family.size_multiple(config) if sizes == "dynamic" else None
     examples = _examples(denoiser, tokens, step)
-    traced = denoiser if isinstance(time, TimeTable) else given_features(denoiser)
-    with quiet_exporter(), torch.no_grad():
-        program = torch.onnx.export(
-            traced,
-            examples,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=(*INPUTS, TIME_PROJECTIONS)[: len(examples)],
-            output_names=[OUTPUT],
-            dynamic_shapes=_open_dimensions(len(examples), step),
-        )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    return TracedDenoiser(program.model, denoiser.kind.blocks(denoiser.network))
+    traced = denoiser if isinstance(time, TimeTable) else denoiser.with_given_features()
+    names = (*INPUTS, TIME_PROJECTIONS)[: len(examples)]
+    model = trace(traced, examples, names, [OUTPUT], _open_dimensions(len(examples), step))
+    return TracedDenoiser(model, denoiser.family.blocks(denoiser.network))
 
 
-def _examples(denoiser: HotDenoiser, tokens: int, step: int | None) -> tuple[torch.Tensor, ...]:
-    """Inputs of two samples; where the features depend on ``added_cond``, they stand in its place.
+def _examples(denoiser: IndexedDenoiser, tokens: int, step: int | None) -> tuple[torch.Tensor, ...]:
+    """Makes inputs of two samples; where the features depend on ``added_cond``, they are in its place.
 
     With ``step`` the latents have another size than the trained one: no size that stays open may be 1 anywhere inside,
     and height and width differ.
@@ -84,12 +105,12 @@ def _examples(denoiser: HotDenoiser, tokens: int, step: int | None) -> tuple[tor
     sample = inputs[0] if step is None else inputs[0].new_zeros(*inputs[0].shape[:2], 2 * step, 3 * step)
     if not denoiser.added_width:
         return sample, *inputs[1:3]
-    width = max(stop for _, stop in time_slices(denoiser).values())
+    width = max(stop for _, stop in denoiser.time_slices().values())
     return sample, *inputs[1:3], sample.new_zeros(2, width)
 
 
 def _open_dimensions(inputs: int, step: int | None) -> tuple[dict[int, Any], ...]:
-    """What the exporter may not fix: the batch, and with ``step`` the latents' height and width, multiples of it."""
+    """Returns the dimensions that stay open: the batch, and with ``step`` height and width, multiples of it."""
     if step is None:
         return ({0: "batch"},) * inputs
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
@@ -97,7 +118,7 @@ def _open_dimensions(inputs: int, step: int | None) -> tuple[dict[int, Any], ...
 
 
 @contextmanager
-def quiet_exporter() -> Iterator[None]:
+def _quiet_exporter() -> Iterator[None]:
     """Silences what the exporter says about itself (missing torchvision, renamed dimensions, coming changes)."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class S2PError(Exception):
-    """Base of all expected errors. The message is one line: what is wrong, where, and what to do."""
+    """Base of all expected errors. The message is one line: what is wrong, where, and what to do.
+
+    Example:
+        >>> try:
+        ...     build_engine("build/nothing", backend="onnxruntime", out="build/other")
+        ... except S2PError as error:
+        ...     type(error).__name__, error.exit_code
+        ('InputError', 2)
+    """
 
     exit_code = 1
 
@@ -16,7 +24,7 @@ class InputError(S2PError):
 
 
 class GateFailedError(S2PError):
-    """A gate that the recipe fixed before the run was not met."""
+    """A gate that the recipe fixed before the run failed, or could not be measured."""
 
     exit_code = 3
 

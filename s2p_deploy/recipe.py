@@ -1,12 +1,13 @@
-"""Recipes: what a run is asked to do, read from YAML, checked once, and stored resolved beside every artifact."""
+"""Recipes: what a run does, read from YAML, checked once, and stored resolved beside every artifact."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,104 +15,93 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from importlib.resources.abc import Traversable
 
-FormatName = Literal["int8", "int4", "levels3", "levels5", "levels9", "none"]
-ActFormatName = Literal["int8", "int4", "none"]
+FormatName = Literal["int8", "int4", "none"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: immutable, and of known keys only."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Rule(_Section):
-    """One rule of the precision plan. Rules are read in order and the last that matches a site decides.
+class Rule(Section):
+    """One rule of the precision plan. Rules are read in order, and each that matches a layer overrides what it names.
 
-    ``match`` is a shell pattern over the site's module path (``mid_block.*``, ``*.attn2.to_k``), or ``input`` for the
-    site that reads the latents, ``output`` for the one that writes the prediction, ``text`` for every site that reads
-    only the text. A pattern that matches no site is an error.
+    ``match`` is a shell pattern over the layer's module path (``mid_block.*``, ``*.attn2.to_k``), or ``input`` for the
+    layer that reads the latents, ``output`` for the one that writes the prediction, ``text`` for every layer that reads
+    only the text. A pattern that matches no layer is an error.
     """
 
     match: str
     weights: FormatName | None = None
-    activations: ActFormatName | None = None
+    activations: FormatName | None = None
 
 
-class Override(_Section):
-    """Formats that replace a site's own; null keeps what the rules gave."""
+class Override(Section):
+    """Formats that replace a layer's own; null keeps what the rules gave."""
 
     weights: FormatName | None = None
-    activations: ActFormatName | None = None
+    activations: FormatName | None = None
 
 
-class Mixed(_Section):
+class Mixed(Section):
     """Mixed precision by sensitivity (paper, section 4.3), decided after the rules.
 
-    ``sensitivity``: ``none`` switches it off; ``probe`` is the empirical Fisher score of random probes of the output,
-    ``literal`` the paper's printed formula with the diffusion loss on FP-made latents, ``quantized`` the same formula
-    with L_out at the starting quantized weights. ``top`` and ``bottom`` are the shares of sites (rounded) that become
-    ``sensitive`` and ``insensitive``; ``latents`` stored points are looked at.
-    ``low_bit`` gives weights of the rules' INT4 sites BitsFusion's 3, 5 or 9 levels, as few as keep a site's own error
-    under the threshold that makes the average ``low_bit`` bits (arXiv 2406.04333, section 3.3).
+    ``sensitivity``: ``none`` switches it off; ``fisher`` is the empirical Fisher score of random projections of the
+    output, ``literal`` the paper's printed formula with the diffusion loss on FP-made latents, ``quantized`` the same
+    formula with L_out at the starting quantized weights. ``top`` and ``bottom`` are the shares of layers (rounded) that
+    become ``sensitive`` and ``insensitive``; scores are measured on ``latents`` samples.
     """
 
-    sensitivity: Literal["none", "probe", "literal", "quantized"] = "none"
+    sensitivity: Literal["none", "fisher", "literal", "quantized"] = "none"
     latents: int = Field(256, ge=1)
     top: float = Field(0.05, ge=0, le=1)
     bottom: float = Field(0.05, ge=0, le=1)
     sensitive: Override = Override()
     insensitive: Override = Override()
-    low_bit: float | None = Field(None, gt=1.5, le=4)
 
 
-class Transforms(_Section):
+class Transforms(Section):
     """Rewrites of the denoiser before it is planned, exact in floating point; off by default.
 
     ``split_shortcut``: convolutions over cat(h, skip) become two, each with its own scale: ``shortcut`` those on the
     shortcut path, which read it as it is, ``all`` also those behind a norm (Q-Diffusion, arXiv 2302.04304).
-    ``smoothing``: linear inputs divided per channel by max|X|^alpha / max|W|^(1-alpha) (SmoothQuant, arXiv 2211.10438).
-    ``low_rank``: rank of a floating-point branch beside every linear (SVDQuant, arXiv 2411.05007). ``time_layers``:
-    ``quantized`` makes the time table from time layers quantized like the rest, what a pipeline without precalculation
-    would have.
+    ``shift: channel`` takes the middle of every input channel's range off before the grid of each layer that reads a
+    tensor of its own (convolutions behind SiLU, GEGLU products, shortcuts): ``W (x - k) + W k``.
     """
 
     split_shortcut: Literal["none", "shortcut", "all"] = "none"
-    smoothing: float | None = Field(None, ge=0, le=1)
-    low_rank: int = Field(0, ge=0)
-    time_layers: Literal["exact", "quantized"] = "exact"
+    shift: Literal["none", "channel"] = "none"
 
 
-class Scales(_Section):
-    """Where scales start.
+class Scales(Section):
+    """Starting scales of weights and activations.
 
     ``calibrator``: ``own`` uses the other keys; ``modelopt`` and ``modelopt_smoothquant`` take nvidia-modelopt's INT8
     default and SmoothQuant configurations, which have one activation scale for all timesteps.
-    ``activations``: from stored latents, the clip with the smallest squared error (``mse``) or the peak (``max``); or
-    without a look at any, so that a model of any size is streamed through: those of a calibrated model of the same act
-    points (``given``, with ``calibrate --from``), or ``default`` ones as if every activation were unit normal, from
-    which an engine gets its size and speed, and no pictures.
-    ``timesteps``: one activation scale per row (``each``), or the rows' scales collapsed to one.
-    ``latents``: stored points per row that decide its scale. ``zero_point``: asymmetric activations, simulation only.
-    ``progressive``: a row's latents come from a walk whose earlier calls are quantized already, and the share
-    ``relaxed`` of rows nearest the picture has 10-bit activations, in simulation only (PCR, arXiv 2311.06322).
+    ``weights``: per output channel, by least squares or the largest magnitude.
+    ``activations``: measured on stored latents, the clip with the smallest squared error (``mse``) or the largest
+    magnitude (``max``); or not measured, so that a model of any size is streamed through: ``given`` takes those of a
+    calibrated model with the same activation quantizers (``calibrate --from``); ``default`` takes placeholders for unit
+    normal activations, whose engines have realistic size and speed but draw no images.
+    ``latents``: samples per timestep that decide its scale.
     """
 
     calibrator: Literal["own", "modelopt", "modelopt_smoothquant"] = "own"
     weights: Literal["least_squares", "max"] = "least_squares"
     activations: Literal["mse", "max", "default", "given"] = "mse"
-    timesteps: Literal["each", "max", "mean", "min"] = "each"
     latents: int = Field(64, ge=1)
-    zero_point: bool = False
-    progressive: bool = False
-    relaxed: float = Field(0.0, ge=0, le=1)
 
     @property
     def measured(self) -> bool:
-        """Whether activations are looked at, which takes a dataset and the denoiser's forward passes."""
+        """Returns whether activations are measured, which takes a dataset and the denoiser's forward passes."""
         return self.activations in {"mse", "max"}
 
 
-class Sampling(_Section):
+class Sampling(Section):
     """The deployed sampling: the pipeline's scheduler, number of steps and guidance scale (null: the pipeline's).
 
     ``max_sequence_length`` is how many tokens of SD3's third text encoder (or zeros in their place) follow the others'.
@@ -122,27 +112,24 @@ class Sampling(_Section):
     guidance_scale: float | None = Field(None, ge=1.0)
 
 
-class Dataset(_Section):
-    """Algorithm 1: how many prompts, how many stored points of each trajectory, how many trajectories side by side.
+class Dataset(Section):
+    """Algorithm 1: how many prompts, how many samples of each trajectory, how many trajectories side by side.
 
-    ``points_per_prompt`` of at least the schedule's calls stores all of them (the paper's strategy a); 1 is strategy b.
-    ``timesteps``: stored calls are drawn uniformly, or ``normal`` with mean 0.4 T and deviation 0.25 T towards the
-    picture (PTQ4DM, arXiv 2211.15736).
+    ``samples_per_prompt`` of at least the schedule's calls stores all (the paper's strategy a); 1 is strategy b.
     """
 
     prompts: int = Field(ge=1)
-    points_per_prompt: int = Field(ge=1)
-    timesteps: Literal["uniform", "normal"] = "uniform"
+    samples_per_prompt: int = Field(ge=1)
     width: int = Field(16, ge=1)
     prompts_per_shard: int = Field(64, ge=1)
 
 
-class Features(_Section):
+class Features(Section):
     """Loss on features, for which the teacher runs in the training loop.
 
-    ``targets``: ``sensitive`` is the paper's L_sen over the plan's sensitive sites, ``blocks`` inter-layer distillation
-    over the outputs of down, mid and up blocks (v2). ``relative`` divides a target's squared error by the teacher's
-    square, so that large-valued blocks do not lead; raw means are the paper's.
+    ``targets``: ``sensitive`` is the paper's L_sen over the plan's sensitive layers, ``blocks`` inter-layer
+    distillation over the outputs of down, mid and up blocks (v2). ``relative`` divides a target's squared error by the
+    teacher's square, so that large-valued blocks do not lead; raw means are the paper's.
     """
 
     targets: Literal["none", "sensitive", "blocks"] = "none"
@@ -150,12 +137,12 @@ class Features(_Section):
     relative: bool = True
 
 
-class Freezing(_Section):
+class Freezing(Section):
     """Selective freezing (v2; two readings of it).
 
     ``oscillation``: every ``every`` iterations, weights whose codes flip back and forth more often than a threshold,
     which falls from ``start`` to ``end`` by a cosine, stay at their mean code from then on (arXiv 2203.11086).
-    ``layers``: only the ``trained`` share of sites with the largest sensitivity trains its weights; scales all train.
+    ``layers``: only the ``trained`` share of layers with the largest sensitivity trains its weights; scales all train.
     """
 
     what: Literal["none", "oscillation", "layers"] = "none"
@@ -165,8 +152,8 @@ class Freezing(_Section):
     trained: float = Field(0.25, ge=0, le=1)
 
 
-class Selection(_Section):
-    """Which checkpoint is kept: the one with the smallest error of free-running trajectories of held-out prompts.
+class Selection(Section):
+    """Selection of the checkpoint to keep: the smallest error of free-running trajectories of held-out prompts.
 
     ``prompts`` of the prompt file that follow the dataset's are walked every ``every`` iterations; 0 keeps the last.
     """
@@ -175,25 +162,23 @@ class Selection(_Section):
     every: int = Field(100, ge=1)
 
 
-class Training(_Section):
+class Training(Section):
     """S2P training. ``iterations: 0`` keeps the starting scales.
 
-    ``order``: ``mixed`` batches of all rows (S2P), or ``serial``: one row per iteration, from noise to picture, over
-    and over. ``loss`` weighs a sample's squared error: ``row_balanced`` by 1 over its row's starting error to the power
-    ``balance``, ``uniform`` not at all (the paper), ``sampler`` by how far an error of the row moves the last latents
-    under the schedule, ``trajectory`` the same as measured through the network; ``guided`` is the row-balanced error of
-    the guided output, both branches in the batch.
-    Rates are AdamW's for the weights, and relative (per step, of log scale) for both kinds of scales.
-    ``adapter_rank`` trains low-rank updates W + BA in place of the weights (EfficientDM, arXiv 2310.03270).
-    ``ema`` is the decay of the average that is kept in the end (0: the last values). ``accumulate`` batches make one
-    update. ``checkpointing`` recomputes activations in the backward pass.
+    ``loss`` weighs a sample's squared error: ``timestep_balanced`` by 1 over its timestep's starting error to the power
+    ``balance``, ``uniform`` not at all (the paper). Rates are AdamW's for the weights, and relative (per step, of log
+    scale) for both kinds of scales. ``adapter_rank`` trains low-rank updates W + BA in place of the weights
+    (EfficientDM, arXiv 2310.03270). ``ema`` is the decay of the average that is kept in the end (0: the last values).
+    ``accumulate`` batches make one update. ``checkpointing`` recomputes activations in the backward pass. Those of the
+    three that a recipe does not state are chosen on a GPU, so that a training fits into its memory, and
+    ``batch * accumulate`` stays. What a killed
+    run goes on from is written every ``save_minutes`` and at the end; 0 writes it after every iteration.
     """
 
     iterations: int = Field(ge=0)
     batch: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
-    order: Literal["mixed", "serial"] = "mixed"
-    loss: Literal["row_balanced", "uniform", "sampler", "trajectory", "guided"] = "row_balanced"
+    loss: Literal["timestep_balanced", "uniform"] = "timestep_balanced"
     balance: float = Field(1.0, ge=0, le=1)
     features: Features = Features()
     freezing: Freezing = Freezing()
@@ -206,14 +191,14 @@ class Training(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     empty_prompt_share: float = Field(0.5, ge=0, le=1)
-    save_every: int = Field(100, ge=1)
+    save_minutes: float = Field(5, ge=0)
     seed: int = 0
 
 
-class Gates(_Section):
+class Gates(Section):
     """Limits that decide a validation, fixed before the run. Null switches a gate off.
 
-    SQNR in dB. A part's own error must be ``block_margin`` or ``site_margin`` under what quantization costs that part;
+    SQNR in dB. A part's own error must be ``block_margin`` or ``layer_margin`` under what quantization costs that part;
     where nothing in it is quantized, ``block_sqnr`` is asked, and half precision is never asked for more than
     ``block_sqnr_half``. Blocks of a float32 graph, whose arithmetic is the reference's own, have ``block_sqnr`` too.
     ``scale_difference`` and ``table_difference_*`` are relative. End to end, ``branch_margin`` is asked of the median
@@ -223,11 +208,11 @@ class Gates(_Section):
     pictures score against themselves shifted by one pixel. Accuracy drop is against the FP pictures' own.
     """
 
-    site_code_mismatch_fp32: float = 0.001
-    site_code_mismatch_fp16: float = 0.02
-    site_code_max_lsb: int = 1
+    layer_code_mismatch_fp32: float = 0.001
+    layer_code_mismatch_fp16: float = 0.02
+    layer_code_max_lsb: int = 1
     block_margin: float = 6.0
-    site_margin: float = 10.0
+    layer_margin: float = 10.0
     block_sqnr: float = 50.0
     block_sqnr_half: float = 40.0
     scale_difference: float = 1e-6
@@ -243,7 +228,7 @@ class Gates(_Section):
     attribute_accuracy_drop: float | None = 0.05
 
 
-class Validation(_Section):
+class Validation(Section):
     """How much is compared: held-out pictures, and latents for the numeric questions."""
 
     pictures: int = Field(64, ge=1)
@@ -251,12 +236,30 @@ class Validation(_Section):
     gates: Gates = Gates()
 
 
-class Recipe(_Section):
-    """A whole recipe, resolved."""
+class Bench(Section):
+    """Limits that decide whether an engine is worth deploying, for ``s2p-deploy bench``. Null switches one off.
+
+    ``speedup``: a step of the floating-point engine must take so many times as long, at the worse end of the interval.
+    ``int8_share``: of the layers whose weights and activations are quantized, the share of which the backend must
+    report that it computes them in INT8.
+    """
+
+    speedup: float | None = Field(None, gt=0)
+    int8_share: float | None = Field(None, ge=0, le=1)
+
+
+class Recipe(Section):
+    """A whole recipe, resolved.
+
+    Example:
+        >>> recipe = Recipe.load("w8a8", {"dataset": {"prompts": 16}})
+        >>> recipe.weights, recipe.dataset.prompts
+        ('int8', 16)
+    """
 
     name: str
     weights: FormatName
-    activations: ActFormatName
+    activations: FormatName
     rules: tuple[Rule, ...] = ()
     mixed: Mixed = Mixed()
     transforms: Transforms = Transforms()
@@ -265,91 +268,120 @@ class Recipe(_Section):
     dataset: Dataset
     training: Training
     validation: Validation = Validation()
+    bench: Bench = Bench()
+
+    @staticmethod
+    def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Reads a recipe that ships by name, or a YAML file by path; ``overrides`` are merged in (nested dictionaries).
+
+        A recipe whose key ``extends`` names a preset starts from that one's values.
+
+        Raises:
+            InputError: there is no such recipe, it is not valid YAML, or a key or value is wrong.
+
+        Example:
+            >>> Recipe.load("w4a8", {"training": {"iterations": 20}}).training.iterations
+            20
+        """
+        name = str(name_or_path)
+        return recipe_from_data(recipe_data(name, shipped_recipes("s2p_deploy"), overrides), name)
 
     @property
     def is_float(self) -> bool:
-        """Whether the recipe quantizes nothing (the baseline)."""
+        """Returns whether the recipe quantizes nothing (the baseline)."""
         return self.weights == "none" and self.activations == "none" and not self.rules
 
-    @property
-    def simulation_only(self) -> str:
-        """What no engine can do, in words; empty where the recipe can be exported."""
-        reasons = {
-            "activations with zero points": self.scales.zero_point,
-            "10-bit activations": self.scales.relaxed > 0,
-        }
-        return ", ".join(reason for reason, holds in reasons.items() if holds)
-
-    def with_guidance(self, default: float) -> Recipe:
-        """The recipe with ``default`` as its guidance scale, where it leaves that open."""
+    def with_guidance(self, default: float) -> Self:
+        """Returns the recipe with ``default`` as its guidance scale, where it leaves that open."""
         if self.sampling.guidance_scale is not None:
             return self
         return self.model_copy(update={"sampling": self.sampling.model_copy(update={"guidance_scale": default})})
+
+    def with_division(self, batch: int, accumulate: int, *, checkpointing: bool) -> Self:
+        """Returns the recipe with the samples of an update divided so; it states all three from then on."""
+        division = {"batch": batch, "accumulate": accumulate, "checkpointing": checkpointing}
+        return self.model_copy(update={"training": self.training.model_copy(update=division)})
+
+    def with_seed(self, seed: int) -> Self:
+        """Returns the recipe with another seed of training and sensitivity."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"seed": seed})})
 
     def digest(self) -> str:
         """SHA-256 (hex) of the resolved recipe."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
 def preset_names() -> list[str]:
-    """Names of the recipes that ship with the package: presets, rivals and ablations."""
-    return sorted(item.name.removesuffix(".yaml") for item in _shipped())
+    """Lists the recipes that ship with the package."""
+    return sorted(shipped_recipes("s2p_deploy"))
 
 
-def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A preset by name, or a YAML file by path; ``overrides`` are merged in (nested dictionaries).
+def shipped_recipes(package: str) -> dict[str, Traversable]:
+    """Finds the YAML files in a package's folder ``recipes``, by the recipe's name."""
+    folder = resources.files(package) / "recipes"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
 
-    A recipe whose key ``extends`` names a preset starts from that one's values.
+
+def recipe_data(
+    name_or_path: str, shipped: Mapping[str, Traversable], overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Reads the values of one of the ``shipped`` recipes, or of a YAML file, over those of the recipe it extends.
 
     Raises:
-        InputError: there is no such recipe, it is not valid YAML, or a key or value is wrong (the message names it).
+        InputError: as :meth:`Recipe.load`, but for its keys and values.
     """
-    return recipe_from_data(_merge(_load(name_or_path), overrides or {}), name_or_path)
+    text = _read(name_or_path, shipped)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"recipe {name_or_path} must be a mapping of keys")
+    parent = data.pop("extends", None)
+    if parent is not None:
+        if parent not in shipped or parent == data.get("name"):
+            known = ", ".join(sorted(shipped))
+            raise InputError(f"recipe {name_or_path}: extends: {parent!r} is no other recipe of {known}")
+        data = _merge(recipe_data(parent, shipped), data)
+    return _merge(data, dict(overrides or {}))
 
 
 def recipe_from_data(data: dict[str, Any], origin: str) -> Recipe:
     """Checks parsed data. Raises InputError naming the first wrong key."""
+    return checked_recipe(data, origin, Recipe)
+
+
+def checked_recipe(data: dict[str, Any], origin: str, kind: type[AnyRecipe]) -> AnyRecipe:
+    """Checks parsed data against a kind of recipe. Raises InputError naming the first wrong key."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"recipe {origin}: {where}: {first['msg'].lower()}") from error
+        reason = _unknown_key(kind, first["loc"]) if first["type"] == "extra_forbidden" else first["msg"].lower()
+        raise InputError(f"recipe {origin}: {where}: {reason}") from error
 
 
-def _shipped() -> list[Traversable]:
-    recipes = resources.files("s2p_deploy") / "recipes"
-    folders = [folder for folder in recipes.iterdir() if folder.is_dir()]
-    return [item for folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")]
+def _unknown_key(kind: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """Explains that a recipe has no key at ``path``, with the keys of that section that are written alike."""
+    section: Any = kind
+    for part in path[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = None if field is None else field.annotation
+    near = get_close_matches(str(path[-1]), getattr(section, "model_fields", {}), n=2, cutoff=0.5)
+    return "there is no such key" + (f"; use {' or '.join(near)}" if near else "")
 
 
-def _load(name_or_path: str) -> dict[str, Any]:
-    """A recipe's values, over those of the preset that it extends."""
-    text = _read(name_or_path)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {name_or_path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"recipe {name_or_path} must be a mapping of keys")
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    if parent not in preset_names() or parent == data.get("name"):
-        known = ", ".join(preset_names())
-        raise InputError(f"recipe {name_or_path}: extends: {parent!r} is no other recipe of {known}")
-    return _merge(_load(parent), data)
-
-
-def _read(name_or_path: str) -> str:
-    for item in _shipped():
-        if item.name == f"{name_or_path}.yaml":
-            return item.read_text(encoding="utf-8")
+def _read(name_or_path: str, shipped: Mapping[str, Traversable]) -> str:
+    if name_or_path in shipped:
+        return shipped[name_or_path].read_text(encoding="utf-8")
     path = Path(name_or_path)
     if not path.is_file():
-        raise InputError(
-            f"unknown recipe {name_or_path!r}: use one of {', '.join(preset_names())}, or the path of a YAML file"
-        )
+        known = ", ".join(sorted(shipped))
+        raise InputError(f"unknown recipe {name_or_path!r}: use one of {known}, or the path of a YAML file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -362,7 +394,3 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

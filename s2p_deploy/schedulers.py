@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from diffusers import (
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
     from diffusers import SchedulerMixin
 
-# What a name stands for, on top of the noise schedule of the pipeline's own scheduler. Latents are no pictures: x0 must
-# not be clipped to [-1, 1]. Whether sigmas are Karras's is said for every solver that knows them, because options of
-# the pipeline's scheduler go on otherwise. Euler's steps lie between timesteps unless their spacing is leading.
+# Class and options by name; the noise schedule is that of the pipeline's own scheduler. Latents are no pictures, so x0
+# must not be clipped to [-1, 1]. `use_karras_sigmas` is set for every solver that has it, because from_config would
+# keep the value of the pipeline's scheduler otherwise. Euler's timesteps are integers only with leading spacing.
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -39,17 +40,39 @@ _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def scheduler_names() -> tuple[str, ...]:
-    """Names of the schedulers that can be asked for."""
+    """Lists the names of the schedulers."""
     return tuple(_SCHEDULERS)
 
 
 def scheduler_by_name(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
-    """A fresh scheduler of a name, with the noise schedule of another scheduler's configuration.
+    """Makes a fresh scheduler by its name, with the noise schedule of another scheduler's configuration.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no scheduler of that name.
     """
     if name not in _SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}: use one of {', '.join(_SCHEDULERS)}")
-    kind, options = _SCHEDULERS[name]
-    return kind.from_config(config, **options)  # type: ignore[attr-defined]  # diffusers is not typed
+    scheduler_class, options = _SCHEDULERS[name]
+    return scheduler_class.from_config(config, **options)  # type: ignore[attr-defined]  # diffusers is not typed
+
+
+def on_host(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Copies a scheduler, fresh, whose timesteps stay on the CPU whatever the device of its pipeline.
+
+    diffusers' schedulers compare timesteps with Python numbers: on a GPU each comparison waits for it, with DDIM six
+    times in a step.
+    """
+    scheduler_class: type = type(scheduler)
+    return _host_class(scheduler_class).from_config(scheduler.config)  # type: ignore[attr-defined]  # as above
+
+
+@cache
+def _host_class(scheduler_class: type) -> type:
+    """Derives a scheduler class whose ``set_timesteps`` ignores the device; its name and options stay."""
+    inner = scheduler_class.set_timesteps  # type: ignore[attr-defined]  # as above
+
+    @wraps(inner)  # pipelines look at its parameters
+    def set_timesteps(self: SchedulerMixin, *args: object, **options: object) -> None:
+        inner(self, *args, **{name: value for name, value in options.items() if name != "device"})
+
+    return type(scheduler_class.__name__, (scheduler_class,), {"set_timesteps": set_timesteps})

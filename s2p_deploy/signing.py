@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Engine, Manifest, read_manifest, verify_files
-from s2p_deploy.records.manifest import MANIFEST, MOST_MANIFEST, SIGNATURE, manifest_from_bytes
-from s2p_deploy.records.plain_files import read_plain
+from s2p_deploy.records.artifacts import MANIFEST, MOST_MANIFEST, MOST_SIGNATURE, SIGNATURE, manifest_from_bytes
+from s2p_deploy.records.files import read_plain
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-_MOST_SIGNATURE = 2**20  # bytes; it has about two thousand
 
 
 def sign_artifact(folder: Path, private_key: Path, password: str | None = None) -> Path:
@@ -55,7 +53,7 @@ def sign_artifact(folder: Path, private_key: Path, password: str | None = None) 
 
 
 def check_signature(folder: Path, public_key: Path) -> Manifest:
-    """The manifest of an artifact that was signed with the private half of ``public_key``.
+    """Verifies and returns the manifest of an artifact that was signed with the private half of ``public_key``.
 
     Raises:
         InputError: there is no artifact, or the key cannot be read.
@@ -67,7 +65,7 @@ def check_signature(folder: Path, public_key: Path) -> Manifest:
     if not os.path.lexists(folder / SIGNATURE):
         raise IntegrityError(f"{folder} is not signed: sign it with s2p-deploy sign, or do without --public-key")
     text = read_plain(folder, MANIFEST, MOST_MANIFEST)
-    signature = read_plain(folder, SIGNATURE, _MOST_SIGNATURE)
+    signature = read_plain(folder, SIGNATURE, MOST_SIGNATURE)
     verifier = _verifier(library, public_key)
     # copies, so that the bytes that are checked are those that were read here
     with tempfile.TemporaryDirectory() as private:

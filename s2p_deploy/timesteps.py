@@ -1,8 +1,8 @@
-"""Rows: which row of the scale table a sample on some timestep uses, and where the scales of each row come from.
+"""Timestep indices: which scales a sample on some timestep uses, and where the scales of each index come from.
 
-The first rows are the training timesteps 0..999, so a sample's row is its integer timestep. Where the time table is an
-input, rows of fractional timesteps follow: those of the calibrated schedule and of the schedules that are bound. The
-row is data that travels with the sample, never a counter.
+The training timesteps 0..999 are their own indices. Where the time table is an input, indices of fractional timesteps
+follow: those of the calibrated schedule and of the schedules that are bound. The timestep index is data that travels
+with the sample, never a counter.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MOST_SIGMA = 4096.0  # where alpha is zero, as diffusers' own schedulers take i
 
 
 @dataclass(frozen=True)
-class RowOrigins:
+class ScaleOrigins:
     """Distinct timesteps, ascending, by where their scales come from.
 
-    ``calibrated`` rows were trained, ``interpolated`` ones lie between two of those, ``held`` ones have the value of
-    the nearest end.
+    ``calibrated`` ones were trained, ``interpolated`` ones lie between two of those, ``clamped`` ones lie beyond either
+    end and have the scales of that end.
     """
 
     calibrated: tuple[float, ...]
     interpolated: tuple[float, ...]
-    held: tuple[float, ...]
+    clamped: tuple[float, ...]
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(getattr(self, kind.name))} {kind.name}" for kind in dataclasses.fields(self))
+        return ", ".join(f"{len(getattr(self, field.name))} {field.name}" for field in dataclasses.fields(self))
 
 
 def timestep_table_of(
@@ -49,7 +49,12 @@ def timestep_table_of(
     *,
     fractional: bool,
 ) -> TimestepTable:
-    """The rows of a scheduler, all of its schedule calibrated; ``fractional`` timesteps get rows of their own.
+    """Makes the timestep table of a scheduler with every timestep of its schedule calibrated.
+
+    Args:
+        scheduler: a diffusers scheduler; left as it is.
+        steps: number of denoising steps.
+        fractional: allows fractional timesteps, each of which gets an index of its own.
 
     Raises:
         InputError: it has no such number of steps, no known kind of noise schedule, or fractional timesteps that are
@@ -66,28 +71,31 @@ def timestep_table_of(
         raise InputError(f"{name} is neither variance preserving (alphas_cumprod) nor flow matching (scale_noise)")
     training = config["num_train_timesteps"]
     levels = np.arange(training + 1) / training if flow else angles_from_alphas(scheduler.alphas_cumprod.numpy())
-    asked = np.unique(_flat(copied.timesteps.double().numpy()))
-    whole = _close(asked, np.rint(asked))
+    schedule = np.unique(_flat(copied.timesteps.double().numpy()))
+    whole = _close(schedule, np.rint(schedule))
     if not (fractional or whole.all()):
         raise InputError(
-            f"{name} asks for the fractional timestep {asked[~whole][0]:g}: use a schedule of integer timesteps"
+            f"{name} has the fractional timestep {schedule[~whole][0]:g}: use a schedule of integer timesteps"
         )
-    calibrated = np.where(whole, np.rint(asked), asked)  # a scheduler's way from sigma to timestep rounds
+    calibrated = np.where(whole, np.rint(schedule), schedule)  # a scheduler's way from sigma to timestep rounds
     own = calibrated if flow or not whole.all() else _flat(())
     return TimestepTable(name, config, steps, tuple(calibrated.tolist()), levels, flow, own if fractional else None)
 
 
 def angles_from_alphas(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
-    """atan2(sigma, alpha) float64 [rows] of a variance-preserving schedule with the given cumulative alphas."""
+    """Computes atan2(sigma, alpha), float64 [timesteps], of a variance-preserving noise schedule.
+
+    ``alphas_cumprod`` [timesteps] are its cumulative products of alphas, as diffusers' schedulers have them.
+    """
     values = np.asarray(alphas_cumprod, dtype=np.float64)
     return np.arctan2(np.sqrt(1 - values), np.sqrt(values))
 
 
 def angles_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[np.float64]:
-    """The noise level float64 [n] of timesteps, fractional ones included, in the unit of ``table.angle``.
+    """Computes the noise level float64 [n] of timesteps, fractional ones included, in the unit of ``table.angle``.
 
     Between two training timesteps log sigma is linear in the timestep, which is how diffusers maps the sigmas of Karras
-    and other schedules to timesteps. For flow matching sigma is.
+    and other schedules to timesteps. For flow matching sigma itself is.
     """
     values, training = _flat(timesteps), np.arange(len(table.angle))
     if table.flow_matching:
@@ -101,12 +109,17 @@ def angles_of_timesteps(timesteps: Timesteps, table: TimestepTable) -> NDArray[n
 
 
 def with_schedules(table: TimestepTable, schedules: Iterable[Timesteps], *, covered: bool = True) -> TimestepTable:
-    """``table`` with rows for all timesteps of the schedules too: each distinct fractional one gets a row of its own.
+    """Adds an index for each distinct fractional timestep of the schedules to ``table``.
 
-    For an engine whose time table is an input. Integer timesteps have their rows already.
+    For an engine whose time table is an input. Integer timesteps have their indices already.
+
+    Args:
+        table: the timesteps that have indices.
+        schedules: timesteps of each schedule, in any order.
+        covered: refuses timesteps outside ``table.covered``.
 
     Raises:
-        InputError: a timestep is outside the covered range (where ``covered`` is asked for), or no number.
+        InputError: a timestep is outside the covered range, or no number.
     """
     values = np.unique(np.concatenate([_flat(()), *(_flat(schedule) for schedule in schedules)]))
     if covered:
@@ -120,74 +133,80 @@ def with_schedules(table: TimestepTable, schedules: Iterable[Timesteps], *, cove
     return dataclasses.replace(table, fractional=np.union1d(known, added))
 
 
-def rows_of_timesteps(timesteps: Timesteps, table: TimestepTable, *, covered: bool = True) -> NDArray[np.int64]:
-    """Rows int64 [n] of scheduler timesteps, each looked up by its value, to a thousandth of a timestep.
+def timestep_indices(timesteps: Timesteps, table: TimestepTable, *, covered: bool = True) -> NDArray[np.int64]:
+    """Looks up the timestep indices, int64 [n], of scheduler timesteps by their values, to a thousandth of a timestep.
+
+    Args:
+        timesteps: float [n].
+        table: the timesteps that have indices.
+        covered: refuses timesteps outside ``table.covered``.
 
     Raises:
-        InputError: a timestep is outside the covered range (where ``covered`` is asked for), or has no row.
+        InputError: a timestep is outside the covered range, or has no index.
     """
     values = _flat(timesteps)
     if covered:
         _check_covered(values, table)
     whole = _is_training(values, table)
-    rows = np.where(whole, np.rint(values), -1).astype(np.int64)
+    indices = np.where(whole, np.rint(values), -1).astype(np.int64)
     if whole.all():
-        return rows
+        return indices
     fractional = _flat(()) if table.fractional is None else table.fractional
     if len(fractional):
         gaps = np.abs(values[~whole, None] - fractional)
-        found = gaps.argmin(1)
-        rows[~whole] = np.where(gaps.min(1) <= _SAME, table.training_rows + found, -1)
-    if (rows < 0).any():
-        raise InputError(f"timestep {values[rows < 0][0]:g} is fractional: {_remedy(table)}")
-    return rows
+        nearest = table.integer_indices + gaps.argmin(1)
+        indices[~whole] = np.where(gaps.min(1) <= _SAME, nearest, -1)
+    if (indices < 0).any():
+        raise InputError(f"timestep {values[indices < 0][0]:g} is fractional: {_remedy(table)}")
+    return indices
 
 
-def row_origins(timesteps: Timesteps, table: TimestepTable) -> RowOrigins:
-    """Where the scales of a schedule's rows come from."""
+def scale_origins(timesteps: Timesteps, table: TimestepTable) -> ScaleOrigins:
+    """Sorts a schedule's timesteps by where their scales come from."""
     values = np.unique(_flat(timesteps))
     known = np.asarray(table.calibrated, dtype=np.float64)
     calibrated = (np.abs(values[:, None] - known) <= _SAME).any(1)
-    held = ~calibrated & ((values < known[0]) | (values > known[-1]))
-    kinds = (calibrated, ~calibrated & ~held, held)
-    return RowOrigins(*(tuple(values[kind].tolist()) for kind in kinds))
+    clamped = ~calibrated & ((values < known[0]) | (values > known[-1]))
+    masks = (calibrated, ~calibrated & ~clamped, clamped)
+    return ScaleOrigins(*(tuple(values[mask].tolist()) for mask in masks))
 
 
-def spread_over_rows(scales: NDArray[np.float32], table: TimestepTable) -> NDArray[np.float32]:
-    """Scales of all rows, float32 [rows, points], from those of the calibrated rows, [len(calibrated), points].
+def interpolate_scales(scales: NDArray[np.float32], table: TimestepTable) -> NDArray[np.float32]:
+    """Interpolates the scales of calibrated timesteps, [calibrated, quantizers], to float32 [timesteps, quantizers].
 
-    Calibrated rows keep their values bit for bit; rows between them interpolate log scale linearly over the angle; rows
-    beyond either end hold the end row's value.
+    Calibrated timesteps keep their scales bit for bit; between them log scale is linear in the angle; beyond either end
+    the scales are clamped to that end's.
+
+    Raises:
+        InputError: ``scales`` are not those of the table's calibrated timesteps.
     """
-    known = list(table.calibrated_rows)
+    known = list(table.calibrated_indices)
     if scales.shape[0] != len(known):
-        raise InputError(f"{scales.shape[0]} rows of scales for {len(known)} calibrated timesteps")
-    spread = _interpolated(scales, table, angles_of_timesteps(table.timesteps, table))
-    spread[known] = scales
-    return spread
+        raise InputError(f"scales of {scales.shape[0]} timesteps for {len(known)} calibrated ones")
+    interpolated = _interpolate(scales, table, angles_of_timesteps(table.timesteps, table))
+    interpolated[known] = scales  # exp(log(s)) is not s to the last bit
+    return interpolated
 
 
-def scales_of_rows(scales: ScaleTable, own: TimestepTable, bound: TimestepTable) -> ScaleTable:
-    """``scales`` [rows of ``own``, points] with rows for the further timesteps of ``bound``, if it has any.
+def scales_for_schedule(scales: ScaleTable, own: TimestepTable, bound: TimestepTable) -> ScaleTable:
+    """Adds scales for the timesteps that ``bound`` has beyond those of ``own`` to ``scales`` [timesteps, quantizers].
 
-    Rows that are there keep every bit; the others come from the calibrated rows as in :func:`spread_over_rows`.
+    Present scales keep every bit; the others come from the calibrated ones as in :func:`interpolate_scales`.
     """
-    if bound.rows == own.rows:
+    if len(bound) == len(own):
         return scales
-    present = rows_of_timesteps(own.timesteps, bound, covered=False)
-    calibrated = scales.scales[list(own.calibrated_rows)]
-    spread = _interpolated(calibrated, own, angles_of_timesteps(bound.timesteps, own))
-    spread[present] = scales.scales
-    return dataclasses.replace(scales, scales=spread)
+    present = timestep_indices(own.timesteps, bound, covered=False)
+    calibrated = scales.scales[list(own.calibrated_indices)]
+    interpolated = _interpolate(calibrated, own, angles_of_timesteps(bound.timesteps, own))
+    interpolated[present] = scales.scales
+    return dataclasses.replace(scales, scales=interpolated)
 
 
-def _interpolated(
-    scales: NDArray[np.float32], table: TimestepTable, angles: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """Scales float32 [len(angles), points] from those of the calibrated rows, [len(calibrated), points]."""
+def _interpolate(scales: NDArray[np.float32], table: TimestepTable, angles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Interpolates [calibrated, quantizers] to float32 [len(angles), quantizers]."""
     known = angles_of_timesteps(np.asarray(table.calibrated), table)
     logs = np.log(scales.astype(np.float64))
-    columns = [np.interp(angles, known, logs[:, point]) for point in range(scales.shape[1])]
+    columns = [np.interp(angles, known, logs[:, quantizer]) for quantizer in range(scales.shape[1])]
     values = np.exp(np.stack(columns, axis=1)) if columns else np.ones((len(angles), 0))
     return values.astype(np.float32)
 
@@ -202,8 +221,8 @@ def _check_covered(values: NDArray[np.float64], table: TimestepTable) -> None:
 
 
 def _is_training(values: NDArray[np.float64], table: TimestepTable) -> NDArray[np.bool_]:
-    """Which of the values are training timesteps with rows of their own."""
-    return _close(values, np.rint(values)) & (table.training_rows > 0)
+    """Marks the values that are training timesteps and their own indices."""
+    return _close(values, np.rint(values)) & (table.integer_indices > 0)
 
 
 def _remedy(table: TimestepTable) -> str:
@@ -213,7 +232,7 @@ def _remedy(table: TimestepTable) -> str:
 
 
 def _close(values: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether they are the same timestep. A value that is no number is none; infinite ones were refused."""
+    """Compares timesteps elementwise. NaN equals none; infinite values were refused before."""
     close: NDArray[np.bool_] = np.abs(values - others) <= _SAME
     return close
 

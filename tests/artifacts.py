@@ -10,25 +10,32 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.numpy import save_file
 
-from s2p_deploy.families import HotDenoiser, Site, discover_sites, hot_denoiser, network_config, time_table_of
+from s2p_deploy.families import (
+    IndexedDenoiser,
+    QuantizableLayer,
+    discover_layers,
+    indexed_denoiser,
+    network_config,
+    time_table_of,
+)
 from s2p_deploy.numerics import format_by_name, least_squares_weight_scale, mse_best_scale
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import (
-    ActPoint,
+    ActivationQuantizer,
     Base,
     CalibratedModel,
+    LayerPlan,
     PrecisionPlan,
     ScaleTable,
-    SitePlan,
     TimestepTable,
     TimeTable,
     TransformSpec,
     write_artifact,
 )
 from s2p_deploy.records.precision_plan import write_plan
-from s2p_deploy.records.scale_table import write_scale_table
-from s2p_deploy.records.timestep_table import write_timestep_table
-from s2p_deploy.timesteps import angles_from_alphas, spread_over_rows
+from s2p_deploy.records.scale_table import write_scale_table, write_timestep_table
+from s2p_deploy.records.typed_json import json_data
+from s2p_deploy.timesteps import angles_from_alphas, interpolate_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +57,7 @@ SCHEDULER = {
 
 
 def tiny_config() -> dict[str, Any]:
-    """The bundled architecture (8x8x4 latents, same blocks, 73 sites) at 32 and 64 channels, 6 tokens of 48."""
+    """The bundled architecture (8x8x4 latents, same blocks, 73 layers) at 32 and 64 channels, 6 tokens of 48."""
     return {
         "sample_size": 8,
         "block_out_channels": [32, 64],
@@ -75,11 +82,11 @@ def tiny_unet(seed: int = 0, config: dict[str, Any] | None = None) -> UNet2DCond
 
 
 def tiny_inputs(batch: int = 2, seed: int = 1, width: int = 48) -> dict[str, np.ndarray]:
-    """``sample``, ``step_index`` (mixed rows) and ``encoder_hidden_states`` [batch, 6, width], float32."""
+    """``sample``, ``timestep_index`` (mixed rows) and ``encoder_hidden_states`` [batch, 6, width], float32."""
     generator = np.random.default_rng(seed)
     return {
         "sample": generator.standard_normal((batch, 4, 8, 8)).astype(np.float32),
-        "step_index": np.asarray([CALIBRATED[(3 * i + 1) % len(CALIBRATED)] for i in range(batch)], dtype=np.int64),
+        "timestep_index": np.asarray([CALIBRATED[(3 * i + 1) % len(CALIBRATED)] for i in range(batch)], dtype=np.int64),
         "encoder_hidden_states": generator.standard_normal((batch, TOKENS, width)).astype(np.float32),
     }
 
@@ -92,19 +99,19 @@ def tiny_calibrated(
     seed: int = 0,
     recipe: str = "w8a8",
     config: dict[str, Any] | None = None,
-    rewrite: Callable[[HotDenoiser], TransformSpec] | None = None,
+    rewrite: Callable[[IndexedDenoiser], TransformSpec] | None = None,
 ) -> CalibratedModel:
     """A calibrated tiny denoiser (or one of another ``config``) with closed-form scales, written to ``folder``.
 
-    ``conv_in`` and ``conv_out`` are W8A16, text sites keep A16, as in the presets. ``weights`` and ``activations`` are
+    ``conv_in`` and ``conv_out`` are W8A16, text layers keep A16, as in the presets. ``weights`` and ``activations`` are
     int8, int4 or none; both ``none`` gives what recipe ``fp`` gives. ``rewrite`` transforms the denoiser first.
     """
     unet = tiny_unet(seed, config)
     table = time_table_of(unet, ROWS)
     config = network_config(unet)
-    denoiser = hot_denoiser(unet, table)
+    denoiser = indexed_denoiser(unet, table)
     transforms = rewrite(denoiser) if rewrite else TransformSpec()
-    plan = tiny_plan(discover_sites(denoiser), weights, activations)
+    plan = tiny_plan(discover_layers(denoiser), weights, activations)
     timesteps = _timesteps()
     scales = _scales(denoiser, plan, timesteps)
 
@@ -117,26 +124,29 @@ def tiny_calibrated(
         write_plan(plan, out / "plan.yaml")
         write_timestep_table(timesteps, out / "timesteps.json")
         _write_config(config, out)
-        return {"time_slices": _slices(table), "tokens": TOKENS, "transforms": transforms.to_json()}
+        return {"time_slices": _slices(table), "tokens": TOKENS, "transforms": json_data(transforms)}
 
-    resolved = load_recipe(recipe).model_dump(mode="json")
+    resolved = Recipe.load(recipe).model_dump(mode="json")
     write_artifact(folder, kind="CalibratedModel", base=Base("tiny", "0" * 64), recipe=resolved, fill=fill)
     return CalibratedModel.open(folder)
 
 
-def tiny_plan(sites: tuple[Site, ...], weights: str, activations: str) -> PrecisionPlan:
-    """The presets' plan by hand: sites that read one tensor share the act point that the first of them names."""
+def tiny_plan(layers: tuple[QuantizableLayer, ...], weights: str, activations: str) -> PrecisionPlan:
+    """The presets' plan by hand: layers that read one tensor share the quantizer that the first of them names."""
     plain = weights == activations == "none"
-    points: dict[int, str] = {}
+    quantizers: dict[int, str] = {}
     planned = []
-    for site in sites:
-        edge = site.name in {"conv_in", "conv_out"}
-        floating = edge or site.branch or site.reads == "text" or activations == "none"
-        point = None if floating else points.setdefault(site.tensor, site.name)
-        kind = "none" if plain or site.branch else "int8" if edge else weights
-        planned.append(SitePlan(site.name, site.op, kind, point, "edge" if edge else "default"))
-    names = tuple(dict.fromkeys(site.act_point for site in planned if site.act_point))
-    acts = tuple(ActPoint(n, activations, tuple(s.site for s in planned if s.act_point == n)) for n in names)
+    for layer in layers:
+        edge = layer.name in {"conv_in", "conv_out"}
+        floating = edge or layer.reads == "text" or activations == "none"
+        quantizer = None if floating else quantizers.setdefault(layer.tensor, layer.name)
+        kind = "none" if plain else "int8" if edge else weights
+        planned.append(LayerPlan(layer.name, layer.op, kind, quantizer, "edge" if edge else "default"))
+    names = tuple(dict.fromkeys(layer.activation_quantizer for layer in planned if layer.activation_quantizer))
+    acts = tuple(
+        ActivationQuantizer(n, activations, tuple(s.name for s in planned if s.activation_quantizer == n))
+        for n in names
+    )
     return PrecisionPlan(tuple(planned), acts)
 
 
@@ -147,13 +157,13 @@ def _timesteps() -> TimestepTable:
 
 
 @torch.no_grad()
-def _scales(denoiser: HotDenoiser, plan: PrecisionPlan, timesteps: TimestepTable) -> ScaleTable:
+def _scales(denoiser: IndexedDenoiser, plan: PrecisionPlan, timesteps: TimestepTable) -> ScaleTable:
     """MSE-best scales of every calibrated row, stretched over the rows so that a wrong row is visible."""
-    names = plan.point_names()
+    names = plan.quantizer_names()
     measured = np.ones((len(CALIBRATED), len(names)), np.float32)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
-        denoiser.network.get_submodule(plan.point(name).sites[0]).register_forward_pre_hook(
+        denoiser.network.get_submodule(plan.quantizer(name).layers[0]).register_forward_pre_hook(
             lambda _module, args, name=name: seen.update({name: args[0]})
         )
         for name in names
@@ -161,25 +171,25 @@ def _scales(denoiser: HotDenoiser, plan: PrecisionPlan, timesteps: TimestepTable
     for index, row in enumerate(CALIBRATED):
         width = denoiser.network.config.cross_attention_dim
         inputs = {k: torch.from_numpy(v) for k, v in tiny_inputs(4, index, width).items()}
-        inputs["step_index"] = torch.full((4,), row)
+        inputs["timestep_index"] = torch.full((4,), row)
         denoiser(**inputs)
         stretch = 0.8 + 0.5 * index / len(CALIBRATED)
         for column, name in enumerate(names):
-            fmt = format_by_name(plan.point(name).activations)
+            fmt = format_by_name(plan.quantizer(name).activations)
             assert fmt is not None
             measured[index, column] = stretch * float(mse_best_scale(seen[name], fmt))
     for hook in hooks:
         hook.remove()
-    return ScaleTable(spread_over_rows(measured, timesteps), names, CALIBRATED)
+    return ScaleTable(interpolate_scales(measured, timesteps), names, CALIBRATED)
 
 
-def _weight_scales(denoiser: HotDenoiser, plan: PrecisionPlan) -> dict[str, np.ndarray]:
+def _weight_scales(denoiser: IndexedDenoiser, plan: PrecisionPlan) -> dict[str, np.ndarray]:
     scales = {}
-    for site in plan.sites:
-        fmt = format_by_name(site.weights)
+    for layer in plan.layers:
+        fmt = format_by_name(layer.weights)
         if fmt is not None:
-            weight = denoiser.network.get_submodule(site.site).weight
-            scales[site.site] = least_squares_weight_scale(weight, fmt).numpy()
+            weight = denoiser.network.get_submodule(layer.name).weight
+            scales[layer.name] = least_squares_weight_scale(weight, fmt).numpy()
     return scales
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,8 @@ from tests.shared_folder import shared_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from playwright.sync_api import Browser
 
     from tests.shared_folder import SharedFolder
 
@@ -25,6 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_DISABLE", "1")  # for tests of what stderr says
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")  # without a GPU, on the CPU
 
 # Started in the background of a script, pytest ignores Ctrl-C, and so would the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -36,6 +40,16 @@ THREADS = int(os.environ["OMP_NUM_THREADS"])
 # A busy machine is no failure.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+# Files of few long tests. Begun first, none keeps one process busy after the others have ended; by their number of
+# tests, which is xdist's own order, they would come last.
+LONG_FILES = ("test_placement.py", "test_calibrate_kills.py", "test_dynamic_sizes.py", "test_family_pipelines.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +66,23 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traces_are_remembered(shared: SharedFolder) -> Iterator[None]:
+def _traces_are_remembered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "torch" in sys.modules:  # tests that do without it need not wait for it
-            from tests.remembered_traces import remember_traces
+            from tests.remembered_traces import kept_traces, remember_traces
 
-            remember_traces(patch, shared)
+            remember_traces(patch, kept_traces())
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, which ``make browser`` installs; without it CI fails and others skip."""
+    from tests.browser import installed_browser, started_browser
+
+    program = installed_browser()
+    if program is None:
+        without = pytest.fail if os.environ.get("CI") else pytest.skip
+        without("no Chromium here: `make browser` installs it, or says how")
+    with started_browser(program) as browser:
+        yield browser

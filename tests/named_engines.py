@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.engines import BuildOptions, build_engine
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, write_artifact
 from tests.engines.small_graph import small_graph
 
@@ -21,18 +21,18 @@ class NamedEngines:
         self.folder = folder
         self.graph = small_graph(folder / "graph")
 
-    def __call__(self, recipe: str, hint: str) -> Engine:
-        """The engine of a hint that says it is of a recipe; built when first asked for."""
-        out = self.folder / f"{recipe}-{hint}"
+    def __call__(self, recipe: str, optimization: str) -> Engine:
+        """The engine of an optimization that says it is of a recipe; built when first asked for."""
+        out = self.folder / f"{recipe}-{optimization}"
         if not out.exists():
-            self._write(out, recipe, self._built(hint))
+            self._write(out, recipe, self._built(optimization))
         return Engine.open(out)
 
-    def _built(self, hint: str) -> Engine:
-        out = self.folder / hint
+    def _built(self, optimization: str) -> Engine:
+        out = self.folder / optimization
         if out.exists():
             return Engine.open(out)
-        return build_engine(self.graph, "onnxruntime", out, options=BuildOptions(hint))
+        return build_engine(self.graph, out, backend="onnxruntime", options=BuildOptions(optimization=optimization))
 
     def _write(self, out: Path, recipe: str, source: Engine) -> None:
         def fill(place: Path) -> dict[str, Any]:
@@ -40,6 +40,6 @@ class NamedEngines:
                 shutil.copyfile(source.folder / name, place / name)
             return source.manifest.content
 
-        resolved = load_recipe(recipe).model_dump(mode="json")
+        resolved = Recipe.load(recipe).model_dump(mode="json")
         parents = {"graph": (self.graph.folder, self.graph.manifest)}
         write_artifact(out, kind="Engine", base=source.manifest.base, recipe=resolved, fill=fill, parents=parents)

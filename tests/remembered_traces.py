@@ -1,29 +1,31 @@
-"""Traces of denoisers, each made once per test run: one takes ten seconds, and depends on its arguments alone."""
+"""Traces of denoisers, each made once for the code as it is: one takes ten seconds and depends on its arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import time
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 
-from s2p_deploy.export import canonical, tracing
+from s2p_deploy.export import exporter, tracing
 from s2p_deploy.export.tracing import TracedDenoiser
 from s2p_deploy.families import Block, Tap
 from s2p_deploy.records import TimestepTable, TimeTable, TransformSpec
+from tests.shared_folder import SharedFolder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
 
-    from tests.shared_folder import SharedFolder
-
+ROOT = Path(__file__).resolve().parents[1]
 _GRAPH, _BLOCKS = "graph.onnx", "blocks.json"
 _SIGNATURE = signature(tracing.trace_denoiser)
 
@@ -47,14 +49,32 @@ class RememberedTraces:
         return read_trace(self.shared.made(f"trace-{name[:32]}", trace))
 
 
+def kept_traces() -> SharedFolder:
+    """Keeps traces in build/, under the digest of all code that they depend on; unused ones go after a week."""
+    code = sorted(
+        path for name in ("families", "numerics", "records") for path in (ROOT / "s2p_deploy" / name).glob("*.py")
+    )
+    code += [*sorted((ROOT / "export").rglob("*.py")), Path(__file__)]
+    versions = [f"{name} {version(name)}" for name in ("torch", "onnx-ir", "onnxscript", "diffusers", "transformers")]
+    digest = sha256("\n".join([*versions, *(path.read_text(encoding="utf-8") for path in code)]).encode()).hexdigest()
+    folder = ROOT / "build" / "traces"
+    own = folder / digest[:16]
+    own.mkdir(parents=True, exist_ok=True)
+    own.touch()
+    for other in folder.iterdir():
+        if other.stat().st_mtime < time.time() - 7 * 24 * 3600:
+            shutil.rmtree(other, ignore_errors=True)
+    return SharedFolder(own)
+
+
 def remember_traces(patch: pytest.MonkeyPatch, shared: SharedFolder) -> None:
     """Exports take their traces from ``shared`` from now on."""
-    patch.setattr(canonical, "trace_denoiser", RememberedTraces(shared))
+    patch.setattr(exporter, "trace_denoiser", RememberedTraces(shared))
 
 
 def trace_anew(patch: pytest.MonkeyPatch) -> None:
     """Exports trace themselves, as they do outside tests."""
-    patch.setattr(canonical, "trace_denoiser", tracing.trace_denoiser)
+    patch.setattr(exporter, "trace_denoiser", tracing.trace_denoiser)
 
 
 def write_trace(traced: TracedDenoiser, folder: Path) -> None:
@@ -89,5 +109,5 @@ def _outline(value: object) -> object:
         arrays = [field.tobytes() for field in (value.angle, value.fractional) if field is not None]
         return ["timesteps", repr(value), [sha256(data).hexdigest() for data in arrays]]
     if isinstance(value, TransformSpec):
-        return value.to_json()
+        return dataclasses.asdict(value)
     return str(value) if isinstance(value, torch.dtype) else value

@@ -1,12 +1,12 @@
-"""benchmarks/attention_forms.py: its forms are one attention, and the page shows what they took."""
+"""benchmarks/engines/attention_forms.py: its forms are one attention, and the page shows what they took."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from benchmarks.attention_forms import BATCH, FORMS, Form, Sizes, compiled, timed_forms
-from benchmarks.engines_page import attention_section
+from benchmarks.engines.attention_forms import BATCH, FORMS, Form, Sizes, compiled, timed_forms
+from benchmarks.pages.write import page
 
 SIZES = Sizes(tokens=8, heads=2, width=3)
 ATTENTION, OTHER = FORMS[:-1], FORMS[-1]
@@ -32,6 +32,7 @@ def test_every_form_is_the_same_attention(form: Form) -> None:
 def test_the_page_shows_every_form() -> None:
     run = timed_forms(SIZES, rounds=2)
     machine = {"processor": "A processor", "cores": 2, "versions": {"openvino": "2026.4.1"}}
-    page = attention_section({"machine": machine, "hint": "bf16", "batch": BATCH, "runs": [run]})
-    assert all(f"| {form.about} |" in page for form in FORMS)
-    assert "8 tokens" in page
+    found = {"machine": machine, "precision": "bf16", "batch": BATCH, "runs": [run]}
+    text = page("measured/full-size.md", {"attention_forms": found})
+    assert all(f"| {form.about} |" in text for form in FORMS)
+    assert "8 tokens" in text

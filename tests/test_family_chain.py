@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from s2p_deploy.api import as_prompts
 from s2p_deploy.calib import calibrate
-from s2p_deploy.cli.options import prompts_from_option
 from s2p_deploy.engines import build_engine, load_engine
 from s2p_deploy.export import export_graph
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import ExportedGraph, LatentDataset
-from s2p_deploy.validation import open_chain, validate
-from s2p_deploy.validation.latents import choose_latents
-from tests.sibling_pipelines import sibling
+from s2p_deploy.validation import validate
+from s2p_deploy.validation.reference import choose_latents
+from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +35,7 @@ def exported(name: str, folder: Path, *, prompts: int, pictures: int) -> Exporte
         "scales": {"latents": 32},
         "validation": {"pictures": pictures, "latents": 64, "gates": {"median_psnr": MEDIAN_PSNR[name]}},
     }
-    model = calibrate(
-        sibling(name), load_recipe("w8a8", overrides), prompts_from_option("shapes:train"), folder / "calib"
-    )
+    model = calibrate(sibling(name), Recipe.load("w8a8", overrides), as_prompts("shapes:train"), folder / "calib")
     return export_graph(model, folder / "graph")
 
 
@@ -46,7 +44,7 @@ def sqnr(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def lone_runs(runner: BoundRunner, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    size = len(inputs["step_index"])
+    size = len(inputs["timestep_index"])
     parts = [{key: value[index : index + 1] for key, value in inputs.items()} for index in range(size)]
     return np.concatenate([runner.infer(part)["noise_pred"] for part in parts])
 
@@ -55,11 +53,11 @@ def lone_runs(runner: BoundRunner, inputs: dict[str, np.ndarray]) -> np.ndarray:
 @pytest.mark.slow
 def test_samples_of_one_batch_may_be_on_different_rows(name: str, tmp_path: Path) -> None:
     graph = exported(name, tmp_path, prompts=8, pictures=8)
-    engine = build_engine(graph, "onnxruntime", tmp_path / "engine")
+    engine = build_engine(graph, tmp_path / "engine", backend="onnxruntime")
     latents = choose_latents(LatentDataset.open(tmp_path / "calib" / "dataset"), 8)
-    order = np.argsort(latents.rows)[::2]
+    order = np.argsort(latents.timestep_indices)[::2]
     inputs = {key: value[order] for key, value in latents.inputs().items()}
-    assert len(set(inputs["step_index"].tolist())) > 2
+    assert len(set(inputs["timestep_index"].tolist())) > 2
     with load_engine(engine) as runner:
         together, lone = runner.infer(inputs)["noise_pred"], lone_runs(runner, inputs)
     assert sqnr(lone, together) >= MIXED_DB
@@ -70,6 +68,6 @@ def test_samples_of_one_batch_may_be_on_different_rows(name: str, tmp_path: Path
 def test_a_sibling_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     """The gates of the recipe, parity's among them, are DESIGN's: codes, blocks, change of SQNR, pictures."""
     graph = exported(name, tmp_path, prompts=64, pictures=32)
-    engine = build_engine(graph, "openvino", tmp_path / "engine")
-    report = validate(open_chain(engine), prompts_from_option("shapes:held_out").first(32), tmp_path / "report")
+    engine = build_engine(graph, tmp_path / "engine", backend="openvino")
+    report = validate(engine, as_prompts("shapes:held_out").first(32), tmp_path / "report")
     assert report.verdict == "passed", report.gates

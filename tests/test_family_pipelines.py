@@ -14,7 +14,7 @@ import torch
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine, load_engine
-from s2p_deploy.engines.pipeline_parts import export_parts
+from s2p_deploy.engines.component_engines import build_component_engines
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, denoiser_of, load_pipeline, resolve_base, with_denoiser
@@ -22,13 +22,13 @@ from s2p_deploy.families.pipelines import denoiser_name
 from s2p_deploy.pipeline import (
     Schedule,
     load_engine_pipeline,
-    open_engine_pipeline,
+    open_pipeline,
     pipeline_with_engine,
     save_engine_pipeline,
 )
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import PromptSet, verify_chain
-from tests.sibling_pipelines import sibling
+from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,15 +65,17 @@ class Pair:
         return found
 
 
-@pytest.fixture(scope="module", params=["shapes", "sd2", "sdxl", "sd3"])
+@pytest.fixture(
+    scope="module", params=["shapes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl", "sd3"))]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder: Path = tmp_path_factory.mktemp(request.param)
     base = resolve_base("shapes") if request.param == "shapes" else sibling(request.param)
     sampling = {"sampling": {"steps": STEPS, "max_sequence_length": TOKENS}}
-    model = calibrate(base, load_recipe("fp", sampling), PromptSet(()), folder / "calib")
-    engine = build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+    model = calibrate(base, Recipe.load("fp", sampling), PromptSet(()), folder / "calib")
+    engine = build_engine(export_graph(model, folder / "graph"), folder / "engine", backend="onnxruntime")
     floating = load_pipeline(base)
-    with load_engine(engine, schedules=[model.timesteps.timesteps[list(model.timesteps.calibrated_rows)]]) as runner:
+    with load_engine(engine, schedules=[model.timesteps.timesteps[list(model.timesteps.calibrated_indices)]]) as runner:
         yield Pair(base, floating, pipeline_with_engine(floating, engine, runner))
 
 
@@ -187,17 +189,19 @@ def test_a_saved_pipeline_comes_back_and_draws_the_same(pair: Pair, tmp_path: Pa
         with load_engine_pipeline(folder) as loaded:
             assert type(loaded.pipe) is type(kept)
             task = {} if kept is pair.engine else {"image": picture(3), "strength": 0.5}
-            np.testing.assert_array_equal(pair.call(loaded.pipe, **task, **options), pair.call(kept, **task, **options))
+            # not bit by bit: on some CPUs PyTorch's kernels depend on where in memory a file's weights lie
+            again, first = pair.call(loaded.pipe, **task, **options), pair.call(kept, **task, **options)
+            np.testing.assert_allclose(again, first, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_pipeline_without_any_pytorch_network_draws_the_same(pair: Pair, backend: str, tmp_path: Path) -> None:
-    parts = export_parts(pair.base, backend, tmp_path / "parts")
+    parts = build_component_engines(pair.base, tmp_path / "parts", backend=backend)
     whole = {"prompt": PROMPTS, "guidance_scale": 2.0, "negative_prompt": ["a large red circle"] * len(PROMPTS)}
     changed = {"prompt": PROMPTS[0], "guidance_scale": 2.0, "image": picture(3)}
     engine = denoiser_of(pair.engine).engine
-    with open_engine_pipeline(engine, pair.base, schedules=[Schedule(STEPS)], parts=parts) as opened:
+    with open_pipeline(engine, pair.base, schedules=[Schedule(STEPS)], components=parts) as opened:
         networks = [part for part in opened.pipe.components.values() if isinstance(part, torch.nn.Module)]
         assert len(networks) >= 3
         assert not sum(parameter.numel() for part in networks for parameter in part.parameters())

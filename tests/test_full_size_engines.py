@@ -1,4 +1,4 @@
-"""benchmarks/full_size_engines.py on a small graph: its steps run, and each writes its own part of the results."""
+"""benchmarks/full_size/engines.py on a small graph: its steps run, and each writes its own part of the results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import full_size_engines as full_size
-from benchmarks.engines_page import page_with, read_results
+from benchmarks.full_size import engines as full_size
+from benchmarks.pages.write import page, read_results
 from tests.engines.small_graph import small_graph
 
 
@@ -50,7 +50,6 @@ def test_contenders_take_turns_and_the_page_shows_them(work: Path, tmp_path: Pat
     )
     full_size.note(tmp_path / "full_size_engines.json", "time", "f32", found)
     full_size.note(tmp_path / "full_size_engines.json", "layers", "f32", full_size.layer_times(work, "f32", "nncf"))
-    page = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("time", "layers"))
-    made = page_with(page, read_results(tmp_path))
+    made = page("measured/full-size.md", read_results(tmp_path))
     assert "NNCF static INT8" in made
     assert str(tmp_path) not in made

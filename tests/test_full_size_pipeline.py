@@ -1,4 +1,4 @@
-"""benchmarks/full_size_pipeline.py: the originals' configurations, and small pipelines of each by the same code."""
+"""benchmarks/full_size/pipeline.py: the originals' configurations, and small pipelines of each by the same code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.full_size_pipeline import ORIGINALS, Original, random_tensor, write_original
+from benchmarks.full_size.pipeline import ORIGINALS, Original, random_tensor, write_original
 from s2p_deploy.calib import calibrate
 from s2p_deploy.families import resolve_base
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 
 PARAMETERS = {"sd14": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}
 UNET: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_it_is_streamed_into_a_calibrated_model(written: tuple[Original, Path], 
     _, folder = written
     base = resolve_base(str(folder))
     for name, overrides in (("fp", {}), ("ptq-stream", {"weights": "int4"})):
-        model = calibrate(base, load_recipe(name, overrides), None, tmp_path / name)
-        assert model.manifest.content["added_cond"] == base.kind.added_width(base.denoiser_config())
-        assert bool(model.weight_scales()) == bool(model.plan.act_points) == (name != "fp")
+        model = calibrate(base, Recipe.load(name, overrides), None, tmp_path / name)
+        assert model.manifest.content["added_width"] == base.family.added_width(base.denoiser_config())
+        assert bool(model.weight_scales()) == bool(model.plan.activation_quantizers) == (name != "fp")
         assert {value.dtype.name for value in model.weights().values()} == {"float32"}

@@ -11,9 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "transformers", "matplotlib")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "transformers",
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "yaml",
+)
 BACKENDS = ("openvino", "tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings")
-SERVING = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+SERVING = ("fastapi", "greenlet", "prometheus_client", "tritonclient", "uvicorn")
 STAGES = {
     "s2p_deploy": "s2p_deploy",
     "calib": "s2p_deploy.calib",
@@ -50,13 +61,13 @@ def answer_of(script: str, *arguments: str, cwd: Path) -> object:
 
 
 def modules_outside_backends() -> list[str]:
-    """Every module, less the engines of OpenVINO and TensorRT, and less serving where its extra is not installed."""
+    """Every module, less the engines of OpenVINO and TensorRT, the kernels of GPUs, and what needs a missing extra."""
     names = []
     for folder, package in STAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             names.append(".".join((package, *parts)).removesuffix(".__init__"))
-    left_out = ["s2p_deploy.engines.openvino", "s2p_deploy.engines.tensorrt"]
+    left_out = ["s2p_deploy.engines.openvino", "s2p_deploy.engines.tensorrt", "s2p_deploy.numerics.triton_kernels"]
     if any(importlib.util.find_spec(name) is None for name in SERVING):
         left_out.append("s2p_deploy.serve")
     names = [name for name in names if not name.endswith(".__main__")]
@@ -68,7 +79,16 @@ def test_the_way_in_is_light(module: str, tmp_path: Path) -> None:
     assert answer_of(LOADED_HEAVY, module, json.dumps(HEAVY), cwd=tmp_path) == []
 
 
-@pytest.mark.parametrize("module", ["child", "trial_child", "probe.worker"])
+def test_public_names_are_imported_when_they_are_used(tmp_path: Path) -> None:
+    script = (
+        "import json, sys\n"
+        "from s2p_deploy import Context, InputError, PromptSet, Recipe, calibrate, load_engine\n"
+        "print(json.dumps([name for name in json.loads(sys.argv[1]) if name in sys.modules]))"
+    )
+    assert answer_of(script, json.dumps(["torch", "diffusers", "onnx", "onnxruntime"]), cwd=tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["build", "load"])
 def test_the_processes_of_a_build_need_no_pytorch(module: str, tmp_path: Path) -> None:
     """Each would spend 5 s and 400 MB on imports."""
     heavy = json.dumps(["torch", "diffusers", "transformers"])

@@ -16,7 +16,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, load_pipeline
 from s2p_deploy.pipeline import (
-    EngineDenoiser,
+    EngineUNet,
     Schedule,
     generate,
     initial_noise,
@@ -24,12 +24,14 @@ from s2p_deploy.pipeline import (
     picture_size,
     pipeline_with_engine,
 )
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, ExportedGraph, Prompt, TimestepTable
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+pytestmark = pytest.mark.slow  # a graph of open sizes takes a minute to trace
 
 PROMPT = Prompt("id", "a small red circle at the top left, white background")
 TABLE = TimestepTable("PNDMScheduler", {}, 50, (1, 501, 940), np.linspace(0.1, 1.5, 1000))
@@ -51,13 +53,13 @@ def pipe(base: BasePipeline) -> StableDiffusionPipeline:
 def graph(base: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
     """Nothing quantized: what differs from the pipeline's own pictures is the engine's."""
     folder = tmp_path_factory.mktemp("open")
-    return export_graph(calibrate(base, load_recipe("fp"), None, folder / "calib"), folder / "graph", sizes="dynamic")
+    return export_graph(calibrate(base, Recipe.load("fp"), None, folder / "calib"), folder / "graph", sizes="dynamic")
 
 
 @pytest.fixture(scope="module")
 def engine(graph: ExportedGraph, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     options = BuildOptions(profile=PROFILE)
-    return build_engine(graph, "onnxruntime", tmp_path_factory.mktemp("engine") / "engine", options=options)
+    return build_engine(graph, tmp_path_factory.mktemp("engine") / "engine", backend="onnxruntime", options=options)
 
 
 def drawn(pipe: StableDiffusionPipeline, size: tuple[int, int]) -> np.ndarray:
@@ -79,7 +81,7 @@ def test_openvino_draws_the_tuned_size_and_others(
     pipe: StableDiffusionPipeline, graph: ExportedGraph, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.mktemp("openvino") / "engine"
-    engine = build_engine(graph, "openvino", out, options=BuildOptions(profile=PROFILE))
+    engine = build_engine(graph, out, backend="openvino", options=BuildOptions(profile=PROFILE))
     with load_engine(engine) as runner:
         assert runner.inputs[0].shape == ("batch", 4, 8, 12)
         for size in ((64, 96), (48, 80)):
@@ -98,7 +100,7 @@ def test_sizes_outside_the_profile_are_refused_with_what_it_spans(
 
 
 def test_an_engine_of_one_size_refuses_others(pipe: StableDiffusionPipeline) -> None:
-    denoiser = EngineDenoiser(TorchRunner(lambda sample, *_: sample), pipe.unet.config, TABLE)
+    denoiser = EngineUNet(TorchRunner(lambda sample, *_: sample), pipe.unet.config, TABLE)
     with pytest.raises(InputError, match=r"takes latents of \(4, 8, 8\), got \(4, 8, 12\)"):
         denoiser(torch.zeros(1, 4, 8, 12), 1, torch.zeros(1, 24, 128))
 

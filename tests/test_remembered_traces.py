@@ -90,7 +90,7 @@ def test_a_trace_comes_back_as_it_was(traces: RememberedTraces) -> None:
         {"time": TimeTable(np.zeros((11, 4), np.float32), TABLE.slices)},
         {"time": TimeTable(TABLE.projections, {"other": (0, 4)})},
         {"time": STEPS},
-        {"transforms": TransformSpec(low_rank={"a": 2})},
+        {"transforms": TransformSpec(split={"a": 2})},
         {"tokens": 7},
         {"dtype": "float16"},
         {"sizes": "dynamic"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +11,22 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import TimePath, hot_denoiser, load_pipeline, with_denoiser
-from s2p_deploy.pipeline import EngineDenoiser, Schedule, initial_noise, timesteps_of
+from s2p_deploy.families import TimePath, indexed_denoiser, load_pipeline, with_denoiser
+from s2p_deploy.pipeline import EngineUNet, Schedule, initial_noise, timesteps_of
 from s2p_deploy.records import TimestepTable, TimeTable
-from s2p_deploy.schedulers import scheduler_by_name, scheduler_names
-from s2p_deploy.timesteps import angles_from_alphas, row_origins, rows_of_timesteps, with_schedules
-from tests.tiny_pipeline import tiny_base
+from s2p_deploy.schedulers import on_host, scheduler_by_name, scheduler_names
+from s2p_deploy.timesteps import angles_from_alphas, scale_origins, timestep_indices, with_schedules
+from tests.small_pipelines import tiny_base
 
 PROMPT = "a small red circle at the top left, white background"
 TOLERANCE = 1e-4  # of the latents' norm, at the end of the loop: float32 in another order
@@ -61,14 +68,14 @@ def timesteps_asked(base: StableDiffusionPipeline, name: str, steps: int) -> np.
     return scheduler.timesteps.double().numpy()
 
 
-def row_path(base: StableDiffusionPipeline, table: TimestepTable) -> EngineDenoiser:
-    """The floating-point hot denoiser on the rows of ``table``, behind the runner's interface."""
+def row_path(base: StableDiffusionPipeline, table: TimestepTable) -> EngineUNet:
+    """The floating-point indexed denoiser on the rows of ``table``, behind the runner's interface."""
     unet = copy.deepcopy(base.unet)
     path = TimePath(unet)
     with torch.no_grad():
         features = path(torch.from_numpy(table.timesteps).float()).numpy()
-    hot = hot_denoiser(unet, TimeTable(features, path.slices)).eval()
-    return EngineDenoiser(TorchRunner(hot), base.unet.config, table)
+    float_denoiser = indexed_denoiser(unet, TimeTable(features, path.slices)).eval()
+    return EngineUNet(TorchRunner(float_denoiser), base.unet.config, table)
 
 
 def drawn(pipe: DiffusionPipeline, scheduler: SchedulerMixin, **options: object) -> np.ndarray:
@@ -97,19 +104,19 @@ def assert_same_loop(base: StableDiffusionPipeline, table: TimestepTable, make: 
 def test_every_timestep_has_its_row(base: StableDiffusionPipeline, name: str, steps: int) -> None:
     asked = timesteps_asked(base, name, steps)
     bound = with_schedules(TABLE, [asked])
-    rows = rows_of_timesteps(asked, bound)
+    rows = timestep_indices(asked, bound)
     assert bound.timesteps[rows] == pytest.approx(asked, abs=1e-3)
     distinct = np.unique(asked)
-    origins = row_origins(asked, TABLE)
-    assert len(origins.calibrated + origins.interpolated + origins.held) == len(distinct)
+    origins = scale_origins(asked, TABLE)
+    assert len(origins.calibrated + origins.interpolated + origins.clamped) == len(distinct)
     if (np.abs(asked - np.rint(asked)) > 1e-3).any():
         assert name in FRACTIONAL
-        assert bound.rows > 1000
+        assert len(bound) > 1000
         with pytest.raises(InputError, match="fractional: this schedule needs an engine exported with --time-table"):
-            rows_of_timesteps(asked, TABLE)
+            timestep_indices(asked, TABLE)
     else:
-        assert bound.rows == 1000
-        assert rows.tolist() == rows_of_timesteps(asked, TABLE).tolist() == np.rint(asked).tolist()
+        assert len(bound) == 1000
+        assert rows.tolist() == timestep_indices(asked, TABLE).tolist() == np.rint(asked).tolist()
 
 
 def test_the_table_of_calls_is_the_one_that_is_relied_on(base: StableDiffusionPipeline) -> None:
@@ -157,7 +164,7 @@ def test_chosen_sigmas_run_once_their_timesteps_are_bound(base: StableDiffusionP
     scheduler = SCHEDULERS["euler"](base.scheduler.config)
     scheduler.set_timesteps(sigmas=sigmas)
     table = with_schedules(TABLE, [scheduler.timesteps.numpy()])
-    assert table.rows > 1000
+    assert len(table) > 1000
     assert_same_loop(base, table, SCHEDULERS["euler"], sigmas=sigmas)
 
 
@@ -165,7 +172,7 @@ def test_the_first_part_of_a_schedule_has_the_same_rows(base: StableDiffusionPip
     """What ``denoising_end`` leaves of one."""
     asked = timesteps_asked(base, "euler-karras", 20)
     table = with_schedules(TABLE, [asked])
-    assert rows_of_timesteps(asked[:12], table).tolist() == rows_of_timesteps(asked, table)[:12].tolist()
+    assert timestep_indices(asked[:12], table).tolist() == timestep_indices(asked, table)[:12].tolist()
 
 
 @torch.no_grad()
@@ -207,3 +214,16 @@ def test_timesteps_of_a_schedule_are_what_the_pipeline_asks_for(base: StableDiff
     assert asked.tolist() == timesteps_asked(base, "pndm", 20).tolist()
     with pytest.raises(InputError, match="LCMScheduler has no 60 steps"):
         timesteps_of(base, Schedule(60, "lcm"))
+
+
+@pytest.mark.parametrize("name", scheduler_names())
+def test_timesteps_stay_on_the_host(name: str) -> None:
+    original = scheduler_by_name(name, PNDMScheduler().config)
+    kept = on_host(original)
+    original.set_timesteps(4)
+    kept.set_timesteps(4, device="meta")
+    assert torch.equal(kept.timesteps, original.timesteps)
+    assert type(kept).__name__ == type(original).__name__
+    configs = [{key: value for key, value in one.config.items() if key[0] != "_"} for one in (kept, original)]
+    assert configs[0] == configs[1]
+    assert inspect.signature(kept.set_timesteps) == inspect.signature(original.set_timesteps)

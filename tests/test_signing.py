@@ -11,7 +11,7 @@ import pytest
 from s2p_deploy.cli import main
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Base, open_artifact, verify_chain, write_artifact
-from s2p_deploy.records.manifest import _sealed_text
+from s2p_deploy.records.artifacts import _sealed_text
 from s2p_deploy.signing import check_signature, sign_artifact
 
 serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="needs the extra sign")

@@ -1,4 +1,4 @@
-"""Networks of the other kinds that run in milliseconds, with random weights from a fixed seed."""
+"""Networks of every family that run in milliseconds, with random weights from a fixed seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 TOKENS, TEXT, POOLED = 5, 12, 10
+
+
+def tiny_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    """A UNet of the SD1 kind: 8x8x4 latents, 8 and 16 channels."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
 
 
 def tiny_sdxl_unet() -> UNet2DConditionModel:

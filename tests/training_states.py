@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2p_deploy.calib import QuantizedDenoiser, fp_denoiser, plan_from_recipe
-from s2p_deploy.calib.quantization.scale_start import calibrated_rows
-from s2p_deploy.calib.training.act_scales import ActScales
-from s2p_deploy.calib.training.state import TrainingState
-from s2p_deploy.families import discover_sites
+from s2p_deploy.calib.samples import calibrated_indices
+from s2p_deploy.calib.training_state import ActScales, TrainingState
+from s2p_deploy.families import discover_layers
 from s2p_deploy.numerics import format_by_name, least_squares_weight_scale
 
 if TYPE_CHECKING:
@@ -21,14 +20,16 @@ if TYPE_CHECKING:
 
 def new_state(base: BasePipeline, recipe: Recipe, dataset: LatentDataset, act_scale: float = 0.05) -> TrainingState:
     """One activation scale for every point and row."""
-    hot = fp_denoiser(base, 50).requires_grad_()
-    plan = plan_from_recipe(recipe, discover_sites(hot))
+    float_denoiser = fp_denoiser(base, 50).requires_grad_()
+    plan = plan_from_recipe(recipe, discover_layers(float_denoiser))
     scales = {}
-    for site in plan.sites:
-        fmt = format_by_name(site.weights)
+    for layer in plan.layers:
+        fmt = format_by_name(layer.weights)
         if fmt is not None:
-            scales[site.site] = least_squares_weight_scale(hot.network.get_submodule(site.site).weight, fmt)
-    rows = torch.tensor(calibrated_rows(dataset))
-    act_scales = torch.full((len(rows), len(plan.act_points)), act_scale)
-    static = [not point.timestep_dependent for point in plan.act_points]
-    return TrainingState(QuantizedDenoiser(hot, plan, scales), ActScales(act_scales, static), rows)
+            scales[layer.name] = least_squares_weight_scale(
+                float_denoiser.network.get_submodule(layer.name).weight, fmt
+            )
+    rows = torch.tensor(calibrated_indices(dataset))
+    act_scales = torch.full((len(rows), len(plan.activation_quantizers)), act_scale)
+    static = [not point.timestep_dependent for point in plan.activation_quantizers]
+    return TrainingState(QuantizedDenoiser(float_denoiser, plan, scales), ActScales(act_scales, static), rows)

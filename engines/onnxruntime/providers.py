@@ -11,9 +11,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2p_deploy.engines.libraries import has_nvidia_driver
-from s2p_deploy.engines.profile_shapes import profile_shapes
-from s2p_deploy.engines.user_cache import private_folder
+from s2p_deploy.engines.machine import has_nvidia_driver, private_folder
+from s2p_deploy.engines.options import profile_shapes
 from s2p_deploy.errors import MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
 
     import onnxruntime
 
-    from s2p_deploy.engines.options import ShapeProfile
-    from s2p_deploy.engines.profile_shapes import Shape, Shapes
-    from s2p_deploy.records import TensorSpec
+    from s2p_deploy.engines.options import Shapes
+    from s2p_deploy.records import ShapeProfile, TensorSpec
 
 _RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _SWAP = "pip uninstall onnxruntime, then pip install"  # both packages own the same folder
@@ -46,7 +44,7 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class GraphTraits:
-    """What the options of a provider depend on.
+    """Properties of a graph that a provider's options depend on.
 
     The shapes of the inputs, whether it is in fp16, whether it has quantized activations, and a digest of everything
     that it is made of, weights included.
@@ -59,41 +57,43 @@ class GraphTraits:
 
 
 def unavailable() -> dict[str, str]:
-    """Hints that cannot be used here, and what to do about it."""
+    """Providers that cannot be used here, and what to do about it."""
     import onnxruntime
 
     built_in = set(onnxruntime.get_available_providers())
-    found: dict[str, str] = {}
-    for hint, provider in PROVIDERS.items():
-        plugged = hint == "nv_tensorrt_rtx" and importlib.util.find_spec(_RTX_PLUGIN) is not None
+    advice: dict[str, str] = {}
+    for key, provider in PROVIDERS.items():
+        plugged = key == "nv_tensorrt_rtx" and importlib.util.find_spec(_RTX_PLUGIN) is not None
         if provider.name not in built_in and not plugged:
-            found[hint] = provider.advice
+            advice[key] = provider.advice
         elif not has_nvidia_driver():
-            found[hint] = "it needs an NVIDIA GPU and its driver"
-    return found
+            advice[key] = "it needs an NVIDIA GPU and its driver"
+    return advice
 
 
 def graph_traits(inputs: Iterable[TensorSpec], profile: ShapeProfile, *, quantized: bool, digest: str) -> GraphTraits:
-    """The traits of a graph with the given inputs. Raises InputError where a size that must not vary does."""
+    """Collects the traits of a graph with the given inputs. Raises InputError where a size that must not vary does."""
     specs = tuple(inputs)
-    rows = next((spec.shape[0] for spec in specs if spec.name == "act_scales"), 1)
-    tuned = rows if isinstance(rows, int) else 1000  # the training timesteps
+    timesteps = next((spec.shape[0] for spec in specs if spec.name == "act_scales"), 1)
+    tuned = timesteps if isinstance(timesteps, int) else 1000  # the training timesteps
     fp16 = any(spec.dtype == "float16" for spec in specs)
     return GraphTraits(profile_shapes(specs, profile, tuned), fp16, quantized, digest)
 
 
-def provider_options(hint: str, traits: GraphTraits, cache: str) -> dict[str, str]:
-    """Options of a hint's provider; ``cache`` is the folder for what it compiles.
+def provider_options(provider: str, traits: GraphTraits, cache: str) -> dict[str, str]:
+    """Options of a provider; ``cache`` is the folder for what it compiles.
 
     No calibration: the graph quantizes explicitly, the INT8 flag only allows integer kernels.
     """
-    if hint == "cuda":
+    if provider == "cuda":
         return {"device_id": "0", "use_tf32": "0"}  # TF32 would round products behind the graph's back
     shapes = {
-        f"profile_{kind}_shapes": ",".join(f"{name}:{_sizes(three[at])}" for name, three in traits.shapes.items())
+        f"profile_{kind}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, three[at]))}" for name, three in traits.shapes.items()
+        )
         for at, kind in enumerate(("min", "opt", "max"))
     }
-    if hint == "nv_tensorrt_rtx":
+    if provider == "nv_tensorrt_rtx":
         own = {"enable_cuda_graph": "1", "nv_runtime_cache_path": cache}
         return {"device_id": "0"} | own | {f"nv_{name}": value for name, value in shapes.items()}
     precisions = {
@@ -110,9 +110,9 @@ def provider_options(hint: str, traits: GraphTraits, cache: str) -> dict[str, st
 
 
 def gpu_session(
-    model: str | bytes, options: onnxruntime.SessionOptions, hint: str, traits: GraphTraits | None
+    model: str | bytes, options: onnxruntime.SessionOptions, name: str, traits: GraphTraits | None
 ) -> onnxruntime.InferenceSession:
-    """A session on the provider of a hint; without ``traits`` it has that provider's default options.
+    """Opens a session on a provider; without ``traits`` it has that provider's default options.
 
     Raises:
         MissingEnvironmentError: the provider cannot be used: ONNX Runtime would go on with the CPU.
@@ -120,15 +120,15 @@ def gpu_session(
     import onnxruntime
 
     onnxruntime.preload_dlls()  # CUDA's libraries, where they came as Python packages
-    provider = PROVIDERS[hint]
+    provider = PROVIDERS[name]
     chosen: dict[str, str] = {}
     if traits is not None:
-        cache = private_folder(f"onnxruntime-{hint}") / traits.digest
+        cache = private_folder(f"onnxruntime-{name}") / traits.digest
         cache.mkdir(mode=0o700, exist_ok=True)
-        chosen = provider_options(hint, traits, str(cache))
+        chosen = provider_options(name, traits, str(cache))
     if provider.name in onnxruntime.get_available_providers():
         providers = [(provider.name, chosen)]
-        if hint == "tensorrt":  # for what TensorRT leaves out
+        if name == "tensorrt":  # for what TensorRT leaves out
             providers.append((PROVIDERS["cuda"].name, {"device_id": "0", "use_tf32": "0"}))
         session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
     else:
@@ -153,7 +153,3 @@ def _plug_in(options: onnxruntime.SessionOptions, chosen: Mapping[str, str]) -> 
     if not devices:
         raise MissingEnvironmentError(f"{name} finds no GPU that it runs on: it needs an RTX 30 series or later")
     options.add_provider_for_devices(devices[:1], dict(chosen))
-
-
-def _sizes(shape: Shape) -> str:
-    return "x".join(map(str, shape))

@@ -1,7 +1,7 @@
 """OpenVINO, CPU device. The engine is an IR, ``denoiser.xml`` and ``denoiser.bin``, its weights as the graph's.
 
-Hint ``f32`` (the default) computes what is not INT8 in float32, for parity; ``bf16`` is faster on processors with bf16
-instructions, and OpenVINO's own default there.
+Precision ``f32`` (the default) computes what is not INT8 in float32, for parity; ``bf16`` is faster on processors with
+bf16 instructions, and OpenVINO's own default there.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s2p_deploy.engines.backend import Capabilities, Compiled
-from s2p_deploy.engines.libraries import installed_version, platform_name
-from s2p_deploy.engines.lowerings import int4_rule
-from s2p_deploy.engines.onnx_files import read_onnx
-from s2p_deploy.engines.openvino.ir_parts import IrParts
-from s2p_deploy.engines.openvino.precisions import compute_types, product_names
-from s2p_deploy.engines.options import ShapeProfile
+from s2p_deploy.engines.lowerings import apply_passes, int4_rule, weight_only
+from s2p_deploy.engines.machine import installed_version, int8_products_overflow, platform_name
+from s2p_deploy.engines.onnx_files import write_onnx
+from s2p_deploy.engines.openvino.ir import IrSubgraphs, compute_types, product_names
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.engines.passes.padded_heads import PaddedHeads
 from s2p_deploy.engines.passes.scaled_queries import ScaledQueries
 from s2p_deploy.engines.passes.split_linears import SplitLinears
-from s2p_deploy.engines.prepare import apply_passes, prepare_graph, weight_only
-from s2p_deploy.engines.profile_shapes import shape_at
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.support import support_of
-from s2p_deploy.engines.verified_bytes import verified_files
+from s2p_deploy.records import Execution
+from s2p_deploy.records.artifacts import verified_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,10 +37,9 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import BuildOptions
-    from s2p_deploy.engines.parts import EngineParts
-    from s2p_deploy.engines.profile_shapes import Shape
+    from s2p_deploy.engines.options import Shape
     from s2p_deploy.engines.runner import Runner
+    from s2p_deploy.engines.subgraphs import Subgraphs
     from s2p_deploy.records import Engine, ExportedGraph
 
 XML, BIN = "denoiser.xml", "denoiser.bin"
@@ -50,7 +47,7 @@ XML, BIN = "denoiser.xml", "denoiser.bin"
 
 @dataclass(frozen=True)
 class OpenVinoBackend:
-    """The four verbs."""
+    """OpenVINO as a backend."""
 
     name: str
 
@@ -58,67 +55,67 @@ class OpenVinoBackend:
         """Runs wherever it is installed."""
         version = installed_version("openvino")
         missing = None if version else "OpenVINO is not installed: pip install 's2p-deploy[openvino]'"
-        return Capabilities(self.name, version, missing, version is not None, ("fp32", "fp16"), ("f32", "bf16"))
+        return Capabilities(
+            self.name, version, missing, version is not None, ("fp32", "fp16"), precisions=("f32", "bf16")
+        )
 
-    def environment(self, hint: str | None = None) -> dict[str, str]:
+    def environment(self, execution: Execution | None = None) -> dict[str, str]:
         """Library version, device and platform."""
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
-    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The chosen lowerings, gated layers as two products and, in bfloat16, attention as its kernel likes it.
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, execution: Execution) -> None:
+        """Applies the chosen lowerings, splits gated layers and, in bfloat16, writes attention as its kernel likes it.
 
         Expands INT4 weights beside quantized activations: packed, OpenVINO uses f32.
         """
         keep = int4_rule(support_of(self.name), lowerings, wanted=weight_only, untried=weight_only)
         apply_passes(model, lowerings, keep)
         SplitLinears()(model)
-        if hint == "bf16":
+        if execution.precision == "bf16":
             PaddedHeads()(model)
             ScaledQueries()(model)
-
-    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
-        """The canonical graph in this backend's form."""
-        return prepare_graph(graph, folder, self, options)
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Writes the IR, compiles it once, and reads per layer what runs in which type (known after a first run)."""
         import openvino
 
         core = openvino.Core()
-        model = core.read_model(request.onnx_path)
+        onnx_path = request.scratch / "denoiser.onnx"  # OpenVINO reads large models from files alone
+        write_onnx(request.model, onnx_path)
+        model = core.read_model(onnx_path)
         # serialize, not save_model: that one rounds float32 weights to float16
         openvino.serialize(model, request.folder / XML, request.folder / BIN)
-        compiled = _compiled(_for_inputs(model, request.example), str(request.options.hint))
+        compiled = _compiled(_for_inputs(model, request.example), request.options.execution)
         compiled(request.example)
-        names = product_names(read_onnx(request.onnx_path))
+        names = product_names(request.model)
         notes = {"processor": core.get_property("CPU", "FULL_DEVICE_NAME")}
         return Compiled((XML, BIN), self.environment(), compute_types(compiled.get_runtime_model(), names), notes)
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> OpenVinoRunner:
         """Reads the verified bytes: OpenVINO opens no file."""
         model, weights = _model_of(files)
-        sizes = ShapeProfile.from_json(engine.manifest.content["profile"]).sizes("optimum")
+        sizes = engine.profile.sizes("optimum")
         tuned = {spec.name: shape_at(spec, sizes) for spec in engine.inputs if spec.name not in bound}
-        return OpenVinoRunner(model, engine.hint, bound, tuned, weights)
+        return OpenVinoRunner(model, engine.execution, bound, tuned, weights)
 
-    def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
-        """A model in memory."""
+    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
+        """Opens a model in memory."""
         import openvino
 
-        return OpenVinoRunner(openvino.Core().read_model(model=model.SerializeToString()), hint, {})
+        return OpenVinoRunner(openvino.Core().read_model(model=model.SerializeToString()), execution, {})
 
-    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> EngineParts:
-        """Of the engine's IR."""
+    def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs:
+        """Opens the engine's IR."""
         model, weights = _model_of(verified_files(engine))
 
-        def running(part: openvino.Model) -> Runner:
-            return OpenVinoRunner(part, engine.hint, {}, weights=weights)
+        def running(subgraph: openvino.Model) -> Runner:
+            return OpenVinoRunner(subgraph, engine.execution, {}, weights=weights)
 
-        return IrParts(model, running)
+        return IrSubgraphs(model, running)
 
 
 class OpenVinoRunner(ClosingRunner):
-    """A model, compiled when first called: with fixed shapes for the ``tuned`` ones, with dynamic ones for all others.
+    """Runner of a model, compiled when first called: for fixed ``tuned`` shapes, and once for all others.
 
     Fixed shapes halve the time of a small denoiser (28 against 61 ms on the bundled one, batch 8), while compiling for
     every size would cost seconds and a copy of the weights each. Bound inputs are shared, not copied. ``weights`` is
@@ -128,13 +125,13 @@ class OpenVinoRunner(ClosingRunner):
     def __init__(
         self,
         model: openvino.Model,
-        hint: str,
+        execution: Execution,
         bound: Mapping[str, NDArray[Any]],
         tuned: Mapping[str, Shape] | None = None,
         weights: NDArray[np.uint8] | None = None,
     ) -> None:
         self._model: openvino.Model | None = model
-        self._hint = hint
+        self._execution = execution
         self._bound = {name: np.ascontiguousarray(value) for name, value in bound.items()}
         self._tuned = [] if tuned is None else [dict(tuned)]
         self._weights = weights
@@ -142,7 +139,7 @@ class OpenVinoRunner(ClosingRunner):
         self._outputs = [output.get_any_name() for output in model.outputs]
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs of the graph."""
+        """Returns all outputs of the graph."""
         if self._model is None:
             raise ValueError("the runner is closed")
         shapes = {name: value.shape for name, value in inputs.items()}
@@ -175,14 +172,14 @@ class OpenVinoRunner(ClosingRunner):
     def _request(self, model: openvino.Model) -> openvino.InferRequest:
         import openvino
 
-        request = _compiled(model, self._hint).create_infer_request()
+        request = _compiled(model, self._execution).create_infer_request()
         for name, value in self._bound.items():
             request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
         return request
 
 
 def _model_of(files: Mapping[str, bytearray]) -> tuple[openvino.Model, NDArray[np.uint8]]:
-    """The model of verified bytes, and the memory that its constants point into."""
+    """Reads the model of verified bytes; returns it with the memory that its constants point into."""
     import openvino
 
     weights = np.frombuffer(files[BIN], np.uint8)
@@ -191,7 +188,7 @@ def _model_of(files: Mapping[str, bytearray]) -> tuple[openvino.Model, NDArray[n
 
 
 def _for_inputs(model: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> openvino.Model:
-    """A copy of the model with the fixed shapes of ``inputs``."""
+    """Copies the model with the fixed shapes of ``inputs``."""
     return _fixed(model, {name: value.shape for name, value in inputs.items()})
 
 
@@ -201,15 +198,16 @@ def _fixed(model: openvino.Model, shapes: Mapping[str, Shape]) -> openvino.Model
     return fixed
 
 
-def _compiled(model: openvino.Model, hint: str) -> openvino.CompiledModel:
+def _compiled(model: openvino.Model, execution: Execution) -> openvino.CompiledModel:
     import openvino
 
-    return openvino.Core().compile_model(model, "CPU", _properties(hint))
+    return openvino.Core().compile_model(model, "CPU", _properties(execution))
 
 
-def _properties(hint: str) -> dict[str, str]:
-    return {
-        "INFERENCE_PRECISION_HINT": hint,
+def _properties(execution: Execution) -> dict[str, str]:
+    floating = {"LP_TRANSFORMS_MODE": "NO"} if int8_products_overflow() else {}
+    return floating | {
+        "INFERENCE_PRECISION_HINT": str(execution.precision),
         "PERFORMANCE_HINT": "LATENCY",
         # by default OpenVINO codes the activations of weight-only matrix products as INT8 by itself, and says f32: a
         # W4A16 UNet then agreed with ONNX Runtime to 39 dB, with 0 to 120 dB

@@ -1,4 +1,4 @@
-"""Attention as torch's exporter writes it, found in a graph."""
+"""Finds attention as torch's exporter writes it in a graph."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Attention:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
+        """Returns the factor of the scores."""
         return self.queries.scale * self.keys.scale
 
 
 def find_attention(graph: ir.Graph) -> list[Attention]:
-    """All of a graph's."""
-    return [found for node in graph if (found := _match(node)) is not None]
+    """Finds every attention of a graph."""
+    return [match for node in graph if (match := _match(node)) is not None]
 
 
 def _match(softmax: ir.Node) -> Attention | None:
-    """The attention around a Softmax over the last axis."""
+    """Matches the attention around a Softmax over the last axis."""
     if softmax.op_type != "Softmax" or softmax.attributes.get_int("axis", -1) != -1:
         return None
     scores, mixed = producer_of(softmax.inputs[0], "MatMul"), reader_of(softmax, "MatMul")
@@ -68,7 +68,7 @@ def _match(softmax: ir.Node) -> Attention | None:
 
 
 def _back_together(mixed: ir.Node) -> ir.Node | None:
-    """The Reshape behind the Transpose behind the last product."""
+    """Finds the Reshape behind the Transpose behind the last product."""
     transpose = reader_of(mixed, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
         return None
@@ -77,7 +77,7 @@ def _back_together(mixed: ir.Node) -> ir.Node | None:
 
 
 def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
-    """A value in heads, times a constant or as it is; keys are turned (their last two dimensions swapped) before."""
+    """Matches a value in heads, times a constant or as it is; the last two dimensions of keys are swapped before."""
     mul = producer_of(value, "Mul")
     scale = [1.0] if mul is None else constant_of(mul.inputs[1])
     if len(scale) != 1:
@@ -88,12 +88,12 @@ def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
         if turn is None or list(turn.attributes["perm"].as_ints()) != _KEYS_TURNED:
             return None
         inner = turn.inputs[0]
-    found = _heads(inner)
-    return None if found is None else replace(found, scale=scale[0])
+    heads = _heads(inner)
+    return None if heads is None else replace(heads, scale=scale[0])
 
 
 def _heads(value: ir.Value | None) -> Heads | None:
-    """A value in heads; ``tokens`` is -1 where the graph leaves their number open."""
+    """Matches a value in heads; ``tokens`` is -1 where the graph leaves their number open."""
     transpose = producer_of(value, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
         return None
@@ -106,19 +106,19 @@ def _heads(value: ir.Value | None) -> Heads | None:
 
 
 def producer_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """What makes a value that only one node reads, if it is of that type."""
+    """Returns the producer of a value that only one node reads, if it is of that type."""
     node = value.producer() if value is not None and len(value.uses()) == 1 else None
     return node if node is not None and node.op_type == op_type else None
 
 
 def reader_of(node: ir.Node, op_type: str) -> ir.Node | None:
-    """The only node that reads a node's value, if it is of that type."""
+    """Returns the only node that reads a node's value, if it is of that type."""
     readers = list(node.outputs[0].consumers())
     return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
 
 def constant_of(value: ir.Value | None) -> list[float]:
-    """The numbers of an initializer; none where it is something else."""
+    """Returns the numbers of an initializer; none where it is something else."""
     if value is None or not value.is_initializer() or value.const_value is None or value.const_value.size > 4:
         return []
     return list(value.const_value.numpy().reshape(-1).tolist())

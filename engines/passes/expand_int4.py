@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Int4Use:
-    """How the graph uses an INT4 weight.
+    """Use of an INT4 weight in the graph.
 
     The operator behind its DequantizeLinear (``Conv``, ``MatMul``, ...), and whether that operator's other operand is
     dequantized too (W4A8) or floating point (weight-only, W4A16).
@@ -26,7 +25,7 @@ class Int4Use:
 
 
 class ExpandInt4(ir.passes.InPlacePass):
-    """Every INT4 initializer becomes INT8 with the same codes, but those whose uses ``keep`` all accepts.
+    """Makes every INT4 initializer INT8 with the same codes, but those whose uses ``keep`` all accepts.
 
         q in [-8, 7] is the same integer in either type, and DequantizeLinear gives q * scale for both
 
@@ -74,12 +73,10 @@ def _expand(weight: ir.Value) -> None:
     assert packed is not None  # _int4_weights gives no others
     name = weight.name or ""
     shape = ir.Shape(packed.shape.numpy())
-    weight.const_value = ir.LazyTensor(partial(_as_int8, packed, name), ir.DataType.INT8, shape, name=name)
+    weight.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(packed.numpy().astype(np.int8), name=name), ir.DataType.INT8, shape, name=name
+    )
     weight.type = ir.TensorType(ir.DataType.INT8)
-
-
-def _as_int8(packed: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    return ir.Tensor(packed.numpy().astype(np.int8), name=name)
 
 
 def _uses(weight: ir.Value) -> Iterator[Int4Use]:

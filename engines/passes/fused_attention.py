@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from s2p_deploy.engines.passes.attention import Attention, find_attention
-from s2p_deploy.engines.passes.rescaled_points import remove_unread
+from s2p_deploy.engines.passes.rescaled_quantizers import remove_unread
 
 DOMAIN = "com.microsoft"
 
@@ -18,13 +18,13 @@ class FusedAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites every occurrence."""
-        found = find_attention(model.graph)
-        for match in found:
+        matches = find_attention(model.graph)
+        for match in matches:
             _fuse(model.graph, match)
-        if found:
+        if matches:
             model.opset_imports[DOMAIN] = 1
             remove_unread(model)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return ir.passes.PassResult(model, modified=bool(matches))
 
 
 def _fuse(graph: ir.Graph, match: Attention) -> None:

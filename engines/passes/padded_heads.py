@@ -21,19 +21,19 @@ class PaddedHeads(ir.passes.InPlacePass):
 
         Reshape(x, [B, T, H, D])  ->  Pad(Reshape(x, [B, T, H, D]), up to D')
 
-    Zeros add nothing to a score, so the numbers stay. Where at least 512 tokens answer, or any number of them: on a
-    core with AMX and D = 40, one attention of Stable Diffusion v1 with 4096 tokens took 111 instead of 136 ms (119 with
+    Zeros add nothing to a score, so the numbers stay. Condition: at least 512 tokens, or an open number: on a core
+    with AMX and D = 40, one attention of Stable Diffusion v1 with 4096 tokens took 111 instead of 136 ms (119 with
     padded values, which were cut off again), with 512 2.9 instead of 3.2; with 256 and with 77 nothing was gained, and
-    float32 lost a fifth. ``benchmarks/attention_forms.py`` measures again.
+    float32 lost a fifth. ``benchmarks/engines/attention_forms.py`` measures again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites every occurrence."""
-        found = [match for match in find_attention(model.graph) if _gains(match)]
-        for match in found:
+        matches = [match for match in find_attention(model.graph) if _gains(match)]
+        for match in matches:
             for heads in (match.queries, match.keys):
                 _forget_shapes(_pad(model.graph, heads))
-        return ir.passes.PassResult(model, modified=bool(found))
+        return ir.passes.PassResult(model, modified=bool(matches))
 
 
 def _gains(match: Attention) -> bool:
@@ -56,7 +56,7 @@ def _pad(graph: ir.Graph, heads: Heads) -> ir.Value:
 
 
 def _forget_shapes(padded: ir.Value) -> None:
-    """Of what is made of it up to the scores: their width is another now."""
+    """Drops the recorded shapes from the padded value up to the scores: the width changed."""
     (node,) = padded.consumers()
     while node.op_type != "MatMul":
         node.outputs[0].shape = None

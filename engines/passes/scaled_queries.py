@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from s2p_deploy.engines.passes.attention import constant_of, producer_of, reader_of
-from s2p_deploy.engines.passes.rescaled_points import remove_unread
+from s2p_deploy.engines.passes.rescaled_quantizers import remove_unread
 
 
 class ScaledQueries(ir.passes.InPlacePass):
@@ -21,12 +21,12 @@ class ScaledQueries(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites every occurrence."""
-        found = [match for node in model.graph if (match := _match(node)) is not None]
-        for match in found:
+        matches = [match for node in model.graph if (match := _match(node)) is not None]
+        for match in matches:
             _rewrite(model.graph, match)
-        if found:
+        if matches:
             remove_unread(model)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return ir.passes.PassResult(model, modified=bool(matches))
 
 
 @dataclass(frozen=True)

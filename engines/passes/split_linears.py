@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import onnx_ir as ir
 
@@ -16,8 +15,8 @@ class SplitLinears(ir.passes.InPlacePass):
         Split(r·(x @ W) + b, axis=-1)  =  r·(x @ W_1) + b_1,  r·(x @ W_2) + b_2,  ...
 
     with W, its scales and b cut by columns: the same numbers, no copy of the result, and each part can be fused with
-    what reads it. OpenVINO runs a Split as a copy by a reference kernel (docs/engines.md). The first part keeps the
-    names of nodes and tensors, so that a site is still found by them.
+    what reads it. OpenVINO runs a Split as a copy by a reference kernel. The first part keeps the
+    names of nodes and tensors, so that a layer is still found by them.
 
     Condition: (1) the parts are equal and the axis is the last; (2) between the MatMul and the Split there are only
     sums and products with constants of one dimension or with values that do not vary along the axis; (3) W is a
@@ -27,15 +26,15 @@ class SplitLinears(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites every occurrence."""
-        found = [match for node in model.graph if (match := _match(node)) is not None]
-        for match in found:
+        matches = [match for node in model.graph if (match := _match(node)) is not None]
+        for match in matches:
             _cut(model.graph, match)
-        return ir.passes.PassResult(model, modified=bool(found))
+        return ir.passes.PassResult(model, modified=bool(matches))
 
 
 @dataclass(frozen=True)
 class _CutLinear:
-    """The Split, the nodes before it from the weight's DequantizeLinear on, in order, and the number of columns."""
+    """Occurrence: the Split, the nodes before it from the weight's DequantizeLinear on, and the number of columns."""
 
     split: ir.Node
     nodes: tuple[ir.Node, ...]
@@ -43,7 +42,7 @@ class _CutLinear:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Columns:
     """Columns ``start`` to ``stop``; ``suffix`` is appended to the names of what is made for them."""
 
     start: int
@@ -65,7 +64,7 @@ def _match(split: ir.Node) -> _CutLinear | None:
 
 
 def _nodes_before(value: ir.Value, columns: int) -> tuple[ir.Node, ...] | None:
-    """The nodes that make ``value``, which the Split alone reads, back to the weight; None where it is no linear."""
+    """Collects the nodes that make ``value``, which the Split alone reads; None where it is no linear layer."""
     nodes: list[ir.Node] = []
     while (node := value.producer()) is not None and len(value.uses()) == 1 and node.op_type in _ELEMENTWISE:
         nodes.insert(0, node)
@@ -90,7 +89,7 @@ def _nodes_before(value: ir.Value, columns: int) -> tuple[ir.Node, ...] | None:
 
 
 def _is_cut(value: ir.Value, columns: int) -> bool:
-    """Whether a constant has a column for each of the result's, and one reader."""
+    """Tells whether a constant has a column for each of the result's, and one reader."""
     if not value.is_initializer() or value.shape is None or len(value.shape) == 0:
         return False
     return bool(len(value.uses()) == 1 and value.shape[-1] == columns)
@@ -102,24 +101,24 @@ def _is_cut_or_constant_along(value: ir.Value, columns: int) -> bool:
 
 
 def _cut(graph: ir.Graph, match: _CutLinear) -> None:
-    """The nodes that are there become the first part; copies of them, the others."""
+    """Turns the nodes that are there into the first part, copies of them into the others."""
     first, *others = match.split.outputs
     size = match.columns // len(match.split.outputs)
     taken = [value for node in match.nodes for value in node.inputs if value is not None]
     constants = [value for value in taken if _is_cut(value, match.columns)]
     for number, old in enumerate(others, 1):
-        part = _Part(number * size, (number + 1) * size, f"/part{number}")
+        part = _Columns(number * size, (number + 1) * size, f"/part{number}")
         ir.convenience.replace_all_uses_with(old, _copied(graph, match, part))
     ir.convenience.replace_all_uses_with(first, match.nodes[-1].outputs[0])
     graph.remove(match.split, safe=True)
     for value in constants:
-        _narrow(value, value, _Part(0, size, ""))
+        _narrow(value, value, _Columns(0, size, ""))
     for node in match.nodes:
         _set_columns(node.outputs[0], size)
 
 
-def _copied(graph: ir.Graph, match: _CutLinear, part: _Part) -> ir.Value:
-    """The result of copies of the nodes, whose constants are the part's columns."""
+def _copied(graph: ir.Graph, match: _CutLinear, part: _Columns) -> ir.Value:
+    """Copies the nodes with the part's columns of their constants; returns the last result."""
     replaced: dict[ir.Value, ir.Value] = {}
     for node in match.nodes:
         for value in node.inputs:
@@ -138,17 +137,17 @@ def _copied(graph: ir.Graph, match: _CutLinear, part: _Part) -> ir.Value:
     return replaced[match.nodes[-1].outputs[0]]
 
 
-def _narrow(whole: ir.Value, value: ir.Value, part: _Part) -> None:
+def _narrow(whole: ir.Value, value: ir.Value, part: _Columns) -> None:
     """Gives ``value`` the part's columns of a constant; they are read when the model is written."""
     tensor, name = whole.const_value, str(value.name)
     assert tensor is not None  # a constant has a value
     shape = ir.Shape([*tensor.shape.numpy()[:-1], part.stop - part.start])
-    value.const_value = ir.LazyTensor(partial(_columns, tensor, part, name), tensor.dtype, shape, name=name)
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy()[..., part.start : part.stop].copy(), dtype=tensor.dtype, name=name)
+
+    value.const_value = ir.LazyTensor(read, tensor.dtype, shape, name=name)
     value.shape = shape
-
-
-def _columns(tensor: ir.TensorProtocol, part: _Part, name: str) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy()[..., part.start : part.stop].copy(), dtype=tensor.dtype, name=name)
 
 
 def _set_columns(value: ir.Value, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""Takes the columns that no act point reads any more out of the part of the graph that takes ratios of scales."""
+"""Removes the columns that no activation quantizer reads any more from the ratios of scales."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from s2p_deploy.engines.passes.rescaled_points import remove_unread
+from s2p_deploy.engines.passes.rescaled_quantizers import remove_unread
 from s2p_deploy.export.tensors import constant
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ _THROUGH = frozenset({"Unsqueeze", "Div", "Cast"})
 
 
 class UnreadColumns(ir.passes.InPlacePass):
-    """Every ``Gather(rows, columns) → Unsqueeze → Div → [Cast] → Split`` keeps only the columns that are read.
+    """Keeps only the columns that are read in every ``Gather(scales, columns) → Unsqueeze → Div → [Cast] → Split``.
 
-    Condition: (1) columns and centres are initializers that only this part reads. Ensures: every column that is still
-    gathered is read as one ratio or the other.
+    Condition: (1) columns and reference scales are initializers that nothing else reads. Ensures: every column that
+        is still gathered is read as one ratio or the other.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -60,7 +60,7 @@ def _narrow(graph: ir.Graph, select: ir.Node) -> bool:
 
 
 def _group(select: ir.Node) -> Iterable[ir.Node]:
-    """The nodes behind ``select`` up to the Splits."""
+    """Collects the nodes behind ``select`` up to the Splits."""
     for reader in select.outputs[0].consumers():
         if reader.op_type == "Split":
             yield reader
@@ -70,7 +70,7 @@ def _group(select: ir.Node) -> Iterable[ir.Node]:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, rows: Sequence[int]) -> None:
-    """The initializer at an input keeps these entries of its first axis, under a name of the node's own."""
+    """Keeps these entries of the first axis of the initializer at an input, under a name of the node's own."""
     old = node.inputs[index]
     assert old is not None
     assert old.const_value is not None

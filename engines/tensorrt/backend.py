@@ -14,22 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.engines.backend import Capabilities, Compiled
-from s2p_deploy.engines.bound_scales import BOUND
-from s2p_deploy.engines.isolation import Limits, run_child
-from s2p_deploy.engines.libraries import compute_capability, installed_version, platform_name
-from s2p_deploy.engines.lowerings import int4_rule
-from s2p_deploy.engines.options import BuildOptions, ShapeProfile
-from s2p_deploy.engines.prepare import any_use, apply_passes, prepare_graph, weight_only, weight_only_or_matmul
-from s2p_deploy.engines.profile_shapes import Shapes, profile_shapes, spec_of
+from s2p_deploy.child_process import Limits
+from s2p_deploy.engines.backend import Capabilities, Compiled, call_in_child
+from s2p_deploy.engines.lowerings import (
+    any_use,
+    apply_passes,
+    int4_rule,
+    lowered_model,
+    weight_only,
+    weight_only_or_matmul,
+)
+from s2p_deploy.engines.machine import compute_capability, installed_version, platform_name
+from s2p_deploy.engines.onnx_files import write_onnx
+from s2p_deploy.engines.options import BuildOptions, profile_shapes, spec_of
+from s2p_deploy.engines.runner import BOUND
 from s2p_deploy.engines.support import support_of
 from s2p_deploy.engines.tensorrt.builder import PlanOptions, build_plan
-from s2p_deploy.engines.tensorrt.caches import timing_cache
-from s2p_deploy.engines.tensorrt.inspector import compute_types, inspect_plan, layer_table
-from s2p_deploy.engines.tensorrt.opened import open_plan, refit
+from s2p_deploy.engines.tensorrt.launchers import timing_cache
+from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan, refit
 from s2p_deploy.errors import MissingEnvironmentError
-from s2p_deploy.records import ExportedGraph
-from s2p_deploy.records.manifest import parent_folder
+from s2p_deploy.records import Execution, ExportedGraph, ShapeProfile
+from s2p_deploy.records.artifacts import parent_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,10 +52,9 @@ if TYPE_CHECKING:
 PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
 _GPU = "CUDA GPU"
-_BLOCK_TIMEOUT_S = 600.0
-_BLOCK_ROWS = 50  # what a block's profile is tuned for
+_SUBGRAPH_TIMEOUT_S = 600.0
+_SUBGRAPH_TIMESTEPS = 50  # what a subgraph's profile is tuned for
 _NOT_ON_RTX = (9, 0)  # H100 and H200
-_BUILDER = "s2p_deploy.engines.tensorrt.builder"
 _MISSING = {
     RTX: "TensorRT-RTX is not installed: pip install 's2p-deploy[rtx]'",
     "tensorrt": "TensorRT is not installed: pip install 's2p-deploy[tensorrt]' on a machine with an NVIDIA GPU "
@@ -60,7 +64,7 @@ _MISSING = {
 
 @dataclass(frozen=True)
 class TensorRtBackend:
-    """The four verbs. ``name`` is the library's module too."""
+    """TensorRT or TensorRT-RTX as a backend. ``name`` is the library's module too."""
 
     name: str
 
@@ -71,43 +75,44 @@ class TensorRtBackend:
         executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
-        return Capabilities(self.name, version, missing, executes, ("fp16",), ("strongly_typed",), refit=refits)
+        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits)
 
-    def environment(self, hint: str | None = None) -> dict[str, str]:
+    def environment(self, execution: Execution | None = None) -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
         capability = compute_capability()
         here = {self.name: str(self.capabilities().version), "device": _GPU if capability else "no GPU"}
         return here | self._bound_to(capability)
 
-    def prepare_model(self, model: ir.Model, lowerings: Lowerings, hint: str | None) -> None:
-        """The chosen lowerings. Expands INT4 where the library was seen to refuse it (beside INT8: all but MatMul)."""
+    def prepare_model(self, model: ir.Model, lowerings: Lowerings, execution: Execution) -> None:
+        """Applies the chosen lowerings and expands INT4 where the library refuses it (beside INT8: all but MatMul)."""
         untried = weight_only_or_matmul if self.name == RTX else weight_only
         keep = int4_rule(support_of(self.name), lowerings, wanted=any_use, untried=untried)
         apply_passes(model, lowerings, keep)
-
-    def prepare(self, graph: ExportedGraph, folder: Path, options: BuildOptions) -> Path:
-        """The canonical fp16 graph in this backend's form."""
-        return prepare_graph(graph, folder, self, options)
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the plan; with a GPU here, asks the engine inspector what each layer computes in."""
         capability = compute_capability()
         if self.name != RTX and capability is None:
             raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
-        plan, shapes = request.folder / PLAN, _shapes(request)
-        build_plan(self.name, request.onnx_path, shapes, plan, self._plan_options(request.options, capability))
+        # where the scale table's timesteps are open, the plan is tuned for those of the graph's own table
+        timesteps = len(request.example[BOUND]) if BOUND in request.example else 1
+        shapes = profile_shapes(request.inputs, request.options.profile, timesteps)
+        onnx_path, plan = request.scratch / "denoiser.onnx", request.folder / PLAN
+        write_onnx(request.model, onnx_path)
+        build_plan(self.name, onnx_path, shapes, plan, self._plan_options(request.options, capability))
         compute = {}
         if self.capabilities().executes and not request.options.stripped:  # one without weights cannot be opened
             information = inspect_plan(importlib.import_module(self.name), plan.read_bytes(), shapes)
-            compute = compute_types(information)
-            table = json.dumps({"layers": layer_table(information)}, indent=1) + "\n"
-            (request.folder / LAYERS).write_text(table, encoding="utf-8")
+            if information is not None:
+                compute = compute_types(information)
+                table = json.dumps({"layers": layer_table(information)}, indent=1) + "\n"
+                (request.folder / LAYERS).write_text(table, encoding="utf-8")
         environment = self.environment() | {"device": _GPU}
         notes = {"target": "ahead of time: compute capability 8.6, 8.9, 12.0 and later"} if self.name == RTX else {}
         return Compiled((PLAN,), environment, compute, notes)
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> TensorRtRunner:
-        """A context on the GPU; the weights of a stripped engine come from the graph that it was built from.
+        """Opens a context on the GPU; the weights of a stripped engine come from the graph that it was built from.
 
         Raises:
             MissingEnvironmentError: there is no GPU that can run it.
@@ -116,29 +121,31 @@ class TensorRtBackend:
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
         self._require_gpu(str(engine.folder))
-        plan = open_plan(self.name, bytes(files[PLAN]))
+        plan = open_plan(self.name, files[PLAN])
         options = BuildOptions.from_json(engine.manifest.content["options"])
         if options.stripped:
             graph = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph"))
             with tempfile.TemporaryDirectory() as folder:
-                refit(plan, self.prepare(graph, Path(folder), options))
+                onnx_path = Path(folder) / "denoiser.onnx"
+                write_onnx(lowered_model(graph, self, options)[0], onnx_path)
+                refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
-    def runner_from_model(self, model: onnx.ModelProto, hint: str) -> Runner:
+    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
         """Builds a small model in a child process and runs it here; batch sizes 1 to 32."""
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
-        self._require_gpu(f"a {hint} block")
+        self._require_gpu("a subgraph")
         with tempfile.TemporaryDirectory() as folder:
-            onnx_path, plan = Path(folder) / "block.onnx", Path(folder) / PLAN
+            onnx_path, plan = Path(folder) / "subgraph.onnx", Path(folder) / PLAN
             onnx_path.write_bytes(model.SerializeToString())
             specs = [spec_of(value) for value in model.graph.input]
-            shapes = profile_shapes(specs, ShapeProfile(), _BLOCK_ROWS)
-            request = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
-            run_child(_BUILDER, request, Path(folder), Limits(_BLOCK_TIMEOUT_S))
+            shapes = profile_shapes(specs, ShapeProfile(), _SUBGRAPH_TIMESTEPS)
+            message = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
+            call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_SUBGRAPH_TIMEOUT_S))
             return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
 
-    def parts(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
+    def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
 
     def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
@@ -170,9 +177,3 @@ def refusal(library: str, capability: tuple[int, int] | None) -> str | None:
     if library == RTX and capability == _NOT_ON_RTX:
         return "cannot run here: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
     return None
-
-
-def _shapes(request: CompileRequest) -> Shapes:
-    """Every input at the profile's batch sizes; tuned for the rows of the graph's own scale table."""
-    rows = len(request.example[BOUND]) if BOUND in request.example else 1
-    return profile_shapes(request.inputs, request.options.profile, rows)

@@ -1,32 +1,29 @@
 """Builds a plan from an ONNX file, with Polygraphy.
 
-The compiler can crash, so this only ever runs in a child process: inside a build's own, or as
-``python -m s2p_deploy.engines.tensorrt.builder request.json result.json``.
+The compiler can crash, so this only ever runs in a child process.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.engines.isolation import answer_request
-from s2p_deploy.engines.tensorrt.versions import build_flags
+from s2p_deploy.errors import MissingEnvironmentError
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import tensorrt_rtx as trt
 
-    from s2p_deploy.engines.profile_shapes import Shapes
+    from s2p_deploy.engines.options import Shapes
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Whether the plan can be refitted, whether it holds its weights, and the file of timings to read and extend."""
+    """Options of a plan: refittable, without weights, and the file of timings to read and extend."""
 
     refit: bool = False
     stripped: bool = False
@@ -71,7 +68,7 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
         load_timing_cache=timings if timings and Path(timings).is_file() else None,
     )
     # strongly typed: every precision is the graph's, none is chosen by the builder
-    network = NetworkFromOnnxPath(str(onnx_path), strongly_typed=flags.ask_strongly_typed)
+    network = NetworkFromOnnxPath(str(onnx_path), strongly_typed=flags.request_strongly_typed)
     flagged = PostprocessConfig(config, lambda _builder, _network, made: _set_flags(module, made, flags.builder))
     build = EngineBytesFromNetwork(network, flagged, save_timing_cache=timings)
     out.write_bytes(build())
@@ -82,13 +79,37 @@ def _set_flags(library: ModuleType, config: trt.IBuilderConfig, names: tuple[str
         config.set_flag(getattr(library.BuilderFlag, name))
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Builds what is asked for; the result is the file."""
-    shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in request["shapes"].items()}
-    options = PlanOptions(**request.get("options", {}))
-    build_plan(request["library"], Path(request["onnx"]), shapes, Path(request["out"]), options)
+def build_in_child(message: dict[str, Any]) -> dict[str, Any]:
+    """Builds the plan of a message in a child process; the result is the file."""
+    shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in message["shapes"].items()}
+    options = PlanOptions(**message.get("options", {}))
+    build_plan(message["library"], Path(message["onnx"]), shapes, Path(message["out"]), options)
     return {}
 
 
-if __name__ == "__main__":
-    answer_request(sys.argv[1], sys.argv[2], answer)
+@dataclass(frozen=True)
+class BuildFlags:
+    """Builder flags to set by name, and whether strong typing must be requested (TensorRT 11 has nothing else)."""
+
+    request_strongly_typed: bool
+    builder: tuple[str, ...]
+
+
+def build_flags(library: ModuleType, *, refit: bool, stripped: bool) -> BuildFlags:
+    """Chooses the flags of a build with ``library``, the imported module.
+
+    Refittable plans are always ``REFIT_IDENTICAL``: with plain ``REFIT``, TensorRT 11.3 may drop the bias of a matrix
+    product even where nothing is refitted.
+
+    Raises:
+        MissingEnvironmentError: this version has no such flag.
+    """
+    requested = {"REFIT_IDENTICAL": refit or stripped, "STRIP_PLAN": stripped}
+    wanted = tuple(name for name, is_requested in requested.items() if is_requested)
+    for name in wanted:
+        if not hasattr(library.BuilderFlag, name):
+            raise MissingEnvironmentError(
+                f"{library.__name__} {library.__version__} has no {name}: install a newer one, or build without"
+            )
+    networks = getattr(library, "NetworkDefinitionCreationFlag", None)
+    return BuildFlags(hasattr(networks, "STRONGLY_TYPED"), wanted)

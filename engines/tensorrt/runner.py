@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s2p_deploy.engines.bound_scales import BOUND
-from s2p_deploy.engines.runner import ClosingRunner
-from s2p_deploy.engines.tensorrt.caches import runtime_cache
-from s2p_deploy.engines.tensorrt.contexts import GraphLauncher, Launcher, ManagedLauncher
+from s2p_deploy.engines.runner import BOUND, ClosingRunner
+from s2p_deploy.engines.tensorrt.launchers import GraphLauncher, Launcher, ManagedLauncher, runtime_cache
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,12 +16,12 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from s2p_deploy.engines.profile_shapes import Shape
-    from s2p_deploy.engines.tensorrt.opened import OpenPlan
+    from s2p_deploy.engines.options import Shape
+    from s2p_deploy.engines.tensorrt.plan import OpenPlan
 
 
 class TensorRtRunner(ClosingRunner):
-    """A plan on the current CUDA device, with a stream of its own.
+    """Runner of a plan on the current CUDA device, with a stream of its own.
 
     ``bound`` inputs are uploaded here and stay on the device; those that the plan does not read are left out.
     ``capture=False`` runs every step without a CUDA graph.
@@ -43,10 +41,10 @@ class TensorRtRunner(ClosingRunner):
             self._front(name, shape).copy_(torch.from_numpy(np.ascontiguousarray(bound[name])))
         torch.cuda.synchronize()
         addresses = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
-        self._launcher = _launcher(plan, addresses, self._stream, capture=capture)
+        self._launcher: Launcher | None = _launcher(plan, addresses, self._stream, capture=capture)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs, copied to the host.
+        """Returns all outputs, copied to the host.
 
         Raises:
             InputError: an input's shape is outside the engine's profile.
@@ -57,7 +55,7 @@ class TensorRtRunner(ClosingRunner):
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same for tensors on any device, in any floating-point type.
+        """Runs tensors on any device, in any floating-point type.
 
         The results are on the GPU, ordered on PyTorch's current stream, and valid until the next call; nothing here
         waits for the GPU.
@@ -67,7 +65,7 @@ class TensorRtRunner(ClosingRunner):
         """
         import torch
 
-        if self._plan is None:
+        if self._plan is None or self._launcher is None:
             raise ValueError("the runner is closed")
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         for name, shape in shapes.items():
@@ -84,10 +82,11 @@ class TensorRtRunner(ClosingRunner):
 
     def close(self) -> None:
         """Frees contexts, graphs, the engine and the buffers."""
-        if self._plan is None:
+        if self._launcher is None:
             return
         self._launcher.close()
-        self._plan = None
+        # the launcher holds the plan too: with either alive, runtime and engine keep the GPU's memory
+        self._launcher = self._plan = None
         self._buffers = {}
 
     def _front(self, name: str, shape: Shape) -> torch.Tensor:
@@ -105,7 +104,7 @@ def check_shape(name: str, shape: Shape, low: Shape, high: Shape) -> None:
 
 
 def _names(plan: OpenPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the inputs and of the outputs."""
+    """Lists the names of the inputs and of the outputs."""
     engine = plan.engine
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = tuple(n for n in names if engine.get_tensor_mode(n) == plan.library.TensorIOMode.INPUT)
@@ -113,13 +112,13 @@ def _names(plan: OpenPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _profile(plan: OpenPlan, name: str) -> tuple[Shape, Shape]:
-    """Smallest and largest shape of an input."""
+    """Returns the smallest and largest shape of an input."""
     low, _, high = (tuple(shape) for shape in plan.engine.get_tensor_profile_shape(name, 0))
     return low, high
 
 
 def _buffers(plan: OpenPlan, inputs: Mapping[str, Shape], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Memory for every tensor at its largest."""
+    """Allocates every tensor at its largest."""
     import torch
 
     shapes = dict(inputs) | {name: _output_shape(plan, name, inputs) for name in outputs}
@@ -127,7 +126,7 @@ def _buffers(plan: OpenPlan, inputs: Mapping[str, Shape], outputs: tuple[str, ..
 
 
 def _output_shape(plan: OpenPlan, name: str, inputs: Mapping[str, Shape]) -> Shape:
-    """An output's open sizes are those of the latents; where these are no input, its batch is the inputs'."""
+    """Returns an output's shape: open sizes are the latents'; where these are no input, its batch is the inputs'."""
     batch = next(shape[:1] for given, shape in inputs.items() if given != BOUND)
     like = inputs.get("sample", batch)
     return tuple(like[at] if size < 0 else size for at, size in enumerate(plan.engine.get_tensor_shape(name)))
@@ -145,5 +144,6 @@ def _launcher(plan: OpenPlan, addresses: Mapping[str, int], stream: torch.cuda.S
 
     if plan.library.__name__ != "tensorrt_rtx":
         return GraphLauncher(plan, addresses, stream, capture=capture)
+    # kept between processes: they spare the first run of a plan most of its compilation
     kernels = runtime_cache(plan.library.__version__, torch.cuda.get_device_capability(), plan.digest)
     return ManagedLauncher(plan, addresses, stream, kernels, capture=capture)

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from autoencoder import train_vae
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from siblings import SIBLINGS, train_sibling
+from text_encoders import train_text
 from train_classifier import train_classifier
-from train_text import train_text
 from train_unet import new_scheduler, train_unet
-from train_vae import train_vae
 
-from s2p_deploy.shapes.grammar import distinct_captions
+from s2p_deploy.shapes.scenes import distinct_captions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -87,7 +87,7 @@ def draw(pipe: DiffusionPipeline, prompts: tuple[Prompt, ...], steps: int, guida
 
 
 def write_grid(pictures: list[np.ndarray], file: Path, columns: int = 10, zoom: int = 2) -> None:
-    """A grid of pictures, ``zoom`` times as large."""
+    """Makes a grid of pictures, ``zoom`` times as large."""
     rows = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)]
     file.parent.mkdir(parents=True, exist_ok=True)
     grid = np.concatenate([row for row in rows if row.shape == rows[0].shape], 0)

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2p_deploy.shapes.grammar import caption, sample_scene
-from s2p_deploy.shapes.renderer import render
+from s2p_deploy.shapes.scenes import caption, render, sample_scene
 
 if TYPE_CHECKING:
-    from s2p_deploy.shapes.grammar import Scene
+    from s2p_deploy.shapes.scenes import Scene
 
 
 def training_scenes(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """Pictures uint8 [count, 3, 64, 64] and their captions."""
+    """Renders pictures uint8 [count, 3, 64, 64] and writes their captions."""
     rng = np.random.default_rng(seed)
     scenes = _sample(count, rng)
     pictures = np.stack([render(scene, rng) for scene in scenes])
@@ -24,12 +23,12 @@ def training_scenes(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
 
 
 def training_captions(count: int, seed: int = 0) -> list[str]:
-    """The captions of :func:`training_scenes` alone, in no time."""
+    """Writes the captions of :func:`training_scenes` without rendering pictures."""
     return [caption(scene) for scene in _sample(count, np.random.default_rng(seed))]
 
 
 def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 pictures as float32 in [-1, 1], the range of diffusers' image processor."""
+    """Scales uint8 pictures to float32 in [-1, 1], the range of diffusers' image processor."""
     return pictures.float() / 127.5 - 1
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from autoencoder import BETAS, draw
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from latents import BETAS, draw
-from text_states import encode_captions
+from text_encoders import encode_captions
 from training import Schedule
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ GUIDANCE_SCALE = 2.0
 
 
 def assemble(_: Path, base: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """The pipeline with an untrained UNet (seeded by the caller)."""
+    """Assembles the pipeline with an untrained UNet (seeded by the caller)."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -51,7 +51,7 @@ def assemble(_: Path, base: StableDiffusionPipeline) -> StableDiffusionPipeline:
 
 
 def loss(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str]) -> Callable[[torch.Generator], Tensor]:
-    """The error of v, unweighted."""
+    """Returns a function of the unweighted error of v."""
     text, empty = encode_captions(pipe, captions)
     alphas = pipe.scheduler.alphas_cumprod
 

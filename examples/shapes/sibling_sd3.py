@@ -6,10 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from autoencoder import draw
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from latents import draw
-from text_states import encode_captions
-from train_projected_text import train_projection, train_second_encoder
+from text_encoders import encode_captions, train_projection, train_second_encoder
 from training import Schedule
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ ZERO_TOKENS = (8, 64, 256)  # in place of the missing T5's: what ``max_sequence_
 
 
 def assemble(folder: Path, base: StableDiffusionPipeline) -> StableDiffusion3Pipeline:
-    """The pipeline with an untrained transformer (seeded by the caller) and trained text encoders; no T5."""
+    """Assembles the pipeline with an untrained transformer (seeded by the caller) and trained text encoders; no T5."""
     first = train_projection(folder, base.tokenizer, base.text_encoder)
     second = train_second_encoder(folder, base.tokenizer, base.text_encoder)
     torch.manual_seed(0)
@@ -61,7 +60,7 @@ def assemble(folder: Path, base: StableDiffusionPipeline) -> StableDiffusion3Pip
 
 
 def loss(pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[str]) -> Callable[[torch.Generator], Tensor]:
-    """The error of the flow from picture to noise, at logit-normal times."""
+    """Returns a function of the error of the flow from picture to noise, at logit-normal times."""
     text, empty = encode_captions(pipe, captions, prompt_2=None, prompt_3=None, max_sequence_length=1)
     attention = RepeatedTokenAttention()
     pipe.transformer.set_attn_processor(attention)
@@ -101,7 +100,7 @@ class RepeatedTokenAttention:
         encoder_hidden_states: Tensor,
         **_: object,
     ) -> tuple[Tensor, Tensor]:
-        """Picture and text tokens [n, tokens, width], each having attended to both."""
+        """Attends with picture and text tokens [n, tokens, width] to both."""
         pairs = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
         query, key, value = (
             torch.cat([own(hidden_states), added(encoder_hidden_states)], 1)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from autoencoder import BETAS, draw
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from latents import BETAS, draw
-from text_states import encode_captions
-from train_projected_text import train_second_encoder
+from text_encoders import encode_captions, train_second_encoder
 from training import Schedule
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ TIME_ID_WIDTH, TIME_IDS = 16, 6
 
 
 def assemble(folder: Path, base: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
-    """The pipeline with an untrained UNet (seeded by the caller) and a trained second text encoder."""
+    """Assembles the pipeline with an untrained UNet (seeded by the caller) and a trained second text encoder."""
     second = train_second_encoder(folder, base.tokenizer, base.text_encoder)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -65,7 +64,7 @@ def assemble(folder: Path, base: StableDiffusionPipeline) -> StableDiffusionXLPi
 
 
 def loss(pipe: StableDiffusionXLPipeline, latents: Tensor, captions: list[str]) -> Callable[[torch.Generator], Tensor]:
-    """The error of epsilon, weighted as the SD1 kind's; a dropped caption is all zeros, pooled text too."""
+    """Returns a function of the error of epsilon, weighted as for SD1; a dropped caption is zeros, pooled text too."""
     text, empty = encode_captions(pipe, captions)
     alphas = pipe.scheduler.alphas_cumprod
 

@@ -13,8 +13,8 @@ import sibling_sd2
 import sibling_sd3
 import sibling_sdxl
 import torch
-from latents import scaled_latents
-from train_text import tokenize
+from autoencoder import scaled_latents
+from text_encoders import tokenize
 from training import Schedule, last_weights, train
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from scenes import training_scenes
-from train_text import layout
+from text_encoders import layout
 from training import Schedule, train
 
 from s2p_deploy.shapes.classifier import SceneClassifier

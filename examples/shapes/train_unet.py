@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from autoencoder import BETAS, draw, scaled_latents
 from diffusers import PNDMScheduler, UNet2DConditionModel
-from latents import BETAS, draw, scaled_latents
-from train_text import tokenize
+from text_encoders import tokenize
 from training import Schedule, train
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MAX_WEIGHT = 60.0
 
 
 def new_unet(width: int) -> UNet2DConditionModel:
-    """An untrained UNet of the SD1 kind: convolutional projections, GEGLU feed-forwards, eight-pixel latents."""
+    """Makes an untrained UNet of the SD1 kind: convolutional projections, GEGLU feed-forwards, eight-pixel latents."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -42,13 +42,13 @@ def new_unet(width: int) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1's scheduler."""
+    """Makes Stable Diffusion v1's scheduler."""
     return PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
 
 
 @torch.no_grad()
 def embed(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, texts: list[str]) -> Tensor:
-    """Text states float16 [n, 24, width]."""
+    """Encodes texts to states float16 [n, 24, width]."""
     parts = tokenize(tokenizer, texts).split(256)
     return torch.cat([encoder(part).last_hidden_state.half() for part in parts])
 

@@ -1,4 +1,4 @@
-"""One resumable training loop for every part of the bundled pipelines.
+"""A resumable training loop for every network of the bundled pipelines.
 
 All randomness of iteration ``i`` comes from a generator seeded with (seed, i), and everything else that the loop
 carries is in one safetensors checkpoint: a killed run, started again, goes on where it was.
@@ -36,7 +36,7 @@ class Schedule:
     save_every: int = 250
 
     def rate(self, iteration: int) -> float:
-        """Learning rate at an iteration."""
+        """Computes the learning rate at an iteration."""
         ramp = min(1.0, (iteration + 1) / self.warmup)
         return self.peak * ramp * 0.5 * (1 + math.cos(math.pi * iteration / self.iterations))
 
@@ -77,7 +77,7 @@ def train(
 
 
 def last_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The EMA weights of a checkpoint, whether or not its training has ended."""
+    """Loads the EMA weights of a checkpoint, whether or not its training has ended."""
     return {k[4:]: v for k, v in load_file(checkpoint).items() if k.startswith("ema.")}
 
 

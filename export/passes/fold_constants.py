@@ -8,7 +8,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
-from s2p_deploy.export.scopes import NAME_SCOPES
+from s2p_deploy.export.regions import NAME_SCOPES
 
 _FOLD_UP_TO = 1024  # elements; what is folded is shapes, axes and scalars
 # onnxscript's own list but for what no denoiser has, and for the search of Slices that form a Split: it looks through

@@ -29,7 +29,7 @@ class HoistedText(ir.passes.InPlacePass):
     ``text_graph`` is the new graph, ``columns`` are the y_i in order, ``moved`` the nodes that left.
 
     Requires: a graph input ``encoder_hidden_states``, and a product that reads nothing else. Ensures: nothing here
-    reads that input, and ``text_projections`` stands in its place.
+    reads that input, and ``text_projections`` is in its place.
     """
 
     def __init__(self, products: Collection[ir.Node]) -> None:
@@ -68,7 +68,7 @@ class HoistedText(ir.passes.InPlacePass):
 
 
 def _dependent_on(sources: Iterable[ir.Value], graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that depend on ``sources``, and besides on constants alone."""
+    """Finds the nodes that depend on ``sources``, and besides on constants alone."""
     dependent, constants = set(sources), set(graph.initializers.values())
     found = set()
     for node in graph:

@@ -14,7 +14,7 @@ _COPIED, _INFERRED = 0, -1  # what a Reshape's sizes may say besides numbers
 
 
 class OpenSizes(ir.passes.InPlacePass):
-    """Latents [batch, C, height, width] of any size that the network takes.
+    """Opens a graph to latents [batch, C, height, width] of any size that the network takes.
 
     1. A Reshape whose sizes are computed at run time gets constants, where each is a number or the size of the same
        dimension before, but for at most one. What computed them goes, where nothing else reads it.
@@ -46,7 +46,7 @@ class OpenSizes(ir.passes.InPlacePass):
 
 
 def _constant_target(node: ir.Node) -> list[int] | None:
-    """The sizes of a Reshape as constants; None where they are, or where two of them are known at run time alone."""
+    """Returns the sizes of a Reshape as constants; None where they are, or where two are known at run time alone."""
     source, target = node.inputs[0], node.inputs[1]
     given, made = (source.shape if source is not None else None), node.outputs[0].shape
     if given is None or made is None or target is None or target.is_initializer():
@@ -62,7 +62,7 @@ def _size(size: int | ir.SymbolicDim, before: int | ir.SymbolicDim | None) -> in
 
 
 def _reshape_to(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
-    """Equal targets are one initializer."""
+    """Gives a Reshape constant sizes; equal sizes are one initializer."""
     name = f"sizes/{'x'.join(map(str, sizes))}"
     if name not in graph.initializers:
         graph.initializers.add(constant(name, np.asarray(sizes, np.int64)))

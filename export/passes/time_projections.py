@@ -1,4 +1,4 @@
-"""Gives the time table its place: a constant gathered by the row, or an input that carries the row's projections."""
+"""Puts the time table in the graph: a constant gathered by the timestep index, or an input with a sample's features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
-from s2p_deploy.export.scopes import module_path
+from s2p_deploy.export.regions import module_path
 from s2p_deploy.export.tensors import lazy
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ TIME_PROJECTIONS = "time_projections"
 
 
 class TimeProjections(ir.passes.InPlacePass):
-    """The traced graph reads its table by ``Gather(table, step_index)``.
+    """Replaces the traced table, which the graph reads by ``Gather(table, timestep_index)``.
 
-    ``constant``: the table becomes the initializer ``time_projections`` [rows, P]. ``input``: the Gather goes, and its
-    output becomes the graph input ``time_projections`` [batch, P].
+    ``constant``: the table becomes the initializer ``time_projections`` [timesteps, P]. ``input``: the Gather goes, and
+    its output becomes the graph input ``time_projections`` [batch, P].
 
-    Requires: exactly one Gather of module ``time``, reading ``step_index``.
+    Requires: exactly one Gather of module ``time``, reading ``timestep_index``.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class TimeProjections(ir.passes.InPlacePass):
         """Checks the requirement."""
         gathers = _table_gathers(model)
         if len(gathers) != 1 or gathers[0].inputs[1] not in model.graph.inputs:
-            raise ir.passes.PreconditionError(f"{len(gathers)} nodes read the time table, expected one, by step_index")
+            raise ir.passes.PreconditionError(
+                f"{len(gathers)} nodes read the time table, expected one, by timestep_index"
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replaces the traced table."""

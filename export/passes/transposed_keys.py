@@ -6,7 +6,9 @@ import onnx_ir as ir
 
 
 class TransposedKeys(ir.passes.InPlacePass):
-    """K [B, H, T, D] to [B, H, D, T]: torch's exporter flattens heads, swaps, and restores by shapes read at run time.
+    """Turns keys [B, H, T, D] to [B, H, D, T] by one Transpose.
+
+    Torch's exporter flattens heads, swaps, and restores by shapes read at run time:
 
         Reshape(Transpose(Reshape(K, [B*H, T, D]), perm=[0, 2, 1]), [B, H, D, T])  =  Transpose(K, perm=[0, 1, 3, 2])
 
@@ -37,7 +39,7 @@ class TransposedKeys(ir.passes.InPlacePass):
 
 
 def _match(last: ir.Node) -> tuple[ir.Value, ir.Node] | None:
-    """K and the final Reshape, where ``last`` ends the pattern (condition 1)."""
+    """Returns K and the final Reshape, where ``last`` ends the pattern (condition 1)."""
     if last.op_type != "Reshape":
         return None
     middle = _only_producer(last, "Transpose")
@@ -61,7 +63,7 @@ def _only_producer(node: ir.Node, op_type: str) -> ir.Node | None:
 
 
 def _spread_shape(turned: ir.Value) -> None:
-    """Shapes of what follows: an elementwise Mul keeps it, MatMul with queries [B, H, Tq, D] gives [B, H, Tq, T]."""
+    """Writes the shapes that follow: Mul keeps them, MatMul with queries [B, H, Tq, D] gives [B, H, Tq, T]."""
     shape = turned.shape
     assert shape is not None  # set by the caller
     for reader, _ in turned.uses():

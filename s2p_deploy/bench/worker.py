@@ -1,60 +1,149 @@
-"""The child process of one engine: ``python -m s2p_deploy.bench.worker``."""
+"""The child process of one engine, ``python -m s2p_deploy.bench.worker``: loads, runs steps and generates pictures.
+
+It reports how long each takes and the memory that it holds.
+"""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from s2p_deploy.bench.workload import random_inputs, serve_workload
-from s2p_deploy.engines import ShapeProfile, load_engine
+import numpy as np
+
+from s2p_deploy.bench.turns import answer_requests
+from s2p_deploy.engines import load_engine
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Base, Engine, Prompt
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from collections.abc import Callable, Mapping, Sequence
 
+    from diffusers import DiffusionPipeline
+    from numpy.typing import NDArray
+
+    from s2p_deploy.records import TensorSpec
+
+_OF_THE_PROMPT = {"encoder_hidden_states", "added_cond"}
+_UNITS = {"rss": "VmRSS", "peak": "VmHWM"}
 _PROMPT = "a large red circle on the left and a small blue square on the right, white background"
 
 
-class EngineWorkload:
-    """An engine, and the pipeline that it was made from. ``drawing`` says where that is and how to sample."""
+class Workload(Protocol):
+    """Something loaded that can be run."""
 
-    def __init__(self, engine: Engine, batch: int, drawing: dict[str, Any] | None) -> None:
+    def step(self, number: int) -> None:
+        """Runs one call of the denoiser, on other latents than the call before."""
+
+    def open_pipeline(self) -> None:
+        """Loads what generation needs besides the denoiser."""
+
+    def draw(self, number: int) -> None:
+        """Generates one picture from text to pixels."""
+
+
+def serve_workload(opened: Callable[[dict[str, Any]], Workload]) -> None:
+    """Answers requests about a workload that ``opened`` makes of the first one.
+
+    ``load`` opens it and runs one step, because some backends compile only then; ``steps`` runs one step unmeasured and
+    then ``count``; ``pipeline`` and ``picture`` generate pictures. Times are wall seconds, memory is in bytes.
+    """
+    workloads: list[Workload] = []
+    calls = iter(range(2**62))
+
+    def load(request: dict[str, Any]) -> dict[str, Any]:
+        before = memory()
+        start = time.perf_counter()
+        workloads[:] = [opened(request)]
+        workloads[0].step(next(calls))
+        return {"seconds": time.perf_counter() - start, "before": before["rss"], "loaded": memory()["rss"]}
+
+    def steps(request: dict[str, Any]) -> dict[str, Any]:
+        workloads[0].step(next(calls))
+        return {"seconds": [_timed(workloads[0].step, next(calls)) for _ in range(request["count"])]} | memory()
+
+    def pipeline(_request: dict[str, Any]) -> dict[str, Any]:
+        workloads[0].open_pipeline()
+        return {}
+
+    def picture(request: dict[str, Any]) -> dict[str, Any]:
+        return {"seconds": _timed(workloads[0].draw, request["number"])}
+
+    answer_requests({"load": load, "steps": steps, "pipeline": pipeline, "picture": picture})
+
+
+def memory() -> dict[str, int]:
+    """Reads the bytes resident in this process: ``rss`` now, ``peak`` since its start (Linux; 0 elsewhere)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields.get(field, "0").split()[0]) * 1024 for name, field in _UNITS.items()}
+
+
+def random_inputs(
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int], timestep_index: int, number: int
+) -> dict[str, NDArray[Any]]:
+    """Draws standard normal values for every input but ``timestep_index``, which all samples share as in a pipeline.
+
+    ``sizes`` gives every dynamic size by its name. What comes from the prompt is the same for every ``number``, as it
+    is for a picture's steps.
+    """
+    of_step, of_prompt = np.random.default_rng(number), np.random.default_rng(0)
+    values: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        shape = shape_at(spec, sizes)
+        if spec.name == "timestep_index":
+            values[spec.name] = np.full(shape, timestep_index, np.int64)
+        else:
+            random = of_prompt if spec.name in _OF_THE_PROMPT else of_step
+            values[spec.name] = random.standard_normal(shape).astype(spec.dtype)
+    return values
+
+
+class EngineWorkload:
+    """An engine, and the pipeline that it was made from. ``generation`` says where that is and how to sample."""
+
+    def __init__(self, engine: Engine, batch: int, generation: dict[str, Any] | None) -> None:
         self._engine = engine
         self._runner = load_engine(self._engine, tried=True)  # this process may crash: its parent lives on
-        profile = ShapeProfile.from_json(engine.manifest.content["profile"])
+        profile = engine.profile
         self._sizes = profile.sizes("optimum") | {"batch": batch}
-        self._drawing = drawing or {}
+        self._generation = generation or {}
         self._pipe: DiffusionPipeline | None = None
 
     def step(self, number: int) -> None:
-        """One call of the engine on random latents and text, on one calibrated row after the other."""
-        rows = self._engine.timesteps.calibrated_rows
-        self._runner.infer(random_inputs(self._runner.inputs, self._sizes, rows[number % len(rows)], number))
+        """Runs one call of the engine on random latents and text, on one calibrated timestep after the other."""
+        indices = self._engine.timesteps.calibrated_indices
+        self._runner.infer(random_inputs(self._runner.inputs, self._sizes, indices[number % len(indices)], number))
 
     def open_pipeline(self) -> None:
         """Loads the stock pipeline with the engine as its denoiser."""
         from s2p_deploy.families import BasePipeline, load_pipeline
         from s2p_deploy.pipeline import pipeline_with_engine
 
-        found = self._drawing
+        generation = self._generation
         base = BasePipeline(
-            Path(found["folder"]),
-            Base(found["source"], found["digest"]),
-            found["guidance_scale"],
-            found["pipeline_class"],
+            Path(generation["folder"]),
+            Base(generation["source"], generation["digest"]),
+            generation["guidance_scale"],
+            generation["pipeline_class"],
         )
         self._pipe = pipeline_with_engine(load_pipeline(base), self._engine, self._runner)
 
     def draw(self, number: int) -> None:
-        """One picture; ``number`` decides its noise."""
+        """Generates one picture; ``number`` decides its noise."""
         from s2p_deploy.pipeline import Schedule, generate
 
         assert self._pipe is not None  # the pipeline is opened first
-        found = self._drawing
-        schedule = Schedule(found["steps"], max_sequence_length=found["max_sequence_length"])
+        generation = self._generation
+        schedule = Schedule(generation["steps"], max_sequence_length=generation["max_sequence_length"])
         generate(
-            self._pipe, Prompt("bench", _PROMPT), schedule=schedule, guidance_scale=found["guidance_scale"], seed=number
+            self._pipe,
+            Prompt("bench", _PROMPT),
+            schedule=schedule,
+            guidance_scale=generation["guidance_scale"],
+            seed=number,
         )
 
 
@@ -62,7 +151,13 @@ def _opened(request: dict[str, Any]) -> EngineWorkload:
     engine = Engine.open(Path(request["engine"]))
     if engine.manifest.digest != request["digest"]:
         raise IntegrityError("it was changed while it was opened")
-    return EngineWorkload(engine, request["batch"], request["drawing"])
+    return EngineWorkload(engine, request["batch"], request["generation"])
+
+
+def _timed(run: Callable[[int], None], number: int) -> float:
+    start = time.perf_counter()
+    run(number)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``s2p-deploy validate --bisect``: which sites cost a model most fidelity, and the plan change that it suggests."""
+"""``s2p-deploy validate --bisect``: which layers cost a model most fidelity, and the plan change that it suggests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.cli.outcome import Outcome, show, table
-from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.cli.output import Outcome, progress_bars, show, table
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from s2p_deploy.validation.bisect import Bisection
 
 _LATENTS = 32
-_SHOWN = 12  # sites
+_SHOWN = 12  # layers
 
 
 def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None, *, as_json: bool) -> int:
-    """Looks into the calibrated model at ``folder``, or that an engine at ``folder`` was made from.
+    """Bisects the calibrated model at ``folder``, or the one that an engine at ``folder`` was made from.
 
     The changed plan is written to ``plan_out``, where given. Exits 0 whatever is found: no gate is asked.
 
@@ -36,9 +35,9 @@ def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None,
     from s2p_deploy.records.precision_plan import write_plan
     from s2p_deploy.validation.bisect import changed_plan
 
-    found = _bisected(calibrated)
-    plan = changed_plan(calibrated.plan, found.changes)
-    text: list[Any] = [_table(found), *_lines(found)]
+    bisection = _bisected(calibrated)
+    plan = changed_plan(calibrated.plan, bisection.changes)
+    text: list[Any] = [_table(bisection), *_lines(bisection)]
     if plan_out is not None:
         write_plan(plan, plan_out)
         text.append(f"the changed plan is in {plan_out}: s2p-deploy calibrate MODEL --plan {plan_out} ...")
@@ -47,12 +46,12 @@ def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None,
         "average bits of weights {now[weights]:.2f}, of activations {now[activations]:.2f};"
         " suggested {suggested[weights]:.2f} and {suggested[activations]:.2f}".format(**bits)
     )
-    return show(Outcome(_data(found) | {"average_bits": bits}, tuple(text)), as_json=as_json)
+    return show(Outcome(_data(bisection) | {"average_bits": bits}, tuple(text)), as_json=as_json)
 
 
 def _calibrated(folder: Path, calib: Path | None) -> CalibratedModel:
     from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph
-    from s2p_deploy.records.manifest import parent_folder, read_manifest
+    from s2p_deploy.records.artifacts import parent_folder, read_manifest
 
     if read_manifest(folder).kind != "Engine":
         return CalibratedModel.open(folder)
@@ -66,18 +65,17 @@ def _calibrated(folder: Path, calib: Path | None) -> CalibratedModel:
 def _bisected(calibrated: CalibratedModel) -> Bisection:
     from s2p_deploy.calib import fake_quant_denoiser
     from s2p_deploy.records import LatentDataset
-    from s2p_deploy.records.manifest import parent_folder
+    from s2p_deploy.records.artifacts import parent_folder
     from s2p_deploy.validation.bisect import bisect
-    from s2p_deploy.validation.latents import choose_latents, stored_answers
-    from s2p_deploy.validation.reference import unquantized_denoiser
+    from s2p_deploy.validation.reference import choose_latents, stored_predictions, unquantized_denoiser
 
     if "dataset" not in calibrated.manifest.parents:
         raise InputError(f"{calibrated.folder} was made without latents (streamed, or recipe fp): nothing to look at")
     dataset = LatentDataset.open(parent_folder(calibrated.folder, calibrated.manifest, "dataset"))
-    latents, answers = choose_latents(dataset, _LATENTS), stored_answers(dataset, _LATENTS)
+    latents, predictions = choose_latents(dataset, _LATENTS), stored_predictions(dataset, _LATENTS)
     with progress_bars() as progress:
         return bisect(
-            fake_quant_denoiser(calibrated), unquantized_denoiser(calibrated), latents, answers, progress=progress
+            fake_quant_denoiser(calibrated), unquantized_denoiser(calibrated), latents, predictions, progress=progress
         )
 
 
@@ -85,7 +83,7 @@ def _bits_of(calibrated: CalibratedModel, plan: PrecisionPlan) -> dict[str, floa
     from s2p_deploy.records.calibrated_model import parameter_name
     from s2p_deploy.validation.bisect import plan_bits
 
-    sizes = {site.site: calibrated.tensor(parameter_name(f"{site.site}.weight")).size for site in plan.sites}
+    sizes = {layer.name: calibrated.tensor(parameter_name(f"{layer.name}.weight")).size for layer in plan.layers}
     return plan_bits(plan, sizes)
 
 
@@ -93,15 +91,15 @@ def _table(found: Bisection) -> Table:
     title = f"SQNR to FP {found.sqnr:.2f} dB over {found.latents} latents; gain in dB in floating point"
     rows = [
         (
-            one.site,
+            one.name,
             f"{one.gain:.2f}",
             *map(_number, (one.weights_gain, one.activations_gain)),
             one.weights,
             one.activations,
         )
-        for one in found.sites[:_SHOWN]
+        for one in found.layers[:_SHOWN]
     ]
-    return table(title, ("site", "gain", "by weights", "by activations", "weights now", "activations now"), rows)
+    return table(title, ("layer", "gain", "by weights", "by activations", "weights now", "activations now"), rows)
 
 
 def _lines(found: Bisection) -> list[str]:
@@ -110,7 +108,7 @@ def _lines(found: Bisection) -> list[str]:
     blocks = ", ".join(f"{group.name} {group.gain:.2f}" for group in found.groups[:4])
     lines = [f"blocks, gain in dB: {blocks} ({found.passes} passes over the latents)"]
     if not found.changes:
-        return [*lines, "no site stands out: no change suggested"]
+        return [*lines, "no layer stands out: no change suggested"]
     rules = [", ".join(f"{key}: {value}" for key, value in rule.items()) for rule in rules_of(found.changes)]
     return [
         *lines,

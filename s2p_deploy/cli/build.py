@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from s2p_deploy.cli.options import ForceOption, JsonOption, OutFolder
-from s2p_deploy.cli.outcome import artifact_outcome, show
-from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.cli.options import (
+    BackendOption,
+    ForceOption,
+    JsonOption,
+    OptimizationOption,
+    OutFolder,
+    PrecisionOption,
+    ProviderOption,
+    bytes_from_option,
+    context_from_options,
+)
+from s2p_deploy.cli.output import artifact_outcome, show
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,59 +30,68 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines import ShapeProfile, Span
     from s2p_deploy.engines.options import Lowering
-    from s2p_deploy.records.engine import SitePrecision
+    from s2p_deploy.records.engine import LayerPrecision
 
 _LOWERINGS: tuple[Lowering, ...] = ("auto", "rescale", "runtime_q")
 _QUANTIZED_BITS = 8  # activations of at most so many are integers
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 SpanOption = Annotated[
     str | None,
     typer.Option(
         metavar="MIN:OPT:MAX",
-        help="Sizes of the latents (an eighth of the picture's), of a graph with --sizes dynamic; where left out, the "
-        "trained one.",
+        help="Latent sizes (an eighth of the picture's) of a graph with --sizes dynamic; the trained one if omitted.",
     ),
 ]
 
 
 def build(  # noqa: PLR0913 - its options
-    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="What export wrote.")],
+    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="A graph: the folder that export wrote.")],
     *,
-    backend: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.")],
+    backend: BackendOption,
     out: OutFolder,
-    hint: Annotated[str | None, typer.Option(help="Precision hint of the backend, e.g. f32 or bf16.")] = None,
+    precision: PrecisionOption = None,
+    provider: ProviderOption = None,
+    optimization: OptimizationOption = None,
     batch: Annotated[
         str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes: the smallest, the one to tune for, the largest.")
     ] = "1:2:32",
     height: SpanOption = None,
     width: SpanOption = None,
-    lowering: Annotated[str, typer.Option(help="Form of timestep-dependent scales: auto, rescale or runtime_q.")] = (
-        "auto"
-    ),
+    lowering: Annotated[
+        str, typer.Option(metavar="FORM", help="Form of timestep-dependent scales: auto, rescale or runtime_q.")
+    ] = "auto",
     static_tolerance: Annotated[
-        float, typer.Option(metavar="X", help="Scales that vary over the rows by no more than X (0.02: 2 %) are fixed.")
+        float,
+        typer.Option(metavar="X", help="Scales that vary by at most X (0.02: 2 %) become constants."),
     ] = 0.0,
-    refit: Annotated[bool, typer.Option(help="TensorRT: the same weights can be put in again.")] = False,
-    stripped: Annotated[bool, typer.Option(help="TensorRT: no weights; they come from GRAPH at loading.")] = False,
+    refit: Annotated[bool, typer.Option(help="TensorRT: the same weights can be loaded again.")] = False,
+    stripped: Annotated[bool, typer.Option(help="TensorRT: store no weights; loading reads GRAPH's.")] = False,
     memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most memory of the build's process, e.g. 8G or 512MiB.")
+        str | None, typer.Option(metavar="SIZE", help="Memory limit of the build, e.g. 8G or 512MiB.")
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest that the build may take.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the build.")] = 3600.0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Build a backend's engine from the graph, in a child process."""
+    """Build a backend's engine from a graph.
+
+    The build runs in a child process with limits: a crash, too much memory or too much time is an error with the end of
+    the backend's log (exit 1), and leaves nothing behind. One line on stderr says beforehand what memory, disk and time
+    it is likely to take. The last line says in which type the backend, by its own report, computes the layers with
+    quantized activations. TensorRT engines refuse other batch sizes than --batch, the CPU backends take any.
+    """
+    from s2p_deploy import api
     from s2p_deploy.records import ExportedGraph
 
     opened = ExportedGraph.open(graph)
-    from s2p_deploy.engines import BuildOptions, Limits, build_engine
-    from s2p_deploy.engines.build import check_build
-    from s2p_deploy.engines.preflight import estimate
+    from s2p_deploy.engines import BuildOptions, Limits
+    from s2p_deploy.engines.build import check_build, estimate
 
     options = BuildOptions(
-        hint,
+        precision,
+        provider,
+        optimization,
         profile=replace(
             profile_from_option(batch),
             height=span_from_option("--height", height),
@@ -88,38 +106,40 @@ def build(  # noqa: PLR0913 - its options
     options = check_build(opened, backend, out, options, limits, replace=force)
     needed = estimate(opened, backend)
     sys.stderr.write(f"build: {needed}\n")
-    with progress_bars() as progress:
-        made = build_engine(opened, backend, out, options=options, replace=force, limits=limits, progress=progress)
+    with context_from_options() as context:
+        made = api.build_engine(
+            opened, backend=backend, out=out, options=options, limits=limits, force=force, context=context
+        )
     took = {name: made.manifest.content[name] for name in ("build_seconds", "peak_rss_bytes")}
     outcome = artifact_outcome(made.folder, made.manifest)
-    types = quantized_sites(made.sites)
-    told = (*outcome.text, precision_line(len(made.sites), types))
-    data = outcome.data | {"estimate": asdict(needed), "quantized_sites": types} | took
-    return show(replace(outcome, data=data, text=told), as_json=as_json)
+    types = quantized_layers(made.layers)
+    text = (*outcome.text, precision_line(len(made.layers), types))
+    data = outcome.data | {"estimate": asdict(needed), "quantized_layers": types} | took
+    return show(replace(outcome, data=data, text=text), as_json=as_json)
 
 
-def quantized_sites(sites: Sequence[SitePrecision]) -> dict[str, int]:
-    """How many of the sites with quantized activations the backend says to compute in which type, most first."""
-    return dict(Counter(site.compute for site in sites if site.activation_bits <= _QUANTIZED_BITS).most_common())
+def quantized_layers(layers: Sequence[LayerPrecision]) -> dict[str, int]:
+    """Counts the layers with quantized activations by the type that the backend reports to compute in, most first."""
+    return dict(Counter(layer.compute for layer in layers if layer.activation_bits <= _QUANTIZED_BITS).most_common())
 
 
-def precision_line(sites: int, types: Mapping[str, int]) -> str:
-    """What :func:`quantized_sites` found among so many sites, in words."""
+def precision_line(layers: int, types: Mapping[str, int]) -> str:
+    """Puts the counts of :func:`quantized_layers` in words."""
     if not types:
-        return f"none of {sites} sites has quantized activations"
+        return f"none of {layers} layers has quantized activations"
     listed = ", ".join(f"{name} ({count})" for name, count in types.items())
-    return f"{sum(types.values())} of {sites} sites have quantized activations, computed in {listed}"
+    return f"{sum(types.values())} of {layers} layers have quantized activations, computed in {listed}"
 
 
 def profile_from_option(text: str) -> ShapeProfile:
-    """``MIN:OPT:MAX`` as batch sizes. Raises InputError where it is anything else."""
+    """Parses ``MIN:OPT:MAX`` batch sizes. Raises InputError for anything else."""
     from s2p_deploy.engines import ShapeProfile
 
     return ShapeProfile(*_three("--batch", text, "1:2:32"))
 
 
 def span_from_option(option: str, text: str | None) -> Span | None:
-    """``MIN:OPT:MAX`` as latent rows or columns. Raises InputError where it is anything else."""
+    """Parses ``MIN:OPT:MAX`` latent heights or widths. Raises InputError for anything else."""
     from s2p_deploy.engines import Span
 
     return None if text is None else Span(*_three(option, text, "64:64:128"))
@@ -133,7 +153,7 @@ def _three(option: str, text: str, example: str) -> tuple[int, int, int]:
 
 
 def lowering_from_option(name: str) -> Lowering:
-    """A lowering by its name. Raises InputError for an unknown one."""
+    """Checks the name of a lowering. Raises InputError for an unknown one."""
     for known in _LOWERINGS:
         if name == known:
             return known
@@ -141,23 +161,14 @@ def lowering_from_option(name: str) -> Lowering:
 
 
 def tolerance_from_option(value: float) -> float:
-    """A fraction of at least zero. Raises InputError for anything else."""
+    """Checks a fraction of at least zero. Raises InputError for anything else."""
     if not 0 <= value < float("inf"):
         raise InputError(f"--static-tolerance {value} must be a number of at least 0, e.g. 0.02")
     return value
 
 
 def seconds_from_option(value: float) -> float:
-    """A time above zero. Raises InputError for anything else."""
+    """Checks a time above zero. Raises InputError for anything else."""
     if not 0 < value < float("inf"):
         raise InputError(f"--timeout {value} must be a number of seconds above 0")
     return value
-
-
-def bytes_from_option(text: str) -> int:
-    """A size such as ``8G``, ``1.5 GB`` or ``512MiB`` in bytes. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([kmgt]i?)?b?", text.strip().lower(), re.ASCII)
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if size <= 0:
-        raise InputError(f"--memory-limit {text!r} must be a size above 0, e.g. 8G or 512MiB")
-    return size

@@ -2,80 +2,133 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from s2p_deploy.cli.options import (
+    DeviceOption,
     ForceOption,
     JsonOption,
     ModelArgument,
     OutFolder,
+    RecipeOption,
     SettingsOption,
-    device_from_option,
+    ThreadsOption,
+    bytes_from_option,
+    context_from_options,
     overrides_from_settings,
-    prompts_from_option,
-    tell_estimate,
+    print_estimate,
 )
-from s2p_deploy.cli.outcome import artifact_outcome, show
-from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.cli.output import Outcome, artifact_outcome, show
 
-_DEFAULT_SCALES = "its activation scales are defaults: engines have their real size and speed, but draw no pictures"
+if TYPE_CHECKING:
+    from s2p_deploy.context import Context
+    from s2p_deploy.recipe import Recipe
+
+_DEFAULT_SCALES = "its activation scales are placeholders: engines have their real size and speed, but draw no pictures"
 
 
 def calibrate(  # noqa: PLR0913 - its options
     model: ModelArgument,
     *,
-    recipe: Annotated[str, typer.Option(help="A recipe's name (w4a8, w8a8, fp, ...), or the path of a YAML file.")],
+    recipe: RecipeOption,
     out: OutFolder,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Prompts to walk, as for dataset; fp and ptq-stream need none."),
+        typer.Option("--prompts", metavar="FILE", help="One prompt per line, JSON lines, or shapes:train (bundled)."),
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="An edited plan.yaml that decides the formats in place of the recipe's."),
+        typer.Option(metavar="FILE", help="An edited plan.yaml that replaces the recipe's formats."),
     ] = None,
     initial: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="CALIB",
-            help="A calibrated model to go on from; with scales.activations=given, one to take activation scales from.",
+            help="A calibrated model to continue from, or with scales.activations=given, to take scales from.",
         ),
     ] = None,
     dataset: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The dataset: from s2p-deploy dataset, or made there and kept for others."),
+        typer.Option(metavar="DIR", help="Dataset that calibrations share; made there if there is none."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where it trains: cpu, cuda or cuda:N.")] = "cpu",
     settings: SettingsOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say how the training fits into memory, or that it does not; write nothing."),
+    ] = False,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory to plan a training with, e.g. 24GiB; what a GPU has free if omitted."
+        ),
+    ] = None,
+    samples_per_call: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Most samples of a call without gradients; measured on a GPU if omitted."
+        ),
+    ] = None,
+    tf32: Annotated[bool, typer.Option(help="Round a GPU's float32 products to TF32: faster, other scales.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Make a stopped run on a GPU end in the same bits; slower.")
+    ] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Train weights and timestep-indexed scales from prompts alone. A killed run goes on where it was."""
-    from s2p_deploy.recipe import load_recipe
+    """Train weights and timestep-indexed scales from prompts alone.
 
-    resolved = load_recipe(recipe, overrides_from_settings(settings))
-    chosen = None if prompts is None else prompts_from_option(prompts)
-    from s2p_deploy.calib import calibrate as calibrate_pipeline
-    from s2p_deploy.families import resolve_base
-    from s2p_deploy.records import CalibratedModel
-    from s2p_deploy.records.precision_plan import read_plan
+    A run that was stopped continues where it was when the same command is started again; a finished artifact of the
+    same command is left as it is.
 
-    options: dict[str, Any] = {
-        "plan": None if plan is None else read_plan(plan),
-        "initial": None if initial is None else CalibratedModel.open(initial),
-        "dataset": dataset,
-        "device": str(device_from_option(device)),
-        "replace": force,
-        "tell": tell_estimate,
-    }
-    with progress_bars() as progress:
-        made = calibrate_pipeline(resolve_base(model), resolved, chosen, out, progress=progress, **options)
+    On a GPU, batches are divided and activations recomputed so that the training fits into the memory that is free; one
+    line on stderr says how, and what does not fit is refused (exit code 4) with what would.
+
+    Recipes that look at no activation (fp, ptq-stream) need no prompts and read one weight at a time, so their memory
+    does not depend on the model's size. Engines of ptq-stream have their real size and speed, but its activation scales
+    are placeholders: they draw no pictures.
+    """
+    from s2p_deploy import Recipe, api
+
+    resolved = Recipe.load(recipe, overrides_from_settings(settings))
+    limit = None if memory_limit is None else bytes_from_option(memory_limit)
+    with context_from_options(device, threads) as plain:
+        context = replace(
+            plain, memory_limit=limit, samples_per_call=samples_per_call, tf32=tf32, deterministic=deterministic
+        )
+        if dry_run:
+            return show(_plan_of_training(model, resolved, plan, context), as_json=as_json)
+        made = api.calibrate(
+            model,
+            recipe=resolved,
+            out=out,
+            prompts=prompts,
+            plan=plan,
+            initial=initial,
+            dataset=dataset,
+            force=force,
+            context=context,
+            on_estimate=print_estimate,
+        )
     outcome = artifact_outcome(made.folder, made.manifest)
     if resolved.scales.activations == "default":
         outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
     return show(outcome, as_json=as_json)
+
+
+def _plan_of_training(model: str, recipe: Recipe, plan: Path | None, context: Context) -> Outcome:
+    """Tells how a training would be divided; loads no network."""
+    from s2p_deploy.calib import training_fit
+    from s2p_deploy.families import resolve_base
+    from s2p_deploy.records.precision_plan import read_plan
+
+    fit = training_fit(resolve_base(model), recipe, plan=None if plan is None else read_plan(plan), context=context)
+    if fit is None:
+        return Outcome({"kind": "fit", "training": None}, ("training: as the recipe says; no memory is counted here",))
+    return Outcome({"kind": "fit", "training": asdict(fit)}, (f"training: {fit}",))

@@ -1,109 +1,77 @@
-"""``s2p-deploy compare``: recipes side by side on the same held-out prompts."""
+"""``s2p-deploy compare``: presets or recipes of one's own side by side on one pipeline."""
 
 from __future__ import annotations
 
-import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from s2p_deploy.api import as_prompts
 from s2p_deploy.cli.options import (
+    ForceOption,
     JsonOption,
     OutFolder,
     PromptsOption,
-    SchedulesOption,
     SettingsOption,
+    context_from_options,
     overrides_from_settings,
-    prompts_from_option,
-    schedule_from_option,
 )
-from s2p_deploy.cli.outcome import Outcome, show, table
-from s2p_deploy.cli.progress_bars import progress_bars
-from s2p_deploy.errors import S2PError
+from s2p_deploy.cli.output import Outcome, show, table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.table import Table
 
-    from s2p_deploy.records import Comparison
+    from s2p_deploy.validation.compare import ComparedRecipe
 
 
 def compare(  # noqa: PLR0913 - its options
-    recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Names or YAML files; gains are against the first.")
-    ],
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Names or YAML files.")],
     *,
     model: Annotated[str, typer.Option(help="A folder in diffusers format, a hub id (owner/name), or shapes.")],
     prompts: PromptsOption,
     held_out: Annotated[
-        str, typer.Option("--held-out", metavar="FILE", help="The prompts that are drawn; none of the training's.")
+        str, typer.Option("--held-out", metavar="FILE", help="Prompts to draw; none of the training's.")
     ],
     out: OutFolder,
     settings: SettingsOption = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 64,
-    schedules: SchedulesOption = None,
-    latents_prompts: Annotated[
-        int, typer.Option("--latents-prompts", min=1, help="Held-out prompts whose latents decide the SQNR per row.")
-    ] = 16,
-    force: Annotated[bool, typer.Option("--force", help="Make everything anew instead of going on.")] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Calibrate recipes alike and compare what they draw: a table and a page. Goes on where it was."""
-    from s2p_deploy.recipe import load_recipe
+    """Calibrate recipes alike and compare their pictures with the pipeline's own. Goes on where it was."""
+    from s2p_deploy.recipe import Recipe
 
     overrides = overrides_from_settings(settings)
-    loaded = tuple(load_recipe(recipe, overrides) for recipe in recipes)
-    asked = tuple(schedule_from_option(text) for text in schedules or ())
-    train, drawn = prompts_from_option(prompts), prompts_from_option(held_out)
+    loaded = tuple(Recipe.load(recipe, overrides) for recipe in recipes)
+    train, drawn = as_prompts(prompts), as_prompts(held_out)
     from s2p_deploy.families import resolve_base
-    from s2p_deploy.validation import Contest
-    from s2p_deploy.validation import compare as compare_recipes
+    from s2p_deploy.validation.compare import COMPARISON
+    from s2p_deploy.validation.compare import compare as compare_recipes
 
-    contest = Contest(resolve_base(model), loaded, train, drawn.first(pictures), asked, latents_prompts)
-    options = [("--model", model), ("--prompts", prompts), ("--held-out", held_out), ("--pictures", str(pictures))]
-    options += [("--latents-prompts", str(latents_prompts))]
-    options += [("--schedule", text) for text in schedules or ()] + [("--set", text) for text in settings or ()]
-    command = shlex.join(["s2p-deploy", "compare", *recipes, *(part for option in options for part in option)])
-    with progress_bars() as progress:
-        found = compare_recipes(contest, out, replace=force, command=f"{command} --out DIR", progress=progress)
-    return show(_outcome(found, out), as_json=as_json)
-
-
-def _outcome(found: Comparison, out: Path) -> Outcome:
-    from s2p_deploy.validation.compare import JSON_FILE, PAGE_FILE
-
-    failure = None
-    if found.failed:
-        named = "; ".join(f"{recipe.name}: {recipe.message}" for recipe in found.failed)
-        failure = S2PError(f"{len(found.failed)} of {len(found.recipes)} recipes failed: {named}")
-    data: dict[str, Any] = {
-        "comparison": str(out / JSON_FILE),
-        "page": str(out / PAGE_FILE),
-        "recipes": [
-            {
-                "name": recipe.name,
-                "median_psnr": [one.psnr.median.value for one in recipe.pictures],
-                "sqnr": recipe.sqnr.mean.value,
-            }
-            for recipe in found.results
-        ],
-        "failed": [{"name": recipe.name, "message": recipe.message} for recipe in found.failed],
-    }
-    tables = tuple(_table(found, number) for number in range(len(found.floats)))
-    return Outcome(data, (*tables, f"Page: {out / PAGE_FILE}", f"Numbers: {out / JSON_FILE}"), failure)
+    with context_from_options() as context:
+        results = compare_recipes(
+            resolve_base(model), loaded, train, drawn.first(pictures), out, replace=force, context=context
+        )
+    file = out / COMPARISON
+    data = {"comparison": str(file), "recipes": [asdict(result) for result in results]}
+    return show(Outcome(data, (_table(results), f"Numbers: {file}")), as_json=as_json)
 
 
-def _table(found: Comparison, schedule: int) -> Table:
-    """The best of a column has a star."""
-    from s2p_deploy.validation.compare_table import SHORT, table_of
-
-    made = table_of(found, schedule, SHORT)
+def _table(results: tuple[ComparedRecipe, ...]) -> Table:
+    title = f"Pictures of {results[0].psnr.n} held-out prompts against floating point, PSNR and SQNR in dB"
+    columns = ("recipe", "W bits", "A bits", "MB", "PSNR, median", "10th pct", "worst", "SQNR")
     rows = [
         (
-            f"{row.name} ({row.note})" if row.kind == "failed" else row.name,
-            *(f"{cell.text} ★" if cell.best else cell.text for cell in row.cells),
+            one.name,
+            f"{one.weight_bits:.2f}",
+            f"{one.activation_bits:.2f}",
+            f"{one.size / 1e6:.2f}",
+            f"{one.psnr.value:.2f} ({one.psnr.low:.1f} to {one.psnr.high:.1f})",
+            f"{one.psnr_tenth.value:.2f}",
+            f"{one.worst_psnr:.2f}",
+            f"{one.sqnr.value:.2f}",
         )
-        for row in made.rows
+        for one in results
     ]
-    return table(made.title, ("recipe", *made.columns), rows)
+    return table(title, columns, rows)

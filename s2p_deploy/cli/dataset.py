@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from s2p_deploy.api import as_prompts
 from s2p_deploy.cli.options import (
+    DeviceOption,
     ForceOption,
     JsonOption,
     ModelArgument,
     OutFolder,
     PromptsOption,
+    RecipeOption,
     SettingsOption,
-    device_from_option,
+    ThreadsOption,
+    context_from_options,
     overrides_from_settings,
-    prompts_from_option,
-    tell_estimate,
+    print_estimate,
 )
-from s2p_deploy.cli.outcome import Outcome, artifact_outcome, show
-from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.cli.output import Outcome, artifact_outcome, show
+from s2p_deploy.context import silent
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from s2p_deploy.calib.dataset.shards import DatasetRequest
-    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.calib.dataset import DatasetRequest
+    from s2p_deploy.context import Context
 
 _LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one; the launcher's half hour is too short
 
@@ -34,78 +37,88 @@ _LONGEST_WAIT = timedelta(days=30)  # of a rank for the slowest one; the launche
 def dataset(  # noqa: PLR0913 - its options
     model: ModelArgument,
     *,
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or the path of a YAML file.")],
+    recipe: RecipeOption,
     prompts: PromptsOption,
     out: OutFolder,
     settings: SettingsOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    ranks: Annotated[int | None, typer.Option(min=1, help="Make the shards of one of so many processes only.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Which of them, from 0.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Join the shards that all ranks have made.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Number of processes that were started by hand.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Index of this process, from 0.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Join the shards of all ranks.")] = False,
+    samples_per_call: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most samples of a call; measured on a GPU if omitted."),
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Walk the pipeline's own trajectories and store points of them. A killed run goes on where it was.
+    """Sample latents along the pipeline's own trajectories, for calibrations to share.
 
-    Under torchrun or accelerate launch, every process makes its part. Without, --ranks and --rank divide the work among
-    machines that share a folder, and --merge joins it.
+    Only the recipe's sections sampling and dataset matter: recipes that agree in them can share the folder. One line on
+    stderr says how much will be stored and how long it takes. A run that was stopped continues where it was.
+
+    Several processes share the work under torchrun or accelerate launch (-m s2p_deploy.cli dataset ...), and their
+    number changes no byte. Machines that share a folder need no launcher: each runs the command with --ranks and
+    --rank, and --merge joins the shards. Device, number of threads and --samples-per-call must be the same for all.
     """
-    from s2p_deploy.recipe import load_recipe
+    from s2p_deploy import Recipe
 
     if (rank is None) != (ranks is None) or (merge and rank is not None):
         raise InputError("--ranks and --rank go together, and --merge without them")
     if rank is not None and ranks is not None and rank >= ranks:
         raise InputError(f"--rank {rank} must be below --ranks {ranks}")
-    resolved, chosen = load_recipe(recipe, overrides_from_settings(settings)), prompts_from_option(prompts)
-    from s2p_deploy.calib.dataset.merge import merge_shards
-    from s2p_deploy.calib.dataset.shards import dataset_request
+    resolved, chosen = Recipe.load(recipe, overrides_from_settings(settings)), as_prompts(prompts)
+    from s2p_deploy.calib import dataset_request
+    from s2p_deploy.calib.dataset import merge_shards
     from s2p_deploy.families import resolve_base
 
     base = resolve_base(model)
-    request = dataset_request(base, resolved, chosen, out, replace=force)
-    if merge:
-        made = merge_shards(request)
-        return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)
-    outcome = _launched(request, base, device) if rank is None else _part(request, base, device, rank, ranks or 1)
+    with context_from_options(device, threads) as plain:
+        context = replace(plain, samples_per_call=samples_per_call)
+        request = dataset_request(base, resolved, chosen, out, replace=force, rank=rank or 0, ranks=ranks or 1)
+        if merge:
+            made = merge_shards(request)
+            outcome: Outcome | None = artifact_outcome(made.folder, made.manifest)
+        elif rank is None:
+            outcome = _launched(request, context)
+        else:
+            outcome = _shards_of_rank(request, context)
     return show(outcome, as_json=as_json) if outcome else 0
 
 
-def _launched(request: DatasetRequest, base: BasePipeline, device: str) -> Outcome | None:
-    """Makes the dataset with all processes of a launcher, one where there is none; the first of them has an outcome."""
+def _launched(request: DatasetRequest, context: Context) -> Outcome | None:
+    """Makes the dataset with all processes of a launcher (or alone); only the first one returns an outcome."""
     from accelerate import PartialState
 
-    from s2p_deploy.calib.dataset.generate import load_walker, make_dataset
-    from s2p_deploy.calib.dataset.shards import open_finished
+    from s2p_deploy.calib import generate_dataset
 
-    wanted = device_from_option(device)
-    state = PartialState(cpu=wanted.type == "cpu", timeout=_LONGEST_WAIT)
-    made = open_finished(request)
-    if made is None:
-        place = state.device if device == "auto" else wanted
-        walker = load_walker(
-            base, request.recipe.sampling.steps, device=place, rank=state.process_index, ranks=state.num_processes
-        )
-        with progress_bars() as progress:
-            if state.is_main_process:
-                walker = replace(walker, progress=progress, tell=tell_estimate)
-            made = make_dataset(request, walker, state.wait_for_everyone)
+    state = PartialState(cpu=context.torch_device.type == "cpu", timeout=_LONGEST_WAIT)
+    if context.device == "auto":
+        context = replace(context, device=str(state.device))
+    if not state.is_main_process:
+        context = replace(context, progress=silent)
+    made = generate_dataset(
+        replace(request, rank=state.process_index, ranks=state.num_processes),
+        wait=state.wait_for_everyone,
+        on_estimate=print_estimate if state.is_main_process else None,
+        context=context,
+    )
     if state.num_processes > 1:
         state.destroy_process_group()
     return artifact_outcome(made.folder, made.manifest) if state.is_main_process else None
 
 
-def _part(request: DatasetRequest, base: BasePipeline, device: str, rank: int, ranks: int) -> Outcome:
+def _shards_of_rank(request: DatasetRequest, context: Context) -> Outcome:
     """Makes the shards of one rank among those that were started by hand."""
-    from s2p_deploy.calib.dataset.generate import load_walker, write_shards
-    from s2p_deploy.calib.dataset.shards import open_finished
+    from s2p_deploy.calib.dataset import open_dataset, write_shards
 
-    made = open_finished(request)
+    made = open_dataset(request)
     if made is not None:
         return artifact_outcome(made.folder, made.manifest)
-    walker = load_walker(base, request.recipe.sampling.steps, device=device_from_option(device), rank=rank, ranks=ranks)
-    with progress_bars() as progress:
-        write_shards(request, replace(walker, progress=progress, tell=tell_estimate))
+    write_shards(request, on_estimate=print_estimate, context=context)
     missing = [shard.number for shard in request.shards if not shard.path.exists()]
+    rank, ranks = request.rank, request.ranks
     data = {"kind": "shards", "path": str(request.work), "rank": rank, "ranks": ranks, "missing": missing}
     rest = f"{len(missing)} of other ranks are missing" if missing else "all are there: join them with --merge"
     return Outcome(data, (f"shards of rank {rank} of {ranks} written to {request.work}; {rest}",))

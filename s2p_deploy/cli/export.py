@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, base_of
-from s2p_deploy.cli.outcome import artifact_outcome, show
-from s2p_deploy.cli.progress_bars import progress_bars
+from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, context_from_options
+from s2p_deploy.cli.output import artifact_outcome, show
 
 
 def export(  # noqa: PLR0913 - its options
-    calibrated: Annotated[Path, typer.Argument(metavar="CALIB", help="What calibrate wrote.")],
+    calibrated: Annotated[
+        Path, typer.Argument(metavar="CALIB", help="A calibrated model: the folder that calibrate wrote.")
+    ],
     *,
     out: OutFolder,
     dtype: Annotated[
@@ -22,44 +23,42 @@ def export(  # noqa: PLR0913 - its options
     time_table: Annotated[
         Literal["constant", "input"] | None,
         typer.Option(
-            help="Where the projected time features are: in the graph, which runs schedules of integer timesteps, or "
-            "an input, which runs all. Features that depend on the prompt too (SDXL, SD3) are always an input."
+            help="Projected time features as constants or as an input. Those that depend on the prompt too (SDXL, SD3) "
+            "are always an input."
         ),
     ] = None,
     text_projections: Annotated[
         Literal["graph", "input"],
         typer.Option(
-            help="Where the products of the text (keys and values of cross-attention) are computed: in the graph, in "
-            "every step, or beside it, once per prompt."
+            help="Keys and values of cross-attention: computed in the graph in every step, or once per prompt as an "
+            "input."
         ),
     ] = "graph",
     sizes: Annotated[
         Literal["fixed", "dynamic"],
-        typer.Option(help="Latents of the trained size, or of any height and width that build then bounds."),
+        typer.Option(help="Latents of the trained size, or of any size, within bounds that build sets."),
     ] = "fixed",
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Write one QDQ ONNX graph whose activation scales are a timestep-indexed input."""
-    from s2p_deploy.records import CalibratedModel
+    """Write a calibrated model as one QDQ ONNX graph with timestep-indexed scales.
 
-    opened = CalibratedModel.open(calibrated)
-    from s2p_deploy.export import export_graph
-    from s2p_deploy.families import load_time_path
+    An engine of the constant form of the time table runs schedules of integer timesteps, one of the input form all
+    schedules. At the trained size, a graph of dynamic sizes computes the same numbers as one of fixed size.
+    """
+    from s2p_deploy import api
 
-    needs_path = time_table == "input" and not opened.added_width
-    time_path = load_time_path(base_of(opened.manifest, model)) if needs_path else None
-    with progress_bars() as progress:
-        made = export_graph(
-            opened,
-            out,
+    with context_from_options() as context:
+        made = api.export_graph(
+            calibrated,
+            out=out,
             dtype=dtype,
             time_table=time_table,
-            time_path=time_path,
             text_projections=text_projections,
             sizes=sizes,
-            replace=force,
-            progress=progress,
+            model=model,
+            force=force,
+            context=context,
         )
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, PublicKeyOption, base_of
-from s2p_deploy.cli.outcome import artifact_outcome, show
+from s2p_deploy.api import base_of
+from s2p_deploy.cli.options import (
+    EngineArgument,
+    ForceOption,
+    JsonOption,
+    ModelOption,
+    OutFolder,
+    PublicKeyOption,
+)
+from s2p_deploy.cli.output import artifact_outcome, show
+from s2p_deploy.cli.serve import check_installed
 
 
 def export_triton(  # noqa: PLR0913 - its options
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="What build wrote.")],
+    engine: EngineArgument,
     *,
     out: OutFolder,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the model that clients ask; ENGINE's own where left out.")
+        str | None, typer.Option(metavar="NAME", help="Of the model that clients call; ENGINE's own where left out.")
     ] = None,
     instances: Annotated[int, typer.Option(metavar="N", help="Pictures that are drawn at the same time.")] = 2,
     queue_delay: Annotated[
-        int, typer.Option(metavar="MICROSECONDS", help="Longest wait of a step for those of other pictures.")
+        int, typer.Option(metavar="MICROSECONDS", help="Longest that a step waits for those of other pictures.")
     ] = 1000,
     fixed_batch: Annotated[
         bool,
@@ -31,7 +39,7 @@ def export_triton(  # noqa: PLR0913 - its options
         bool | None,
         typer.Option(
             "--native/--python",
-            help="Triton's own backend runs the engine's file, or this package does; for TensorRT the first.",
+            help="Let Triton's own backend run the engine's file (default for TensorRT), or this package.",
         ),
     ] = None,
     with_pipeline: Annotated[
@@ -41,19 +49,22 @@ def export_triton(  # noqa: PLR0913 - its options
         list[int] | None,
         typer.Option(metavar="N", help="A step count besides the recipe's, for engines with fractional timesteps."),
     ] = None,
-    most_steps: Annotated[int, typer.Option(metavar="N", help="Most steps that a client may ask for.")] = 100,
+    most_steps: Annotated[int, typer.Option(metavar="N", help="Most steps that a client may request.")] = 100,
     model: ModelOption = None,
     public_key: PublicKeyOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Write a Triton model repository: the sampling loop as one model, the engine as another that it asks."""
+    """Write a model repository for NVIDIA's Triton Inference Server.
+
+    The sampling loop is one model and the engine another, which the first calls at every step.
+    """
+    check_installed("export-triton", ("google.protobuf", "grpc", "tritonclient"))
     from s2p_deploy.signing import open_engine
 
     opened = open_engine(engine, public_key)
     base = base_of(opened.manifest, model)
-    from s2p_deploy.serve.triton.options import RepositoryOptions
-    from s2p_deploy.serve.triton.repository import export_repository
+    from s2p_deploy.serve.triton.repository import RepositoryOptions, export_repository
 
     options = RepositoryOptions(
         name=engine.resolve().name if name is None else name,

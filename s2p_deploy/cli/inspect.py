@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from s2p_deploy.cli.options import JsonOption
-from s2p_deploy.cli.outcome import Outcome, show, table, two_columns
+from s2p_deploy.cli.options import ArtifactArgument, JsonOption
+from s2p_deploy.cli.output import Outcome, show, table, two_columns
 from s2p_deploy.cli.validate import gate_table
 
 if TYPE_CHECKING:
@@ -22,16 +20,19 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that another command wrote.")],
+    artifact: ArtifactArgument,
     *,
     as_json: JsonOption = False,
 ) -> int:
-    """Verify an artifact and print what it is, what it was made from and what is in it."""
+    """Show what an artifact is, what it was made from and what is in it.
+
+    Every file is verified first (exit 5 if one was changed).
+    """
     from s2p_deploy.records import read_manifest, verify_files
 
     manifest = read_manifest(artifact)
     verify_files(artifact, manifest)
-    details = _DETAILS.get(manifest.kind, _no_details)(artifact, manifest)
+    details = _DETAILS[manifest.kind](artifact, manifest) if manifest.kind in _DETAILS else ()
     sizes = {name: (artifact / name).stat().st_size for name in manifest.files}
     data = {
         "kind": manifest.kind,
@@ -58,14 +59,14 @@ def _head(folder: Path, manifest: Manifest) -> Iterable[tuple[str, object]]:
     yield "written by", manifest.tool
     yield "base", f"{manifest.base.source} ({manifest.base.digest[:16]})"
     for name, parent in manifest.parents.items():
-        found = "" if (folder / parent.path).exists() else ", not there now"
-        yield f"parent {name}", f"{parent.path} ({parent.digest[:16]}{found})"
+        missing = "" if (folder / parent.path).exists() else ", not there now"
+        yield f"parent {name}", f"{parent.path} ({parent.digest[:16]}{missing})"
     yield from _flat("recipe ", manifest.recipe)
     yield from ((key, value) for key, value in manifest.content.items() if isinstance(value, str | int | float))
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterable[tuple[str, object]]:
-    """Nested values under dotted names, as ``--set`` takes them."""
+    """Flattens nested values to dotted names, as ``--set`` takes them."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(f"{prefix}{key}.", value)
@@ -78,21 +79,21 @@ def _calibrated(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]
 
     model = CalibratedModel.open(folder)
     bits = model.manifest.content.get("average_bits", {})
-    return (_rows(model.timesteps), *_average_bits(bits), *_plan(model.plan))
+    return (_timesteps(model.timesteps), *_average_bits(bits), *_plan(model.plan))
 
 
 def _graph(folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
     from s2p_deploy.records import ExportedGraph
 
     graph = ExportedGraph.open(folder)
-    full = ", ".join(manifest.content.get("full_sites", [])) or "none"
-    of_text = sum(site.graph == "text" for site in graph.sites)
+    full = ", ".join(manifest.content.get("float32_layers", [])) or "none"
+    of_text = sum(layer.graph == "text" for layer in graph.layers)
     tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [
         ("out", t.name, t.dtype, t.shape) for t in graph.outputs
     ]
     return (
-        _rows(graph.timesteps),
-        two_columns([("sites in float32", full), ("sites in text.onnx", of_text or "none")]),
+        _timesteps(graph.timesteps),
+        two_columns([("layers in float32", full), ("layers in text.onnx", of_text or "none")]),
         table("Inputs and outputs", ("", "name", "type", "shape"), tensors),
         *_plan(graph.plan),
     )
@@ -102,22 +103,22 @@ def _engine(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
     from s2p_deploy.records import Engine
 
     engine = Engine.open(folder)
-    columns = ("site", "op", "lowering", "weight bits stored", "activation bits", "compute")
-    sites = [(s.site, s.op, s.lowering, s.weight_storage_bits, s.activation_bits, s.compute) for s in engine.sites]
-    kinds = Counter((op, *rest) for _, op, *rest in sites)
+    columns = ("layer", "op", "lowering", "weight bits stored", "activation bits", "compute")
+    layers = [(s.name, s.op, s.lowering, s.weight_storage_bits, s.activation_bits, s.compute) for s in engine.layers]
+    kinds = Counter((op, *rest) for _, op, *rest in layers)
     return (
-        _rows(engine.timesteps),
+        _timesteps(engine.timesteps),
         two_columns((f"environment {name}", value) for name, value in engine.environment.items()),
         table(
-            "Precision as the backend reports it", (*columns[1:], "sites"), ((*kind, n) for kind, n in kinds.items())
+            "Precision as the backend reports it", (*columns[1:], "layers"), ((*kind, n) for kind, n in kinds.items())
         ),
-        table("Sites", columns, sites),
+        table("Layers", columns, layers),
         *_layers(folder),
     )
 
 
 def _layers(folder: Path) -> tuple[RenderableType, ...]:
-    """The layers of a TensorRT engine, where the engine inspector could open it when it was built."""
+    """Tabulates the layers of a TensorRT engine, if TensorRT's inspector could open it when it was built."""
     file = folder / "layers.json"
     if not file.is_file():
         return ()
@@ -135,16 +136,15 @@ def _report(folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
     return (gate_table(ValidationReport.open(folder).gates),)
 
 
-def _no_details(_folder: Path, _manifest: Manifest) -> tuple[RenderableType, ...]:
-    return ()
-
-
-def _rows(timesteps: TimestepTable) -> RenderableType:
+def _timesteps(timesteps: TimestepTable) -> RenderableType:
     first, last = timesteps.covered
     return two_columns(
         [
             ("scheduler", f"{timesteps.scheduler_class}, {timesteps.steps} steps"),
-            ("rows", f"{timesteps.rows}, {len(timesteps.calibrated)} calibrated, usable from {first} to {last}"),
+            (
+                "timestep indices",
+                f"{len(timesteps)}, {len(timesteps.calibrated)} calibrated, usable from {first} to {last}",
+            ),
         ]
     )
 
@@ -155,27 +155,40 @@ def _average_bits(bits: dict[str, Any]) -> tuple[RenderableType, ...]:
         return ()
     rows = [(name.replace("_", " "), f"{a['weights']:.3f}", f"{a['activations']:.3f}") for name, a in averages.items()]
     rows.append(("floating point counts as", str(bits["floating_point"]), str(bits["floating_point"])))
-    return (table("Average bits of the sites", ("weighted by", "weights", "activations"), rows),)
+    return (table("Average bits of the layers", ("weighted by", "weights", "activations"), rows),)
 
 
 def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
-    formats = {point.name: point.activations for point in plan.act_points}
-    varies = {point.name: point.timestep_dependent for point in plan.act_points}
-    columns = ("site", "op", "weights", "activations", "varies with the timestep", "act point", "rule", "sensitivity")
+    formats = {quantizer.name: quantizer.activations for quantizer in plan.activation_quantizers}
+    varies = {quantizer.name: quantizer.timestep_dependent for quantizer in plan.activation_quantizers}
+    columns = (
+        "layer",
+        "op",
+        "weights",
+        "activations",
+        "varies with the timestep",
+        "activation quantizer",
+        "rule",
+        "sensitivity",
+    )
     rows = [
         (
-            s.site,
+            s.name,
             s.op,
             s.weights,
-            formats.get(s.act_point or "", "none"),
-            varies.get(s.act_point or "", ""),
-            s.act_point or "",
+            formats.get(s.activation_quantizer or "", "none"),
+            varies.get(s.activation_quantizer or "", ""),
+            s.activation_quantizer or "",
             s.rule,
             "" if s.sensitivity is None else f"{s.sensitivity:.3g}",
         )
-        for s in plan.sites
+        for s in plan.layers
     ]
-    return (table(f"Plan: {len(plan.sites)} sites, {len(plan.act_points)} act points", columns, rows),)
+    return (
+        table(
+            f"Plan: {len(plan.layers)} layers, {len(plan.activation_quantizers)} activation quantizers", columns, rows
+        ),
+    )
 
 
 _DETAILS = {"CalibratedModel": _calibrated, "ExportedGraph": _graph, "Engine": _engine, "ValidationReport": _report}

@@ -1,32 +1,83 @@
-"""Options that several commands share, and what their text means."""
+"""Options that several commands share, and what their text stands for."""
 
 from __future__ import annotations
 
-import os
+import re
 import sys
-from importlib import resources
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.api import new_folder
+from s2p_deploy.cli.output import progress_bars
+from s2p_deploy.context import Context
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator
 
-    from s2p_deploy.calib.dataset.estimate import Estimate
-    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.calib.dataset import Estimate
+    from s2p_deploy.calib.training_memory import Fit
     from s2p_deploy.pipeline import Schedule
-    from s2p_deploy.records import Manifest, PromptSet
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what stands at --out, once the new one is whole.")]
+_COMMON = "Common options"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print exactly one JSON object on stdout.", rich_help_panel=_COMMON)
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace an artifact at --out, once the new one is complete.", rich_help_panel=_COMMON
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto (a CUDA device where there is one), cpu, cuda or cuda:N.",
+        rich_help_panel=_COMMON,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads; PyTorch's default if omitted.", rich_help_panel=_COMMON),
+]
+BackendOption = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", help="onnxruntime, openvino, tensorrt_rtx or tensorrt."),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="TYPE", help="What is not integer is computed in: f32, or bf16 (OpenVINO)."),
+]
+ProviderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu, cuda, tensorrt or nv_tensorrt_rtx."
+    ),
+]
+OptimizationOption = Annotated[
+    str | None,
+    typer.Option("--optimization", metavar="LEVEL", help="ONNX Runtime's: reference (the graph as it is) or full."),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."),
 ]
-OutFolder = Annotated[Path, typer.Option("--out", help="Folder of the artifact to write.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that another command wrote.")]
+EngineArgument = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine: the folder that build wrote.")]
+OutFolder = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the artifact to write.", callback=new_folder)
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", metavar="RECIPE", help="A recipe's name (w4a8, w8a8, fp, ...) or a YAML file."),
+]
 PromptsOption = Annotated[
     str,
     typer.Option(
@@ -37,49 +88,39 @@ PromptsOption = Annotated[
 ]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, e.g. training.iterations=20."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. training.iterations=20; repeatable."
+    ),
 ]
 SchedulesOption = Annotated[
     list[str] | None,
-    typer.Option("--schedule", metavar="NAME:STEPS", help="Draw on this schedule too, e.g. unipc:10 or pndm:25."),
+    typer.Option(
+        "--schedule", metavar="NAME:STEPS", help="Another schedule to use the engine on, e.g. unipc:10; repeatable."
+    ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Where the floating-point pipeline is now, where it was moved.")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="The floating-point pipeline, if it was moved since calibration.",
+        rich_help_panel=_COMMON,
+    ),
 ]
-
 PublicKeyOption = Annotated[
     Path | None,
     typer.Option(
+        "--public-key",
         metavar="FILE.pem",
         envvar="S2P_PUBLIC_KEY",
-        help="Refuse what was not signed with this key's private half (or S2P_PUBLIC_KEY).",
+        help="Refuse artifacts that were not signed with the private half of this key.",
+        rich_help_panel=_COMMON,
     ),
 ]
 
-_BUNDLED = "shapes:"
-
-
-def prompts_from_option(value: str) -> PromptSet:
-    """The prompts of a file, or of ``shapes:NAME``, a prompt file that ships with the bundled pipeline.
-
-    Raises:
-        InputError: there is no such file, or it is no prompt file.
-    """
-    from s2p_deploy.records import read_prompts
-
-    if not value.startswith(_BUNDLED):
-        return read_prompts(Path(value))
-    folder = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline" / "prompts"))
-    names = sorted(path.stem for path in folder.glob("*.jsonl"))
-    name = value.removeprefix(_BUNDLED)
-    if name not in names:
-        known = ", ".join(_BUNDLED + known for known in names) or "none"
-        raise InputError(f"there is no bundled prompt file {value!r}: there are {known}")
-    return read_prompts(folder / f"{name}.jsonl")
-
 
 def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
-    """Nested recipe values from ``["training.iterations=20", ...]``; values are read as YAML scalars or lists.
+    """Nests recipe values from ``["training.iterations=20", ...]``; values are read as YAML.
 
     Raises:
         InputError: a setting is not KEY=VALUE, its value is not YAML, or two settings contradict each other.
@@ -106,7 +147,7 @@ def overrides_from_settings(settings: list[str] | None) -> dict[str, Any]:
 
 
 def schedule_from_option(text: str) -> Schedule:
-    """A schedule by ``NAME:STEPS``.
+    """Parses ``NAME:STEPS`` to a schedule.
 
     Raises:
         InputError: there is no scheduler of that name, or no such number of steps.
@@ -121,39 +162,31 @@ def schedule_from_option(text: str) -> Schedule:
     return Schedule(int(steps), name)
 
 
-def device_from_option(name: str) -> torch.device:
-    """A device by its option; ``auto`` is a GPU where there is one.
+def bytes_from_option(text: str) -> int:
+    """Parses a size such as ``8G``, ``1.5 GB`` or ``512MiB`` to bytes. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([kmgt]i?)?b?", text.strip().lower(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise InputError(f"--memory-limit {text!r} must be a size above 0, e.g. 8G or 512MiB")
+    return size
+
+
+@contextmanager
+def context_from_options(
+    device: str = "auto", threads: int | None = None, seed: int | None = None
+) -> Iterator[Context]:
+    """Yields the context that a command's options describe, with progress shown on stderr until it is left.
 
     Raises:
         InputError: there is no device of that name. MissingEnvironmentError: it is not on this machine.
     """
-    import torch
-
-    if name == "auto":
-        forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}  # by accelerate launch --cpu
-        return torch.device("cpu" if forced or not torch.cuda.is_available() else "cuda")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise InputError(f"--device {name!r} is unknown: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MissingEnvironmentError(f"{name} is not there: use --device cpu, or install a CUDA build of torch")
-    return device
+    with progress_bars() as progress:
+        context = Context(device=device, threads=threads, progress=progress)
+        if device != "auto":
+            _ = context.torch_device  # a wrong name is refused before anything is read
+        yield context
 
 
-def tell_estimate(estimate: Estimate) -> None:
-    """One line on stderr, before a dataset is made."""
-    sys.stderr.write(f"dataset: {estimate}\n")
-
-
-def base_of(manifest: Manifest, given: str | None) -> BasePipeline:
-    """The floating-point pipeline that an artifact was made from: where ``given`` says, or where it was.
-
-    Raises:
-        InputError: there is none. IntegrityError: it is another one, or was changed.
-    """
-    from s2p_deploy.families.base import base_of as found_base  # imports PyTorch
-
-    return found_base(manifest, given)
+def print_estimate(estimate: Estimate | Fit) -> None:
+    """Prints one line on stderr before a dataset is made, or a training that was fitted into memory."""
+    sys.stderr.write(f"{estimate.stage}: {estimate}\n")

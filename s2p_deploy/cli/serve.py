@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from s2p_deploy.api import as_components, base_of
+from s2p_deploy.cli.components import ComponentsOption
 from s2p_deploy.cli.options import (
+    DeviceOption,
+    EngineArgument,
     JsonOption,
     ModelOption,
     PublicKeyOption,
     SchedulesOption,
-    base_of,
+    ThreadsOption,
     schedule_from_option,
 )
-from s2p_deploy.cli.outcome import Outcome, show
-from s2p_deploy.cli.parts import PartsOption, open_parts
+from s2p_deploy.cli.output import Outcome, show
+from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -30,16 +34,14 @@ if TYPE_CHECKING:
 
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records import Engine
-    from s2p_deploy.records.pipeline_parts import PipelineParts
+    from s2p_deploy.records.engine import ComponentEngines
     from s2p_deploy.serve.batching import Batching
     from s2p_deploy.serve.http.metrics import Metrics
-    from s2p_deploy.serve.http.picture_service import PictureService
-    from s2p_deploy.serve.ray.run import RaySettings
-    from s2p_deploy.serve.service import ServiceSettings
+    from s2p_deploy.serve.service import ImageService, ServiceSettings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-_EXTRA = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+_PACKAGES = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
 
@@ -66,7 +68,7 @@ ActiveOption = Annotated[
 
 
 def serve(  # noqa: PLR0913 - its options
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="What build wrote.")],
+    engine: EngineArgument,
     *,
     against: AgainstOption = None,
     name: Annotated[
@@ -86,7 +88,9 @@ def serve(  # noqa: PLR0913 - its options
     max_steps: Annotated[int, typer.Option(min=1, help="Steps that a request may ask for.")] = 100,
     size: SizesOption = None,
     schedule: SchedulesOption = None,
-    parts: PartsOption = None,
+    components: ComponentsOption = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     token_file: TokenOption = None,
     ray: RayOption = False,
     replicas: ReplicasOption = 1,
@@ -96,41 +100,62 @@ def serve(  # noqa: PLR0913 - its options
     public_key: PublicKeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Serve an engine over HTTP: OpenAI's images API, KServe's v2 protocol, metrics, and a page at /."""
-    _check_installed()
-    from s2p_deploy.serve.http.limits import HttpLimits
+    """Serve an engine over HTTP: OpenAI's images API, health, metrics, a page.
+
+    Runs until SIGTERM (exit 0) or SIGINT (exit 130). Prints its address once the port is taken, and a second line once
+    the engine is ready. Needs the extra serve.
+    """
+    check_installed("serve", _PACKAGES)
+    from s2p_deploy.serve.http.images import HttpLimits
     from s2p_deploy.serve.http.metrics import Metrics
-    from s2p_deploy.serve.http.served_models import ServedModels
-    from s2p_deploy.serve.http.server import listen, run_server
+    from s2p_deploy.serve.http.models import ServedModels
+    from s2p_deploy.serve.http.server import allowed_hosts, listen, log_to_stderr, run_server
     from s2p_deploy.signing import open_engine
 
-    spread = _ray_settings(replicas, ray_address) if ray else None
-    if spread is not None and against is not None:
-        raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
+    if ray:
+        from s2p_deploy.serve.ray import RaySettings, ReplicaSpec, check_ray, serve_replicas
+
+        check_ray(ray_address)
+        cluster = RaySettings(replicas, ray_address, drain_seconds=drain_seconds)
+        if against is not None:
+            raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
     limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size))
     token = _token(token_file)
     second = None if against is None else open_engine(against, public_key)
     engines = _named(open_engine(engine, public_key), second, name)
-    networks = open_parts(parts, public_key)
-    settings, metrics = partial(_settings, batching, max_queue, max_active, schedule, networks), Metrics()
-    base = cache(partial(base_of, engines[next(iter(engines))].manifest, model))
-    opening = partial(_open_replicas, spread) if spread else _open
-    openings = {one: partial(opening, found, base, one, settings, metrics) for one, found in engines.items()}
+    first = next(iter(engines))
+    networks = None if components is None else as_components(components, public_key)
+    settings = partial(_settings, batching, max_queue, max_active, schedule, networks)
+    base = cache(partial(base_of, engines[first].manifest, model))
+    context = Context(device=device, threads=threads)
+    if device != "auto":
+        _ = context.torch_device  # a wrong name is refused before anything is read
     listening = listen(host, port)
-    tell = partial(_tell_ready, tuple(engines), listening.url, as_json=as_json)
+    on_ready = partial(_report_ready, tuple(engines), listening.url, as_json=as_json)
     if not as_json:
-        _say(f"serving {next(iter(engines))} on {listening.url}")
-    models = ServedModels(openings, tell)
-    run_server(models, limits, metrics, listening, token=token, drain_seconds=drain_seconds)
+        _print(f"serving {first} on {listening.url}")
+    if ray:
+        log_to_stderr()
+        hosts, (address, port, *_) = allowed_hosts(listening, token), listening.socket.getsockname()
+        listening.socket.close()  # Ray's proxy, another process, binds the port
+        spec = ReplicaSpec.of(
+            engines[first], base(), first, settings(), limits, hosts=hosts, token=token, context=context
+        )
+        serve_replicas(spec, cluster, address, port, on_ready)
+        return 0
+    metrics = Metrics()
+    openings = {one: partial(_open, opened, base, one, settings, metrics, context) for one, opened in engines.items()}
+    run_server(ServedModels(openings, on_ready), limits, metrics, listening, token=token, drain_seconds=drain_seconds)
     return 0
 
 
-def _check_installed() -> None:
-    for package in _EXTRA:
+def check_installed(command: str, packages: tuple[str, ...]) -> None:
+    """Raises MissingEnvironmentError where a package of the extra ``serve`` is missing."""
+    for package in packages:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            raise MissingEnvironmentError(f"serving needs {package}: pip install 's2p-deploy[serve]'") from error
+            raise MissingEnvironmentError(f"{command} needs {package}: pip install 's2p-deploy[serve]'") from error
 
 
 def _settings(
@@ -138,12 +163,12 @@ def _settings(
     max_waiting: int,
     max_active: int | None,
     schedules: list[str] | None,
-    parts: PipelineParts | None,
+    component_engines: ComponentEngines | None,
 ) -> ServiceSettings:
     from s2p_deploy.serve.service import ServiceSettings
 
     bound = tuple(schedule_from_option(text) for text in schedules or ())
-    return ServiceSettings(batching, max_waiting, max_active, schedules=bound, parts=parts)
+    return ServiceSettings(batching, max_waiting, max_active, schedules=bound, component_engines=component_engines)
 
 
 def _open(
@@ -152,44 +177,21 @@ def _open(
     name: str,
     settings: Callable[[], ServiceSettings],
     metrics: Metrics,
-) -> PictureService:
-    """A service of an engine. Slow; called beside the server, which answers already."""
+    context: Context,
+) -> ImageService:
+    """Opens a service of an engine. Slow; called beside the server, which answers already."""
     gc.disable()  # while a million objects come that stay: their collection is a sixth of the imports' time
-    from s2p_deploy.serve.opening import open_service
+    from s2p_deploy.serve.service import open_service
 
     gc.freeze()
     gc.enable()
-    service = open_service(engine, base(), settings(), metrics.observer(name), name)
-    metrics.watch(name, service)
-    return service
-
-
-def _ray_settings(replicas: int, address: str | None) -> RaySettings:
-    from s2p_deploy.serve.ray.access import check_ray
-    from s2p_deploy.serve.ray.run import RaySettings
-
-    check_ray()
-    return RaySettings(replicas, address)
-
-
-def _open_replicas(
-    spread: RaySettings,
-    engine: Engine,
-    base: Callable[[], BasePipeline],
-    name: str,
-    settings: Callable[[], ServiceSettings],
-    metrics: Metrics,
-) -> PictureService:
-    """Replicas of an engine on Ray, as one service. Slow, as :func:`_open`."""
-    from s2p_deploy.serve.ray.run import open_ray_service
-
-    service = open_ray_service(engine, base(), settings(), metrics.observer(name), name, spread)
+    service = open_service(engine, base(), settings(), metrics.observer(name), name, context)
     metrics.watch(name, service)
     return service
 
 
 def _named(engine: Engine, against: Engine | None, name: str | None) -> dict[str, Engine]:
-    """The engines by the names that clients ask for, the first one first."""
+    """Names the engines for clients, the first one first."""
     first = engine.folder.resolve().name if name is None else name
     if not _NAME.fullmatch(first):
         raise InputError(f"{first!r} is no name for a model: pass --name with letters, digits and ._-")
@@ -202,16 +204,16 @@ def _named(engine: Engine, against: Engine | None, name: str | None) -> dict[str
 
 
 def _sizes(texts: list[str] | None) -> frozenset[tuple[int, int]]:
-    """Heights and widths in pixels."""
-    found = [(text, _SIZE.fullmatch(text)) for text in texts or ()]
-    for text, match in found:
+    """Parses sizes to heights and widths in pixels."""
+    parsed = [(text, _SIZE.fullmatch(text)) for text in texts or ()]
+    for text, match in parsed:
         if match is None:
             raise InputError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, e.g. 768x512")
-    return frozenset((int(match[2]), int(match[1])) for _, match in found if match)
+    return frozenset((int(match[2]), int(match[1])) for _, match in parsed if match)
 
 
 def _token(file: Path | None) -> str | None:
-    """The token that clients must bring, of the file or of the environment."""
+    """Reads the token that clients must bring, from the file or the environment."""
     if file is None:
         token = os.environ.get(_TOKEN)
         where = _TOKEN
@@ -229,15 +231,15 @@ def _token(file: Path | None) -> str | None:
     return token.strip()
 
 
-def _tell_ready(names: tuple[str, ...], url: str, seconds: float, *, as_json: bool) -> None:
+def _report_ready(names: tuple[str, ...], url: str, seconds: float, *, as_json: bool) -> None:
     if as_json:
         show(Outcome({"models": list(names), "url": url, "ready_seconds": seconds}, ()), as_json=True)
         sys.stdout.flush()
     else:
-        _say(f"ready after {seconds:.1f} s")
+        _print(f"ready after {seconds:.1f} s")
 
 
-def _say(line: str) -> None:
-    """A line at once: whoever started the server waits for it."""
+def _print(line: str) -> None:
+    """Prints a line at once: whoever started the server waits for it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

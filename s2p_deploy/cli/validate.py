@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from s2p_deploy.api import as_prompts
+from s2p_deploy.api import validate as validate_engine
 from s2p_deploy.cli.bisect import bisect_model
 from s2p_deploy.cli.options import (
     ForceOption,
@@ -17,12 +19,11 @@ from s2p_deploy.cli.options import (
     PublicKeyOption,
     SchedulesOption,
     SettingsOption,
-    prompts_from_option,
+    context_from_options,
+    overrides_from_settings,
     schedule_from_option,
 )
-from s2p_deploy.cli.outcome import Outcome, show, table
-from s2p_deploy.cli.progress_bars import progress_bars
-from s2p_deploy.cli.recheck import Moved, Recheck
+from s2p_deploy.cli.output import Outcome, show, table
 from s2p_deploy.errors import GateFailedError, InputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from s2p_deploy.records import GateResult, ValidationReport
+    from s2p_deploy.validation import Chain, Judgement
 
 
 def validate(  # noqa: PLR0913 - its options
@@ -58,7 +60,7 @@ def validate(  # noqa: PLR0913 - its options
     recipe: Annotated[str | None, typer.Option(help="With --recheck: the recipe whose gates judge.")] = None,
     settings: SettingsOption = None,
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="Name the sites that cost most fidelity instead, and a plan change.")
+        bool, typer.Option("--bisect", help="Name the layers that cost most fidelity instead, and a plan change.")
     ] = False,
     plan_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --bisect: where to write the changed plan.yaml.")
@@ -73,66 +75,86 @@ def validate(  # noqa: PLR0913 - its options
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare an engine with its pipeline: numbers, pictures, a verdict. Exits 3 unless it passes."""
-    moved = Moved(graph, calib, model, public_key)
-    measuring = _Measuring(prompts, pictures, schedules or [], floor, weights_dir, bench)
+    """Compare an engine with its floating-point pipeline: numbers, pictures, a verdict.
+
+    Writes report.html, report.json and all measurements; exits 3 unless the verdict is passed. A run that was stopped
+    continues where it was. --bisect names the layers that cost most fidelity and suggests a plan; --recheck judges a
+    finished report by other gates and runs nothing.
+    """
+    measuring: dict[str, object] = {"--prompts": prompts, "--pictures": pictures, "--schedule": schedules}
+    measuring |= {"--floor": floor, "--weights-dir": weights_dir, "--bench": bench}
     if bisect:
-        _refuse(measuring.options | {"--out": out, "--recheck": recheck}, "--bisect looks at stored latents only")
+        _refuse(measuring | {"--out": out, "--recheck": recheck}, "--bisect looks at stored latents only")
         return bisect_model(engine, calib, plan_out, as_json=as_json)
     _refuse({"--plan-out": plan_out}, "only --bisect changes a plan")
+    moved: dict[str, Any] = {"graph": graph, "calib": calib, "model": model}
     if recheck is not None:
-        _refuse(measuring.options, "--recheck measures nothing")
-        report, judgement = Recheck(recheck, recipe, settings or [], out, force).judged(engine, moved)
+        _refuse(measuring, "--recheck measures nothing")
+        report, judgement = _rechecked(
+            recheck, recipe, settings or [], engine, out, replace=force, public_key=public_key, **moved
+        )
         return _shown(report, judgement.gates, judgement.verdict, junit, as_json=as_json)
     _refuse({"--recipe": recipe, "--set": settings}, "the gates were fixed in the engine's recipe, before the run")
-    report = measuring.report(engine, moved, out, replace=force)
+    if engine is None or prompts is None or out is None:
+        raise InputError("validate takes ENGINE, --prompts and --out, or --recheck REPORT")
+    options: dict[str, Any] = {
+        "pictures": pictures,
+        "schedules": [schedule_from_option(text) for text in schedules or ()],
+        "weights": weights_dir,
+        "bench": _bench_from(bench) if bench else None,
+        "command": _command(engine, measuring | {"--out": out}),
+        "force": force,
+    }
+    given = as_prompts(prompts)
+    from s2p_deploy.signing import open_engine
+
+    opened, opened_floor = open_engine(engine, public_key), open_engine(floor, public_key) if floor else None
+    with context_from_options() as context:
+        report = validate_engine(
+            opened, prompts=given, out=out, floor=opened_floor, context=context, **moved, **options
+        )
     return _shown(report, report.gates, report.verdict, junit, as_json=as_json)
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    """What is measured, as the options say it."""
+def _chain(engine: Path, *, public_key: Path | None, **moved: Any) -> Chain:  # noqa: ANN401 - as open_chain takes it
+    """Opens an engine, checks its signature where a key is given, and finds what it was made from."""
+    from s2p_deploy.signing import open_engine
 
-    prompts: str | None
-    pictures: int | None
-    schedules: list[str]
-    floor: Path | None
-    weights_dir: Path | None
-    bench: Path | None
+    opened = open_engine(engine, public_key)
+    from s2p_deploy.validation import open_chain
 
-    @property
-    def options(self) -> dict[str, object]:
-        """By name."""
-        drawn = {"--prompts": self.prompts, "--pictures": self.pictures, "--schedule": self.schedules}
-        return drawn | {"--floor": self.floor, "--weights-dir": self.weights_dir, "--bench": self.bench}
+    return open_chain(opened, **moved)
 
-    def report(self, engine: Path | None, moved: Moved, out: Path | None, *, replace: bool) -> ValidationReport:
-        """Validates an engine."""
-        if engine is None or self.prompts is None or out is None:
-            raise InputError("validate takes ENGINE, --prompts and --out, or --recheck REPORT")
-        from s2p_deploy.signing import open_engine
-        from s2p_deploy.validation import open_weights
-        from s2p_deploy.validation import validate as validate_chain
 
-        prompts, schedules = prompts_from_option(self.prompts), tuple(map(schedule_from_option, self.schedules))
-        weights = open_weights(self.weights_dir) if self.weights_dir else None
-        floor = open_engine(self.floor, moved.public_key) if self.floor else None
-        bench = _bench_from(self.bench) if self.bench else None
-        chain = moved.chain(engine)
-        with progress_bars() as progress:
-            return validate_chain(
-                chain,
-                prompts,
-                out,
-                pictures=self.pictures,
-                schedules=schedules,
-                floor=floor,
-                weights=weights,
-                bench=bench,
-                replace=replace,
-                command=_command(engine, self.options | {"--out": out}),
-                progress=progress,
-            )
+def _rechecked(
+    folder: Path,
+    recipe: str | None,
+    settings: list[str],
+    engine: Path | None,
+    out: Path | None,
+    *,
+    replace: bool,
+    **moved: Any,  # noqa: ANN401 - as _chain takes it
+) -> tuple[ValidationReport, Judgement]:
+    """Judges the report in ``folder`` by the gates of a recipe and settings; writes a new one to ``out``, if given.
+
+    Raises:
+        InputError: there is no such report, recipe or gate. IntegrityError: the report is damaged.
+    """
+    from s2p_deploy.recipe import Recipe
+    from s2p_deploy.records import ValidationReport, parent_folder
+    from s2p_deploy.validation import gates_from, write_rechecked
+    from s2p_deploy.validation import recheck as judge_again
+
+    report = ValidationReport.open(folder)
+    gates = gates_from(report, Recipe.load(recipe) if recipe else None, overrides_from_settings(settings))
+    judgement = judge_again(report, gates)
+    if out is None:
+        return report, judgement
+    chain = _chain(parent_folder(report.folder, report.manifest, "engine", engine), **moved)
+    words = [*(["--recipe", recipe] if recipe else []), *(word for text in settings for word in ("--set", text))]
+    command = shlex.join(["s2p-deploy", "validate", "--recheck", str(folder), *words])
+    return write_rechecked(report, chain, gates, out, replace=replace, command=command), judgement
 
 
 def _bench_from(file: Path) -> dict[str, Any]:
@@ -145,13 +167,13 @@ def _bench_from(file: Path) -> dict[str, Any]:
 
 
 def gate_table(gates: tuple[GateResult, ...]) -> Table:
-    """What every gate asked and what was found."""
+    """Lists every gate: its limit and the measured value."""
     rows = [(g.status, g.name, g.asks, _number(g.limit), _number(g.value), g.n, g.where, g.reason) for g in gates]
-    return table("Gates", ("status", "gate", "asks", "limit", "found", "n", "where", "why"), rows)
+    return table("Gates", ("status", "gate", "asks", "limit", "measured", "n", "where", "why"), rows)
 
 
 def failure_of(report: ValidationReport) -> GateFailedError | None:
-    """None where the report's verdict is ``passed``."""
+    """Returns the error of a report's verdict; None where it is ``passed``."""
     return _failure(report, report.gates, report.verdict)
 
 
@@ -193,7 +215,7 @@ def _refuse(options: Mapping[str, object], reason: str) -> None:
 
 
 def _command(engine: Path, options: Mapping[str, object]) -> str:
-    """The command line, for the report."""
+    """Writes the command line, for the report."""
     parts = ["s2p-deploy", "validate", str(engine)]
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:

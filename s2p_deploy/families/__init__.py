@@ -1,80 +1,95 @@
-"""Model families: the only place that knows SD1/2, SDXL and SD3 apart. Chosen from the pipeline's configuration."""
+"""Model families: everything specific to Stable Diffusion 1 and 2, XL or 3, and stock pipelines of them.
 
-from s2p_deploy.families.accounting import Place, weight_places
-from s2p_deploy.families.base import BasePipeline, load_pipeline, resolve_base
-from s2p_deploy.families.blocks import Block, Tap
-from s2p_deploy.families.hot_denoiser import (
-    HotDenoiser,
+A family is chosen by the class of the denoiser, never by a model's name (:mod:`~s2p_deploy.families.registry`). Its
+denoiser becomes an :class:`IndexedDenoiser`, which calibration, export and validation work on.
+"""
+
+from s2p_deploy.families.indexed_denoiser import (
+    IndexedDenoiser,
     Skeleton,
-    given_features,
-    hot_denoiser,
-    hot_denoiser_of,
-    hot_skeleton,
-    new_hot_denoiser,
-    set_time_table,
+    WeightDestination,
+    indexed_denoiser,
+    indexed_denoiser_of,
+    indexed_skeleton,
+    new_indexed_denoiser,
+    weight_destinations,
 )
-from s2p_deploy.families.kinds import kind_of, kind_of_config, network_config
-from s2p_deploy.families.network_kind import NetworkKind
-from s2p_deploy.families.pipelines import denoiser_of, with_components, with_denoiser
-from s2p_deploy.families.sites import (
+from s2p_deploy.families.layers import (
     DenoiserInputs,
-    Site,
-    discover_sites,
+    QuantizableLayer,
+    discover_layers,
     latent_shape,
     latent_shape_of,
     readers_by_tensor,
     zero_inputs,
 )
+from s2p_deploy.families.model_family import Block, Config, ModelFamily, Tap
+from s2p_deploy.families.pipelines import (
+    BasePipeline,
+    base_of,
+    check_base,
+    denoiser_of,
+    load_pipeline,
+    resolve_base,
+    with_components,
+    with_denoiser,
+)
+from s2p_deploy.families.registry import family_of, family_of_config, network_config
 from s2p_deploy.families.text import EncodedText, encode_texts, text_tokens
-from s2p_deploy.families.time_features import time_slices
 from s2p_deploy.families.time_path import TimePath, load_time_path, time_table_of
 from s2p_deploy.families.transforms import (
-    LowRankLinear,
+    ShiftedLayer,
     SmoothedLinear,
     SplitConv2d,
     apply_transforms,
-    module_of_kind,
+    module_of_type,
+    product_with_shift,
+    put_module,
+    shiftable,
 )
 
 __all__ = [
     "BasePipeline",
     "Block",
+    "Config",
     "DenoiserInputs",
     "EncodedText",
-    "HotDenoiser",
-    "LowRankLinear",
-    "NetworkKind",
-    "Place",
-    "Site",
+    "IndexedDenoiser",
+    "ModelFamily",
+    "QuantizableLayer",
+    "ShiftedLayer",
     "Skeleton",
     "SmoothedLinear",
     "SplitConv2d",
     "Tap",
     "TimePath",
+    "WeightDestination",
     "apply_transforms",
+    "base_of",
+    "check_base",
     "denoiser_of",
-    "discover_sites",
+    "discover_layers",
     "encode_texts",
-    "given_features",
-    "hot_denoiser",
-    "hot_denoiser_of",
-    "hot_skeleton",
-    "kind_of",
-    "kind_of_config",
+    "family_of",
+    "family_of_config",
+    "indexed_denoiser",
+    "indexed_denoiser_of",
+    "indexed_skeleton",
     "latent_shape",
     "latent_shape_of",
     "load_pipeline",
     "load_time_path",
-    "module_of_kind",
+    "module_of_type",
     "network_config",
-    "new_hot_denoiser",
+    "new_indexed_denoiser",
+    "product_with_shift",
+    "put_module",
     "readers_by_tensor",
     "resolve_base",
-    "set_time_table",
+    "shiftable",
     "text_tokens",
-    "time_slices",
     "time_table_of",
-    "weight_places",
+    "weight_destinations",
     "with_components",
     "with_denoiser",
     "zero_inputs",

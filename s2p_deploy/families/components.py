@@ -1,4 +1,4 @@
-"""The networks of a pipeline besides its denoiser: text encoders and the two halves of the autoencoder."""
+"""Networks of a pipeline besides its denoiser: text encoders and the two halves of the autoencoder, for export."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import transformers
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.base import read_json
-from s2p_deploy.families.kinds import network_config
+from s2p_deploy.families.pipelines import read_json
+from s2p_deploy.families.registry import network_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from s2p_deploy.families.base import BasePipeline
+    from s2p_deploy.families.pipelines import BasePipeline
 
 STATES, LAYERS, POOLED = "last_hidden_state", "hidden_states", "pooled"
 ENCODER, DECODER = "vae_encoder", "vae_decoder"
@@ -26,14 +26,21 @@ AUTOENCODER = "vae"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = "T5EncoderModel"
+_AUTOENCODERS = ("AutoencoderKL",)
 _EXAMPLE_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class ComponentNetwork:
-    """A network in evaluation mode as it is traced: one input, outputs by name.
+    """A network in evaluation mode with what tracing it needs.
 
-    ``open_sizes`` says which dimensions of ``example`` may have other sizes; ``config`` is the whole component's.
+    Attributes:
+        network: takes one tensor, gives a tensor or a tuple of them.
+        example: an input.
+        input: name of the input.
+        outputs: names of the outputs.
+        open_sizes: dimensions of ``example`` that may have other sizes, as ``torch.export.Dim`` by dimension.
+        config: configuration of the whole component.
     """
 
     network: nn.Module
@@ -45,46 +52,45 @@ class ComponentNetwork:
 
 
 def component_networks(base: BasePipeline) -> tuple[str, ...]:
-    """Names of what :func:`load_component` loads of a pipeline: its text encoders, and the autoencoder's halves."""
+    """Lists a pipeline's networks that :func:`load_component` loads: text encoders and the autoencoder's halves."""
     index = read_json(base.folder / "model_index.json")
     present = tuple(name for name in _TEXT_ENCODERS if index.get(name, [None, None])[1] is not None)
     return (*present, DECODER, ENCODER)
 
 
 def component_of(network: str) -> str:
-    """The pipeline's component that a network belongs to."""
+    """Returns the name of the pipeline's component that a network belongs to."""
     return AUTOENCODER if network in {DECODER, ENCODER} else network
 
 
 def load_component(base: BasePipeline, name: str) -> ComponentNetwork:
-    """One of :func:`component_networks` in float32 on the CPU.
+    """Loads one of :func:`component_networks` in float32 on the CPU.
 
     Raises:
-        InputError: it is of a class that is not supported, or cannot be loaded.
+        InputError: its class is not supported, or it cannot be loaded.
     """
-    part = component_of(name)
-    library, kind = read_json(base.folder / "model_index.json")[part]
+    component = component_of(name)
+    library, class_name = read_json(base.folder / "model_index.json")[component]
+    known = _AUTOENCODERS if component == AUTOENCODER else (*_CLIP, _T5)
+    if class_name not in known:
+        raise InputError(
+            f"{component} of {base.base.source} is a {class_name}, which cannot be exported: {', '.join(known)} can"
+        )
+    network_class = getattr(diffusers if component == AUTOENCODER else transformers, class_name)
     try:
-        if part != AUTOENCODER:
-            return _text_encoder(_loaded(transformers, kind, (*_CLIP, _T5), base, part))
-        autoencoder = _loaded(diffusers, kind, ("AutoencoderKL",), base, part)
+        network = network_class.from_pretrained(
+            base.folder / component, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{part} of {base.base.source} cannot be loaded by {library}: {reason}") from error
-    return _encoder(autoencoder) if name == ENCODER else _decoder(autoencoder)
-
-
-def _loaded(library: Any, kind: str, known: tuple[str, ...], base: BasePipeline, part: str) -> nn.Module:  # noqa: ANN401 - a module
-    if kind not in known:
-        raise InputError(f"{part} of {base.base.source} is a {kind}, which cannot be exported: {', '.join(known)} can")
-    loaded: nn.Module = getattr(library, kind).from_pretrained(
-        base.folder / part, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
-    return loaded
+        raise InputError(f"{component} of {base.base.source} cannot be loaded by {library}: {reason}") from error
+    if component != AUTOENCODER:
+        return _text_encoder(network)
+    return _encoder(network) if name == ENCODER else _decoder(network)
 
 
 def _text_encoder(network: Any) -> ComponentNetwork:  # noqa: ANN401 - transformers is not typed
-    """CLIP's number of tokens is that of its positions; T5's is open."""
+    # CLIP takes as many tokens as it has positions; T5's number of tokens is open
     clip = hasattr(network.config, "max_position_embeddings")
     tokens = network.config.max_position_embeddings if clip else _EXAMPLE_TOKENS
     sizes = {0: torch.export.Dim("batch")} | ({} if clip else {1: torch.export.Dim("tokens", min=2)})
@@ -112,7 +118,7 @@ def _encoder(autoencoder: Any) -> ComponentNetwork:  # noqa: ANN401 - diffusers 
 
 
 def _open(factor: int) -> dict[int, Any]:
-    """Any batch, any height and width that are multiples of ``factor``."""
+    """Opens the batch, and height and width to multiples of ``factor``."""
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     return {0: batch, 2: factor * height, 3: factor * width}
 
@@ -127,17 +133,17 @@ class _Wrapped(nn.Module):
 
 
 class _ClipStates(_Wrapped):
-    """Tokens int64 [batch, tokens] to the last states, those of every layer [layers + 1, ...], and the pooled ones."""
+    """Maps tokens int64 [batch, tokens] to last states, states of every layer [layers + 1, ...], and pooled ones."""
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        found = self.network(ids, position_ids=positions, output_hidden_states=True)
-        pooled = found.text_embeds if "text_embeds" in found else found.pooler_output
-        return found.last_hidden_state, torch.stack(found.hidden_states), pooled
+        output = self.network(ids, position_ids=positions, output_hidden_states=True)
+        pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+        return output.last_hidden_state, torch.stack(output.hidden_states), pooled
 
 
 class _T5States(_Wrapped):
-    """Tokens int64 [batch, tokens] to the last states; nobody asks for the other layers', which are large."""
+    """Maps tokens int64 [batch, tokens] to the last states; no pipeline reads the other layers', which are large."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = self.network(ids).last_hidden_state
@@ -145,7 +151,7 @@ class _T5States(_Wrapped):
 
 
 class _Decoder(_Wrapped):
-    """Latents [batch, C, H, W] to pictures [batch, 3, factor * H, factor * W]."""
+    """Maps latents [batch, C, H, W] to pictures [batch, 3, factor * H, factor * W]."""
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         picture: torch.Tensor = self.network.decode(latents, return_dict=False)[0]
@@ -153,7 +159,7 @@ class _Decoder(_Wrapped):
 
 
 class _Encoder(_Wrapped):
-    """Pictures to mean and log variance of their latents, [batch, 2 C, H, W]."""
+    """Maps pictures to mean and log variance of their latents, [batch, 2 C, H, W]."""
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         moments: torch.Tensor = self.network.encode(picture).latent_dist.parameters

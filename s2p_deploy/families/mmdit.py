@@ -11,9 +11,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.blocks import Block, Tap, chain_block
-from s2p_deploy.families.network_kind import Config, TimeConsumer
-from s2p_deploy.families.time_features import Columns
+from s2p_deploy.families.model_family import Block, Columns, Config, Tap, TimeConsumer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,16 +21,16 @@ if TYPE_CHECKING:
 _MODULATED = (AdaLayerNormZero, AdaLayerNormContinuous, SD35AdaLayerNormZeroX)
 
 
-class MMDiTKind:
-    """See :class:`~s2p_deploy.families.network_kind.NetworkKind`.
+class MMDiTFamily:
+    """The family of Stable Diffusion 3; see :class:`~s2p_deploy.families.model_family.ModelFamily`.
 
-    The consumers are the AdaLN modulations, a third of the weights; what they depend on besides the timestep is the
-    pooled text.
+    The consumers are the AdaLN modulations, a third of the weights. Besides the timestep they depend on the pooled
+    text.
     """
 
     component = "transformer"
     distilled = re.compile(r"transformer_blocks\.\d+")
-    image_output = 1  # the first is the text's
+    image_output = 1  # 0 is the text's activation
 
     def check(self, config: Config) -> None:
         """Refuses a network that writes other channels than it reads."""
@@ -43,71 +41,74 @@ class MMDiTKind:
             )
 
     def build(self, config: Config) -> SD3Transformer2DModel:
-        """Of the configuration."""
+        """Builds a transformer with untrained weights."""
         transformer: SD3Transformer2DModel = SD3Transformer2DModel.from_config(config)
         return transformer
 
     def text_width(self, config: Config) -> int:
-        """The width of the joint text states."""
+        """Returns the width of the joint text states."""
         return int(config["joint_attention_dim"])
 
     def added_width(self, config: Config) -> int:
-        """The pooled text."""
+        """Returns the width of the pooled text."""
         return int(config["pooled_projection_dim"])
 
     def embedding(self, network: nn.Module) -> nn.Module:
-        """Of timestep and pooled text."""
+        """Returns the network's own embedding of timestep and pooled text."""
         embedding: nn.Module = network.get_submodule("time_text_embed")
         return embedding
 
     def consumers(self, network: nn.Module) -> Iterator[TimeConsumer]:
-        """Every modulated norm."""
+        """Yields every modulated norm."""
         for name, module in network.named_modules():
             if isinstance(module, _MODULATED):
                 yield TimeConsumer(name, module.silu, module.linear)
 
-    def release_time_path(self, network: nn.Module, slices: Mapping[str, tuple[int, int]]) -> None:
-        """The features come in where the transformer takes its timestep."""
+    def remove_time_path(self, network: nn.Module, slices: Mapping[str, tuple[int, int]]) -> None:
+        """Passes the features through the transformer's input ``timestep``."""
         network.register_module("time_text_embed", _Timestep())
         for name, (start, stop) in slices.items():
             norm = network.get_submodule(name)
             norm.silu, norm.linear = nn.Identity(), Columns(start, stop)
 
-    def answer(self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor) -> Tensor:
-        """As a pipeline asks it."""
+    def predict(
+        self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor
+    ) -> Tensor:
+        """Calls a whole transformer as its pipeline does."""
         output: Tensor = network(sample, text, added_cond, timesteps, return_dict=False)[0]
         return output
 
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
-        """The pooled text."""
+        """Returns the pooled text [batch, A] of a pipeline's ``pooled_projections``."""
         pooled: Tensor | None = conditions.get("pooled_projections")
         return pooled
 
-    def denoise(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
-        """What stands where the pooled text stood is not read."""
+    def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
+        """Calls a transformer without time path."""
+        # the pooled text's argument cannot be left out, but the removed time path was all that read it
         output: Tensor = network(sample, text, features, features, return_dict=False)[0]
         return output
 
     def blocks(self, network: nn.Module) -> tuple[Block, ...]:
-        """The patches, the joint blocks and the tail.
+        """Returns the patch embedding, the joint blocks and the tail.
 
-        Image and text enter a joint block where its first norms read them, and leave it where those of the next do.
+        Image and text enter a joint block at the inputs of its first norms, and leave it at those of the next block's.
         """
         names = [name for name, _ in network.named_modules() if self.distilled.fullmatch(name)]
         borders = [(_norm(f"{name}.norm1"), _norm(f"{name}.norm1_context")) for name in names] + [(_norm("norm_out"),)]
         joint = [Block(name, (name,), *border) for name, border in zip(names, itertools.pairwise(borders), strict=True)]
-        return (chain_block("pos_embed", ("pos_embed",)), *joint, chain_block("output", ("norm_out", "proj_out")))
+        return (Block.chain("pos_embed", ("pos_embed",)), *joint, Block.chain("output", ("norm_out", "proj_out")))
 
     def size_multiple(self, config: Config) -> int:
-        """Two patches: positions are cropped from the middle of their table, which ONNX's division rounds otherwise."""
+        """Returns two patches: ONNX's division would round the middle of the cropped position table differently."""
         return 2 * int(config["patch_size"])
 
     def size_limit(self, config: Config) -> int | None:
-        """What the table of positions is cropped from."""
+        """Returns the size of the table that positions are cropped from."""
         return int(config["patch_size"] * config["pos_embed_max_size"])
 
     def split_shortcuts(self, _network: nn.Module) -> dict[str, int]:
-        """A transformer has none."""
+        """Returns nothing: a transformer has no shortcuts."""
         return {}
 
 
@@ -116,7 +117,7 @@ def _norm(path: str) -> Tap:
 
 
 class _Timestep(nn.Module):
-    """Stands where the embedding was: hands on what comes as the timestep, which is the projected features."""
+    """Returns its first argument, the projected features passed as the timestep; it replaces the embedding."""
 
     def forward(self, features: Tensor, _pooled: Tensor) -> Tensor:
         return features

@@ -1,42 +1,277 @@
-"""Stock diffusers pipelines of every family, and the denoiser in them."""
+"""Stock diffusers pipelines of every family: found, checked, digested, loaded, saved, and their denoisers replaced."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from typing import TYPE_CHECKING
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.registry import family_of_config, network_config
+from s2p_deploy.records import Base, file_digest
+from s2p_deploy.records.files import check_room, claimed, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import torch
     from diffusers import DiffusionPipeline, ModelMixin
 
-# Stock pipelines that an engine's denoiser stands in; those besides text-to-image blend latents with a picture's.
+    from s2p_deploy.families.model_family import Config, ModelFamily
+    from s2p_deploy.records import Manifest
+
+BUNDLED = "shapes"
+# Stock pipelines whose denoiser an engine may replace; those besides text-to-image blend latents with a picture's.
 PIPELINES = tuple(
     f"StableDiffusion{family}{task}Pipeline" for family in ("", "XL", "3") for task in ("", "Img2Img", "Inpaint")
 )
+# Pipelines that can be calibrated, and the name of the denoiser among their components.
+_TEXT_TO_IMAGE = {
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "unet",
+    "StableDiffusion3Pipeline": "transformer",
+}
+_HASHED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
+_CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
+
+
+@dataclass(frozen=True)
+class BasePipeline:
+    """A floating-point diffusers pipeline on disk; ``default_guidance`` is the scale that it is meant to run with."""
+
+    folder: Path
+    base: Base
+    default_guidance: float
+    pipeline_class: str = "StableDiffusionPipeline"
+
+    @property
+    def denoiser_folder(self) -> Path:
+        """Returns the folder of the denoiser's configuration and weights."""
+        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class]
+
+    @property
+    def family(self) -> ModelFamily:
+        """Returns the family of its denoiser."""
+        return family_of_config(self.denoiser_config())
+
+    def denoiser_config(self) -> Config:
+        """Reads the denoiser's diffusers configuration."""
+        return read_json(self.denoiser_folder / "config.json")
+
+
+def resolve_base(source: str) -> BasePipeline:
+    """Finds a pipeline: ``shapes`` (bundled), a local folder, or a Hugging Face hub id, which is downloaded.
+
+    Raises:
+        InputError: there is no such pipeline, it is no Stable Diffusion pipeline of diffusers, or its configuration
+            asks for code to be run.
+    """
+    folder = _locate(source)
+    index = read_json(folder / "model_index.json")
+    pipeline_class = str(index.get("_class_name"))
+    if pipeline_class not in _TEXT_TO_IMAGE:
+        raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
+    check_no_code(folder)
+    sampling = folder / "sampling.json"
+    guidance = float(read_json(sampling)["guidance_scale"]) if sampling.is_file() else 7.5
+    base = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
+    family_of_config(base.denoiser_config())
+    return base
+
+
+def check_no_code(folder: Path) -> None:
+    """Checks that no configuration of a pipeline asks for code to be run.
+
+    Raises:
+        InputError: one does.
+    """
+    for config in (folder / "model_index.json", *sorted(folder.glob("*/config.json"))):
+        keys = [key for key in _CODE_KEYS if key in read_json(config)]
+        if keys:
+            raise InputError(f"{config} asks for code to be run ({keys[0]}): refused")
+
+
+def base_of(manifest: Manifest, given: str | None = None) -> BasePipeline:
+    """Finds the floating-point pipeline that an artifact was made from: at ``given``, or where it was then.
+
+    Raises:
+        InputError: there is none.
+        IntegrityError: it is another one, or was changed.
+    """
+    base = resolve_base(given or manifest.base.source)
+    check_base(base, manifest)
+    return base
+
+
+def check_base(base: BasePipeline, manifest: Manifest) -> None:
+    """Checks that an artifact was made from this pipeline.
+
+    Raises:
+        IntegrityError: it was made from another.
+    """
+    if base.base.digest != manifest.base.digest:
+        raise IntegrityError(
+            f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model"
+        )
+
+
+def load_pipeline(
+    base: BasePipeline, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
+) -> DiffusionPipeline:
+    """Loads the stock diffusers pipeline on the CPU, without a progress bar.
+
+    Args:
+        base: the pipeline on disk; only safetensors are read.
+        dtype: of all its networks; None is float32.
+        without: components that are not read; they are None in the pipeline.
+
+    Raises:
+        InputError: diffusers cannot load it.
+    """
+    import diffusers
+    import torch
+
+    pipeline_class = getattr(diffusers, base.pipeline_class)
+    absent = absent_components(read_json(base.folder / "model_index.json")) | dict.fromkeys(without)
+    try:
+        pipe = pipeline_class.from_pretrained(
+            base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{base.base.source} cannot be loaded by diffusers: {' '.join(str(error).split())[:300]}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
+    """Saves a pipeline in memory as safetensors to ``pipeline-<digest>`` in ``parent``, once: the same one is reused.
+
+    Raises:
+        InputError: it is no pipeline of a supported class, has adapters that are not fused, or the disk has no room.
+        IntegrityError: the saved one was changed.
+    """
+    name = type(pipe).__name__
+    if name not in _TEXT_TO_IMAGE:
+        raise InputError(
+            f"a {name} is not supported: give a {' or '.join(sorted(_TEXT_TO_IMAGE))}, a folder in diffusers format,"
+            f" a hub id, or {BUNDLED!r}"
+        )
+    modules = {part: module for part, module in pipe.components.items() if hasattr(module, "state_dict")}
+    for part, module in modules.items():
+        if getattr(module, "peft_config", None):
+            raise InputError(f"the {part} of this pipeline has adapters (LoRA): fuse and unload them first")
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise InputError(f"the {part} of this pipeline is offloaded: load the pipeline without offloading")
+    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name]]))
+    size = sum(tensor.nbytes for module in modules.values() for tensor in module.state_dict().values())
+    check_room(parent, size, "make room, or choose another folder")
+    temporary = parent / ".pipeline.writing"
+    with claimed(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with writing(temporary):
+                pipe.save_pretrained(temporary, safe_serialization=True)
+            digest = _digest(temporary)
+            folder = parent / f"pipeline-{digest[:16]}"
+            if not folder.exists():
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    saved = resolve_base(str(folder))
+    if saved.base.digest != digest:
+        raise IntegrityError(f"{folder} was changed since the pipeline was saved there: delete it")
+    return saved
+
+
+def absent_components(index: Mapping[str, Any]) -> dict[str, None]:
+    """Lists a pipeline's components that ``model_index.json`` names as absent, such as SD3's third text encoder.
+
+    ``from_pretrained`` loads a pipeline without them only where they are passed as None.
+    """
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """Name of the denoiser among the pipeline's components."""
+    """Returns the name of the denoiser among the pipeline's components."""
     return "transformer" if "transformer" in pipe.components else "unet"
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
-    """The pipeline's denoiser."""
+    """Returns the pipeline's denoiser."""
     return pipe.components[denoiser_name(pipe)]
 
 
 def with_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> DiffusionPipeline:
-    """A pipeline of the same class that shares all of ``pipe`` but the denoiser and the scheduler (it has a state)."""
+    """Makes a pipeline of the same class with another denoiser and a fresh scheduler; it shares all else."""
     return with_components(pipe, {denoiser_name(pipe): denoiser})
 
 
 def with_components(pipe: DiffusionPipeline, others: Mapping[str, torch.nn.Module | None]) -> DiffusionPipeline:
-    """A pipeline of the same class that shares all of ``pipe`` but ``others`` and the scheduler (it has a state)."""
+    """Makes a pipeline of the same class with ``others`` and a fresh scheduler; it shares all else with ``pipe``."""
+    # a scheduler has a state, so two pipelines may not share one
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     components = pipe.components | {"scheduler": scheduler} | others
     known = set(inspect.signature(type(pipe).__init__).parameters) & set(pipe.config) - set(components)
     result = type(pipe)(**components, **{name: pipe.config[name] for name in known})
     result.set_progress_bar_config(disable=True)
     return result
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: the file holds none.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file} must hold a JSON object")
+    return data
+
+
+def _locate(source: str) -> Path:
+    """Finds the folder of a pipeline; downloads it where ``source`` is a hub id."""
+    if source == BUNDLED:
+        return Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
+    if not source.strip():
+        raise InputError(f"the model is empty: give a diffusers folder, a hub id (owner/name), or {BUNDLED!r}")
+    path = Path(source)
+    if (path / "model_index.json").is_file():
+        return path
+    if path.exists():
+        raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json")
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise InputError(
+            f"model {source!r} does not exist: give a folder in diffusers format, a hub id (owner/name), or {BUNDLED!r}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise InputError(
+            f"model {source!r} is neither a local folder nor reachable on the hub ({type(error).__name__})"
+        ) from error
+
+
+def _digest(folder: Path) -> str:
+    """Computes SHA-256 over the names and digests of the files that a pipeline is loaded from."""
+    files = [
+        folder / "model_index.json",
+        folder / "sampling.json",
+        *sorted(p for p in folder.glob("*/*") if p.suffix in _HASHED_SUFFIXES),
+    ]
+    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in files if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

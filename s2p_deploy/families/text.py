@@ -1,4 +1,4 @@
-"""Prompts to what a denoiser is told about them, by the pipeline's own text encoders."""
+"""Text conditioning: prompts encoded by the pipeline's own text encoders, as every family's denoiser takes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """``states`` float32 [n, tokens, D]; ``added_cond`` float32 [n, A], what the time features depend on, or [n, 0]."""
+    """Encoded prompts: ``states`` float32 [n, tokens, D] and ``added_cond`` float32 [n, A].
+
+    The time features depend on ``added_cond`` besides the timestep; where they do not, A is 0.
+    """
 
     states: Tensor
     added_cond: Tensor
@@ -26,21 +29,21 @@ class EncodedText:
         return len(self.states)
 
     def __getitem__(self, index: int | slice | Tensor) -> EncodedText:
-        """One of them, without the first axis, or some."""
+        """Selects one prompt, without the first axis, or some."""
         return EncodedText(self.states[index], self.added_cond[index])
 
     def to(self, device: torch.device) -> EncodedText:
-        """The same on a device."""
+        """Moves both tensors to a device."""
         return EncodedText(self.states.to(device), self.added_cond.to(device))
 
     @staticmethod
-    def cat(parts: Sequence[EncodedText]) -> EncodedText:
-        """All parts, one behind the other."""
-        return EncodedText(torch.cat([p.states for p in parts]), torch.cat([p.added_cond for p in parts]))
+    def cat(texts: Sequence[EncodedText]) -> EncodedText:
+        """Concatenates along the first axis."""
+        return EncodedText(torch.cat([t.states for t in texts]), torch.cat([t.added_cond for t in texts]))
 
     @staticmethod
     def stack(texts: Sequence[EncodedText]) -> EncodedText:
-        """Single ones side by side."""
+        """Stacks single prompts, which have no first axis."""
         return EncodedText(torch.stack([t.states for t in texts]), torch.stack([t.added_cond for t in texts]))
 
 
@@ -48,39 +51,46 @@ class EncodedText:
 def encode_texts(
     pipe: DiffusionPipeline, texts: Sequence[str], *, negative: bool, max_sequence_length: int
 ) -> EncodedText:
-    """What the pipeline makes of prompts, or of negative prompts, where its text encoder is; on the CPU.
+    """Encodes prompts, or negative prompts, as the pipeline does.
 
-    SDXL takes zeros for an empty negative prompt, and the sizes of a picture of the model's own size. SD3's states are
-    followed by ``max_sequence_length`` tokens of the third encoder, or zeros in their place.
+    Args:
+        pipe: a pipeline; its text encoders run where they are.
+        texts: prompts.
+        negative: encodes them as negative prompts: SDXL takes zeros for an empty one.
+        max_sequence_length: number of tokens of SD3's third encoder, whose states follow the others', or zeros where it
+            is absent.
+
+    Returns:
+        The encoded prompts, on the CPU. SDXL's size ids are those of a picture of the model's own size.
     """
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "device": pipe.text_encoder.device,
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
     if isinstance(pipe, StableDiffusionXLPipeline):
-        states, _, pooled, _ = pipe.encode_prompt(list(texts), **asked)
+        states, _, pooled, _ = pipe.encode_prompt(list(texts), **options)
         if negative and pipe.config.force_zeros_for_empty_prompt:
-            kept = torch.tensor([bool(text) for text in texts], device=states.device)
-            states, pooled = states * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
+            given = torch.tensor([bool(text) for text in texts], device=states.device)
+            states, pooled = states * given.view(-1, 1, 1), pooled * given.view(-1, 1)
         return _on_cpu(states, torch.cat([pooled, _size_ids(pipe, pooled)], 1))
     if isinstance(pipe, StableDiffusion3Pipeline):
         states, _, pooled, _ = pipe.encode_prompt(
-            list(texts), None, None, max_sequence_length=max_sequence_length, **asked
+            list(texts), None, None, max_sequence_length=max_sequence_length, **options
         )
         return _on_cpu(states, pooled)
-    states, _ = pipe.encode_prompt(list(texts), **asked)
+    states, _ = pipe.encode_prompt(list(texts), **options)
     return _on_cpu(states, states.new_zeros(len(states), 0))
 
 
 def text_tokens(pipe: DiffusionPipeline, max_sequence_length: int) -> int:
-    """Number of tokens of a text state."""
+    """Returns the number of tokens of a text state."""
     padded = max_sequence_length if isinstance(pipe, StableDiffusion3Pipeline) else 0
     return int(pipe.tokenizer.model_max_length) + padded
 
 
 def _size_ids(pipe: StableDiffusionXLPipeline, like: Tensor) -> Tensor:
-    """Original size, crop and target size [n, 6] of pictures of the model's own size, uncropped."""
+    """Returns original size, crop and target size [n, 6] of uncropped pictures of the model's own size."""
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     ids = like.new_tensor([size, size, 0, 0, size, size])
     return ids.expand(len(like), -1)

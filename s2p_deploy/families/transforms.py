@@ -1,9 +1,9 @@
-"""Rewrites of a hot denoiser's modules: split shortcuts, smoothing, low-rank branches. All are exact when fresh."""
+"""Rewrites of a denoiser's modules (split shortcuts, smoothing, shifts), exact in floating point."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from s2p_deploy.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2p_deploy.families.hot_denoiser import HotDenoiser
+    from s2p_deploy.families.indexed_denoiser import IndexedDenoiser
     from s2p_deploy.records import TransformSpec
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -38,39 +38,6 @@ class SplitConv2d(nn.Module):
         return output
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer with a floating-point branch beside it: ``residual(x) + up(down(x))`` (SVDQuant, 2411.05007).
-
-    ``residual`` is the site and owns the bias; ``down`` [rank, in] and ``up`` [out, rank] start at zero.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.residual = linear
-        self.down = _zero_linear(linear.in_features, rank, linear.weight)
-        self.up = _zero_linear(rank, linear.out_features, linear.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] to [..., out]."""
-        output: Tensor = self.residual(x) + self.up(self.down(x))
-        return output
-
-    def whole_weight(self) -> Tensor:
-        """The weight [out, in] of the layer that branch and residual make together."""
-        return self.residual.weight.detach() + self.up.weight.detach() @ self.down.weight.detach()
-
-    @torch.no_grad()
-    def decompose(self) -> None:
-        """Moves the best approximation of the whole weight of this rank into the branch (by SVD, halves balanced)."""
-        whole = self.whole_weight()
-        left, values, right = torch.linalg.svd(whole.float(), full_matrices=False)
-        rank = self.down.out_features
-        root = values[:rank].sqrt()
-        self.up.weight.copy_(left[:, :rank] * root)
-        self.down.weight.copy_(root[:, None] * right[:rank])
-        self.residual.weight.copy_(whole - self.up.weight @ self.down.weight)
-
-
 class SmoothedLinear(nn.Module):
     """A linear layer behind a division per input channel: ``layer(x / factor)`` (SmoothQuant, 2211.10438).
 
@@ -82,7 +49,7 @@ class SmoothedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("factor", layer.weight.detach().new_ones(layer.in_features))
-        self.layer: nn.Linear | LowRankLinear = layer
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] to [..., out]."""
@@ -90,51 +57,92 @@ class SmoothedLinear(nn.Module):
         return output
 
     def plain_weight(self) -> Tensor:
-        """The weight [out, in] that the layer would have without smoothing."""
-        layer = self.layer
-        weight = layer.whole_weight() if isinstance(layer, LowRankLinear) else layer.weight.detach()
-        return weight / self.factor
+        """Computes the weight [out, in] that the layer would have without smoothing."""
+        return self.layer.weight.detach() / self.factor
 
     @torch.no_grad()
     def set_factor(self, factor: Tensor) -> None:
-        """Takes another ``factor`` [in], finite and above zero; the layer computes what it computed."""
-        layer = self.layer
-        readers = (layer.residual, layer.down) if isinstance(layer, LowRankLinear) else (layer,)
-        for reader in readers:
-            reader.weight.mul_(factor / self.factor)
+        """Sets another ``factor`` [in], finite and above zero; the layer computes what it computed."""
+        self.layer.weight.mul_(factor / self.factor)
         self.factor.copy_(factor)
 
 
-def apply_transforms(hot: HotDenoiser, spec: TransformSpec) -> None:
-    """Rewrites the modules of ``hot`` in place as ``spec`` says; it computes what it computed. Works on any device.
+class ShiftedLayer(nn.Module):
+    """A layer behind a subtraction per input channel: ``layer(x - shift)``, with the product of ``shift`` in its bias.
+
+    What lies around zero behind a SiLU, say, lies in the middle of a symmetric grid then. ``shift`` [in] starts at
+    zero. A convolution's input is padded before the subtraction, so that its border stays exact.
+    """
+
+    shift: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        self.register_buffer("shift", weight.new_zeros(weight.shape[1]))
+        if layer.bias is None:
+            layer.bias = nn.Parameter(weight.new_zeros(len(weight)))
+        self.padding: tuple[int, ...] = ()
+        if isinstance(layer, nn.Conv2d) and any(layer.padding):
+            height, width = (int(size) for size in layer.padding)
+            self.padding, layer.padding = (width, width, height, height), (0, 0)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [batch, in, height, width], or [..., in] of a linear layer."""
+        if self.padding:
+            x = nn.functional.pad(x, self.padding)
+        trailing = (1,) * (self.layer.weight.dim() - 2)
+        output: Tensor = self.layer(x - self.shift.view(-1, *trailing))
+        return output
+
+    @torch.no_grad()
+    def set_shift(self, shift: Tensor) -> None:
+        """Sets another ``shift`` [in]; the layer computes what it computed."""
+        assert self.layer.bias is not None, "the constructor gave it one"
+        self.layer.bias.add_(product_with_shift(self.layer.weight, shift - self.shift))
+        self.shift.copy_(shift)
+
+
+def product_with_shift(weight: Tensor, shift: Tensor) -> Tensor:
+    """Computes a layer's output [out] for an input that is ``shift`` [in] everywhere; ``weight`` [out, in, ...]."""
+    return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
+
+
+def shiftable(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Tells whether a layer can be a :class:`ShiftedLayer`: a Linear, or a Conv2d without groups, padded by zeros."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+def apply_transforms(denoiser: IndexedDenoiser, spec: TransformSpec) -> None:
+    """Rewrites the modules of ``denoiser`` in place as ``spec`` says, without changing what it computes.
 
     Raises:
-        InputError: a path is not in the denoiser or of another kind, or a split or rank does not fit its layer.
+        InputError: a path is not in the denoiser or of another kind, or a split does not fit its layer.
     """
     for path, leading in spec.split.items():
-        conv = module_of_kind(hot, path, nn.Conv2d)
+        conv = module_of_type(denoiser, path, nn.Conv2d)
         if not 0 < leading < conv.in_channels or conv.groups != 1:
             raise InputError(
                 f"transform: {path} cannot be split after {leading} of {conv.in_channels} input channels"
                 f" in {conv.groups} group(s): the transforms are of another denoiser"
             )
-        _put(hot, path, SplitConv2d(conv, leading))
+        put_module(denoiser, path, SplitConv2d(conv, leading))
     for path in spec.smoothed:
-        _put(hot, path, SmoothedLinear(module_of_kind(hot, path, nn.Linear)))
-    for path, rank in spec.low_rank.items():
-        linear = module_of_kind(hot, path, nn.Linear)
-        if not 0 < rank <= min(linear.in_features, linear.out_features):
-            raise InputError(
-                f"transform: {path} has {linear.in_features} inputs and {linear.out_features} outputs,"
-                f" too few for a branch of rank {rank}: choose a smaller transforms.low_rank"
-            )
-        _put(hot, path, LowRankLinear(linear, rank))
+        put_module(denoiser, path, SmoothedLinear(module_of_type(denoiser, path, nn.Linear)))
+    for path in spec.shifted:
+        layer = module_of_type(denoiser, path, nn.Module)
+        if not shiftable(layer):
+            raise InputError(f"transform: {path} cannot be shifted: the transforms are of another denoiser")
+        put_module(denoiser, path, ShiftedLayer(layer))
 
 
-def module_of_kind(hot: HotDenoiser, path: str, kind: type[Kind]) -> Kind:
-    """The module of a path that a transform names. Raises InputError where there is none of that kind."""
+def module_of_type(denoiser: IndexedDenoiser, path: str, kind: type[Kind]) -> Kind:
+    """Returns the module of a path that a transform names. Raises InputError where there is none of that kind."""
     try:
-        module = hot.network.get_submodule(path)
+        module = denoiser.network.get_submodule(path)
     except AttributeError as error:
         raise InputError(f"transform: {path} is not in this denoiser: the transforms are of another one") from error
     if not isinstance(module, kind):
@@ -146,7 +154,7 @@ def module_of_kind(hot: HotDenoiser, path: str, kind: type[Kind]) -> Kind:
 
 
 def _over(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """``conv`` with another weight [out, in, kernel height, kernel width] and bias."""
+    """Copies ``conv`` with another weight [out, in, kernel height, kernel width] and bias."""
     part = copy.deepcopy(conv)
     part.in_channels = weight.shape[1]
     part.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
@@ -154,12 +162,7 @@ def _over(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return part
 
 
-def _zero_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs, bias=False, device="meta")  # draws no random number
-    linear.weight = nn.Parameter(like.detach().new_zeros(outputs, inputs))
-    return linear
-
-
-def _put(hot: HotDenoiser, path: str, module: nn.Module) -> None:
+def put_module(denoiser: IndexedDenoiser, path: str, module: nn.Module) -> None:
+    """Replaces the module of a path in the network."""
     parent, _, leaf = path.rpartition(".")
-    hot.network.get_submodule(parent).register_module(leaf, module)
+    denoiser.network.get_submodule(parent).register_module(leaf, module)

@@ -10,9 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.blocks import Block, chain_block
-from s2p_deploy.families.network_kind import Config, TimeConsumer
-from s2p_deploy.families.time_features import Columns
+from s2p_deploy.families.model_family import Block, Columns, Config, TimeConsumer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,12 +33,15 @@ _UNSUPPORTED = (
 )
 
 
-class UNetKind:
-    """See :class:`~s2p_deploy.families.network_kind.NetworkKind`. SDXL's has ``addition_embed_type`` text_time."""
+class UNetFamily:
+    """The family of Stable Diffusion 1, 2 and XL; see :class:`~s2p_deploy.families.model_family.ModelFamily`.
+
+    XL's networks have ``addition_embed_type`` text_time.
+    """
 
     component = "unet"
     distilled = re.compile(r"(?:down|up)_blocks\.\d+|mid_block")
-    image_output = 0  # the others are what goes to the up blocks
+    image_output = 0  # the others are the shortcuts to the up blocks
 
     def check(self, config: Config) -> None:
         """Refuses image conditions, class labels, guidance embeddings and inpainting, each by name."""
@@ -56,28 +57,28 @@ class UNetKind:
             )
 
     def build(self, config: Config) -> UNet2DConditionModel:
-        """Of the configuration."""
+        """Builds a UNet with untrained weights."""
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         return unet
 
     def text_width(self, config: Config) -> int:
-        """The width of cross-attention."""
+        """Returns the width of cross-attention."""
         return int(config["cross_attention_dim"])
 
     def added_width(self, config: Config) -> int:
-        """SDXL's pooled text and its size ids."""
+        """Returns the width of SDXL's pooled text and size ids."""
         if config.get("addition_embed_type") is None:
             return 0
         pooled = config["projection_class_embeddings_input_dim"] - _SIZE_IDS * config["addition_time_embed_dim"]
         return int(pooled + _SIZE_IDS)
 
     def embedding(self, network: nn.Module) -> nn.Module:
-        """Of the timestep, and for SDXL of pooled text and size ids too."""
-        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+        """Returns the embedding of the timestep, and for SDXL of pooled text and size ids too."""
+        assert isinstance(network, UNet2DConditionModel), "a network of this family"
         return _Embedding(network) if network.config.addition_embed_type is None else _AddedEmbedding(network)
 
     def consumers(self, network: nn.Module) -> Iterator[TimeConsumer]:
-        """Every resnet's projection."""
+        """Yields every resnet's projection."""
         for name, module in network.named_modules():
             projection = getattr(module, "time_emb_proj", None)
             if projection is None:
@@ -89,9 +90,12 @@ class UNetKind:
             activation = nn.Identity() if module.skip_time_act else module.nonlinearity
             yield TimeConsumer(name, activation, projection)
 
-    def release_time_path(self, network: nn.Module, slices: Mapping[str, tuple[int, int]]) -> None:
-        """The features come in where a UNet takes a condition of its timestep (``timestep_cond``)."""
-        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+    def remove_time_path(self, network: nn.Module, slices: Mapping[str, tuple[int, int]]) -> None:
+        """Passes the features through the UNet's input ``timestep_cond``.
+
+        diffusers hands that to the time embedding's MLP, so the network needs no code of its own.
+        """
+        assert isinstance(network, UNet2DConditionModel), "a network of this family"
         network.time_proj, network.time_embedding = nn.Identity(), _Condition()
         if network.config.addition_embed_type is not None:
             network.register_to_config(addition_embed_type=None)
@@ -101,15 +105,17 @@ class UNetKind:
             resnet.skip_time_act = True  # the features are already activated and projected
             resnet.time_emb_proj = Columns(start, stop)
 
-    def answer(self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor) -> Tensor:
-        """As a pipeline asks it."""
+    def predict(
+        self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor
+    ) -> Tensor:
+        """Calls a whole UNet as its pipeline does."""
         pooled, ids = added_cond[:, :-_SIZE_IDS], added_cond[:, -_SIZE_IDS:]
         conditions = {"text_embeds": pooled, "time_ids": ids} if added_cond.shape[1] else None
         output: Tensor = network(sample, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0]
         return output
 
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
-        """Pooled text and size ids, from SDXL's ``added_cond_kwargs``."""
+        """Joins pooled text and size ids from SDXL's ``added_cond_kwargs`` to [batch, A]."""
         given = conditions.get("added_cond_kwargs") or {}
         further = sorted(set(given) - _ADDED)
         if further:
@@ -118,61 +124,62 @@ class UNetKind:
             return None
         return torch.cat([given["text_embeds"].float(), given["time_ids"].float()], 1)
 
-    def denoise(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
-        """What stands where timesteps stood is not read."""
+    def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
+        """Calls a UNet without time path."""
+        # the timestep argument must be a tensor [batch], but the removed time path was all that read it
         output: Tensor = network(sample, features[:, 0], text, timestep_cond=features, return_dict=False)[0]
         return output
 
     def blocks(self, network: nn.Module) -> tuple[Block, ...]:
-        """The first convolution, resnets, transformers and resamplers, and the tail.
+        """Returns the first convolution, resnets, transformers and resamplers, and the tail.
 
-        A transformer of several layers is taken apart: flips of rounding grow from layer to layer.
+        A transformer of several layers is several blocks, because flips of rounding grow from layer to layer.
         """
         matched = ((name, module) for name, module in network.named_modules() if _BLOCK.fullmatch(name))
-        parts = (part for name, module in matched for part in _parts(name, module))
-        return (*parts, chain_block("output", _TAIL))
+        blocks = (block for name, module in matched for block in _layer_blocks(name, module))
+        return (*blocks, Block.chain("output", _TAIL))
 
     def size_multiple(self, config: Config) -> int:
-        """Every level but the last halves the size; other sizes would be interpolated on the way up."""
+        """Returns 2 per level but the last, which halve the size; other sizes would be interpolated on the way up."""
         return int(2 ** (len(config["block_out_channels"]) - 1))
 
     def size_limit(self, _config: Config) -> int | None:
-        """Convolutions and attention take any."""
+        """Returns None: convolutions and attention take any size."""
         return None
 
     def split_shortcuts(self, network: nn.Module) -> dict[str, int]:
-        """The convolutions of up blocks that read cat(h, skip).
+        """Returns the convolutions of up blocks that read cat(h, skip).
 
-        h is what the resnet before made, in the first up block what the middle (or, without one, the last down block)
-        made.
+        h is the output of the resnet before; in the first up block that of the middle block, or without one of the last
+        down block.
         """
-        assert isinstance(network, UNet2DConditionModel), "a network of this kind"
+        assert isinstance(network, UNet2DConditionModel), "a network of this family"
         below = network.mid_block if network.mid_block is not None else network.down_blocks[-1]
         channels = below.resnets[-1].conv2.out_channels
-        found = {}
+        shortcuts = {}
         for number, block in enumerate(network.up_blocks):
             for index, resnet in enumerate(block.resnets):
                 path = f"up_blocks.{number}.resnets.{index}"
-                found[f"{path}.conv1"] = channels
+                shortcuts[f"{path}.conv1"] = channels
                 if resnet.conv_shortcut is not None:
-                    found[f"{path}.conv_shortcut"] = channels
+                    shortcuts[f"{path}.conv_shortcut"] = channels
                 channels = resnet.conv2.out_channels
-        return found
+        return shortcuts
 
 
-def _parts(name: str, module: nn.Module) -> Iterator[Block]:
+def _layer_blocks(name: str, module: nn.Module) -> Iterator[Block]:
     layers = getattr(module, "transformer_blocks", ())
     if len(layers) < 2:
-        yield chain_block(name, (name,))
+        yield Block.chain(name, (name,))
         return
-    yield chain_block(f"{name}.proj_in", (f"{name}.norm", f"{name}.proj_in"))
+    yield Block.chain(f"{name}.proj_in", (f"{name}.norm", f"{name}.proj_in"))
     for number in range(len(layers)):
-        yield chain_block(f"{name}.transformer_blocks.{number}", (f"{name}.transformer_blocks.{number}",))
-    yield chain_block(f"{name}.proj_out", (f"{name}.proj_out",))
+        yield Block.chain(f"{name}.transformer_blocks.{number}", (f"{name}.transformer_blocks.{number}",))
+    yield Block.chain(f"{name}.proj_out", (f"{name}.proj_out",))
 
 
 class _Embedding(nn.Module):
-    """Timesteps to the time embedding."""
+    """Maps timesteps to the time embedding with the UNet's own layers."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -185,7 +192,7 @@ class _Embedding(nn.Module):
 
 
 class _AddedEmbedding(_Embedding):
-    """SDXL's, which adds an embedding of pooled text and size ids."""
+    """Adds SDXL's embedding of pooled text and size ids."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__(unet)
@@ -201,7 +208,7 @@ class _AddedEmbedding(_Embedding):
 
 
 class _Condition(nn.Module):
-    """Stands where the time embedding's MLP was: hands on the condition, which is the projected features."""
+    """Returns the condition, which is the projected features; it replaces the time embedding's MLP."""
 
     def forward(self, _timesteps: Tensor, condition: Tensor) -> Tensor:
         return condition

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
     from s2p_deploy.numerics.formats import IntegerFormat
@@ -37,11 +41,15 @@ def fake_quantize(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few passes over memory, which is what this costs: in place where a tensor is its own."""
+    """Few passes over memory, which is what this costs: in place where a tensor is its own; on a GPU one kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:  # noqa: ANN401 - autograd's context has no public type
-        result = (x / scale).round_().clamp_(fmt.qmin, fmt.qmax).mul_(scale)
+        kernels = _kernels(x, scale)
+        if kernels:
+            result: Tensor = kernels.on_grid(x, scale, fmt)
+        else:
+            result = (x / scale).round_().clamp_(fmt.qmin, fmt.qmax).mul_(scale)
         ctx.save_for_backward(x, scale, result)  # the layer that reads the result keeps it anyway
         ctx.fmt = fmt
         return result
@@ -49,20 +57,38 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # noqa: ANN401 - as above
         x, scale, result = ctx.saved_tensors
+        shared = x.numel() // scale.numel()
+        share = (shared * ctx.fmt.qmax) ** -0.5
+        kernels = _kernels(x, scale)
+        if kernels:
+            grad_x, change = kernels.gradients(grad, x, scale, ctx.fmt, of_scale=ctx.needs_input_grad[1])
+            return grad_x, None if change is None else change * share, None
         ratio = x / scale
         low, high = _beyond(ctx.fmt, ratio.dtype)
-        grad_x: Tensor = torch.ops.aten.hardtanh_backward(grad, ratio, low, high)  # zero at the limits and outside
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low, high)  # zero at the limits and outside
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         # The slope times the scale is result - x inside the range and result outside.
         change = torch.mul(grad, result).addcmul_(grad_x, x, value=-1)
-        shared = x.numel() // scale.numel()
-        return grad_x, change.sum_to_size(scale.shape) / scale * (shared * ctx.fmt.qmax) ** -0.5, None
+        return grad_x, change.sum_to_size(scale.shape) / scale * share, None
+
+
+def _kernels(x: Tensor, scale: Tensor) -> ModuleType | None:
+    """Returns the GPU's kernels where they can be used: Triton comes with PyTorch's builds for GPUs."""
+    module = _triton_kernels() if x.device.type == "cuda" else None
+    return module if module and module.takes(x, scale) else None
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("s2p_deploy.numerics.triton_kernels")
 
 
 @cache
 def _beyond(fmt: IntegerFormat, dtype: torch.dtype) -> tuple[float, float]:
-    """The floating-point numbers next to a format's range."""
+    """Returns the floating-point numbers next to a format's range."""
     limits = torch.tensor([fmt.qmin, fmt.qmax], dtype=dtype)
     low, high = torch.nextafter(limits, limits * 2).tolist()
     return low, high

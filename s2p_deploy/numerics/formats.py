@@ -1,4 +1,4 @@
-"""Integer formats: symmetric around zero; int4 and int8 have ONNX's limits, the balanced ones an odd level count."""
+"""Integer formats without zero point, with ONNX's limits."""
 
 from __future__ import annotations
 
@@ -21,29 +21,18 @@ class IntegerFormat:
 
     @property
     def bits(self) -> float:
-        """Information of one code, e.g. 8 for int8 and 1.585 for three levels."""
+        """Information of one code, log2(levels)."""
         return math.log2(self.levels)
 
 
-def _twos_complement(bits: int) -> IntegerFormat:
-    return IntegerFormat(f"int{bits}", -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+INT8 = IntegerFormat("int8", -128, 127)
+INT4 = IntegerFormat("int4", -8, 7)
 
-
-def _balanced(levels: int) -> IntegerFormat:
-    return IntegerFormat(f"levels{levels}", -(levels // 2), levels // 2)
-
-
-INT8 = _twos_complement(8)
-INT4 = _twos_complement(4)
-INT10 = _twos_complement(10)  # PCR's relaxed activations (arXiv 2311.06322): in simulation only
-# BitsFusion's balanced integers for "1, 2 and 3 bits" (arXiv 2406.04333): 2^n + 1 levels, zero in the middle.
-LEVELS3, LEVELS5, LEVELS9 = (_balanced(levels) for levels in (3, 5, 9))
-
-_FORMATS = {fmt.name: fmt for fmt in (INT8, INT4, INT10, LEVELS3, LEVELS5, LEVELS9)}
+_FORMATS = {fmt.name: fmt for fmt in (INT8, INT4)}
 
 
 def format_by_name(name: str) -> IntegerFormat | None:
-    """The format that a recipe's word names; ``none`` means floating point (None).
+    """Returns the integer format of a name; ``none`` means floating point (None).
 
     Raises:
         ValueError: there is no format of that name.

@@ -37,7 +37,7 @@ def least_squares_weight_scale(weight: Tensor, fmt: IntegerFormat, rounds: int =
 
 
 def _least_squares_scale(flat: Tensor, fmt: IntegerFormat, rounds: int) -> Tensor:
-    """Of the rows of ``flat`` float32 [out, N]: [out, 1]. No row's depends on another's."""
+    """Computes the scale [out, 1] of each row of ``flat`` float32 [out, N]. No row's depends on another's."""
     peak = flat.abs().amax(1, keepdim=True).clamp_min(_FLOOR * fmt.qmax)
     best_scale, best_error = peak / fmt.qmax, torch.full_like(peak, torch.inf)
     for clip in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
@@ -60,12 +60,12 @@ def max_weight_scale(weight: Tensor, fmt: IntegerFormat) -> Tensor:
 
 
 def max_scale(x: Tensor, fmt: IntegerFormat) -> Tensor:
-    """The per-tensor scale (float32 scalar) that puts the largest magnitude on ``qmax``."""
+    """Computes the per-tensor scale (float32 scalar) that puts the largest magnitude on ``qmax``."""
     return x.detach().float().abs().max().clamp_min(_FLOOR * fmt.qmax) / fmt.qmax
 
 
 def mse_best_scale(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: float = 0.3) -> Tensor:
-    """The per-tensor scale (float32 scalar) whose clip minimises the mean squared error over ``x``.
+    """Finds the per-tensor scale (float32 scalar) whose clip minimises the mean squared error over ``x``.
 
     Candidates are evenly spaced fractions of ``max|x| / qmax`` from ``lowest`` to 1.
     """
@@ -73,38 +73,4 @@ def mse_best_scale(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: 
     peak = flat.abs().max().clamp_min(_FLOOR * fmt.qmax) / fmt.qmax
     scales = peak * torch.linspace(lowest, 1.0, candidates, device=flat.device)
     errors = torch.stack([(dequantize(quantize(flat, s, fmt), s) - flat).square().mean() for s in scales])
-    return scales[int(errors.argmin())]
-
-
-def affine_grid(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
-    """Scale and offset (float32, shapes as given) of the asymmetric grid over ``low`` <= 0 <= ``high``.
-
-    ``offset`` is the value of code 0, ``-scale * z`` with an integer zero point ``z``; so zero is on the grid, which
-    the padding of convolutions needs, and ``scale * clip(round((x - offset) / scale)) + offset`` is the standard
-    asymmetric quantizer ``scale * (clip(round(x / scale) + z) - z)``.
-    """
-    scale = ((high - low) / (fmt.levels - 1)).clamp_min(_FLOOR)
-    zero_point = (fmt.qmin - torch.round(low / scale)).clamp(fmt.qmin, fmt.qmax)
-    return scale, -scale * zero_point
-
-
-def full_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value (float32 scalars) of ``x`` and zero."""
-    flat = x.detach().float().flatten()
-    return flat.min().clamp_max(0), flat.max().clamp_min(0)
-
-
-def mse_best_range(x: Tensor, fmt: IntegerFormat, candidates: int = 24, lowest: float = 0.3) -> tuple[Tensor, Tensor]:
-    """The range (float32 scalars, as for :func:`affine_grid`) whose grid minimises the mean squared error over ``x``.
-
-    Candidates are evenly spaced fractions of ``full_range(x)`` from ``lowest`` to 1: both ends shrink alike.
-    """
-    flat = x.detach().float().flatten()
-    ends = torch.stack(full_range(flat))
-    ranges = ends * torch.linspace(lowest, 1.0, candidates, device=flat.device).unsqueeze(1)
-    errors = []
-    for low, high in ranges:
-        scale, offset = affine_grid(low, high, fmt)
-        errors.append((dequantize(quantize(flat - offset, scale, fmt), scale) + offset - flat).square().mean())
-    low, high = ranges[int(torch.stack(errors).argmin())]
-    return low, high
+    return scales.take(errors.argmin())

@@ -1,39 +1,46 @@
-"""Stock diffusers pipelines with an engine in them: its component, and pictures from them."""
+"""Stock diffusers pipelines with an engine in them: opened, saved and loaded, and pictures generated with them."""
 
-from s2p_deploy.pipeline.component import (
+from s2p_deploy.pipeline.components import (
+    AuxiliaryComponent,
+    EngineAutoencoder,
     EngineComponent,
     EngineDenoiser,
+    EngineTextEncoder,
     EngineTransformer,
+    EngineUNet,
+    auxiliary_components,
     denoiser_from_engine,
     engine_denoiser,
 )
-from s2p_deploy.pipeline.drawing import (
+from s2p_deploy.pipeline.engine_pipeline import (
+    EnginePipeline,
+    load_engine_pipeline,
+    open_pipeline,
+    pipeline_with_engine,
+    save_engine_pipeline,
+)
+from s2p_deploy.pipeline.generation import (
     Schedule,
     call_arguments,
     generate,
     initial_noise,
     latent_size,
     picture_size,
-    pipeline_with_engine,
     timesteps_of,
     with_schedule,
 )
-from s2p_deploy.pipeline.opening import (
-    EnginePipeline,
-    load_engine_pipeline,
-    open_engine_pipeline,
-    save_engine_pipeline,
-)
-from s2p_deploy.pipeline.parts import EngineAutoencoder, EngineTextEncoder, part_components
 
 __all__ = [
+    "AuxiliaryComponent",
     "EngineAutoencoder",
     "EngineComponent",
     "EngineDenoiser",
     "EnginePipeline",
     "EngineTextEncoder",
     "EngineTransformer",
+    "EngineUNet",
     "Schedule",
+    "auxiliary_components",
     "call_arguments",
     "denoiser_from_engine",
     "engine_denoiser",
@@ -41,8 +48,7 @@ __all__ = [
     "initial_noise",
     "latent_size",
     "load_engine_pipeline",
-    "open_engine_pipeline",
-    "part_components",
+    "open_pipeline",
     "picture_size",
     "pipeline_with_engine",
     "save_engine_pipeline",

@@ -1,156 +1,216 @@
-"""ExportedGraph: the canonical QDQ ONNX graph, and the map from sites and blocks to its tensors."""
+"""ExportedGraph: the canonical QDQ ONNX graph, and the map from layers and blocks to its tensors."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from s2p_deploy.records.json_forms import GraphContent, GraphForm, check_plan, check_points
-from s2p_deploy.records.manifest import MANIFEST, Manifest, read_manifest, verify_files
-from s2p_deploy.records.precision_plan import PrecisionPlan, plan_from_bytes
-from s2p_deploy.records.scale_table import ScaleTable, scale_table_from_bytes
-from s2p_deploy.records.strict import checked, read_as
-from s2p_deploy.records.timestep_table import TimestepTable, timestep_table_from_bytes
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator, with_config
+
+from s2p_deploy.errors import IntegrityError
+from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.precision_plan import PLAN_FILE, PrecisionPlan, check_columns, plan_from_bytes
+from s2p_deploy.records.scale_table import (
+    SCALES_FILE,
+    TIMESTEPS_FILE,
+    ScaleTable,
+    TimestepTable,
+    scale_table_from_bytes,
+    timestep_table_from_bytes,
+)
+from s2p_deploy.records.typed_json import EXACT, OPEN, Dimension, LatentSize, Name, read_json, read_value
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-CONDITIONING_FILE, TEXT_FILE = "conditioning.onnx", "text.onnx"
-_GRAPH, _PLAN, _SCALES, _TIMESTEPS = "graph.json", "plan.yaml", "act_scales.safetensors", "timesteps.json"
+GRAPH_FILE, CONDITIONING_FILE, TEXT_FILE = "graph.json", "conditioning.onnx", "text.onnx"
+
+Width = Annotated[int, Field(ge=0, le=2**20)]
 
 
+@with_config(EXACT)
 @dataclass(frozen=True)
 class TensorSpec:
-    """One graph input or output: numpy dtype name, and shape with names for dynamic sizes."""
+    """A graph's input or output: numpy dtype name, and shape with names for dynamic sizes."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Annotated[str, Field(pattern="^(float32|float16|int64)$")]
+    shape: Annotated[tuple[Dimension | Name, ...], Field(max_length=8)]
 
 
+@with_config(EXACT)
 @dataclass(frozen=True)
-class GraphSite:
-    """Where a site is in the graph.
+class GraphLayer:
+    """A layer's place in the graph.
 
     Tensor names: its input before anything was inserted, the codes (output of its QuantizeLinear; None where
     activations stay in floating point), the quantized weight initializer (None likewise), its output after rescaling
-    and bias. ``node`` is the Conv or MatMul. ``graph`` says which file it is in, ``denoiser.onnx`` or ``text.onnx``.
+    and bias. ``node`` is the Conv or MatMul. ``graph`` names its file, ``denoiser.onnx`` or ``text.onnx``.
     """
 
-    site: str
+    name: Name
     op: Literal["conv", "linear"]
-    node: str
-    input: str
+    node: Name
+    input: Name
     codes: str | None
     weight: str | None
-    output: str
-    act_point: str | None
-    weights: str
-    activations: str
+    output: Name
+    activation_quantizer: str | None
+    weights: Name
+    activations: Name
     graph: Literal["denoiser", "text"] = "denoiser"
 
 
+@with_config(EXACT)
 @dataclass(frozen=True)
 class GraphTap:
-    """A tensor of the graph that is what a module of the network is given, or gives."""
+    """The tensor of the graph that is the input or output of a module of the network."""
 
-    module: str
+    module: Name
     side: Literal["input", "output"]
-    tensor: str
+    tensor: Name
 
 
+@with_config(EXACT)
 @dataclass(frozen=True)
 class GraphBlock:
     """A block (resnet, transformer, resampler): where activations enter and leave, for teacher-forced comparison.
 
-    What depends on conditions alone (row, text, scales) does not count as entering.
+    Tensors that depend on conditions alone (timestep index, text, scales) do not count as entering.
     """
 
-    block: str
+    block: Name
     entering: tuple[GraphTap, ...]
-    leaving: tuple[GraphTap, ...]
-    sites: tuple[str, ...]
+    leaving: Annotated[tuple[GraphTap, ...], Field(min_length=1)]
+    layers: tuple[Name, ...]
 
 
+@with_config(OPEN)
+@dataclass(frozen=True, kw_only=True)
+class GraphDescription:
+    """The content of ``graph.json``."""
+
+    dtype: Literal["fp32", "fp16"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: tuple[GraphLayer, ...]
+    blocks: tuple[GraphBlock, ...]
+    text: tuple[GraphTap, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_text(self) -> GraphDescription:
+        if any(layer.graph == "text" for layer in self.layers) != bool(self.text):
+            raise ValueError("the layers of the text and its columns must both be there, or neither")
+        return self
+
+
+@with_config(OPEN)
 @dataclass(frozen=True)
-class ExportedGraph:
+class QuantizerRange:
+    """An activation quantizer: the constant in the graph, and the range of scales that export checked."""
+
+    reference_scale: PositiveFloat
+    lowest: PositiveFloat
+    highest: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check_order(self) -> QuantizerRange:
+        if not self.lowest <= self.highest:
+            raise ValueError("lowest must not be above highest")
+        return self
+
+
+@with_config(OPEN)
+@dataclass(frozen=True)
+class LatentSizes:
+    """Latents of any size: the trained one, what each side must be a multiple of, and the largest (None: no limit)."""
+
+    height: LatentSize
+    width: LatentSize
+    multiple: LatentSize
+    largest: PositiveInt | None = None
+
+
+@with_config(OPEN)
+@dataclass(frozen=True, kw_only=True)
+class GraphContent:
+    """The graph's own part of its manifest.
+
+    ``denoiser_config`` is what a diffusers pipeline reads from its denoiser; ``added_width`` the width of what the
+    projected time features depend on besides the timestep; ``latents`` is None where they have one size.
+    """
+
+    denoiser_config: dict[str, Any]
+    quantizers: dict[str, QuantizerRange]
+    added_width: Width = 0
+    latents: LatentSizes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedGraph(GraphContent, GraphDescription):
     """An exported graph on disk.
 
-    Files: ``denoiser.onnx``, ``denoiser.onnx.data``, ``graph.json`` (specs, sites, blocks),
+    Files: ``denoiser.onnx``, ``denoiser.onnx.data``, ``graph.json`` (specs, layers, blocks),
     ``act_scales.safetensors`` (what to bind), ``plan.yaml`` and ``timesteps.json``. Where the projected time features
-    are an input, ``conditioning.onnx`` computes them: ``timesteps`` float32 [rows] to ``time_projections`` float32
-    [rows, P]. Where the products of the text are an input, ``text.onnx`` computes them: ``encoder_hidden_states``
+    are an input, ``conditioning.onnx`` computes them: ``timesteps`` float32 [timesteps] to ``time_projections`` float32
+    [timesteps, P]. Where the products of the text are an input, ``text.onnx`` computes them: ``encoder_hidden_states``
     [batch, tokens, D] to ``text_projections`` [batch, tokens, sum of widths], whose columns are the tensors ``text``.
+
+    Example:
+        >>> graph = ExportedGraph.open(Path("build/graph"))
+        >>> graph.onnx_file.name, graph.inputs[0].shape
+        ('denoiser.onnx', ('batch', 4, 8, 8))
     """
 
     folder: Path
     manifest: Manifest
-    dtype: Literal["fp32", "fp16"]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    sites: tuple[GraphSite, ...]
-    blocks: tuple[GraphBlock, ...]
     plan: PrecisionPlan
     scales: ScaleTable
     timesteps: TimestepTable
-    text: tuple[GraphTap, ...] = ()
 
     @property
     def onnx_file(self) -> Path:
-        """The graph; its weights are external data beside it."""
+        """Returns the graph's file; its weights are external data beside it."""
         return self.folder / "denoiser.onnx"
 
     @property
     def text_file(self) -> Path:
-        """The graph of the text's products, where there is one."""
+        """Returns the file of the graph of the text's products, where there is one."""
         return self.folder / TEXT_FILE
 
     @staticmethod
     def open(folder: Path) -> ExportedGraph:
-        """Verifies and reads an exported graph (the ONNX file itself is not parsed)."""
+        """Verifies and reads an exported graph (the ONNX file itself is not parsed).
+
+        Raises:
+            InputError: there is none, or its plan or scales are none. IntegrityError: it was changed, or is damaged.
+        """
         manifest = read_manifest(folder, "ExportedGraph")
-        form = checked(GraphContent, manifest.content, folder / MANIFEST)
-        small = verify_files(folder, manifest, keep=(_GRAPH, _PLAN, _SCALES, _TIMESTEPS))
-        data = read_as(GraphForm, small[_GRAPH], folder / _GRAPH).model_dump()
-        scales = scale_table_from_bytes(small[_SCALES], folder / _SCALES)
-        check_points(scales.points, form.points, folder / MANIFEST)
-        plan = plan_from_bytes(small[_PLAN], folder / _PLAN)
-        check_plan(scales.points, plan.point_names(), folder / _SCALES)
+        content = read_value(GraphContent, manifest.content, folder / MANIFEST)
+        small = verify_files(folder, manifest, keep=(GRAPH_FILE, PLAN_FILE, SCALES_FILE, TIMESTEPS_FILE))
+        description = read_json(GraphDescription, small[GRAPH_FILE], folder / GRAPH_FILE)
+        scales = scale_table_from_bytes(small[SCALES_FILE], folder / SCALES_FILE)
+        check_quantizers(scales.quantizers, content.quantizers, folder / MANIFEST)
+        plan = plan_from_bytes(small[PLAN_FILE], folder / PLAN_FILE)
+        check_columns(scales, plan, folder / SCALES_FILE)
         return ExportedGraph(
-            folder,
-            manifest,
-            data["dtype"],
-            inputs=tuple(_spec(item) for item in data["inputs"]),
-            outputs=tuple(_spec(item) for item in data["outputs"]),
-            sites=tuple(GraphSite(**item) for item in data["sites"]),
-            blocks=tuple(_block(item) for item in data["blocks"]),
+            **vars(content),
+            **vars(description),
+            folder=folder,
+            manifest=manifest,
             plan=plan,
             scales=scales,
-            timesteps=timestep_table_from_bytes(small[_TIMESTEPS], folder / _TIMESTEPS),
-            text=tuple(GraphTap(**tap) for tap in data["text"]),
+            timesteps=timestep_table_from_bytes(small[TIMESTEPS_FILE], folder / TIMESTEPS_FILE),
         )
 
 
-def graph_json(
-    *,
-    dtype: str,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    sites: tuple[GraphSite, ...],
-    blocks: tuple[GraphBlock, ...],
-    text: tuple[GraphTap, ...] = (),
-) -> str:
-    """The text of ``graph.json``."""
-    parts: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "sites": sites, "blocks": blocks, "text": text}
-    data = {"dtype": dtype} | {key: [asdict(item) for item in items] for key, items in parts.items()}
-    return json.dumps(data, indent=1) + "\n"
-
-
-def _block(data: dict[str, Any]) -> GraphBlock:
-    entering, leaving = (tuple(GraphTap(**tap) for tap in data[side]) for side in ("entering", "leaving"))
-    return GraphBlock(data["block"], entering, leaving, tuple(data["sites"]))
-
-
-def _spec(data: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+def check_quantizers(quantizers: tuple[str, ...], described: Mapping[str, QuantizerRange], path: Path) -> None:
+    """Raises IntegrityError unless every column of the scale table is another activation quantizer, and described."""
+    if len(set(quantizers)) != len(quantizers):
+        raise IntegrityError(
+            f"{path}: the scale table has two columns of one activation quantizer: make the artifact again"
+        )
+    missing = sorted(set(quantizers) - set(described))
+    if missing:
+        raise IntegrityError(f"{path}: activation quantizer {missing[0]} is not described: make the artifact again")

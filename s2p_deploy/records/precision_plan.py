@@ -1,80 +1,104 @@
-"""PrecisionPlan: which site runs in which format, resolved from the recipe's rules into a file that one can diff."""
+"""PrecisionPlan: which layer runs in which format, resolved from the recipe's rules into a file that one can diff."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import GetPydanticSchema, TypeAdapter, ValidationError, with_config
 
-from s2p_deploy.errors import InputError
-from s2p_deploy.records.strict import first_problem
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.records.files import write_text
+from s2p_deploy.records.typed_json import EXACT, first_problem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-WeightFormat = Literal["int8", "int4", "levels3", "levels5", "levels9", "none"]
+    from s2p_deploy.records.scale_table import ScaleTable
+
+PLAN_FILE = "plan.yaml"
+
+WeightFormat = Literal["int8", "int4", "none"]
 ActFormat = Literal["int8", "int4"]
 
-MOST_BYTES = 4 * 2**20  # some ten thousand sites
+MOST_BYTES = 4 * 2**20  # some ten thousand layers
+
+_Entry = TypeVar("_Entry")
 
 
+def _one_of(names: Any) -> GetPydanticSchema:  # noqa: ANN401 - a Literal
+    """Annotates a str field that is read from a file: it must be one of the names."""
+    return GetPydanticSchema(lambda _source, handler: handler.generate_schema(names))
+
+
+@with_config(EXACT)
 @dataclass(frozen=True)
-class SitePlan:
-    """One Conv or Linear with weights.
+class LayerPlan:
+    """The precision of one Conv or Linear with weights.
 
-    ``weights`` is the name of an integer format, or none; ``act_point`` names its column, or None; ``rule`` says why.
-    ``sensitivity`` is the site's score where the recipe asked for one.
+    ``weights`` is the name of an integer format, or none; ``activation_quantizer`` names its column, or None; ``rule``
+    says why. ``sensitivity`` is the layer's score where the recipe asked for one.
     """
 
-    site: str
+    name: str
     op: Literal["conv", "linear"]
-    weights: str
-    act_point: str | None
+    weights: Annotated[str, _one_of(WeightFormat)]
+    activation_quantizer: str | None
     rule: str
     sensitivity: float | None = None
 
 
+@with_config(EXACT)
 @dataclass(frozen=True)
-class ActPoint:
-    """A tensor that sites read, in one activation format; it owns one column of the scale table."""
+class ActivationQuantizer:
+    """A tensor that layers read, in one activation format; it owns one column of the scale table."""
 
     name: str
-    activations: str
-    sites: tuple[str, ...]
+    activations: Annotated[str, _one_of(ActFormat)]
+    layers: tuple[str, ...]
     timestep_dependent: bool = True
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Every site and every act point of a denoiser, in module order."""
+    """Every layer and every activation quantizer of a denoiser, in module order.
 
-    sites: tuple[SitePlan, ...]
-    act_points: tuple[ActPoint, ...]
+    Example:
+        >>> plan = CalibratedModel.open(Path("build/calib")).plan
+        >>> name = plan.quantizer_names()[0]
+        >>> plan.quantizer(name).activations
+        'int8'
+    """
 
-    def point_names(self) -> tuple[str, ...]:
-        """Names of the act points: the columns of the scale table."""
-        return tuple(point.name for point in self.act_points)
+    layers: tuple[LayerPlan, ...]
+    activation_quantizers: tuple[ActivationQuantizer, ...]
 
-    def point(self, name: str) -> ActPoint:
-        """The act point of a name."""
-        return next(point for point in self.act_points if point.name == name)
+    def quantizer_names(self) -> tuple[str, ...]:
+        """Names of the activation quantizers: the columns of the scale table."""
+        return tuple(quantizer.name for quantizer in self.activation_quantizers)
+
+    def quantizer(self, name: str) -> ActivationQuantizer:
+        """Finds the activation quantizer of a name."""
+        return next(quantizer for quantizer in self.activation_quantizers if quantizer.name == name)
 
 
 def write_plan(plan: PrecisionPlan, path: Path) -> None:
-    """Writes ``plan.yaml``."""
+    """Writes ``plan.yaml`` in one piece: where calibration is resumed, a plan that is there is taken as finished."""
     data = {
-        "act_points": {
-            point.name: {"activations": point.activations, "timestep_dependent": point.timestep_dependent}
-            for point in plan.act_points
+        "activation_quantizers": {
+            quantizer.name: {"activations": quantizer.activations, "timestep_dependent": quantizer.timestep_dependent}
+            for quantizer in plan.activation_quantizers
         },
-        "sites": {
-            site.site: {name: value for name, value in asdict(site).items() if name != "site" and value is not None}
-            for site in plan.sites
+        "layers": {
+            layer.name: {name: value for name, value in asdict(layer).items() if name != "name" and value is not None}
+            for layer in plan.layers
         },
     }
-    path.write_text(yaml.safe_dump(data, sort_keys=False, width=120), encoding="utf-8")
+    write_text(path, yaml.safe_dump(data, sort_keys=False, width=120))
 
 
 def read_plan(path: Path) -> PrecisionPlan:
@@ -82,44 +106,85 @@ def read_plan(path: Path) -> PrecisionPlan:
 
     Raises:
         InputError: it is not a plan; a key, a value's type or a format is unknown (the message names the place); or a
-            site and its act point do not know each other.
+            layer and its activation quantizer do not know each other.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
+        raise InputError(f"plan file {path} cannot be read ({error.strerror})") from error
     return plan_from_bytes(data, path)
 
 
 def plan_from_bytes(text: bytes, path: Path) -> PrecisionPlan:
-    """The same for the bytes of the file at ``path``."""
+    """Reads the bytes of the file at ``path`` as :func:`read_plan` does."""
     if len(text) > MOST_BYTES:
         raise InputError(f"{path} is no precision plan: it has more than {MOST_BYTES} bytes")
     try:
-        read = _PlainLoader(text.decode()).get_single_data()
-        if not isinstance(read, dict):
-            raise InputError(f"{path} is no precision plan: it must be a mapping with act_points and sites")
-        data = _PlanFile.model_validate(read)
-    except ValidationError as error:
-        raise InputError(f"{path} is no precision plan: {first_problem(error)}") from error
+        data = _PlainLoader(text.decode()).get_single_data()
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} is no precision plan ({type(error).__name__})") from error
-    readers: dict[str, list[str]] = {}
-    for name, site in data.sites.items():
-        if site.act_point is not None:
-            readers.setdefault(site.act_point, []).append(name)
-    unknown, unread = readers.keys() - data.act_points.keys(), data.act_points.keys() - readers.keys()
-    if unknown:
-        raise InputError(f"{path}: act point {sorted(unknown)[0]} is used by a site and not defined")
-    if unread:
-        raise InputError(f"{path}: act point {sorted(unread)[0]} is used by no site: remove it")
-    return PrecisionPlan(
-        tuple(SitePlan(site=name, **site.model_dump()) for name, site in data.sites.items()),
-        tuple(
-            ActPoint(name=name, sites=tuple(readers[name]), **point.model_dump())
-            for name, point in data.act_points.items()
-        ),
+    sections = ("activation_quantizers", "layers")
+    if not isinstance(data, dict) or set(data) != set(sections) or not all(isinstance(data[k], dict) for k in sections):
+        raise InputError(f"{path} is no precision plan: it must be a mapping with activation_quantizers and layers")
+    if not data["layers"]:
+        raise InputError(f"{path} is no precision plan: layers: there is none")
+    layers = _entries(LayerPlan, path, "layers", data["layers"], lambda _name: {}, {"activation_quantizer": None})
+    readers: dict[str, tuple[str, ...]] = {}
+    for layer in layers:
+        if layer.activation_quantizer is not None:
+            readers[layer.activation_quantizer] = (*readers.get(layer.activation_quantizer, ()), layer.name)
+    known = data["activation_quantizers"].keys()
+    if unknown := readers.keys() - known:
+        raise InputError(f"{path}: activation quantizer {sorted(unknown)[0]} is used by a layer and not defined")
+    if unread := known - readers.keys():
+        raise InputError(f"{path}: activation quantizer {sorted(map(str, unread))[0]} is used by no layer: remove it")
+    quantizers = _entries(
+        ActivationQuantizer,
+        path,
+        "activation_quantizers",
+        data["activation_quantizers"],
+        lambda name: {"layers": readers[name]},
     )
+    return PrecisionPlan(layers, quantizers)
+
+
+def check_columns(scales: ScaleTable, plan: PrecisionPlan, path: Path) -> None:
+    """Raises IntegrityError unless the columns of the scale table at ``path`` are the plan's activation quantizers."""
+    if sorted(scales.quantizers) != sorted(plan.quantizer_names()):
+        raise IntegrityError(f"{path}: its columns are not the plan's activation quantizers: make the artifact again")
+
+
+def _entries(
+    record: type[_Entry],
+    path: Path,
+    section: str,
+    entries: dict[Any, Any],
+    given: Callable[[str], dict[str, Any]],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[_Entry, ...]:
+    """Reads a section's entries as records.
+
+    Args:
+        record: their type.
+        path: the plan, for messages.
+        section: the section's name.
+        entries: the section's content by name, which is the first field of a record.
+        given: the fields of a record by its name that an entry does not have.
+        defaults: the fields that an entry may leave out.
+    """
+    adapter, read = TypeAdapter(record), []
+    for name, entry in entries.items():
+        where, fixed = f"{path} is no precision plan: {section}.{name}", {"name": name} | given(name)
+        if not isinstance(entry, dict) or entry.keys() & fixed.keys():
+            raise InputError(f"{where}: it must be a mapping without {' and '.join(fixed)}")
+        try:
+            # as JSON, whose lists and mappings may become tuples and records where types are strict
+            read.append(adapter.validate_json(json.dumps({**defaults, **entry, **fixed})))
+        except TypeError as error:
+            raise InputError(f"{where} has a value that is no text, number or list") from error
+        except ValidationError as error:
+            raise InputError(f"{where}.{first_problem(error)}") from error
+    return tuple(read)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -129,25 +194,3 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("a plan has no aliases")
         return super().compose_node(parent, index)
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _SiteEntry(_Entry):
-    op: Literal["conv", "linear"]
-    weights: WeightFormat
-    act_point: str | None = None
-    rule: str
-    sensitivity: float | None = None
-
-
-class _PointEntry(_Entry):
-    activations: ActFormat
-    timestep_dependent: bool
-
-
-class _PlanFile(_Entry):
-    act_points: dict[str, _PointEntry]
-    sites: dict[str, _SiteEntry] = Field(min_length=1)

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; its noise depends on its id alone."""
+    """One prompt; its noise depends on its id alone.
+
+    Example:
+        >>> Prompt("mine", "a small red circle").noise_seed == Prompt("mine", "a large blue square").noise_seed
+        True
+    """
 
     id: str
     text: str
@@ -29,9 +35,27 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with distinct ids, in order."""
+    """Prompts with distinct ids, in order.
+
+    Example:
+        >>> prompts = PromptSet.of(["a small red circle", "a large blue square"])
+        >>> prompts.first(1).prompts[0].text
+        'a small red circle'
+    """
 
     prompts: tuple[Prompt, ...]
+
+    @staticmethod
+    def of(texts: Iterable[str]) -> PromptSet:
+        """Collects distinct texts; the id of each is its hash, as in a text file with one prompt per line.
+
+        Raises:
+            InputError: there is no text, or one is empty or not a string.
+        """
+        given = list(texts)
+        if not given or not all(isinstance(text, str) and text.strip() for text in given):
+            raise InputError("prompts must be a list of at least one text, none of them empty")
+        return PromptSet(tuple({text: _from_text(text, "") for text in map(str.strip, given)}.values()))
 
     @property
     def digest(self) -> str:
@@ -40,7 +64,7 @@ class PromptSet:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def first(self, count: int) -> PromptSet:
-        """The first ``count`` prompts (all, where there are fewer)."""
+        """Returns the first ``count`` prompts (all, where there are fewer)."""
         return PromptSet(self.prompts[:count])
 
 
@@ -50,6 +74,8 @@ def read_prompts(path: Path) -> PromptSet:
     Raises:
         InputError: the file is missing, not UTF-8, empty, repeats an id, or a line is not what its format asks for.
     """
+    if path.is_dir():
+        raise InputError(f"prompt file {path} is a folder: give a file with one prompt per line")
     if not path.is_file():
         raise InputError(f"prompt file {path} does not exist")
     try:

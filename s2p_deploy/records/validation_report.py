@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.records.manifest import Manifest, read_manifest, verify_files
-from s2p_deploy.records.strict import Strict, parsed_json, read_as
+from s2p_deploy.records.artifacts import Manifest, read_manifest, verify_files
+from s2p_deploy.records.typed_json import Strict, parsed_json, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,10 +18,27 @@ REPORT, MEASUREMENTS = "report.json", "measurements.json"
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """One gate: what was asked (``limit``, with its direction and unit), what was found (None: nothing), over how many.
+class Number:
+    """A value over ``n`` samples; ``low`` and ``high`` are its 95 % bootstrap interval, where it has one."""
 
-    ``where`` names the site, block, row or CFG branch that ``value`` is of, where it is of one.
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A measurement that was not made, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate: its ``limit``, with direction and unit in ``asks``, and the measured ``value`` over ``n`` samples.
+
+    ``where`` names the layer, block, timestep index or CFG branch that ``value`` is of, where it is of one.
     ``not measured``: the gate applies and could not be decided here. ``not applicable``: it asks nothing of this run.
     """
 
@@ -40,6 +57,11 @@ class ValidationReport:
     """A folder with ``report.json`` (all numbers: ``data``), ``report.html`` and ``pictures/*.png``.
 
     ``measurements.json`` holds what was measured, for :func:`s2p_deploy.validation.recheck`.
+
+    Example:
+        >>> report = ValidationReport.open(Path("build/report"))
+        >>> report.verdict in {"passed", "failed", "not verified"}, report.html_file.name
+        (True, 'report.html')
     """
 
     folder: Path
@@ -50,12 +72,12 @@ class ValidationReport:
 
     @property
     def html_file(self) -> Path:
-        """The page to look at."""
+        """Returns the file of the report's page."""
         return self.folder / "report.html"
 
     @property
     def failed_gates(self) -> tuple[GateResult, ...]:
-        """The gates that were not met."""
+        """Returns the gates that were not met."""
         return tuple(gate for gate in self.gates if gate.status == "failed")
 
     @staticmethod
@@ -67,12 +89,12 @@ class ValidationReport:
         """
         manifest = read_manifest(folder, "ValidationReport")
         text = verify_files(folder, manifest, keep=(REPORT,))[REPORT]
-        form = read_as(_ReportForm, text, folder / REPORT)
+        form = read_json(_ReportForm, text, folder / REPORT)
         return ValidationReport(folder, manifest, form.verdict, tuple(form.gates), parsed_json(text, folder / REPORT))
 
 
 class _ReportForm(Strict):
-    """What of ``report.json`` is read as more than numbers to show."""
+    """The parts of ``report.json`` that are more than numbers to show."""
 
     verdict: Verdict
     gates: list[GateResult]

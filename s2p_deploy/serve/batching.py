@@ -1,132 +1,239 @@
-"""Who is drawn with whom: three ways to share an engine, the first of them being what one scale per timestep allows.
+"""Forms the engine's batches: how large they are worth being, which requests share one, and how one is run.
 
-``step``: a batch is formed anew at every step, from requests at any step of any step count. ``request``: requests of
-the same schedule are drawn together from the first step to the last; others wait. ``one``: one after the other.
+Three policies: with ``step`` (continuous batching, which one scale per timestep allows) a batch is formed anew at every
+step, from requests at any step of any step count. With ``request`` requests of the same schedule are drawn together
+from the first step to the last, and others wait. With ``one`` requests are drawn one after the other.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+import torch
+
+from s2p_deploy.bench.worker import random_inputs
+from s2p_deploy.engines.runner import OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.serve.drawing import EngineCall
+from s2p_deploy.serve.generation_task import EngineCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from s2p_deploy.serve.drawing import Drawing
-    from s2p_deploy.serve.engine_batch import CallKey
-    from s2p_deploy.serve.request import ImageRequest
-    from s2p_deploy.serve.ticket import Ticket
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.serve.generation_task import GenerationTask
+    from s2p_deploy.serve.request import ImageRequest, RequestFuture
+
+    Output = dict[str, NDArray[Any]] | dict[str, Tensor]
 
 Batching = Literal["step", "request", "one"]
 BATCHINGS: tuple[Batching, ...] = ("step", "request", "one")
-_AHEAD = 2  # requests that begin before there is room for them in a batch
+BatchKey = tuple[object, ...]
+
+_AHEAD = 2  # requests that begin before a batch has room for them, so that their texts are encoded by then
+_NEAR_BEST = 1.1  # times the best seconds per sample: a larger batch than the first that is so near gains too little
+_TIMED_RUNS = 5
 
 
 @dataclass(frozen=True)
-class Room:
-    """``samples`` is the largest batch worth forming, ``drawings`` how many requests are drawn at once."""
+class Capacity:
+    """``samples`` is the largest batch worth forming, ``requests`` how many are drawn at once."""
 
     samples: int
-    drawings: int
+    requests: int
 
 
-class Sharing(Protocol):
-    """A way to share an engine."""
+class BatchingPolicy(Protocol):
+    """Decides which requests begin and which of those that have begun share the next batch."""
 
-    def admitted(self, active: Sequence[Drawing], waiting: Iterable[Ticket], room: Room) -> list[Ticket]:
-        """Those of the waiting, oldest first, that begin now."""
+    def admit(
+        self, active: Sequence[GenerationTask], waiting: Iterable[RequestFuture], capacity: Capacity
+    ) -> list[RequestFuture]:
+        """Selects those of the waiting, oldest first, that begin now."""
 
-    def chosen(self, active: Sequence[Drawing], keys: Sequence[CallKey | None], room: Room) -> list[Drawing]:
-        """Those of the active, oldest first, that run next; ``keys`` is theirs, None where no call waits."""
+    def next_batch(
+        self, active: Sequence[GenerationTask], keys: Sequence[BatchKey | None], capacity: Capacity
+    ) -> list[GenerationTask]:
+        """Selects those of the active, oldest first, that run next; ``keys`` is theirs, None where no call waits."""
 
 
-def samples_of(request: ImageRequest) -> int:
-    """Latents per call of a request: guidance above 1 draws with the text and without."""
-    return 2 if request.guidance_scale > 1 else 1
-
-
-def sharing_of(batching: Batching) -> Sharing:
-    """A way to share an engine, by its name. Raises InputError where there is none of that name."""
+def policy_named(batching: Batching) -> BatchingPolicy:
+    """Makes a policy by its name. Raises InputError where there is none of that name."""
     if batching == "step":
-        return StepSharing()
+        return ContinuousBatching()
     if batching not in BATCHINGS:
         raise InputError(f"unknown batching {batching!r}: use one of {', '.join(BATCHINGS)}")
-    return GroupSharing(alone=batching == "one")
+    return RequestLevelBatching(alone=batching == "one")
 
 
-class StepSharing:
-    """A new batch at every step. The keys take turns; within a key the oldest requests go first."""
+class ContinuousBatching:
+    """A new batch at every step. Batch keys take turns; among requests of one key the oldest go first."""
 
     def __init__(self) -> None:
-        self._served: dict[CallKey, int] = {}  # by key: when it ran last
+        self._last_turn: dict[BatchKey, int] = {}  # in which each key ran last
         self._turn = 0
 
-    def admitted(self, active: Sequence[Drawing], waiting: Iterable[Ticket], room: Room) -> list[Ticket]:
-        """As many as fill a batch of every picture size, and a few ahead, whose texts are encoded meanwhile."""
+    def admit(
+        self, active: Sequence[GenerationTask], waiting: Iterable[RequestFuture], capacity: Capacity
+    ) -> list[RequestFuture]:
+        """Selects as many as fill a batch of every picture size, and a few more, whose texts are encoded meanwhile."""
         load: Counter[object] = Counter()
-        for drawing in active:
-            load[drawing.ticket.request.size] += 0 if drawing.denoised else drawing.samples
-        begin: list[Ticket] = []
-        for ticket in waiting:
-            samples, size = samples_of(ticket.request), ticket.request.size
-            if len(active) + len(begin) >= room.drawings:
+        for task in active:
+            load[task.future.request.size] += 0 if task.denoised else task.samples
+        begin: list[RequestFuture] = []
+        for future in waiting:
+            samples, size = future.request.samples, future.request.size
+            if len(active) + len(begin) >= capacity.requests:
                 break
-            if load[size] + samples <= room.samples + _AHEAD * samples:
+            if load[size] + samples <= capacity.samples + _AHEAD * samples:
                 load[size] += samples
-                begin.append(ticket)
+                begin.append(future)
         return begin
 
-    def chosen(self, active: Sequence[Drawing], keys: Sequence[CallKey | None], room: Room) -> list[Drawing]:
-        """Of the key that waits longest."""
+    def next_batch(
+        self, active: Sequence[GenerationTask], keys: Sequence[BatchKey | None], capacity: Capacity
+    ) -> list[GenerationTask]:
+        """Selects requests of the key that has waited longest."""
         present = [key for key in dict.fromkeys(keys) if key is not None]
         if not present:
             return []
-        key = min(present, key=lambda one: self._served.get(one, -1))
+        key = min(present, key=lambda one: self._last_turn.get(one, -1))
         self._turn += 1
-        self._served = {one: turn for one, turn in self._served.items() if one in present} | {key: self._turn}
-        return _fitting([drawing for drawing, own in zip(active, keys, strict=True) if own == key], room.samples)
+        self._last_turn = {one: turn for one, turn in self._last_turn.items() if one in present} | {key: self._turn}
+        return _fitting([task for task, own in zip(active, keys, strict=True) if own == key], capacity.samples)
 
 
 @dataclass(frozen=True)
-class GroupSharing:
+class RequestLevelBatching:
     """Requests of one schedule from the first step to the last, or ``alone``, each by itself."""
 
     alone: bool
 
-    def admitted(self, active: Sequence[Drawing], waiting: Iterable[Ticket], room: Room) -> list[Ticket]:
-        """Once all who were drawn are denoised: the oldest, and those that go its way."""
-        if not all(drawing.denoised for drawing in active):
+    def admit(
+        self, active: Sequence[GenerationTask], waiting: Iterable[RequestFuture], capacity: Capacity
+    ) -> list[RequestFuture]:
+        """Selects, once all that have begun are denoised, the oldest and those with the same schedule."""
+        if not all(task.denoised for task in active):
             return []
-        begin: list[Ticket] = []
-        for ticket in waiting:
-            if begin and _way(ticket.request) != _way(begin[0].request):
+        begin: list[RequestFuture] = []
+        for future in waiting:
+            if begin and _group(future.request) != _group(begin[0].request):
                 continue
-            if begin and (self.alone or (len(begin) + 1) * samples_of(ticket.request) > room.samples):
+            if begin and (self.alone or (len(begin) + 1) * future.request.samples > capacity.samples):
                 break
-            begin.append(ticket)
+            begin.append(future)
         return begin
 
-    def chosen(self, active: Sequence[Drawing], keys: Sequence[CallKey | None], room: Room) -> list[Drawing]:
-        """All of the group, once all of them wait."""
-        group = [drawing for drawing in active if not drawing.denoised]
-        if not all(isinstance(drawing.wants, EngineCall) for drawing in group):
+    def next_batch(
+        self, active: Sequence[GenerationTask], keys: Sequence[BatchKey | None], capacity: Capacity
+    ) -> list[GenerationTask]:
+        """Selects the whole group once every request of it waits for the engine."""
+        group = [task for task in active if not task.denoised]
+        if not all(isinstance(task.waiting_for, EngineCall) for task in group):
             return []
-        return _fitting(group, room.samples)
+        return _fitting(group, capacity.samples)
 
 
-def _way(request: ImageRequest) -> tuple[object, ...]:
-    return request.steps, request.scheduler, request.size, samples_of(request)
+def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
+    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one."""
+    inputs: dict[str, Any] = dict(call.inputs)
+    shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs))
+    return shapes if mixed_timesteps else (*shapes, tuple(sorted(set(call.inputs["timestep_index"].tolist()))))
 
 
-def _fitting(drawings: Sequence[Drawing], samples: int) -> list[Drawing]:
-    """The first of them that fit into a batch; always one."""
-    chosen: list[Drawing] = []
-    for drawing in drawings:
-        if chosen and sum(one.samples for one in chosen) + drawing.samples > samples:
+def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[Output]:
+    """Runs the engine once at ``batch`` samples and returns the outputs of every call, in order.
+
+    Samples that are missing to the batch repeat the first one: a batch of fixed size is what engines are fastest at,
+    and at equal size no sample's bits depend on its neighbours. Tensors are joined and divided on their device, and the
+    host waits for nothing.
+    """
+    sizes = [call.samples for call in calls]
+    missing = max(0, batch - sum(sizes))
+    pieces: dict[str, list[Any]] = {
+        name: [*(call.inputs[name] for call in calls), *[calls[0].inputs[name][:1]] * missing]
+        for name in calls[0].inputs
+    }
+    if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
+        assert isinstance(runner, TensorRunner), "its pausing runner is one"
+        joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
+        own = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
+        return [{OUTPUT: output} for output in own.split(sizes)]
+    output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
+    return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """Batch sizes, ascending, and the seconds that the engine takes for each at its best."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def largest(self) -> int:
+        """Returns the largest batch that is worth forming."""
+        return self.sizes[-1]
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Seconds per sample at the largest batch."""
+        return self.seconds[-1] / self.sizes[-1]
+
+    def padded(self, samples: int) -> int:
+        """Rounds a number of samples up to a profiled batch; fewer or more than any profiled one stay as they are."""
+        if samples < self.sizes[0]:
+            return samples
+        return next((size for size in self.sizes if size >= samples), samples)
+
+
+def profile_batches(runner: BoundRunner, timestep_index: int, sizes: Sequence[int]) -> BatchProfile:
+    """Times the engine at every size and keeps those up to the first within 10 % of the best time per sample.
+
+    Every size is compiled for where the backend gains by it (:meth:`BoundRunner.tune`); sizes outside the engine's
+    profile are left out. ``timestep_index`` is any that the engine has scales for.
+    """
+    allowed = [size for size in sizes if runner.profile.minimum <= size <= runner.profile.maximum]
+    allowed = allowed or [runner.profile.optimum]
+    runner.tune(*allowed)
+    return worthwhile({size: _seconds(runner, timestep_index, size) for size in allowed})
+
+
+def worthwhile(seconds: Mapping[int, float]) -> BatchProfile:
+    """Makes a profile of measured seconds by batch size, without the sizes that gain too little."""
+    best = min(time / size for size, time in seconds.items())
+    largest = min(size for size, time in seconds.items() if time / size <= _NEAR_BEST * best)
+    sizes = tuple(sorted(size for size in seconds if size <= largest))
+    return BatchProfile(sizes, tuple(seconds[size] for size in sizes))
+
+
+def _seconds(runner: BoundRunner, timestep_index: int, batch: int) -> float:
+    """Measures the fastest of a few runs: whatever else the machine does only ever adds time."""
+    inputs = random_inputs(runner.inputs, runner.profile.sizes("optimum") | {"batch": batch}, timestep_index, 0)
+    runner.infer(inputs)  # warms up
+    fastest = float("inf")
+    for _ in range(_TIMED_RUNS):
+        start = time.perf_counter()
+        runner.infer(inputs)
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
+
+
+def _group(request: ImageRequest) -> tuple[object, ...]:
+    return request.steps, request.scheduler, request.size, request.samples
+
+
+def _fitting(tasks: Sequence[GenerationTask], samples: int) -> list[GenerationTask]:
+    """Selects the first tasks that fit into a batch; always one."""
+    chosen: list[GenerationTask] = []
+    for task in tasks:
+        if chosen and sum(one.samples for one in chosen) + task.samples > samples:
             break
-        chosen.append(drawing)
+        chosen.append(task)
     return chosen

@@ -1,8 +1,12 @@
-"""What is asked of a service, and the ways in which a request can end without a picture."""
+"""A request for a picture, the future that a service returns for it, and the errors that it can end with."""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
+
+from PIL.Image import Image
 
 from s2p_deploy.errors import S2PError
 
@@ -23,6 +27,40 @@ class ImageRequest:
     size: tuple[int, int] | None = None
     scheduler: str | None = None
 
+    @property
+    def samples(self) -> int:
+        """Latents per call of the denoiser: guidance above 1 predicts with the text and without."""
+        return 2 if self.guidance_scale > 1 else 1
+
+
+class RequestFuture(Future[Image]):
+    """The future of a request that a service has accepted: its result is the picture.
+
+    ``calls`` is how often the denoiser will be called, ``submitted`` and ``deadline`` are moments of
+    ``time.monotonic``. Only the service's own thread completes it.
+    """
+
+    def __init__(self, id: str, request: ImageRequest, calls: int, submitted: float, deadline: float) -> None:  # noqa: A002
+        super().__init__()
+        self.id, self.request, self.calls = id, request, calls
+        self.submitted, self.deadline = submitted, deadline
+        self.progress = (0, 0)  # calls of the denoiser that are done, and all there will be (0 until the first is)
+        self._cancelled = threading.Event()
+        self.set_running_or_notify_cancel()  # from now on Future itself would refuse to cancel
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Returns whether the client no longer wants the picture."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> bool:
+        """Asks the service to drop the request before its next step; the future then raises CancelledRequestError.
+
+        Unlike that of other futures this works while the request runs, also through :func:`asyncio.wrap_future`.
+        """
+        self._cancelled.set()
+        return not self.done()
+
 
 class OverloadedError(S2PError):
     """The queue is full. ``retry_after`` is in seconds."""
@@ -33,12 +71,16 @@ class OverloadedError(S2PError):
 
 
 class ClosingError(S2PError):
-    """The service takes no more requests, or was stopped before this one was done."""
+    """The service accepts no more requests, or was stopped before this one was done."""
 
 
-class GivenUpError(S2PError):
-    """Whoever asked has left."""
+class StoppedError(S2PError):
+    """The service ended by a defect of its own; it accepts no more requests and completes none."""
 
 
-class LateError(S2PError):
-    """The picture would come too late."""
+class CancelledRequestError(S2PError):
+    """The client has left."""
+
+
+class DeadlineError(S2PError):
+    """The picture was not done before its deadline."""

@@ -1,4 +1,4 @@
-"""The service: requests go in from any thread, one thread of its own draws them."""
+"""A service: an engine that draws requests from any thread, in one thread of its own."""
 
 from __future__ import annotations
 
@@ -8,38 +8,50 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 
+from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
-from s2p_deploy.serve.batching import Batching, Room, samples_of, sharing_of
-from s2p_deploy.serve.drawing_loop import DrawingLoop
-from s2p_deploy.serve.inbox import Inbox
-from s2p_deploy.serve.request import OverloadedError
-from s2p_deploy.serve.ticket import Ticket
+from s2p_deploy.families import denoiser_of, latent_shape_of
+from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_of
+from s2p_deploy.recipe import recipe_from_data
+from s2p_deploy.records import Prompt
+from s2p_deploy.schedulers import scheduler_names
+from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
+from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
+from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
+from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
+from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
-    from s2p_deploy.pipeline import Schedule
-    from s2p_deploy.records.pipeline_parts import PipelineParts
-    from s2p_deploy.serve.facts import ServiceFacts
-    from s2p_deploy.serve.observer import Observer
-    from s2p_deploy.serve.request import ImageRequest
-    from s2p_deploy.serve.served_engine import ServedEngine
+    from diffusers import DiffusionPipeline
 
-_LONGEST_PAUSE = 600  # seconds that a client is ever told to wait
+    from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.pipeline import EnginePipeline
+    from s2p_deploy.records import ComponentEngines, Engine, Execution
+    from s2p_deploy.serve.batching import BatchProfile
+
+_BATCHES = (1, 2, 4, 8, 16)
+_SCHEDULES = 1024  # whose number of calls is remembered
+_WARM_UP_SECONDS = 600.0
+_LONGEST_RETRY_AFTER = 600  # seconds
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
     """How to serve.
 
-    ``max_waiting`` requests are kept beside those that are drawn, of which there are ``max_active`` at the most (None:
+    ``max_waiting`` requests are kept beside those that are active, of which there are ``max_active`` at the most (None:
     as many as the largest batch has samples, and two). ``batches`` are the sizes to profile (None: powers of two to 16,
     from what one picture needs on). ``schedules`` are those to bind where an engine takes fractional timesteps: without
-    them only its own. ``parts`` are text encoders and autoencoder on a backend (None: PyTorch's).
+    them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch).
     """
 
     batching: Batching = "step"
@@ -47,73 +59,142 @@ class ServiceSettings:
     max_active: int | None = None
     batches: tuple[int, ...] | None = None
     schedules: tuple[Schedule, ...] = ()
-    parts: PipelineParts | None = None
+    component_engines: ComponentEngines | None = None
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
             raise InputError("a service needs room: max_waiting from 0, max_active from 1")
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """Describes a model that is served.
+
+    ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
+    the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
+    may be requested, in words; ``schedulers`` those that run with ``steps`` steps.
+    """
+
+    name: str
+    engine: str
+    backend: str
+    execution: Execution
+    recipe: str
+    batching: str
+    batches: tuple[tuple[int, float], ...]
+    steps: int
+    guidance_scale: float
+    size: tuple[int, int]
+    sizes: str
+    schedulers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """An engine that is loaded and profiled.
+
+    ``pipe`` pauses (:func:`s2p_deploy.serve.generation_task.pausing_pipeline`); ``stock`` is what it was made of.
+    ``runner`` is the engine. ``calls`` is how often the denoiser is called for steps and a scheduler.
+    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps.
+    """
+
+    info: ModelInfo
+    stock: EnginePipeline
+    runner: Runner
+    profile: BatchProfile
+    pipe: DiffusionPipeline
+    calls: Callable[[int, str | None], int]
+    mixed_timesteps: bool
+    max_sequence_length: int
+
+    def check(self, request: ImageRequest) -> int:
+        """Counts the calls of the denoiser that a request takes.
+
+        Raises:
+            InputError: no such scheduler, a step count or a size that the engine does not take.
+        """
+        calls = self.calls(request.steps, request.scheduler)
+        trained = latent_shape_of(dict(denoiser_of(self.pipe).config))[1:]
+        size = latent_size(self.pipe, self._schedule(request)) or trained
+        profile = self.stock.runner.profile
+        profile.check_latents(*size)
+        if profile.height is None and size != trained:
+            raise InputError(f"this engine draws {self.info.sizes} pixels: leave the size out")
+        return calls
+
+    def task(self, future: RequestFuture) -> GenerationTask:
+        """Makes the task of a checked request; it has not begun."""
+        request = future.request
+        draw = partial(
+            generate,
+            self.pipe,
+            Prompt(future.id, request.prompt, request.negative),
+            schedule=self._schedule(request),
+            guidance_scale=request.guidance_scale,
+            seed=request.seed,
+        )
+        return GenerationTask(future, draw)
+
+    def _schedule(self, request: ImageRequest) -> Schedule:
+        return Schedule(request.steps, request.scheduler, self.max_sequence_length, request.size)
+
+
 class ImageService:
     """Draws requests with one engine. A context manager; closed, it holds no memory."""
 
-    def __init__(self, served: ServedEngine, settings: ServiceSettings, observer: Observer) -> None:
-        self.facts: ServiceFacts = served.facts
-        self._served, self._max_waiting = served, settings.max_waiting
-        self._inbox = Inbox()
+    def __init__(self, engine: ServedEngine, settings: ServiceSettings, observer: Observer) -> None:
+        self.info: ModelInfo = engine.info
+        self._engine, self._max_waiting = engine, settings.max_waiting
+        self._queue = RequestQueue()
         # a new thread would not start with as many of PyTorch's own as this one has, and bits depend on their number
         threads = torch.get_num_threads()
-        self._aside = ThreadPoolExecutor(1, f"{self.name} aside", torch.set_num_threads, (threads,))
-        room = Room(served.profile.cap, settings.max_active or served.profile.cap + 2)
-        loop = DrawingLoop(served, sharing_of(settings.batching), room, self._inbox, self._aside, observer)
-        self._thread = threading.Thread(target=loop.run, name=f"{self.name} drawing", daemon=True)
+        self._background = ThreadPoolExecutor(1, f"{self.info.name} background", torch.set_num_threads, (threads,))
+        capacity = Capacity(engine.profile.largest, settings.max_active or engine.profile.largest + 2)
+        policy = policy_named(settings.batching)
+        self._loop = GenerationLoop(engine, policy, capacity, self._queue, self._background, observer)
+        self._thread = threading.Thread(target=self._loop.run, name=f"{self.info.name} generation", daemon=True)
         self._thread.start()
-
-    @property
-    def name(self) -> str:
-        """What the model is called."""
-        return self.facts.name
 
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return self._inbox.waiting
+        return self._queue.waiting
 
     @property
     def active(self) -> int:
-        """Requests that are drawn."""
-        return self._inbox.active
+        """Requests that have begun and are not done."""
+        return self._queue.active
 
     @property
     def alive(self) -> bool:
-        """Whether the drawing thread runs."""
-        return self._thread.is_alive()
+        """Returns whether the generation loop runs, and the engine did not fail in all of its last calls."""
+        return self._thread.is_alive() and self._loop.healthy
 
-    def submit(self, request: ImageRequest, *, timeout: float, id: str | None = None) -> Ticket:  # noqa: A002
-        """Takes a request, which must be done within ``timeout`` seconds.
+    def submit(self, request: ImageRequest, *, timeout: float, id: str | None = None) -> RequestFuture:  # noqa: A002
+        """Accepts a request, which must be done within ``timeout`` seconds.
 
         Raises:
             InputError: no such scheduler, a step count or a size that the engine does not take.
-            OverloadedError: too many requests wait. ClosingError: the service takes none any more.
+            OverloadedError: too many requests wait.
+            ClosingError: the service is closing. StoppedError: it ended by a defect.
         """
-        self._served.check(request)
-        now = time.monotonic()
-        ticket = Ticket(id or uuid.uuid4().hex, request, now, now + timeout)
-        ticket.picture.set_running_or_notify_cancel()  # it ends in this service's hands alone
-        self._inbox.put(ticket, self._refusal)
-        return ticket
+        calls, now = self._engine.check(request), time.monotonic()
+        future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout)
+        self._queue.put(future, self._overload)
+        return future
 
     def drain(self, seconds: float) -> bool:
-        """Takes nothing more and finishes what is there, within ``seconds``; whether all of it was done."""
-        self._inbox.refuse()
-        return self._inbox.wait_until_empty(seconds)
+        """Accepts nothing more and finishes what is there, within ``seconds``; returns whether all of it was done."""
+        self._queue.refuse(ClosingError("the service is closing: ask another one"))
+        return self._queue.wait_until_empty(seconds)
 
     def close(self) -> None:
         """Stops; what is not done ends with ClosingError. May be called twice."""
-        self._inbox.stop()
+        self._queue.refuse(ClosingError("the service is closed"))
+        self._queue.stop()
         self._thread.join()
-        self._aside.shutdown()
-        self._served.opened.close()
+        self._background.shutdown()
+        self._engine.stock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -123,9 +204,89 @@ class ImageService:
     ) -> None:
         self.close()
 
-    def _refusal(self, waiting: tuple[Ticket, ...]) -> OverloadedError | None:
+    def _overload(self, waiting: tuple[RequestFuture, ...]) -> OverloadedError | None:
         if len(waiting) < self._max_waiting:
             return None
-        samples = sum(ticket.request.steps * samples_of(ticket.request) for ticket in waiting)
-        seconds = math.ceil(samples * self._served.profile.seconds_per_sample)
-        return OverloadedError(len(waiting), min(max(1, seconds), _LONGEST_PAUSE))
+        samples = sum(future.request.steps * future.request.samples for future in waiting)
+        seconds = math.ceil(samples * self._engine.profile.seconds_per_sample)
+        return OverloadedError(len(waiting), min(max(1, seconds), _LONGEST_RETRY_AFTER))
+
+
+def open_service(
+    engine: Engine,
+    base: BasePipeline,
+    settings: ServiceSettings,
+    observer: Observer,
+    name: str | None = None,
+    context: Context = Context(),
+) -> ImageService:
+    """Loads an engine, times its batches, and draws a first picture. Takes seconds.
+
+    ``context`` is the device and the threads of PyTorch's networks.
+
+    Raises:
+        IntegrityError, MissingEnvironmentError, InputError: as :func:`s2p_deploy.pipeline.open_pipeline`.
+    """
+    context.set_threads()
+    service = ImageService(load_served_engine(engine, base, settings, name, context), settings, observer)
+    warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0)
+    service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
+    return service
+
+
+def load_served_engine(
+    engine: Engine,
+    base: BasePipeline,
+    settings: ServiceSettings,
+    name: str | None = None,
+    context: Context = Context(),
+) -> ServedEngine:
+    """Loads an engine and times its batches; raises as :func:`open_service`."""
+    sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
+    schedules = (Schedule.of(sampling), *settings.schedules)
+    stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)
+    runner, factor = stock.runner, stock.pipe.vae_scale_factor
+    guidance = sampling.guidance_scale or base.default_guidance
+    batches = settings.batches or (_BATCHES[1:] if guidance > 1 else _BATCHES)
+    profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
+    calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
+    _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))
+    height, width = (factor * size for size in latents)
+    dynamic = runner.profile.height is not None and runner.profile.width is not None
+    info = ModelInfo(
+        name=name or engine.folder.resolve().name,
+        engine=engine.manifest.digest,
+        backend=engine.backend,
+        execution=engine.execution,
+        recipe=str(engine.manifest.recipe["name"]),
+        batching=settings.batching,
+        batches=tuple((size, 1000 * seconds) for size, seconds in zip(profile.sizes, profile.seconds, strict=True)),
+        steps=sampling.steps,
+        guidance_scale=guidance,
+        size=(height, width),
+        sizes=f"latents of height {runner.profile.height} and width {runner.profile.width}, {factor} pixels each"
+        if dynamic
+        else f"{height}x{width}",
+        schedulers=tuple(name for name in scheduler_names() if _runs(calls, sampling.steps, name)),
+    )
+    pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
+    return ServedEngine(info, stock, runner, profile, pipe, calls, engine.mixed_timesteps, sampling.max_sequence_length)
+
+
+def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:
+    """Counts the calls of the denoiser on a schedule.
+
+    Raises:
+        InputError: no such scheduler, or a timestep that the engine has no scales for.
+    """
+    timesteps = timesteps_of(pipe, Schedule(steps, scheduler))
+    timestep_indices(timesteps, runner.timesteps)
+    return len(timesteps)
+
+
+def _runs(calls: Callable[[int, str], int], steps: int, scheduler: str) -> bool:
+    try:
+        calls(steps, scheduler)
+    except InputError:
+        return False
+    return True

@@ -1,1 +1,1 @@
-"""The bundled ``shapes`` pipeline: its caption grammar, pictures, checker and feature classifier."""
+"""The bundled ``shapes`` pipeline: its scenes, checker and feature classifier."""

@@ -1,6 +1,6 @@
-"""Reads a picture back into a scene, and scores pictures against their captions (attribute accuracy).
+"""Checker of ``shapes`` pictures: reads a picture as a scene and scores it against its caption (attribute accuracy).
 
-The offline stand-in for a CLIP score: nothing is learned, so it cannot share a flaw with the pipeline.
+It replaces the CLIP score offline: nothing in it is learned, so it cannot share a flaw with the pipeline.
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from s2p_deploy.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, SceneObject, parse
-from s2p_deploy.shapes.renderer import BACKGROUND_RGB, COLOUR_RGB, PICTURE_SIZE, RADIUS, coverage
+from s2p_deploy.shapes.scenes import (
+    BACKGROUND_RGB,
+    BACKGROUNDS,
+    COLOUR_RGB,
+    COLOURS,
+    PICTURE_SIZE,
+    PLACES,
+    RADIUS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    coverage,
+    parse,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,19 +45,19 @@ _QUADRANT = {
 
 @dataclass(frozen=True)
 class AttributeScore:
-    """Right answers of the questions asked: place, colour, shape, size per object; background and count per scene."""
+    """Attributes that are right, of all: place, colour, shape, size per object; background and count per scene."""
 
     right: int
-    asked: int
+    total: int
 
     @property
     def accuracy(self) -> float:
-        """``right / asked``."""
-        return self.right / self.asked
+        """Returns ``right / total``."""
+        return self.right / self.total
 
 
 def read_picture(picture: NDArray[np.uint8]) -> Scene:
-    """The scene that a picture (uint8 [64, 64, 3]) shows; objects in the order of ``PLACES``, possibly none."""
+    """Reads the scene of a picture uint8 [64, 64, 3]; objects in the order of ``PLACES``, possibly none."""
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
         raise ValueError(f"expected a picture of shape (64, 64, 3), got {picture.shape}")
     names = BACKGROUNDS + COLOURS
@@ -53,12 +66,12 @@ def read_picture(picture: NDArray[np.uint8]) -> Scene:
     nearest = distance.argmin(-1)
     counts = np.bincount(nearest.ravel(), minlength=len(names))
     background = BACKGROUNDS[int(counts[: len(BACKGROUNDS)].argmax())]
-    found = (_read_quadrant(nearest, place, names.index(background)) for place in PLACES)
-    return Scene(tuple(item for item in found if item is not None), background)
+    objects = (_read_quadrant(nearest, place, names.index(background)) for place in PLACES)
+    return Scene(tuple(item for item in objects if item is not None), background)
 
 
 def score_picture(picture: NDArray[np.uint8], scene: Scene) -> AttributeScore:
-    """Scores a picture against the scene that its prompt asked for (4 questions per object, 2 per scene)."""
+    """Scores a picture against the scene of its prompt (4 attributes per object, 2 per scene)."""
     seen = read_picture(picture)
     by_place = {item.place: item for item in seen.objects}
     right = int(seen.background == scene.background) + int(len(seen.objects) == len(scene.objects))
@@ -70,28 +83,35 @@ def score_picture(picture: NDArray[np.uint8], scene: Scene) -> AttributeScore:
 
 
 def attribute_accuracy(pictures: Iterable[NDArray[np.uint8]], captions: Iterable[str]) -> float:
-    """Fraction of (object, attribute) questions answered rightly over all pictures and their captions."""
+    """Computes the fraction of right attributes over all pictures and their captions.
+
+    Raises:
+        ValueError: there is no picture, or a caption is not of the grammar.
+    """
     scores = [score_picture(p, parse(c)) for p, c in zip(pictures, captions, strict=True)]
     if not scores:
         raise ValueError("attribute accuracy needs at least one picture")
-    return sum(s.right for s in scores) / sum(s.asked for s in scores)
+    return sum(s.right for s in scores) / sum(s.total for s in scores)
 
 
 def _read_quadrant(nearest: NDArray[np.intp], place: str, background: int) -> SceneObject | None:
     rows, columns = _QUADRANT[place]
-    part = nearest[rows, columns]
-    counts = np.bincount(part.ravel(), minlength=len(BACKGROUNDS) + len(COLOURS))[len(BACKGROUNDS) :]
+    quadrant = nearest[rows, columns]
+    counts = np.bincount(quadrant.ravel(), minlength=len(BACKGROUNDS) + len(COLOURS))[len(BACKGROUNDS) :]
     if counts.max() < _MIN_PIXELS:
         return None
     colour = int(counts.argmax())
     mask = np.zeros(nearest.shape, dtype=bool)
-    mask[rows, columns] = part != background
+    mask[rows, columns] = quadrant != background
     size, shape = _best_template(mask)
     return SceneObject(size, COLOURS[colour], shape, place)
 
 
 def _best_template(mask: NDArray[np.bool_]) -> tuple[str, str]:
-    """Size and shape whose template, centred on the mask's bounding box, overlaps it best (intersection over union)."""
+    """Finds the size and shape whose template, centred on the mask's bounding box, overlaps it best.
+
+    Overlap is intersection over union.
+    """
     ys, xs = np.nonzero(mask)
     shift_y, shift_x = (round((v.min() + v.max() + 1) / 2) for v in (ys, xs))
     patch = np.zeros_like(mask)
@@ -105,10 +125,10 @@ def _best_template(mask: NDArray[np.bool_]) -> tuple[str, str]:
 
 @cache
 def _templates() -> dict[tuple[str, str], NDArray[np.bool_]]:
-    """Every size and shape as a mask whose bounding box is centred in the picture."""
-    made = {}
+    """Makes a mask of every size and shape whose bounding box is centred in the picture."""
+    templates = {}
     for size, shape in itertools.product(SIZES, SHAPES):
         mask = coverage(shape, RADIUS[size], (_HALF, _HALF)) > 0.5
         ys, _ = np.nonzero(mask)
-        made[size, shape] = np.roll(mask, _HALF - round((ys.min() + ys.max() + 1) / 2), axis=0)
-    return made
+        templates[size, shape] = np.roll(mask, _HALF - round((ys.min() + ys.max() + 1) / 2), axis=0)
+    return templates

@@ -1,4 +1,4 @@
-"""The feature classifier of the ``shapes`` pictures: the offline stand-in for Inception's features."""
+"""The feature classifier of ``shapes`` pictures, which replaces Inception's features offline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from s2p_deploy.shapes.grammar import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
+from s2p_deploy.shapes.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ ANSWERS = (len(COLOURS) + 1, len(SHAPES), len(SIZES)) * len(PLACES) + (len(BACKG
 
 
 class SceneClassifier(torch.nn.Module):
-    """Pictures [n, 3, 64, 64] in [0, 1] to 64 features and to logits of every attribute of the scene."""
+    """A convolutional network from pictures [n, 3, 64, 64] in [0, 1] to 64 features and logits of every attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,17 +39,17 @@ class SceneClassifier(torch.nn.Module):
         self.answers = torch.nn.Linear(FEATURES, sum(ANSWERS))
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Features float32 [n, 64] of pictures float32 [n, 3, 64, 64] in [0, 1]."""
+        """Computes features float32 [n, 64] of pictures float32 [n, 3, 64, 64] in [0, 1]."""
         return torch.nn.functional.silu(self.project(self.stem(pictures * 2 - 1).flatten(1)))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Logits of the attributes in the order of :data:`ANSWERS`."""
+        """Predicts logits of the attributes, in the order of :data:`ANSWERS`."""
         logits: tuple[Tensor, ...] = self.answers(self.features(pictures)).split(ANSWERS, dim=1)
         return logits
 
 
 def load_classifier(file: Path) -> SceneClassifier:
-    """The trained classifier from a safetensors file."""
+    """Loads the trained classifier from a safetensors file."""
     classifier = SceneClassifier()
     classifier.load_state_dict(load_file(file))
     return classifier.eval()

@@ -1,16 +1,16 @@
 """Validation: an engine against the floating-point pipeline it stands for: numbers, pictures, gates, a report."""
 
 from s2p_deploy.validation.chain import Chain, open_chain
-from s2p_deploy.validation.compare import Contest, compare
-from s2p_deploy.validation.junit import junit_xml
+from s2p_deploy.validation.compare import ComparedRecipe, compare
+from s2p_deploy.validation.gates import junit_xml
+from s2p_deploy.validation.perceptual import MetricWeights, open_weights
 from s2p_deploy.validation.pictures import picture_psnr
 from s2p_deploy.validation.recheck import Judgement, gates_from, recheck, write_rechecked
 from s2p_deploy.validation.validate import validate
-from s2p_deploy.validation.weights import MetricWeights, open_weights
 
 __all__ = [
     "Chain",
-    "Contest",
+    "ComparedRecipe",
     "Judgement",
     "MetricWeights",
     "compare",

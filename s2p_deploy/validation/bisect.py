@@ -1,8 +1,8 @@
-"""Locating a bad layer: which sites cost a calibrated model most fidelity, and what the plan should give them.
+"""Bisection: finds the layers that cost a calibrated model most fidelity, and the formats that the plan should change.
 
-Sites of the fake-quant model are switched to floating point, a block at a time and then one by one, on stored latents:
-no engine and no pictures. Errors do not pile up over calls, but they do through the network, so a site counts with what
-it does to the prediction. The price is a few dozen passes over the latents (:attr:`Bisection.passes`).
+Layers of the fake-quant model are switched to floating point, a block at a time and then one by one, on stored latents:
+no engine and no pictures. Errors do not pile up over calls, but they do through the network, so a layer counts with
+what it does to the prediction. The price is a few dozen passes over the latents (:attr:`Bisection.passes`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from s2p_deploy.context import silent
 from s2p_deploy.numerics import format_by_name
-from s2p_deploy.progress import silent
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.validation.metrics import sqnr_db
 
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.calib import FakeQuantDenoiser
-    from s2p_deploy.families import HotDenoiser
-    from s2p_deploy.progress import Progress
-    from s2p_deploy.records import SitePlan
-    from s2p_deploy.validation.latents import ValidationLatents
+    from s2p_deploy.context import Progress
+    from s2p_deploy.families import IndexedDenoiser
+    from s2p_deploy.records import LayerPlan
+    from s2p_deploy.validation.reference import ValidationLatents
 
 Part = Literal["both", "weights", "activations"]
 
 OTHERS = "outside of blocks"
 FLOAT_BITS = 16  # what stays in floating point is deployed in half precision
-_MOST_OF_IT = 0.8  # of a site's gain: then the other half of the site stays as it is
+_MOST_OF_IT = 0.8  # of a layer's gain: then the other half of the layer stays as it is
 _WORTH_IT = 0.2  # dB, or no change is suggested
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What switching something to floating point gains, in dB of the mean SQNR to FP."""
+    """The gain of switching something to floating point, in dB of the mean SQNR to FP."""
 
     name: str
     gain: float
 
 
 @dataclass(frozen=True)
-class SiteGain:
-    """A site: its formats now, what it gains wholly in floating point, and (where looked at) by one half of it."""
+class LayerGain:
+    """A layer: its formats now, what it gains wholly in floating point, and (where looked at) by one half of it."""
 
-    site: str
+    name: str
     weights: str
     activations: str
     gain: float
@@ -62,25 +62,25 @@ class SiteGain:
 
 @dataclass(frozen=True)
 class Change:
-    """New formats of a site; None leaves one as it is."""
+    """New formats of a layer; None leaves one as it is."""
 
-    site: str
+    name: str
     weights: str | None
     activations: str | None
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found on ``latents`` latents, in ``passes`` passes over them.
+    """The result on ``latents`` latents, in ``passes`` passes over them.
 
     ``sqnr`` is the model's mean SQNR to FP in dB, ``expected`` the same with what ``changes`` name in floating point.
-    ``groups`` are the blocks and ``sites`` the sites of those looked into, both from the largest gain on.
+    ``groups`` are the blocks and ``layers`` the layers of those looked into, both from the largest gain on.
     """
 
     sqnr: float
     expected: float
     groups: tuple[Gain, ...]
-    sites: tuple[SiteGain, ...]
+    layers: tuple[LayerGain, ...]
     changes: tuple[Change, ...]
     latents: int
     passes: int
@@ -88,7 +88,7 @@ class Bisection:
 
 def bisect(  # noqa: PLR0913 - what is looked at, and how far, by keyword
     fake_quant: FakeQuantDenoiser,
-    unquantized: HotDenoiser,
+    unquantized: IndexedDenoiser,
     latents: ValidationLatents,
     expected: NDArray[np.float32],
     *,
@@ -96,7 +96,7 @@ def bisect(  # noqa: PLR0913 - what is looked at, and how far, by keyword
     top: int = 3,
     progress: Progress = silent,
 ) -> Bisection:
-    """Looks into the ``groups`` blocks that gain most, and suggests a change of the ``top`` sites in them.
+    """Searches the ``groups`` blocks that gain most, and suggests a change of the ``top`` layers in them.
 
     Args:
         fake_quant: the model.
@@ -104,60 +104,67 @@ def bisect(  # noqa: PLR0913 - what is looked at, and how far, by keyword
         latents: what it is run on.
         expected: float32 [n, C, H, W] the FP denoiser's predictions.
         groups: how many blocks are looked into.
-        top: how many sites are looked at more closely.
+        top: how many layers are looked at more closely.
         progress: told after every pass.
     """
     plan = fake_quant.denoiser.plan
-    members = _groups(unquantized, [site.site for site in plan.sites if _formats(plan, site) != ("none", "none")])
+    members = _groups(unquantized, [layer.name for layer in plan.layers if _formats(plan, layer) != ("none", "none")])
     trial = _Trial(fake_quant, unquantized, latents, expected, progress)
-    found = trial.gains("blocks", {name: dict.fromkeys(sites, "both") for name, sites in members.items()})
-    looked_into = [site for group in found[:groups] for site in members[group.name]]
-    gains = trial.gains("sites", {site: {site: "both"} for site in looked_into})
-    sites = [_site_gain(plan, gain) for gain in gains]
-    sites[:top] = [_halves(site, trial) for site in sites[:top]]
-    changes = tuple(change for site in sites[:top] if (change := suggested(site)) is not None)
-    together = {change.site: _part_of(change) for change in changes}
+    found = trial.gains("blocks", {name: dict.fromkeys(layers, "both") for name, layers in members.items()})
+    looked_into = [layer for group in found[:groups] for layer in members[group.name]]
+    gains = trial.gains("layers", {layer: {layer: "both"} for layer in looked_into})
+    layers = [_layer_gain(plan, gain) for gain in gains]
+    layers[:top] = [_halves(layer, trial) for layer in layers[:top]]
+    changes = tuple(change for layer in layers[:top] if (change := suggested(layer)) is not None)
+    together = {change.name: _part_of(change) for change in changes}
     best = trial.gain(together) if together else 0.0
     return Bisection(
-        trial.sqnr, trial.sqnr + best, tuple(found), tuple(sites), changes, len(latents), len(trial.passes)
+        trial.sqnr, trial.sqnr + best, tuple(found), tuple(layers), changes, len(latents), len(trial.passes)
     )
 
 
-def suggested(site: SiteGain) -> Change | None:
-    """The cheapest change that gains most of what floating point would; None where that is hardly anything.
+def suggested(layer: LayerGain) -> Change | None:
+    """Suggests the cheapest change that gains most of what floating point would; None where that is hardly anything.
 
     Weights go to INT8, and to floating point where they are INT8 already, together with the activations, which no
     engine runs in integers beside them.
     """
-    if site.gain < _WORTH_IT:
+    if layer.gain < _WORTH_IT:
         return None
-    enough = _MOST_OF_IT * site.gain
-    if site.activations != "none" and (site.activations_gain or 0.0) >= enough:
-        return Change(site.site, None, "none")
-    low = site.weights not in {"int8", "none"}
-    if low and (site.weights_gain or 0.0) >= enough:
-        return Change(site.site, "int8", None)
-    return Change(site.site, "int8" if low else "none", None if site.activations == "none" else "none")
+    enough = _MOST_OF_IT * layer.gain
+    if layer.activations != "none" and (layer.activations_gain or 0.0) >= enough:
+        return Change(layer.name, None, "none")
+    low = layer.weights not in {"int8", "none"}
+    if low and (layer.weights_gain or 0.0) >= enough:
+        return Change(layer.name, "int8", None)
+    return Change(layer.name, "int8" if low else "none", None if layer.activations == "none" else "none")
 
 
 def changed_plan(plan: PrecisionPlan, changes: Iterable[Change]) -> PrecisionPlan:
-    """The plan with the changes, as ``calibrate --plan`` takes it; act points that nobody reads any more go."""
-    by_site = {change.site: change for change in changes}
-    sites = tuple(_changed(site, by_site[site.site]) if site.site in by_site else site for site in plan.sites)
-    readers = {point.name: tuple(s.site for s in sites if s.act_point == point.name) for point in plan.act_points}
-    points = tuple(replace(point, sites=readers[point.name]) for point in plan.act_points if readers[point.name])
-    return PrecisionPlan(sites, points)
+    """Applies the changes to the plan, as ``calibrate --plan`` takes it, without quantizers that nothing reads."""
+    by_layer = {change.name: change for change in changes}
+    layers = tuple(_changed(layer, by_layer[layer.name]) if layer.name in by_layer else layer for layer in plan.layers)
+    readers = {
+        quantizer.name: tuple(s.name for s in layers if s.activation_quantizer == quantizer.name)
+        for quantizer in plan.activation_quantizers
+    }
+    quantizers = tuple(
+        replace(quantizer, layers=readers[quantizer.name])
+        for quantizer in plan.activation_quantizers
+        if readers[quantizer.name]
+    )
+    return PrecisionPlan(layers, quantizers)
 
 
 def rules_of(changes: Iterable[Change]) -> list[dict[str, str]]:
-    """The changes as rules to append to a recipe's."""
-    named = ({"match": c.site, "weights": c.weights, "activations": c.activations} for c in changes)
+    """Writes the changes as rules to append to a recipe's."""
+    named = ({"match": c.name, "weights": c.weights, "activations": c.activations} for c in changes)
     return [{key: value for key, value in rule.items() if value is not None} for rule in named]
 
 
 def plan_bits(plan: PrecisionPlan, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Average bits: ``weights`` over the weights, whose number by site is ``sizes``, ``activations`` over the sites."""
-    formats = {site.site: _formats(plan, site) for site in plan.sites}
+    """Computes average bits: ``weights`` over the weights (``sizes`` by layer), ``activations`` over the layers."""
+    formats = {layer.name: _formats(plan, layer) for layer in plan.layers}
     total = sum(sizes[name] for name in formats)
     return {
         "weights": sum(_bits(weights) * sizes[name] for name, (weights, _) in formats.items()) / total,
@@ -166,12 +173,12 @@ def plan_bits(plan: PrecisionPlan, sizes: Mapping[str, int]) -> dict[str, float]
 
 
 class _Trial:
-    """Passes over the latents, with sites switched."""
+    """Passes over the latents, with layers switched."""
 
     def __init__(
         self,
         fake_quant: FakeQuantDenoiser,
-        unquantized: HotDenoiser,
+        unquantized: IndexedDenoiser,
         latents: ValidationLatents,
         expected: NDArray[np.float32],
         progress: Progress,
@@ -182,11 +189,11 @@ class _Trial:
         self.sqnr = self._pass({})
 
     def gain(self, switched: Mapping[str, Part]) -> float:
-        """In dB, with these parts of sites in floating point."""
+        """Measures the gain in dB with these parts of layers in floating point."""
         return self._pass(switched) - self.sqnr
 
     def gains(self, stage: str, trials: Mapping[str, Mapping[str, Part]]) -> list[Gain]:
-        """Of all trials, from the largest on."""
+        """Measures the gains of all trials, from the largest on."""
         found = []
         for name, switched in trials.items():
             found.append(Gain(name, self.gain(switched)))
@@ -197,7 +204,7 @@ class _Trial:
         with ExitStack() as hooks, torch.no_grad():
             for name, part in switched.items():
                 hook = _switched(self._unquantized.network.get_submodule(name), part)
-                hooks.callback(self._fake_quant.site(name).register_forward_hook(hook).remove)
+                hooks.callback(self._fake_quant.layer(name).register_forward_hook(hook).remove)
             outputs = [
                 self._fake_quant(*(torch.from_numpy(value) for value in few.inputs().values())).numpy()
                 for few in self._latents.parts()
@@ -207,7 +214,7 @@ class _Trial:
 
 
 def _switched(twin: nn.Module, part: Part) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook: the site's result with a part of it in floating point; ``twin`` has the weights that it had."""
+    """Makes a forward hook that puts a part of the layer in floating point; ``twin`` has its unquantized weights."""
 
     def result(module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
         if part == "both":
@@ -217,37 +224,37 @@ def _switched(twin: nn.Module, part: Part) -> Callable[[nn.Module, tuple[Tensor,
         elif isinstance(module, nn.Conv2d):
             output = nn.Conv2d.forward(module, args[0])  # the weight as it is, on its grid
         else:
-            assert isinstance(module, nn.Linear)  # sites are either
+            assert isinstance(module, nn.Linear)  # layers are either
             output = nn.Linear.forward(module, args[0])
         return output
 
     return result
 
 
-def _groups(hot: HotDenoiser, sites: Sequence[str]) -> dict[str, list[str]]:
-    """Sites by the block that they are in, blocks in the network's order."""
+def _groups(denoiser: IndexedDenoiser, layers: Sequence[str]) -> dict[str, list[str]]:
+    """Groups layers by the block that they are in, blocks in the network's order."""
     owner = {
-        site: block.name
-        for block in hot.kind.blocks(hot.network)
+        layer: block.name
+        for block in denoiser.family.blocks(denoiser.network)
         for module in block.modules
-        for site in sites
-        if site == module or site.startswith(f"{module}.")
+        for layer in layers
+        if layer == module or layer.startswith(f"{module}.")
     }
     groups: dict[str, list[str]] = {}
-    for site in sites:
-        groups.setdefault(owner.get(site, OTHERS), []).append(site)
+    for layer in layers:
+        groups.setdefault(owner.get(layer, OTHERS), []).append(layer)
     return groups
 
 
-def _site_gain(plan: PrecisionPlan, gain: Gain) -> SiteGain:
-    site = next(site for site in plan.sites if site.site == gain.name)
-    return SiteGain(gain.name, *_formats(plan, site), gain.gain)
+def _layer_gain(plan: PrecisionPlan, gain: Gain) -> LayerGain:
+    layer = next(layer for layer in plan.layers if layer.name == gain.name)
+    return LayerGain(gain.name, *_formats(plan, layer), gain.gain)
 
 
-def _halves(site: SiteGain, trial: _Trial) -> SiteGain:
-    weights = trial.gain({site.site: "weights"}) if site.weights != "none" else 0.0
-    activations = trial.gain({site.site: "activations"}) if site.activations != "none" else 0.0
-    return replace(site, weights_gain=weights, activations_gain=activations)
+def _halves(layer: LayerGain, trial: _Trial) -> LayerGain:
+    weights = trial.gain({layer.name: "weights"}) if layer.weights != "none" else 0.0
+    activations = trial.gain({layer.name: "activations"}) if layer.activations != "none" else 0.0
+    return replace(layer, weights_gain=weights, activations_gain=activations)
 
 
 def _part_of(change: Change) -> Part:
@@ -256,13 +263,15 @@ def _part_of(change: Change) -> Part:
     return "weights" if change.activations is None else "both"
 
 
-def _changed(site: SitePlan, change: Change) -> SitePlan:
-    point = None if change.activations == "none" else site.act_point
-    return replace(site, weights=change.weights or site.weights, act_point=point, rule="bisection")
+def _changed(layer: LayerPlan, change: Change) -> LayerPlan:
+    quantizer = None if change.activations == "none" else layer.activation_quantizer
+    return replace(layer, weights=change.weights or layer.weights, activation_quantizer=quantizer, rule="bisection")
 
 
-def _formats(plan: PrecisionPlan, site: SitePlan) -> tuple[str, str]:
-    return site.weights, "none" if site.act_point is None else plan.point(site.act_point).activations
+def _formats(plan: PrecisionPlan, layer: LayerPlan) -> tuple[str, str]:
+    return layer.weights, "none" if layer.activation_quantizer is None else plan.quantizer(
+        layer.activation_quantizer
+    ).activations
 
 
 def _bits(name: str) -> float:

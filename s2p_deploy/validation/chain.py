@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import Engine
 
-_HALF_HINTS = {"bf16", "f16", "fp16"}
-
 
 @dataclass(frozen=True)
 class Chain:
@@ -33,19 +31,19 @@ class Chain:
 
     @property
     def guidance_scale(self) -> float:
-        """The deployed guidance."""
+        """Returns the deployed guidance scale."""
         return self.recipe.sampling.guidance_scale or self.base.default_guidance
 
     @property
     def half(self) -> bool:
-        """Whether the engine computes what is not INT8 in half precision."""
-        return self.engine.dtype == "fp16" or self.engine.hint in _HALF_HINTS
+        """True where the engine computes what is not INT8 in half precision."""
+        return self.engine.dtype == "fp16" or self.engine.precision != "f32"
 
 
 def open_chain(
     engine: Engine, *, graph: Path | None = None, calib: Path | None = None, model: str | None = None
 ) -> Chain:
-    """Finds and verifies what an engine was made from, by the manifests' hints or where it is said to be.
+    """Finds and verifies what an engine was made from, where the manifests say that it was or at the folders given.
 
     Raises:
         InputError: something is not there. IntegrityError: what is there is something else.

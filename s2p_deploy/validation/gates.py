@@ -1,16 +1,20 @@
-"""Gates: limits that the recipe fixed before the run, and the verdict. Nothing that is not a number ever passes."""
+"""Gates: limits that the recipe fixed before the run, the verdict, and both as JUnit XML.
+
+Nothing that is not a number ever passes.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from s2p_deploy.records import GateResult
-from s2p_deploy.validation.latents import branch_of
-from s2p_deploy.validation.numbers import Skipped
+from s2p_deploy.records import GateResult, Skipped
+from s2p_deploy.validation.reference import branch_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,37 +25,64 @@ if TYPE_CHECKING:
 
 _OFF = "switched off in the recipe"
 _FLOAT = "nothing is quantized"
-_PART = "dB at least, above what quantization leaves"
+_MODULE = "dB at least, above what quantization leaves"
+_ELEMENTS = {"failed": "failure", "not measured": "error", "not applicable": "skipped"}
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0 has no way to write the rest
 
 
 def judge(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
-    """The result of every gate."""
+    """Judges measurements by gates; returns the result of every gate."""
     least = -math.inf if found.graph_half else gates.block_sqnr  # its arithmetic is fake-quant's, node by node
     return (
-        *_table_gates(found, gates),
+        *(_table_gate(table, gates) for table in found.tables),
         *_code_gates(found, gates),
         _block_gate("blocks of the graph", found.graph_blocks, found, gates, half=found.graph_half, least=least),
         _block_gate("blocks of the engine", found.engine_blocks, found, gates, half=found.engine_half),
-        _site_gate(found, gates),
-        *_end_to_end_gates(found, gates),
-        *_picture_gates(found, gates),
+        _layer_gate(found, gates),
+        _change_gate(found, gates),
+        _branch_gate(found, gates),
+        _latent_gate(found, gates),
+        _guidance_gate(found, gates),
+        _psnr_gate(found, gates),
+        _shift_gate(found, gates),
+        _accuracy_gate(found, gates),
     )
 
 
 def verdict_of(results: Iterable[GateResult]) -> Verdict:
-    """``failed`` where a gate failed, ``not verified`` where one could not be measured or none applied."""
+    """Decides: ``failed`` where a gate failed, ``not verified`` where one could not be measured or none applied."""
     statuses = {result.status for result in results}
     if "failed" in statuses:
         return "failed"
     return "passed" if "passed" in statuses and "not measured" not in statuses else "not verified"
 
 
-def _table_gates(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
-    """One for each table; a scale table is in float32 and copied, so it is asked to be equal."""
-    return tuple(_table_gate(table, gates) for table in found.tables)
+def junit_xml(gates: Sequence[GateResult], suite: str) -> str:
+    """Writes gates as a JUnit file's text; ``suite`` names what was judged.
+
+    A gate that failed is a failure, one that could not be measured an error, one that asks nothing is skipped.
+    """
+    statuses = [gate.status for gate in gates]
+    counts = {
+        "tests": len(gates),
+        "failures": statuses.count("failed"),
+        "errors": statuses.count("not measured"),
+        "skipped": statuses.count("not applicable"),
+    }
+    root = ET.Element("testsuites")
+    node = ET.SubElement(root, "testsuite", {"name": _text(suite)} | {name: str(n) for name, n in counts.items()})
+    for gate in gates:
+        case = ET.SubElement(node, "testcase", {"name": _text(gate.name), "classname": "s2p_deploy.gates"})
+        if gate.status in _ELEMENTS:
+            ET.SubElement(case, _ELEMENTS[gate.status], {"message": _text(_reason(gate))})
+        else:
+            ET.SubElement(case, "system-out").text = _text(_reason(gate))
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
 
 
 def _table_gate(table: TableGap, gates: Gates) -> GateResult:
+    """Judges a table; a scale table is in float32 and copied, so it is asked to be equal."""
     limit = gates.table_difference_half if table.half else gates.table_difference_fp32
     limit = gates.scale_difference if table.kind == "scales" else limit
     asks = "relative difference at most"
@@ -62,30 +93,31 @@ def _table_gate(table: TableGap, gates: Gates) -> GateResult:
 
 
 def _code_gates(found: Measurements, gates: Gates) -> tuple[GateResult, GateResult]:
-    share = ("codes that differ, worst act point", "fraction at most")
+    share = ("codes that differ, worst activation quantizer", "fraction at most")
     size = ("largest code difference", "LSB at most")
-    limit = gates.site_code_mismatch_fp16 if found.graph_half else gates.site_code_mismatch_fp32
-    largest_limit = gates.site_code_max_lsb
-    points = found.points
-    if isinstance(points, Skipped):
-        return _not_measured(*share, limit, points), _not_measured(*size, largest_limit, points)
-    if not points:
+    limit = gates.layer_code_mismatch_fp16 if found.graph_half else gates.layer_code_mismatch_fp32
+    largest_limit = gates.layer_code_max_lsb
+    quantizers = found.quantizers
+    if isinstance(quantizers, Skipped):
+        return _not_measured(*share, limit, quantizers), _not_measured(*size, largest_limit, quantizers)
+    if not quantizers:
         reason = "no activation is quantized"
         return _not_applicable(*share, limit, reason), _not_applicable(*size, largest_limit, reason)
-    codes = sum(point.n for point in points)
-    worst = points[_lowest([-point.mismatch for point in points])]
-    largest = max(points, key=lambda point: point.max_lsb)
+    codes = sum(quantizer.n for quantizer in quantizers)
+    worst = quantizers[_lowest([-quantizer.mismatch for quantizer in quantizers])]
+    largest = max(quantizers, key=lambda quantizer: quantizer.max_lsb)
     return (
-        _at_most(*share, worst.mismatch, limit, codes, worst.point),
-        _at_most(*size, largest.max_lsb, largest_limit, codes, largest.point),
+        _at_most(*share, worst.mismatch, limit, codes, worst.quantizer),
+        _at_most(*size, largest.max_lsb, largest_limit, codes, largest.quantizer),
     )
 
 
-def part_limit(quantization: float | None, margin: float, gates: Gates, *, half: bool) -> float:
-    """The SQNR in dB that is asked of a part (a block, a site) of which quantization alone leaves ``quantization``.
+def module_limit(quantization: float | None, margin: float, gates: Gates, *, half: bool) -> float:
+    """Computes the SQNR in dB that a module (a block, a layer) must have.
 
-    ``margin`` above that: the part's own error is then small against quantization's. Where nothing is quantized, what
-    the arithmetic gives. Half precision cannot give more than ``block_sqnr_half`` of anything.
+    That is ``margin`` above ``quantization``, what quantization alone leaves of it: its own error is then small against
+    quantization's. Where nothing is quantized, it is what the arithmetic gives. Half precision cannot give more than
+    ``block_sqnr_half`` of anything.
     """
     arithmetic = gates.block_sqnr_half if half else gates.block_sqnr
     if quantization is None:
@@ -104,46 +136,39 @@ def _block_gate(
 ) -> GateResult:
     costs = {error.block: error.quantization for error in found.block_errors}
     if isinstance(blocks, Skipped):
-        return _not_measured(f"{name}, worst SQNR", _PART, gates.block_sqnr, blocks)
-    parts = [_Part(block.block, block.sqnr, costs.get(block.block), block.n) for block in blocks]
-    limits = [max(least, part_limit(part.quantization, gates.block_margin, gates, half=half)) for part in parts]
-    return _part_gate(f"{name}, worst SQNR", parts, limits, gates)
+        return _not_measured(f"{name}, worst SQNR", _MODULE, gates.block_sqnr, blocks)
+    modules = [_ModuleSqnr(block.block, block.sqnr, costs.get(block.block), block.n) for block in blocks]
+    limits = [max(least, module_limit(module.quantization, gates.block_margin, gates, half=half)) for module in modules]
+    return _module_gate(f"{name}, worst SQNR", modules, limits, gates)
 
 
-def _site_gate(found: Measurements, gates: Gates) -> GateResult:
-    name, sites = "sites of the engine, worst SQNR", found.engine_sites
-    if isinstance(sites, Skipped):
-        # its blocks and latents are judged all the same: this one says which site
-        return _not_applicable(name, _PART, gates.block_sqnr, sites.reason)
-    parts = [_Part(site.site, site.sqnr, site.quantization, site.n) for site in sites]
-    limits = [part_limit(part.quantization, gates.site_margin, gates, half=found.engine_half) for part in parts]
-    return _part_gate(name, parts, limits, gates)
+def _layer_gate(found: Measurements, gates: Gates) -> GateResult:
+    name, layers = "layers of the engine, worst SQNR", found.engine_layers
+    if isinstance(layers, Skipped):
+        # its blocks and latents are judged all the same: this one says which layer
+        return _not_applicable(name, _MODULE, gates.block_sqnr, layers.reason)
+    modules = [_ModuleSqnr(layer.name, layer.sqnr, layer.quantization, layer.n) for layer in layers]
+    limits = [
+        module_limit(module.quantization, gates.layer_margin, gates, half=found.engine_half) for module in modules
+    ]
+    return _module_gate(name, modules, limits, gates)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ModuleSqnr:
     name: str
     sqnr: float
     quantization: float | None
     n: int
 
 
-def _part_gate(name: str, parts: Sequence[_Part], limits: Sequence[float], gates: Gates) -> GateResult:
-    """Of the part that is furthest below its limit, or least above."""
-    if not parts:
-        return _not_applicable(name, _PART, gates.block_sqnr, "there are none")
-    index = _lowest([part.sqnr - limit for part, limit in zip(parts, limits, strict=True)])
-    worst = parts[index]
-    return _at_least(name, _PART, worst.sqnr, limits[index], worst.n, worst.name)
-
-
-def _end_to_end_gates(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
-    return (
-        _change_gate(found, gates),
-        _branch_gate(found, gates),
-        _latent_gate(found, gates),
-        _guidance_gate(found, gates),
-    )
+def _module_gate(name: str, modules: Sequence[_ModuleSqnr], limits: Sequence[float], gates: Gates) -> GateResult:
+    """Judges the module that is furthest below its limit, or least above."""
+    if not modules:
+        return _not_applicable(name, _MODULE, gates.block_sqnr, "there are none")
+    index = _lowest([module.sqnr - limit for module, limit in zip(modules, limits, strict=True)])
+    worst = modules[index]
+    return _at_least(name, _MODULE, worst.sqnr, limits[index], worst.n, worst.name)
 
 
 def _branch_gate(found: Measurements, gates: Gates) -> GateResult:
@@ -166,7 +191,7 @@ def _latent_gate(found: Measurements, gates: Gates) -> GateResult:
         return _not_measured(name, asks, limit, found.end_to_end)
     room = found.end_to_end.room
     worst = _lowest(room.tolist())
-    where = f"row {found.end_to_end.rows[worst]}, {branch_of(worst)}"
+    where = f"timestep index {found.end_to_end.timestep_indices[worst]}, {branch_of(worst)}"
     return _at_least(name, asks, float(room[worst]), limit, len(room), where)
 
 
@@ -189,10 +214,6 @@ def _change_gate(found: Measurements, gates: Gates) -> GateResult:
         return _not_measured(name, asks, limit, found.end_to_end)
     change = found.end_to_end.change
     return _at_most(name, asks, abs(float(np.mean(change))), limit, len(change))
-
-
-def _picture_gates(found: Measurements, gates: Gates) -> tuple[GateResult, GateResult, GateResult]:
-    return _psnr_gate(found, gates), _shift_gate(found, gates), _accuracy_gate(found, gates)
 
 
 def _psnr_gate(found: Measurements, gates: Gates) -> GateResult:
@@ -228,7 +249,7 @@ def _accuracy_gate(found: Measurements, gates: Gates) -> GateResult:
 
 
 def _lowest(values: Sequence[float]) -> int:
-    """Where the lowest is; what is no number is lower than any."""
+    """Finds the lowest; what is no number is lower than any."""
     return int(np.where(np.isnan(values), -np.inf, values).argmin())
 
 
@@ -252,3 +273,14 @@ def _not_measured(name: str, asks: str, limit: float | None, skipped: Skipped) -
 
 def _not_applicable(name: str, asks: str, limit: float | None, reason: str) -> GateResult:
     return GateResult(name, asks, None, limit, 0, "not applicable", reason)
+
+
+def _reason(gate: GateResult) -> str:
+    limit = "" if gate.limit is None else f" {gate.limit:.6g}"
+    found = "nothing" if gate.value is None else f"{gate.value:.6g} (n = {gate.n})"
+    where = f" at {gate.where}" if gate.where else ""
+    return f"found {found}{where}, asks {gate.asks}{limit}" + (f": {gate.reason}" if gate.reason else "")
+
+
+def _text(text: str) -> str:
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,18 +1,24 @@
-"""How far two tensors or two sets of pictures are apart. One number per sample, so that intervals can be computed.
+"""Metrics of tensors and pictures, and the intervals of their averages.
 
-Pictures are float32 [n, H, W, 3] in [0, 1]. Identical inputs score the ceiling instead of infinity, which no average
-and no JSON file could hold.
+Metrics give one number per sample, so that an average comes with a bootstrap interval and with the number of samples.
+Pictures are float32 [n, H, W, 3] in [0, 1]. Identical inputs score a ceiling instead of infinity, which no average and
+no JSON file could hold.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from s2p_deploy.records import Number, Skipped
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -23,25 +29,67 @@ PSNR_CEILING = 100.0
 _HAAR_C, _HAAR_ALPHA, _HAAR_SCALES = 30.0, 4.2, 3
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
+_RESAMPLES = 2000
+_SEED = 0
+_INTERVAL = (0.025, 0.975)
+_DISTANCE_RESAMPLES = 200  # each one is a singular value problem
+_MOST_RESAMPLED = 512  # samples or features, whichever are fewer: beyond, one problem takes a second
+
+
+def median_of(values: NDArray[Any]) -> Number:
+    """Computes the median of [n] with its interval."""
+    return _with_interval(np.asarray(values, dtype=np.float64), np.median)
+
+
+def mean_of(values: NDArray[Any]) -> Number:
+    """Computes the mean of [n] with its interval."""
+    return _with_interval(np.asarray(values, dtype=np.float64), np.mean)
+
+
+def quantile_of(values: NDArray[Any], quantile: float) -> Number:
+    """Computes a quantile of [n] with its interval."""
+    return _with_interval(np.asarray(values, dtype=np.float64), partial(np.quantile, q=quantile))
+
+
+def ratio_of(parts: NDArray[Any], wholes: NDArray[Any]) -> Number:
+    """Computes the sum of parts [n] over the sum of wholes [n], with its interval over the n samples."""
+    chosen = picks(len(parts))
+    return resampled(float(parts.sum() / wholes.sum()), len(parts), parts[chosen].sum(1) / wholes[chosen].sum(1))
+
+
+def resampled(value: float, n: int, values: NDArray[Any]) -> Number:
+    """Makes a number over ``n`` samples; its interval is that of ``values``, one per resample of :func:`picks`."""
+    low, high = np.quantile(values, _INTERVAL)
+    return Number(value, n, float(low), float(high))
+
+
+def picks(n: int, resamples: int = _RESAMPLES) -> NDArray[np.int64]:
+    """Draws bootstrap resamples [resamples, n] with a fixed seed: the same values give the same interval."""
+    return np.random.default_rng(_SEED).integers(n, size=(resamples, n))
+
+
+def _with_interval(values: NDArray[np.float64], statistic: Callable[..., Any]) -> Number:
+    return resampled(float(statistic(values)), len(values), statistic(values[picks(len(values))], axis=1))
+
 
 def sqnr_db(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
-    """Signal to noise ratio float64 [n] in dB of every sample of [n, ...]: power of ``reference`` over the error's."""
+    """Computes SQNR float64 [n] in dB of every sample of [n, ...]: power of ``reference`` over the error's."""
     signal, noise = _power(reference), _power(candidate.astype(np.float64) - reference)
     return _decibel(signal, noise, SQNR_CEILING)
 
 
 def pooled_sqnr_db(signal: float, noise: float) -> float:
-    """Signal to noise ratio in dB of summed powers."""
+    """Computes SQNR in dB of summed powers."""
     return float(pooled_sqnrs_db(np.asarray(signal), np.asarray(noise)))
 
 
 def pooled_sqnrs_db(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As :func:`pooled_sqnr_db` of every element."""
+    """Computes :func:`pooled_sqnr_db` of every element."""
     return _decibel(signal, noise, SQNR_CEILING)
 
 
 def cosine(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
-    """Cosine of the angle between every two samples of [n, ...], float64 [n]; not a number where one is all zero."""
+    """Computes the cosine of every two samples of [n, ...], float64 [n]; not a number where one is all zero."""
     first, second = (values.reshape(len(values), -1).astype(np.float64) for values in (reference, candidate))
     with np.errstate(invalid="ignore"):
         angles: NDArray[np.float64] = (first * second).sum(1) / np.sqrt(
@@ -51,19 +99,19 @@ def cosine(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float
 
 
 def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
-    """Root mean square of the error over that of the reference, float64 [n], for samples [n, ...]."""
+    """Computes the RMS of the error over that of the reference, float64 [n], for samples [n, ...]."""
     errors: NDArray[np.float64] = np.sqrt(_power(candidate.astype(np.float64) - reference) / _power(reference))
     return errors
 
 
 def psnr_db(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Peak signal to noise ratio float64 [n] in dB."""
+    """Computes the peak signal to noise ratio float64 [n] in dB."""
     noise = _power(candidate.astype(np.float64) - reference)
     return _decibel(np.ones_like(noise), noise, PSNR_CEILING)
 
 
 def ssim(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Structural similarity float64 [n] (torchmetrics: Gaussian window, sigma 1.5)."""
+    """Computes structural similarity float64 [n] (torchmetrics: Gaussian window, sigma 1.5)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     scores = structural_similarity_index_measure(
@@ -74,7 +122,7 @@ def ssim(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDAr
 
 
 def haarpsi(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Haar wavelet perceptual similarity float64 [n], 1 for equal pictures (arXiv 1607.06140, its colour form)."""
+    """Computes Haar wavelet perceptual similarity float64 [n], 1 for equal pictures (arXiv 1607.06140, in colour)."""
     first, second = (_halved_yiq(pictures) for pictures in (reference, candidate))
     sides = [_side_of(first[:, :1], second[:, :1], turned) for turned in (False, True)]
     chroma = _similarity(_averaged(first[:, 1:]).abs(), _averaged(second[:, 1:]).abs()).mean(1, keepdim=True)
@@ -95,15 +143,39 @@ def shifted(pictures: NDArray[np.float32], down: int, right: int) -> NDArray[np.
 
 
 def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Frechet distance of two feature sets [n, d] taken as Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    """Computes the Frechet distance of two feature sets [n, d] as Gaussians.
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """
     gap = first.mean(0) - second.mean(0)
     one, two = (_spread_of(features) for features in (first, second))
     cross = np.linalg.svd(one @ two.T, compute_uv=False).sum()
     return max(0.0, float(gap @ gap + np.square(one).sum() + np.square(two).sum() - 2 * cross))
 
 
+def distance_of(first: NDArray[np.float64], second: NDArray[np.float64]) -> Number | Skipped:
+    """Computes the Frechet distance of features [n, d] of the same n samples, with its interval.
+
+    A resample takes the same samples of both.
+
+    Samples that a resample repeats widen the distance, of all resamples alike: their spread is the interval, not where
+    they lie. There is no interval where it would take long.
+    """
+    count = len(first)
+    if count < 2:
+        return Skipped("a distance of distributions needs at least two pictures")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return Number(float("nan"), count)
+    value = frechet_distance(first, second)
+    if min(first.shape) > _MOST_RESAMPLED:
+        return Number(value, count)
+    chosen = [some for some in picks(count, _DISTANCE_RESAMPLES) if len(set(some.tolist())) > 1]
+    again = np.array([frechet_distance(first[some], second[some]) for some in chosen])
+    return resampled(value, count, np.maximum(again - again.mean() + value, 0))
+
+
 def _spread_of(features: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A root X of the covariance, S = X' X, of at most as many rows as features or samples.
+    """Computes a root X of the covariance, S = X' X, of at most as many rows as features or samples.
 
     With S1 = X' X and S2 = Y' Y, the singular values of X Y' are the roots of the eigenvalues of S1 S2: no complex
     numbers, and no d x d problem where there are few samples.
@@ -122,7 +194,7 @@ def _power(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _decibel(signal: NDArray[np.float64], noise: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
-    """Not-a-number stays: a gate must see it."""
+    """Converts a ratio to dB; not-a-number stays, because a gate must see it."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = 10 * (np.log10(signal) - np.log10(noise))
     return np.where(noise == 0, ceiling, np.minimum(ratio, ceiling))
@@ -133,7 +205,7 @@ def _planes(pictures: NDArray[np.float32]) -> Tensor:
 
 
 def _halved_yiq(pictures: NDArray[np.float32]) -> Tensor:
-    """YIQ planes float64 [n, 3, H/2, W/2] of 0..255."""
+    """Computes YIQ planes float64 [n, 3, H/2, W/2] of 0..255."""
     planes = torch.einsum("dc,nchw->ndhw", torch.tensor(_YIQ, dtype=torch.float64), _planes(pictures).double() * 255)
     return _averaged(planes)[:, :, ::2, ::2]
 
@@ -149,14 +221,14 @@ def _padded(planes: Tensor, size: int) -> Tensor:
 
 
 def _side_of(reference: Tensor, candidate: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
-    """Local similarity (mean of the two finer scales) and weight (coarsest scale) of one orientation, [n, 1, H, W]."""
+    """Computes local similarity (finer scales' mean) and weight (coarsest scale) of one orientation, [n, 1, H, W]."""
     pairs = [(_haar(reference, scale, turned), _haar(candidate, scale, turned)) for scale in range(1, _HAAR_SCALES + 1)]
     similarity = torch.stack([_similarity(a, b) for a, b in pairs[:-1]]).mean(0)
     return similarity, torch.maximum(*pairs[-1])
 
 
 def _haar(plane: Tensor, scale: int, turned: bool) -> Tensor:
-    """Magnitude of the Haar coefficients of one scale and orientation."""
+    """Computes the magnitude of the Haar coefficients of one scale and orientation."""
     size = 2**scale
     kernel = torch.full((size, size), 2.0**-scale, dtype=plane.dtype)
     kernel[: size // 2] *= -1

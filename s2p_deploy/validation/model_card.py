@@ -3,64 +3,68 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from s2p_deploy.engines.model_card import card_environment, card_metadata, metadata_block, shown_source
-from s2p_deploy.records import Base
-from s2p_deploy.validation.report_numbers import number_rows
+from huggingface_hub import EvalResult, ModelCardData
+
+from s2p_deploy.engines.model_card import card_environment, card_metadata, shown_source
+from s2p_deploy.records import Skipped
+from s2p_deploy.validation.report_page import picture_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-    from s2p_deploy.validation.report_numbers import Row
+    from s2p_deploy.validation.report import ReportData
 
 _SHOWN_PICTURES = 3  # the worst, the median and the best
 _NOT_FIGURES = ("pixel_shift_median",)
 
 
-def report_card(data: Mapping[str, Any], license_name: str | None) -> str:
-    """The card of an engine that was validated.
+def report_card(data: ReportData, license_name: str | None) -> str:
+    """Writes the card of an engine that was validated.
 
     Args:
-        data: what ``report.json`` holds.
+        data: the report's content.
         license_name: the base pipeline's licence, where it names one.
     """
-    base = Base(**data["base"])
-    pictures = {} if "skipped" in data["pictures"] else data["pictures"]
-    rows = [row for row in number_rows(pictures, _NOT_FIGURES) if row.value is not None]
-    metadata = card_metadata(base, license_name, data["engine"])
-    if rows:
-        metadata["model-index"] = [_results(data, rows)]
+    pictures = None if isinstance(data.pictures, Skipped) else data.pictures
+    rows = [row for row in picture_rows(pictures, _NOT_FIGURES) if row.value is not None] if pictures else []
+    described = {"backend": data.engine.backend, "layers": [vars(layer) for layer in data.engine.layers]}
+    # of others' names only digests
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="prompts",
+            dataset_name=f"{len(data.prompts)} prompts, {data.digests['prompts'][:16]}",
+            metric_type=row.name.replace(", ", "_").replace(" ", "_"),
+            metric_name=f"{row.name}, to FP",
+            metric_value=row.value,
+        )
+        for row in rows
+    ]
+    metadata = ModelCardData(
+        **card_metadata(data.base, license_name, described),
+        model_name=f"s2p-deploy engine {data.digests['engine'][:16]}" if results else None,
+        eval_results=results or None,
+    )
     return (
         card_environment("s2p_deploy.validation")
         .get_template("model_card.md.j2")
         .render(
-            metadata=metadata_block(metadata),
+            metadata=f"---\n{metadata.to_yaml()}\n---",
             data=data,
-            source=shown_source(base),
+            source=shown_source(data.base),
             pictures=pictures,
             rows=rows,
-            shown=_shown(pictures["values"]["psnr"]) if pictures else [],
-            prompts=[prompt["text"] for prompt in data.get("prompts", ())],
+            shown=_shown(pictures.values["psnr"]) if pictures else [],
+            prompts=[prompt.text for prompt in data.prompts],
         )
     )
 
 
-def _results(data: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
-    """The figures as model hubs index them; of others' names only digests."""
-    prompts = {"type": "prompts", "name": f"{data['pictures']['n']} prompts, {data['digests']['prompts'][:16]}"}
-    metrics = [
-        {"type": row.name.replace(", ", "_").replace(" ", "_"), "name": f"{row.name}, to FP", "value": row.value}
-        for row in rows
-    ]
-    task = {"type": "text-to-image"}
-    name = f"s2p-deploy engine {data['digests']['engine'][:16]}"
-    return {"name": name, "results": [{"task": task, "dataset": prompts, "metrics": metrics}]}
-
-
-def _shown(psnr: list[float | None]) -> list[tuple[int, float | None]]:
-    """Places of the pictures with the worst, the median and the best PSNR, and that PSNR."""
-    scores = [-math.inf if value is None else value for value in psnr]
+def _shown(psnr: Sequence[float]) -> list[tuple[int, float | None]]:
+    """Chooses the pictures with the worst, the median and the best PSNR; returns their places and their PSNR."""
+    scores = [value if math.isfinite(value) else -math.inf for value in psnr]
     order = sorted(range(len(psnr)), key=scores.__getitem__)
     chosen = dict.fromkeys(order[place] for place in (0, len(order) // 2, len(order) - 1))
-    return [(index, psnr[index]) for index in list(chosen)[:_SHOWN_PICTURES]]
+    return [(index, psnr[index] if math.isfinite(psnr[index]) else None) for index in list(chosen)[:_SHOWN_PICTURES]]

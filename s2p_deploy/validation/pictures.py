@@ -1,4 +1,4 @@
-"""Question 3: are the pictures the same? Two pipelines draw the same prompts from the same noise."""
+"""Pictures: two pipelines generate the same prompts from the same noise, and their pictures are compared."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from s2p_deploy.context import silent
 from s2p_deploy.families import denoiser_of, with_denoiser
 from s2p_deploy.pipeline import Schedule, call_arguments, initial_noise, with_schedule
-from s2p_deploy.progress import silent
+from s2p_deploy.records import Number, Skipped
 from s2p_deploy.shapes.checker import score_picture
-from s2p_deploy.shapes.grammar import parse
-from s2p_deploy.validation.distances import distance_of
+from s2p_deploy.shapes.scenes import parse
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
-from s2p_deploy.validation.metrics import haarpsi, psnr_db, relative_error, shifted, ssim
-from s2p_deploy.validation.numbers import Number, Skipped, ratio_of
+from s2p_deploy.validation.metrics import distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
-    from s2p_deploy.progress import Progress
+    from s2p_deploy.context import Progress
     from s2p_deploy.records import Prompt, PromptSet
 
 BATCH = 16
@@ -35,8 +34,8 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What a pipeline drew, and how it came there.
+class GeneratedPictures:
+    """Pictures that a pipeline generated, and the latents on the way.
 
     ``pictures`` float32 [n, H, W, 3] in [0, 1]; ``trajectory`` float32 [calls, n, C, H, W], the latents after each call
     of the denoiser; the scheduler's ``timesteps`` [calls]; wall ``seconds`` for all.
@@ -48,7 +47,45 @@ class Drawing:
     seconds: float
 
 
-def draw(
+@dataclass(frozen=True)
+class PicturePairs:
+    """Pictures uint8 [n, H, W, 3] of the FP pipeline and of the engine, and their prompts' texts."""
+
+    texts: tuple[str, ...]
+    reference: NDArray[np.uint8]
+    candidate: NDArray[np.uint8]
+
+    @staticmethod
+    def of(prompts: PromptSet, reference: GeneratedPictures, candidate: GeneratedPictures) -> PicturePairs:
+        """Rounds both pipelines' pictures of the same prompts to bytes."""
+        texts = tuple(prompt.text for prompt in prompts.prompts)
+        return PicturePairs(texts, to_bytes(reference.pictures), to_bytes(candidate.pictures))
+
+    @staticmethod
+    def read(folder: Path, texts: Sequence[str]) -> PicturePairs:
+        """Reads what :meth:`write` wrote, one pair per text."""
+        from PIL import Image
+
+        def stacked(name: str) -> NDArray[np.uint8]:
+            pictures = []
+            for index in range(len(texts)):
+                with Image.open(folder / f"{index:03d}-{name}.png") as opened:
+                    pictures.append(np.asarray(opened.convert("RGB")))
+            return np.stack(pictures)
+
+        return PicturePairs(tuple(texts), stacked("fp"), stacked("engine"))
+
+    def write(self, folder: Path) -> None:
+        """Writes every picture of both as PNG: ``000-fp.png``, ``000-engine.png``, in the prompts' order."""
+        from PIL import Image
+
+        folder.mkdir()
+        for name, pictures in (("fp", self.reference), ("engine", self.candidate)):
+            for index, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / f"{index:03d}-{name}.png")
+
+
+def generate_pictures(
     pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
@@ -56,18 +93,20 @@ def draw(
     *,
     stage: str = "pictures",
     progress: Progress = silent,
-) -> Drawing:
-    """Draws every prompt from its own noise, in batches of :data:`BATCH`. ``pipe`` is left as it is.
+) -> GeneratedPictures:
+    """Generates a picture of every prompt from its own noise, in batches of :data:`BATCH`; ``pipe`` stays unchanged.
 
     Raises:
         InputError: no such scheduler, or an engine's table does not cover the schedule.
     """
-    return joined_drawing(list(draw_parts(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress)))
+    return joined_pictures(
+        list(generate_batches(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress))
+    )
 
 
-def joined_drawing(parts: Sequence[Drawing]) -> Drawing:
-    """The drawings of one schedule's batches, at least one, as one."""
-    return Drawing(
+def joined_pictures(parts: Sequence[GeneratedPictures]) -> GeneratedPictures:
+    """Joins the batches of one schedule, at least one."""
+    return GeneratedPictures(
         np.concatenate([part.pictures for part in parts]),
         np.concatenate([part.trajectory for part in parts], axis=1),
         parts[0].timesteps,
@@ -75,7 +114,7 @@ def joined_drawing(parts: Sequence[Drawing]) -> Drawing:
     )
 
 
-def draw_parts(  # noqa: PLR0913 - what is drawn, how, and options by keyword
+def generate_batches(  # noqa: PLR0913 - what is drawn, how, and options by keyword
     pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
@@ -83,37 +122,37 @@ def draw_parts(  # noqa: PLR0913 - what is drawn, how, and options by keyword
     *,
     stage: str = "pictures",
     progress: Progress = silent,
-    drawn: int = 0,
-) -> Iterator[Drawing]:
-    """As :func:`draw`, one batch after the other, for what does not fit into memory together.
+    skip: int = 0,
+) -> Iterator[GeneratedPictures]:
+    """Generates as :func:`generate_pictures`, one batch at a time, for what does not fit into memory together.
 
-    The first ``drawn`` batches are left out.
+    The first ``skip`` batches are left out.
     """
     scheduled = with_schedule(pipe, schedule)
     total = len(prompts.prompts)
-    for first in range(drawn * BATCH, total, BATCH):
+    for first in range(skip * BATCH, total, BATCH):
         some = prompts.prompts[first : first + BATCH]
         start = time.perf_counter()
-        pictures, trajectory = _draw_batch(scheduled, some, schedule, guidance_scale)
+        pictures, trajectory = _generate_batch(scheduled, some, schedule, guidance_scale)
         seconds = time.perf_counter() - start
-        yield Drawing(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
+        yield GeneratedPictures(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
         progress(stage, first + len(some), total)  # behind what the caller does with the batch: it may keep it
 
 
-def compare_drawings(
-    reference: Drawing,
-    candidate: Drawing,
+def compare_pictures(
+    reference: GeneratedPictures,
+    candidate: GeneratedPictures,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
     classifier: Path | None = None,
 ) -> PictureComparison:
-    """All that two drawings of the same prompts say about each other; ``classifier``: weights of the features."""
+    """Compares two pipelines' pictures of the same prompts; ``classifier`` is the weight file of the features."""
     pairs = list(zip(reference.trajectory, candidate.trajectory, strict=True))
     count = len(prompts.prompts)
     accuracy = accuracies(reference.pictures, candidate.pictures, prompts)
     if isinstance(accuracy, Skipped):
-        distance: Number | Skipped = accuracy  # pictures of another kind say nothing to the classifier either
+        distance: Number | Skipped = accuracy  # other pictures mean nothing to the classifier either
     else:
         distance = feature_distance(reference.pictures, candidate.pictures, classifier)
     return PictureComparison(
@@ -137,19 +176,19 @@ def picture_psnr(
     schedule: Schedule,
     guidance_scale: float,
 ) -> NDArray[np.float64]:
-    """PSNR float64 [n] in dB between the pictures of two denoisers (as diffusers calls them) in the same pipeline."""
+    """Computes PSNR float64 [n] in dB between the pictures of two denoisers in one pipeline."""
     pipes = [with_denoiser(base, denoiser) for denoiser in (reference, candidate)]
-    first, second = (draw(pipe, prompts, schedule, guidance_scale).pictures for pipe in pipes)
+    first, second = (generate_pictures(pipe, prompts, schedule, guidance_scale).pictures for pipe in pipes)
     return psnr_db(first, second)
 
 
 def similarity(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Similarity:
-    """Picture metrics of pictures [n, H, W, 3]."""
+    """Computes the picture metrics of [n, H, W, 3]."""
     return Similarity(psnr_db(reference, candidate), ssim(reference, candidate), haarpsi(reference, candidate))
 
 
 def pixel_shift(pictures: NDArray[np.float32]) -> Similarity:
-    """What pictures score against themselves moved by one pixel, mean of the four directions: a yardstick."""
+    """Scores pictures against themselves moved by one pixel, mean of the four directions: a yardstick."""
     found = [similarity(pictures, shifted(pictures, down, right)) for down, right in _DIRECTIONS]
     return Similarity(*(np.mean([getattr(one, name) for one in found], axis=0) for name in ("psnr", "ssim", "haarpsi")))
 
@@ -157,15 +196,15 @@ def pixel_shift(pictures: NDArray[np.float32]) -> Similarity:
 def accuracies(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], prompts: PromptSet
 ) -> tuple[Number, Number] | Skipped:
-    """Attribute accuracy of both, where every prompt is a caption of the shapes grammar."""
-    first, second = (attribute_answers(pictures, prompts) for pictures in (reference, candidate))
+    """Computes the attribute accuracy of both, where every prompt is a caption of the shapes grammar."""
+    first, second = (attribute_scores(pictures, prompts) for pictures in (reference, candidate))
     if isinstance(first, Skipped) or isinstance(second, Skipped):
-        return first if isinstance(first, Skipped) else Skipped("the two drawings are of different sizes")
+        return first if isinstance(first, Skipped) else Skipped("the two sets of pictures are of different sizes")
     return accuracy_of(first), accuracy_of(second)
 
 
-def attribute_answers(pictures: NDArray[np.float32], prompts: PromptSet) -> NDArray[np.int64] | Skipped:
-    """Right answers and questions asked, int64 [n, 2], where every prompt is a caption of the shapes grammar."""
+def attribute_scores(pictures: NDArray[np.float32], prompts: PromptSet) -> NDArray[np.int64] | Skipped:
+    """Counts the attributes that are right, and all of them, int64 [n, 2], of captions of the shapes grammar."""
     try:
         scenes = [parse(prompt.text) for prompt in prompts.prompts]
     except ValueError:
@@ -173,25 +212,25 @@ def attribute_answers(pictures: NDArray[np.float32], prompts: PromptSet) -> NDAr
     if pictures.shape[1:3] != (_SIDE, _SIDE):
         return Skipped(f"the checker reads pictures of {_SIDE}×{_SIDE}")
     scores = [score_picture(picture, scene) for picture, scene in zip(to_bytes(pictures), scenes, strict=True)]
-    return np.array([(score.right, score.asked) for score in scores], dtype=np.int64)
+    return np.array([(score.right, score.total) for score in scores], dtype=np.int64)
 
 
-def accuracy_of(answers: NDArray[np.int64]) -> Number:
-    """Attribute accuracy of what :func:`attribute_answers` gave."""
-    return ratio_of(answers[:, 0], answers[:, 1])
+def accuracy_of(scores: NDArray[np.int64]) -> Number:
+    """Computes the attribute accuracy of :func:`attribute_scores`."""
+    return ratio_of(scores[:, 0], scores[:, 1])
 
 
 def feature_distance(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], classifier: Path | None
 ) -> Number | Skipped:
-    """Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
+    """Computes the Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
     if classifier is None or not classifier.is_file():
         return Skipped("no classifier of the shapes pictures is given")
     return distance_of(*(picture_features(pictures, classifier) for pictures in (reference, candidate)))
 
 
 def picture_features(pictures: NDArray[np.float32], classifier: Path) -> NDArray[np.float64]:
-    """Features float64 [n, 64] of pictures of 64x64 by the shapes classifier, whose weights are in a file."""
+    """Computes features float64 [n, 64] of pictures of 64x64 by the shapes classifier, whose weights are in a file."""
     from s2p_deploy.shapes.classifier import load_classifier
 
     planes = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
@@ -201,12 +240,12 @@ def picture_features(pictures: NDArray[np.float32], classifier: Path) -> NDArray
 
 
 def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Pictures uint8 [n, H, W, 3], rounded as diffusers does."""
+    """Converts pictures to uint8 [n, H, W, 3], rounded as diffusers does."""
     rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
     return rounded
 
 
-def _draw_batch(
+def _generate_batch(
     pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     latents: list[NDArray[np.float32]] = []

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.recipe import Recipe, recipe_from_data
-from s2p_deploy.records import Prompt, PromptSet
-from s2p_deploy.records.manifest import verify_files
-from s2p_deploy.records.strict import Strict, checked
+from s2p_deploy.records import Prompt, PromptSet, Skipped
+from s2p_deploy.records.artifacts import verify_files
+from s2p_deploy.records.typed_json import Strict, read_json
 from s2p_deploy.records.validation_report import MEASUREMENTS, REPORT
-from s2p_deploy.validation.exact_json import exact_value
+from s2p_deploy.validation.checkpoint import Spent
 from s2p_deploy.validation.gates import judge, verdict_of
-from s2p_deploy.validation.kept import Spent
-from s2p_deploy.validation.measurements import Measurements
-from s2p_deploy.validation.numbers import Skipped
-from s2p_deploy.validation.report_folder import PICTURES, Finished, write_report
-from s2p_deploy.validation.report_pictures import read_pairs
+from s2p_deploy.validation.measurements import Measurements, from_json
+from s2p_deploy.validation.pictures import PicturePairs
+from s2p_deploy.validation.report import PICTURES, Validated, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What gates say of a report's measurements."""
+    """The gates' results on a report's measurements."""
 
     gates: tuple[GateResult, ...]
     verdict: Verdict
@@ -47,7 +45,7 @@ def recheck(report: ValidationReport, gates: Gates) -> Judgement:
 
 
 def gates_from(report: ValidationReport, recipe: Recipe | None, overrides: dict[str, Any]) -> Gates:
-    """The gates of ``recipe`` (None: those of the report's own), some of them changed.
+    """Returns the gates of ``recipe`` (None: those of the report's own), some of them changed.
 
     Raises:
         InputError: ``overrides`` has other keys than ``validation.gates``, or one that no gate has.
@@ -65,7 +63,7 @@ def gates_from(report: ValidationReport, recipe: Recipe | None, overrides: dict[
 
 
 def saved_measurements(report: ValidationReport) -> Measurements:
-    """All that the validation measured.
+    """Reads everything that the validation measured.
 
     Raises:
         InputError: the report is of a version that kept no measurements. IntegrityError: they were changed, or damaged.
@@ -73,8 +71,8 @@ def saved_measurements(report: ValidationReport) -> Measurements:
     if MEASUREMENTS not in report.manifest.files:
         raise InputError(f"{report.folder} has no {MEASUREMENTS}: an older version wrote it, validate again")
     kept = verify_files(report.folder, report.manifest, keep=(MEASUREMENTS,))
-    found: Measurements = exact_value(Measurements, kept[MEASUREMENTS], report.folder / MEASUREMENTS)
-    return found
+    measurements: Measurements = from_json(Measurements, kept[MEASUREMENTS], report.folder / MEASUREMENTS)
+    return measurements
 
 
 def write_rechecked(
@@ -86,38 +84,29 @@ def write_rechecked(
         InputError: ``out`` exists and ``replace`` is not set, or the report is of a version that kept no measurements.
         IntegrityError: the report was changed, or is damaged.
     """
-    form = checked(_KeptForm, report.data, report.folder / REPORT)
-    prompts = PromptSet(tuple(Prompt(one.id, one.text, one.negative) for one in form.prompts))
-    found = saved_measurements(report)
-    texts = [prompt.text for prompt in prompts.prompts]
-    finished = Finished(
-        prompts=prompts,
-        found=found,
-        pairs=None if isinstance(found.pictures, Skipped) else read_pairs(report.folder / PICTURES, texts),
+    text = verify_files(report.folder, report.manifest, keep=(REPORT,))[REPORT]
+    form = read_json(_KeptForm, text, report.folder / REPORT)
+    measurements = saved_measurements(report)
+    texts = [prompt.text for prompt in form.prompts]
+    generated = not isinstance(measurements.pictures, Skipped)
+    pairs = PicturePairs.read(report.folder / PICTURES, texts) if generated else None
+    validated = Validated(
+        prompts=PromptSet(form.prompts),
+        measurements=measurements,
+        pairs=pairs,
         weights=form.weights,
         command="; ".join(filter(None, (form.command, command))),
-        spent=Spent(form.spent.starts, form.spent.seconds),
+        spent=form.spent,
         bench=form.bench,
     )
-    return write_report(chain, finished, gates, out, replace=replace)
-
-
-class _PromptForm(Strict):
-    id: str
-    text: str
-    negative: str
-
-
-class _SpentForm(Strict):
-    starts: int
-    seconds: float
+    return write_report(chain, validated, gates, out, replace=replace)
 
 
 class _KeptForm(Strict):
-    """What of ``report.json`` a new report needs."""
+    """The parts of ``report.json`` that a new report needs."""
 
-    prompts: list[_PromptForm]
+    prompts: tuple[Prompt, ...]
     weights: dict[str, str]
     command: str
-    spent: _SpentForm
+    spent: Spent
     bench: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
-"""What a denoiser sees inside, call by call: the inputs of sites, the inputs and outputs of blocks.
+"""The reference of all numeric comparisons: the latents that it runs on, and the activations inside it.
 
-:func:`reference_calls` watches the fake-quant denoiser; :func:`forced_outputs` puts what it saw into another one, so
-that every part of that one is given the reference's activations and no error piles up.
+:func:`reference_calls` watches the fake-quantized denoiser; :func:`forced_outputs` puts the recorded activations into
+another one, so that every part of that one is fed the reference's activations and no error piles up.
 """
 
 from __future__ import annotations
@@ -11,25 +11,174 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from s2p_deploy.families import apply_transforms, new_hot_denoiser
+from s2p_deploy.calib.trajectories import Sampler, call_indices, encode_prompts
+from s2p_deploy.families import EncodedText, apply_transforms, new_indexed_denoiser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-    import numpy as np
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
-    from s2p_deploy.families import HotDenoiser, Tap
-    from s2p_deploy.records import CalibratedModel
-    from s2p_deploy.validation.latents import ValidationLatents
+    from s2p_deploy.families import IndexedDenoiser, Tap
+    from s2p_deploy.recipe import Sampling
+    from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, TimestepTable
+    from s2p_deploy.validation.pictures import GeneratedPictures
+
+_MOST_PER_CALL = 16
+_ELEMENTS_PER_CALL = 2**15  # of latents: two of 64x64
+
+
+@dataclass(frozen=True)
+class ValidationLatents:
+    """Inputs of the denoiser: latents, timestep indices and text.
+
+    ``sample`` float32 [n, C, H, W], ``timestep_indices`` int64 [n], ``text`` float32 [n, tokens, D]. ``added_cond``
+    float32 [n, A] is what the time features depend on besides the timestep; A may be 0. The two CFG branches of a
+    sample stand side by side: n is even.
+    """
+
+    sample: NDArray[np.float32]
+    timestep_indices: NDArray[np.int64]
+    text: NDArray[np.float32]
+    added_cond: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.timestep_indices)
+
+    def inputs(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+        """Returns them as a runner takes them, in the order of a denoiser's arguments."""
+        given: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {
+            "sample": self.sample,
+            "timestep_index": self.timestep_indices,
+            "encoder_hidden_states": self.text,
+        }
+        if self.added_cond.shape[1]:
+            given["added_cond"] = self.added_cond
+        return given
+
+    def parts(self) -> Iterator[ValidationLatents]:
+        """Yields all of them in order, as many at a time as a full-size model's activations fit into memory."""
+        size = max(1, min(_MOST_PER_CALL, _ELEMENTS_PER_CALL // self.sample[0].size))
+        for start in range(0, len(self), size):
+            yield self._some(slice(start, start + size))
+
+    def first(self, count: int) -> ValidationLatents:
+        """Takes the first ``count``."""
+        return self._some(slice(count))
+
+    def spread(self, count: int) -> ValidationLatents:
+        """Takes at most ``count`` (an even number): pairs, evenly spaced."""
+        pairs = np.linspace(0, len(self) // 2 - 1, min(count, len(self)) // 2).round().astype(np.int64)
+        return self._some(np.stack([2 * pairs, 2 * pairs + 1], 1).ravel())
+
+    def _some(self, some: slice | NDArray[np.int64]) -> ValidationLatents:
+        return ValidationLatents(self.sample[some], self.timestep_indices[some], self.text[some], self.added_cond[some])
+
+
+def branch_of(latent: int) -> str:
+    """Names the CFG branch that a latent of a pair is of."""
+    return "text of the prompt" if latent % 2 else "text of the empty prompt"
+
+
+def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
+    """Chooses at least ``count`` latents (all, where there are fewer), evenly spaced in order of their timesteps."""
+    chosen = _chosen_samples(dataset, count)
+    prompt = dataset.prompt[chosen]
+    text = np.stack([dataset.uncond_text[prompt], dataset.cond_text[prompt]], 1).ravel()
+    return ValidationLatents(
+        sample=np.repeat(dataset.latents[chosen].astype(np.float32), 2, axis=0),
+        timestep_indices=np.repeat(dataset.timestep_indices[chosen], 2),
+        text=dataset.texts[text].astype(np.float32),
+        added_cond=dataset.added_cond[text],
+    )
+
+
+def stored_predictions(dataset: LatentDataset, count: int) -> NDArray[np.float32]:
+    """Returns the FP denoiser's predictions for :func:`choose_latents` of as many, float32 [n, C, H, W].
+
+    The dataset keeps them in float16.
+    """
+    chosen = _chosen_samples(dataset, count)
+    pairs = np.stack([dataset.uncond[chosen], dataset.cond[chosen]], 1)
+    return pairs.reshape(-1, *pairs.shape[2:]).astype(np.float32)
+
+
+def _chosen_samples(dataset: LatentDataset, count: int) -> NDArray[np.int64]:
+    samples = min((count + 1) // 2, len(dataset.timestep_indices))
+    order = np.lexsort((dataset.prompt, dataset.timestep_indices))
+    return order[np.linspace(0, len(order) - 1, samples).round().astype(np.int64)]
+
+
+def latents_of_pictures(
+    pipe: DiffusionPipeline,
+    prompts: PromptSet,
+    walk: GeneratedPictures,
+    sampling: Sampling,
+    timesteps: TimestepTable,
+    count: int,
+) -> ValidationLatents:
+    """Chooses latents as :func:`choose_latents` does, from what ``pipe`` drew of ``prompts`` with its own scheduler."""
+    texts = encode_prompts(pipe, prompts, sampling.max_sequence_length)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(sampling.steps)
+    sampler = Sampler(scheduler, call_indices(scheduler, timesteps))
+    cond, uncond = texts.distinct[texts.cond], texts.distinct[texts.uncond]
+    return latents_of_trajectory(
+        trajectory_inputs(sampler, walk.trajectory), np.asarray(sampler.indices[1:]), cond, uncond, count
+    )
+
+
+def trajectory_inputs(sampler: Sampler, trajectory: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the denoiser's input in every call but the first, float32 [calls - 1, n, C, H, W].
+
+    ``trajectory`` float32 [calls, n, C, H, W] are the latents after each call. ``sampler`` has not begun.
+    """
+    after = zip(range(1, len(sampler.indices)), trajectory, strict=False)  # the last latents are not denoised
+    # a scheduler that has begun takes the scale of the step that it is at, whatever the timestep
+    seen = [sampler.copy().net_input(torch.from_numpy(latents), call) for call, latents in after]
+    return torch.stack(seen).numpy()
+
+
+def latents_of_trajectory(
+    trajectory: NDArray[np.float32],
+    timestep_indices: NDArray[np.int64],
+    cond: EncodedText,
+    uncond: EncodedText,
+    count: int,
+) -> ValidationLatents:
+    """Chooses latents as :func:`choose_latents` does, from a pipeline's own trajectory.
+
+    For a model that was not calibrated on a dataset.
+
+    Args:
+        trajectory: float32 [calls, n, C, H, W], the denoiser's input in each call.
+        timestep_indices: int64 [calls] of the scheduler's timesteps.
+        cond: the n prompts; ``uncond`` the negative ones.
+        uncond: as ``cond``.
+        count: how many.
+    """
+    calls, prompts = trajectory.shape[:2]
+    total = calls * prompts
+    points = np.linspace(0, total - 1, min((count + 1) // 2, total)).round().astype(np.int64)
+    call, prompt = points // prompts, points % prompts
+    each = [branch[int(index)] for index in prompt for branch in (uncond, cond)]
+    texts = EncodedText.stack(each)
+    return ValidationLatents(
+        sample=np.repeat(trajectory[call, prompt], 2, axis=0),
+        timestep_indices=np.repeat(timestep_indices[call], 2),
+        text=texts.states.numpy(),
+        added_cond=texts.added_cond.numpy(),
+    )
 
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """One call: its ``latents``, their rows' ``time_projections`` float32 [batch, P], and activations by tap.
+    """One call: its ``latents``, their ``time_projections`` float32 [batch, P], and activations by tap.
 
     ``seen`` activations are float32 [batch, ...].
     """
@@ -42,45 +191,45 @@ class ReferenceCall:
 def reference_calls(
     fake_quant: FakeQuantDenoiser, latents: ValidationLatents, taps: Iterable[Tap]
 ) -> Iterator[ReferenceCall]:
-    """Runs the reference over all latents, few at a time, and gives what there is to see at every tap."""
+    """Runs the reference over all latents, few at a time, and yields the activations at every tap."""
     wanted = tuple(dict.fromkeys(taps))
     for part in latents.parts():
-        rows, added = torch.from_numpy(part.rows), torch.from_numpy(part.added_cond)
+        indices, added = torch.from_numpy(part.timestep_indices), torch.from_numpy(part.added_cond)
         with ExitStack() as hooks, torch.no_grad():
-            call = ReferenceCall(part, fake_quant.denoiser.hot.time(rows, added).numpy())
+            call = ReferenceCall(part, fake_quant.denoiser.inner.time(indices, added).numpy())
             for tap in wanted:
                 _watch(fake_quant, tap, call, hooks)
             fake_quant(*(torch.from_numpy(value) for value in part.inputs().values()))
         yield call
 
 
-def unquantized_denoiser(calibrated: CalibratedModel) -> HotDenoiser:
-    """A calibrated model before anything is quantized: its trained weights, float32, in evaluation mode.
+def unquantized_denoiser(calibrated: CalibratedModel) -> IndexedDenoiser:
+    """Loads a calibrated model before anything is quantized: its trained weights, float32, in evaluation mode.
 
     Weights that are kept as codes are on their grid already.
     """
     config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
-    hot = new_hot_denoiser(config, calibrated.time_source())
-    apply_transforms(hot, calibrated.transforms)
-    hot.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
-    return hot.eval().requires_grad_(requires_grad=False)
+    denoiser = new_indexed_denoiser(config, calibrated.time_source())
+    apply_transforms(denoiser, calibrated.transforms)
+    denoiser.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})
+    return denoiser.eval().requires_grad_(requires_grad=False)
 
 
 def forced_outputs(
-    hot: HotDenoiser, call: ReferenceCall, entering: Collection[Tap], leaving: Collection[Tap]
+    denoiser: IndexedDenoiser, call: ReferenceCall, entering: Collection[Tap], leaving: Collection[Tap]
 ) -> dict[Tap, NDArray[np.float32]]:
-    """What ``hot`` gives at the taps ``leaving`` where every tap ``entering`` is given what ``call`` saw there.
+    """Runs ``denoiser`` with ``call``'s activations at the taps ``entering``; returns those at the taps ``leaving``.
 
-    float32 [batch, ...] each. The activation is overwritten in place: whoever else holds it, such as a residual sum
-    beside the module, has the reference's from then on too.
+    float32 [batch, ...] each. The activation is overwritten in place: other readers of the same tensor, such as a
+    residual sum beside the module, read the reference's from then on too.
     """
     forced = _Forced(call, frozenset(entering))
-    found: dict[Tap, NDArray[np.float32]] = {}
+    outputs: dict[Tap, NDArray[np.float32]] = {}
     with ExitStack() as hooks, torch.no_grad():
         for tap in dict.fromkeys((*entering, *leaving)):
-            _hook(hot.network.get_submodule(tap.module), tap, forced.into(tap, found), hooks)
-        hot(*(torch.from_numpy(value.copy()) for value in call.latents.inputs().values()))
-    return {tap: found[tap] for tap in leaving}
+            _hook(denoiser.network.get_submodule(tap.module), tap, forced.into(tap, outputs), hooks)
+        denoiser(*(torch.from_numpy(value.copy()) for value in call.latents.inputs().values()))
+    return {tap: outputs[tap] for tap in leaving}
 
 
 class _Forced:
@@ -90,12 +239,12 @@ class _Forced:
         self._call, self._entering = call, entering
         self._before: list[tuple[torch.Tensor, NDArray[np.float32]]] = []
 
-    def into(self, tap: Tap, found: dict[Tap, NDArray[np.float32]]) -> Callable[[torch.Tensor], None]:
+    def into(self, tap: Tap, outputs: dict[Tap, NDArray[np.float32]]) -> Callable[[torch.Tensor], None]:
         def see(tensor: torch.Tensor) -> None:
             before = next((value for seen, value in self._before if seen is tensor), None)
-            found[tap] = tensor.numpy().copy() if before is None else before
+            outputs[tap] = tensor.numpy().copy() if before is None else before
             if tap in self._entering and before is None:
-                self._before.append((tensor, found[tap]))
+                self._before.append((tensor, outputs[tap]))
                 tensor.copy_(torch.from_numpy(self._call.seen[tap]))
 
         return see
@@ -105,7 +254,7 @@ def _watch(fake_quant: FakeQuantDenoiser, tap: Tap, call: ReferenceCall, hooks: 
     def see(tensor: torch.Tensor) -> None:
         call.seen[tap] = tensor.numpy().copy()
 
-    _hook(fake_quant.site(tap.module), tap, see, hooks)
+    _hook(fake_quant.layer(tap.module), tap, see, hooks)
 
 
 def _hook(module: torch.nn.Module, tap: Tap, see: Callable[[torch.Tensor], None], hooks: ExitStack) -> None:

@@ -1,34 +1,57 @@
-"""The stage: an engine and prompts give a ValidationReport. A failed gate is a result, not an error."""
+"""Stage: an engine and held-out prompts give a ValidationReport. A failed gate is a result, not an error."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.calib.unfinished import claim_unfinished, partial_of
-from s2p_deploy.progress import silent
-from s2p_deploy.records.lock import claimed
-from s2p_deploy.records.manifest import check_vacant
+import torch
+
+from s2p_deploy import __version__
+from s2p_deploy.calib import fake_quant_denoiser
+from s2p_deploy.calib.request import claim_unfinished, partial_of
+from s2p_deploy.context import Context
+from s2p_deploy.engines import backend_by_name, engine_subgraphs, load_engine
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
+from s2p_deploy.recipe import recipe_from_data
+from s2p_deploy.records import Skipped
+from s2p_deploy.records.artifacts import check_vacant
+from s2p_deploy.records.files import claimed
+from s2p_deploy.shapes.classifier import CLASSIFIER
 from s2p_deploy.validation.chain import Chain, open_chain
-from s2p_deploy.validation.kept import Kept
-from s2p_deploy.validation.measure import Asked, check_floor, measure
-from s2p_deploy.validation.report_folder import Finished, write_report
-from s2p_deploy.validation.report_numbers import bench_rows
+from s2p_deploy.validation.checkpoint import ValidationCheckpoint
+from s2p_deploy.validation.end_to_end import measure_end_to_end, measure_floors, whole_denoiser
+from s2p_deploy.validation.measurements import NO_WEIGHTS, Measurements
+from s2p_deploy.validation.parity import measure_parity
+from s2p_deploy.validation.perceptual import measure_perceptual
+from s2p_deploy.validation.pictures import PicturePairs, compare_pictures
+from s2p_deploy.validation.reference import choose_latents, latents_of_pictures
+from s2p_deploy.validation.report import Validated, write_report
+from s2p_deploy.validation.report_page import bench_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from s2p_deploy.pipeline import Schedule
-    from s2p_deploy.progress import Progress
-    from s2p_deploy.records import Engine, PromptSet, ValidationReport
-    from s2p_deploy.validation.weights import MetricWeights
+    from diffusers import DiffusionPipeline
 
-__all__ = ["Chain", "open_chain", "validate"]
+    from s2p_deploy.calib import FakeQuantDenoiser
+    from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.records import Engine, PromptSet, ValidationReport
+    from s2p_deploy.timesteps import Timesteps
+    from s2p_deploy.validation.measurements import Floor, PictureComparison
+    from s2p_deploy.validation.perceptual import MetricWeights
+    from s2p_deploy.validation.pictures import GeneratedPictures
+    from s2p_deploy.validation.reference import ValidationLatents
 
 
 def validate(  # noqa: PLR0913 - what, where, and options by keyword
-    chain: Chain,
+    engine: Engine | Chain,
     prompts: PromptSet,
     out: Path,
     *,
@@ -39,25 +62,26 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
     bench: Mapping[str, Any] | None = None,
     replace: bool = False,
     command: str = "",
-    progress: Progress = silent,
+    context: Context = Context(),
 ) -> ValidationReport:
-    """Asks the three questions of an engine and writes the report to ``out``.
+    """Measures an engine against the floating-point pipeline, judges it by its recipe's gates and writes the report.
 
-    Finished parts stand in ``<out>.partial``: a second start of the same validation goes on there, to the same report
-    but for wall times.
+    Three questions are answered: whether the export is right, whether the engine is, and whether the pictures are the
+    same. Finished parts are kept in ``<out>.partial``: a second start of the same validation goes on there, to the same
+    report but for wall times.
 
     Args:
-        chain: the engine, from :func:`open_chain`.
+        engine: the engine; as :func:`open_chain` returns it where what it was made from was moved.
         prompts: held-out prompts; the first ``pictures`` are drawn.
         out: folder of the report.
         pictures: how many pictures (None: the recipe's).
         schedules: other schedules to draw on the same engine, reported and not gated.
         floor: an engine of recipe ``fp`` of the same pipeline, reported beside the engine.
         weights: local weights of metrics that need some, from :func:`open_weights`.
-        bench: what ``s2p-deploy bench --json`` printed of this engine, for the report.
+        bench: output of ``s2p-deploy bench --json`` for this engine, for the report.
         replace: whether a report at ``out``, or unfinished work of another validation, may be replaced.
         command: the command line, for the report.
-        progress: told about every part.
+        context: threads and progress.
 
     Returns:
         The report. Its verdict is ``failed`` where a gate was not met and ``not verified`` where one could not be
@@ -69,19 +93,161 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
             loaded. IntegrityError: what was kept of an earlier start was changed.
     """
     check_vacant(out, replace=replace)
+    chain = engine if isinstance(engine, Chain) else open_chain(engine)
     if bench is not None:
         bench_rows(bench, chain.engine.manifest.digest)
-    asked = Asked(prompts.first(pictures or chain.recipe.validation.pictures), schedules, floor, weights)
     if floor is not None:
-        check_floor(floor, chain)
+        _check_floor(floor, chain)
+    context.set_threads()
+    request = ValidationRequest(prompts.first(pictures or chain.recipe.validation.pictures), schedules, floor, weights)
     partial = partial_of(out)
     with claimed(partial):
-        claim_unfinished(partial, asked.request(chain), replace=replace)
-        kept = Kept.begin(partial)
-        found, drawings = measure(chain, asked, kept, progress)
-        pairs = None if drawings is None else drawings.pairs
+        claim_unfinished(partial, request.to_json(chain), replace=replace)
+        checkpoint = ValidationCheckpoint.begin(partial)
+        measurements, pairs = measure(chain, request, checkpoint, context)
         digests = weights.digests if weights else {}
-        finished = Finished(asked.prompts, found, pairs, digests, command, kept.spent, bench)
-        report = write_report(chain, finished, chain.recipe.validation.gates, out, replace=replace)
+        validated = Validated(request.prompts, measurements, pairs, digests, command, checkpoint.spent, bench)
+        report = write_report(chain, validated, chain.recipe.validation.gates, out, replace=replace)
         shutil.rmtree(partial)
     return report
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """Everything to measure besides the recipe's own questions.
+
+    ``prompts`` are drawn; ``schedules`` are drawn too, and reported. ``floor`` is an engine of recipe ``fp`` of the
+    same pipeline, ``weights`` are of the metrics that need some.
+    """
+
+    prompts: PromptSet
+    schedules: tuple[Schedule, ...] = ()
+    floor: Engine | None = None
+    weights: MetricWeights | None = None
+
+    def to_json(self, chain: Chain) -> dict[str, Any]:
+        """Lists everything that decides what is measured, as JSON values; gates do not."""
+        return {
+            "engine": chain.engine.manifest.digest,
+            "prompts": self.prompts.digest,
+            "latents": chain.recipe.validation.latents,
+            "schedules": [[one.scheduler, one.steps] for one in self.schedules],
+            "floor engine": self.floor.manifest.digest if self.floor else None,
+            "weights": self.weights.digests if self.weights else None,
+            "number of threads": torch.get_num_threads(),
+            "version": f"{__version__}, torch {torch.__version__}",
+        }
+
+
+def measure(
+    chain: Chain, request: ValidationRequest, checkpoint: ValidationCheckpoint, context: Context
+) -> tuple[Measurements, PicturePairs | None]:
+    """Measures everything, part by part; returns the pictures too, where the engine can run here.
+
+    Raises:
+        InputError: a schedule is not covered. MissingEnvironmentError: an engine cannot be loaded. IntegrityError: what
+            was kept, or a network's weights, are damaged.
+    """
+    pipe = load_pipeline(chain.base)
+    own = Schedule.of(chain.recipe.sampling)
+    schedules = (own, *(replace(other, max_sequence_length=own.max_sequence_length) for other in request.schedules))
+    run = _Run(chain, request, checkpoint, context, pipe)
+    with ExitStack() as stack:
+        runner = _runner(chain, stack, [timesteps_of(pipe, schedule) for schedule in schedules])
+        reference = run.generated(pipe, own, "pictures, FP")
+        latents = run.latents(reference)
+        parity = run.parity(latents, runner) | {"floors": checkpoint.measure("floors", lambda: run.floors(latents))}
+        if isinstance(runner, Skipped):
+            return Measurements(**parity, end_to_end=runner, pictures=runner), None
+        candidate_pipe = pipeline_with_engine(pipe, chain.engine, runner)
+        candidate = run.generated(candidate_pipe, own, "pictures, engine")
+        pairs = PicturePairs.of(request.prompts, reference, candidate)
+        weights = request.weights
+        measurements = Measurements(
+            **parity,
+            end_to_end=checkpoint.measure(
+                "end_to_end",
+                lambda: measure_end_to_end(
+                    whole_denoiser(pipe, chain.calibrated.timesteps), run.fake_quant, runner, latents
+                ),
+            ),
+            pictures=checkpoint.measure("pictures", lambda: run.compared(reference, candidate, own)),
+            perceptual=NO_WEIGHTS
+            if weights is None
+            else checkpoint.measure("perceptual", lambda: measure_perceptual(pairs, weights, context.progress)),
+            other_schedules=tuple(run.on_schedule(candidate_pipe, schedule) for schedule in schedules[1:]),
+        )
+    return measurements, pairs
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A validation that is under way; ``pipe`` is in floating point."""
+
+    chain: Chain
+    request: ValidationRequest
+    checkpoint: ValidationCheckpoint
+    context: Context
+    pipe: DiffusionPipeline
+
+    @cached_property
+    def fake_quant(self) -> FakeQuantDenoiser:
+        """Returns the model that the engine was made from, as PyTorch simulates it."""
+        return fake_quant_denoiser(self.chain.calibrated)
+
+    def generated(self, pipe: DiffusionPipeline, schedule: Schedule, stage: str) -> GeneratedPictures:
+        """Generates the prompts' pictures with ``pipe``."""
+        guidance, progress = self.chain.guidance_scale, self.context.progress
+        return self.checkpoint.pictures(stage, pipe, self.request.prompts, schedule, guidance, progress)
+
+    def latents(self, reference: GeneratedPictures) -> ValidationLatents:
+        """Chooses latents of the calibration's dataset, or of the FP pictures where there was none."""
+        chain, count = self.chain, self.chain.recipe.validation.latents
+        if chain.dataset is not None:
+            return choose_latents(chain.dataset, count)
+        sampling, timesteps = chain.recipe.sampling, chain.calibrated.timesteps
+        return latents_of_pictures(self.pipe, self.request.prompts, reference, sampling, timesteps, count)
+
+    def parity(self, latents: ValidationLatents, runner: BoundRunner | Skipped) -> dict[str, Any]:
+        """Measures graph and engine on the reference's own inputs."""
+        with ExitStack() as stack:
+            can_run = not isinstance(runner, Skipped)
+            parts = stack.enter_context(engine_subgraphs(self.chain.engine, self.chain.graph)) if can_run else None
+            kept: dict[str, Any] = {"measure": self.checkpoint.measure, "progress": self.context.progress}
+            return measure_parity(self.chain, self.fake_quant, latents, runner, parts, **kept)
+
+    def floors(self, latents: ValidationLatents) -> tuple[Floor, ...]:
+        """Measures what half precision alone changes."""
+        timesteps, progress = self.chain.calibrated.timesteps, self.context.progress
+        if self.request.floor is None:
+            return measure_floors(self.pipe, timesteps, latents, None, progress)
+        with load_engine(self.request.floor) as engine:
+            return measure_floors(self.pipe, timesteps, latents, engine, progress)
+
+    def compared(
+        self, reference: GeneratedPictures, candidate: GeneratedPictures, schedule: Schedule
+    ) -> PictureComparison:
+        """Compares the engine's pictures with the FP pipeline's."""
+        guidance = self.chain.guidance_scale
+        return compare_pictures(reference, candidate, self.request.prompts, schedule, guidance, CLASSIFIER)
+
+    def on_schedule(self, candidate: DiffusionPipeline, schedule: Schedule) -> PictureComparison:
+        """Generates and compares on another schedule."""
+        stage = f"pictures, {schedule.scheduler} {schedule.steps}"
+        pipes = (("FP", self.pipe), ("engine", candidate))
+        first, second = (self.generated(pipe, schedule, f"{stage}, {name}") for name, pipe in pipes)
+        return self.compared(first, second, schedule)
+
+
+def _check_floor(floor: Engine, chain: Chain) -> None:
+    if not recipe_from_data(floor.manifest.recipe, str(floor.folder)).is_float:
+        raise InputError(f"--floor {floor.folder} quantizes something: give an engine of recipe fp")
+    if floor.manifest.base.digest != chain.engine.manifest.base.digest:
+        raise InputError(f"--floor {floor.folder} is of another pipeline: give one of {chain.base.base.source}")
+
+
+def _runner(chain: Chain, stack: ExitStack, schedules: Sequence[Timesteps]) -> BoundRunner | Skipped:
+    able = backend_by_name(chain.engine.backend).capabilities()
+    if not able.executes:
+        return Skipped(able.missing or f"{chain.engine.backend} cannot execute here: it needs a GPU")
+    return stack.enter_context(load_engine(chain.engine, chain.graph, schedules=schedules))

@@ -10,17 +10,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from s2p_deploy.calib.training.state import TrainingState
+from s2p_deploy.calib.training_state import TrainingState
+from s2p_deploy.calib.trajectories import FloatPipeline, load_float_pipeline
 from s2p_deploy.families import (
     BasePipeline,
-    HotDenoiser,
-    hot_denoiser,
+    IndexedDenoiser,
+    indexed_denoiser,
     load_pipeline,
     time_table_of,
 )
 from s2p_deploy.recipe import Recipe, recipe_from_data
 from s2p_deploy.records import LatentDataset, Prompt, PromptSet
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 from tests.training_states import new_state
 
 TEXTS = ("a large red circle", "a small blue square", "a large green triangle", "two circles", "a red square", "a disc")
@@ -45,8 +46,8 @@ def pipe(base: BasePipeline) -> StableDiffusionPipeline:
 
 
 @pytest.fixture
-def hot(pipe: StableDiffusionPipeline) -> HotDenoiser:
-    return hot_denoiser(pipe.unet, time_table_of(pipe.unet, 1000)).eval()
+def float_denoiser(pipe: StableDiffusionPipeline) -> IndexedDenoiser:
+    return indexed_denoiser(pipe.unet, time_table_of(pipe.unet, 1000)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +67,8 @@ def recipe() -> Recipe:
             {"match": "text", "activations": "none"},
         ],
         "sampling": {"steps": 6, "guidance_scale": 2.5},
-        "dataset": {"prompts": 6, "points_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
-        "training": {"iterations": 6, "batch": 4, "save_every": 2},
+        "dataset": {"prompts": 6, "samples_per_prompt": 3, "width": 2, "prompts_per_shard": 2},
+        "training": {"iterations": 6, "batch": 4, "save_minutes": 0},
         "scales": {"latents": 8},
     }
     return recipe_from_data(data, "test")
@@ -77,13 +78,16 @@ def recipe() -> Recipe:
 def dataset(
     base: BasePipeline, prompts: PromptSet, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> LatentDataset:
-    from s2p_deploy.calib import generate_dataset
+    from s2p_deploy.calib import dataset_request, generate_dataset
 
     torch.set_num_threads(THREADS)  # a part of the digest, and made before the fixture above runs
-    loaded = load_pipeline(base)
-    teacher = hot_denoiser(loaded.unet, time_table_of(loaded.unet, 1000)).eval()
-    out = tmp_path_factory.mktemp("latents") / "dataset"
-    return generate_dataset(loaded, teacher, base.base, prompts, recipe, out=out)
+    return generate_dataset(dataset_request(base, recipe, prompts, tmp_path_factory.mktemp("latents") / "dataset"))
+
+
+@pytest.fixture(scope="session")
+def source(base: BasePipeline, recipe: Recipe) -> FloatPipeline:
+    """Not for tests that change its denoiser."""
+    return load_float_pipeline(base, recipe.sampling.steps)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from s2p_deploy.families import HotDenoiser, hot_denoiser
+from s2p_deploy.families import IndexedDenoiser, indexed_denoiser
 from s2p_deploy.records import TimeTable
 
 SD14 = {
@@ -92,7 +92,7 @@ SD14_SENSITIVE, SD14_INSENSITIVE = _names(_SD14_SENSITIVE), _names(_SD14_INSENSI
 SDXL_SENSITIVE, SDXL_INSENSITIVE = _names(_SDXL_SENSITIVE), _names(_SDXL_INSENSITIVE)
 
 
-def meta_denoiser(config: dict[str, Any]) -> HotDenoiser:
+def meta_denoiser(config: dict[str, Any]) -> IndexedDenoiser:
     """A denoiser of full size without data: shapes and names only. Its time table has one row."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config).eval()
@@ -100,4 +100,4 @@ def meta_denoiser(config: dict[str, Any]) -> HotDenoiser:
     for name, module in unet.named_modules():
         if isinstance(getattr(module, "time_emb_proj", None), torch.nn.Linear):
             slices[name] = (start, start := start + module.time_emb_proj.out_features)
-    return hot_denoiser(unet, TimeTable(np.zeros((1, start), np.float32), slices)).to("meta")
+    return indexed_denoiser(unet, TimeTable(np.zeros((1, start), np.float32), slices)).to("meta")

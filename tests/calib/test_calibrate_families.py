@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sibling_pipelines import sibling
 
 from s2p_deploy.calib import calibrate, fake_quant_denoiser, fp_denoiser
-from s2p_deploy.calib.dataset.stored_points import points_at
-from s2p_deploy.calib.quantization.sensitivity import site_sensitivities
+from s2p_deploy.calib.samples import samples_at
+from s2p_deploy.calib.sensitivity import layer_sensitivities
+from s2p_deploy.context import silent
 from s2p_deploy.families import denoiser_of, load_pipeline
-from s2p_deploy.progress import silent
 from s2p_deploy.recipe import Mixed, Recipe, recipe_from_data
 from s2p_deploy.records import CalibratedModel, LatentDataset, Prompt, PromptSet
-from s2p_deploy.timesteps import scales_of_rows, with_schedules
+from s2p_deploy.timesteps import scales_for_schedule, with_schedules
+from tests.small_pipelines import sibling
 
 PROMPTS = PromptSet((Prompt("a", "a large red circle"),))
 STEPS = 4
@@ -33,7 +33,7 @@ def recipe(**sampling: object) -> Recipe:
         "activations": "int8",
         "rules": [{"match": match, "activations": "none"} for match in ("input", "output", "text")],
         "sampling": {"steps": STEPS, "guidance_scale": 2.0, "max_sequence_length": 3} | sampling,
-        "dataset": {"prompts": 1, "points_per_prompt": 20, "width": 1, "prompts_per_shard": 1},
+        "dataset": {"prompts": 1, "samples_per_prompt": 20, "width": 1, "prompts_per_shard": 1},
         "training": {"iterations": 1, "batch": 2, "weight_rate": 1e-5},
         "scales": {"activations": "max"},
     }
@@ -60,14 +60,17 @@ def dataset_of(model: CalibratedModel) -> LatentDataset:
 def test_a_quantized_model_answers_nearly_as_the_pipelines_own_denoiser(name: str, calibrated: Calibrate) -> None:
     model = calibrated(name)
     stored = dataset_of(model)
-    points = points_at(stored, np.arange(len(stored.rows)))
-    assert len(set(stored.rows.tolist())) == STEPS
-    found = fake_quant_denoiser(model)(*points.inputs(torch.arange(len(points.row))))
+    points = samples_at(stored, np.arange(len(stored.timestep_indices)))
+    assert len(set(stored.timestep_indices.tolist())) == STEPS
+    found = fake_quant_denoiser(model)(*points.inputs(torch.arange(len(points.timestep_index))))
     error = (found - points.output).norm() / points.output.norm()
     assert 1e-4 < float(error) < 0.1
     if points.added_cond.shape[1]:
         other = fake_quant_denoiser(model)(
-            points.sample, points.row, points.texts[points.text], points.added_cond[points.text].flip(0)
+            points.sample,
+            points.timestep_index,
+            points.texts[points.text].float(),
+            points.added_cond[points.text].flip(0),
         )
         assert not torch.allclose(other, found, rtol=1e-2)
 
@@ -94,19 +97,21 @@ def test_going_on_takes_scales_by_timestep_not_by_row(name: str, calibrated: Cal
     data["training"]["iterations"] = 0
     model = calibrate(sibling(name), recipe_from_data(data, "t"), PROMPTS, tmp_path / "on", initial=first)
     bound = with_schedules(first.timesteps, [model.timesteps.calibrated], covered=False)
-    expected = scales_of_rows(first.scales, first.timesteps, bound).scales
+    expected = scales_for_schedule(first.scales, first.timesteps, bound).scales
     rows = [bound.timesteps.tolist().index(timestep) for timestep in model.timesteps.calibrated]
-    found = model.scales.scales[list(model.timesteps.calibrated_rows)]
+    found = model.scales.scales[list(model.timesteps.calibrated_indices)]
     assert len(rows) == 7
     np.testing.assert_allclose(found, expected[rows], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_reading_of_sensitivity_has_scores(name: str, calibrated: Calibrate) -> None:
-    model, hot = calibrated(name), fp_denoiser(sibling(name), STEPS)
+    model, float_denoiser = calibrated(name), fp_denoiser(sibling(name), STEPS)
     unread = {"transformer_blocks.5.attn.add_q_proj"} if name == "sd3" else set()  # the last block ends with the image
-    for reading in ("probe", "literal", "quantized"):
+    for reading in ("fisher", "literal", "quantized"):
         mixed = Mixed.model_validate({"sensitivity": reading, "latents": 2})
-        scores = site_sensitivities(hot, model.plan, model.timesteps, dataset_of(model), mixed, seed=0, progress=silent)
-        assert list(scores) == [site.site for site in model.plan.sites]
-        assert {site for site, score in scores.items() if not score > 0} == unread, reading
+        scores = layer_sensitivities(
+            float_denoiser, model.plan, model.timesteps, dataset_of(model), mixed, seed=0, progress=silent
+        )
+        assert list(scores) == [layer.name for layer in model.plan.layers]
+        assert {layer for layer, score in scores.items() if not score > 0} == unread, reading

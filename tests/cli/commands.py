@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 QUICK = (
     "dataset.prompts=2",
-    "dataset.points_per_prompt=5",
+    "dataset.samples_per_prompt=5",
     "dataset.width=2",
     "sampling.steps=5",
     "training.iterations=2",

@@ -63,7 +63,7 @@ def test_usage(run: Run, arguments: list[str], words: list[str]) -> None:
         ("training", ["KEY=VALUE"]),
         ("=3", ["KEY=VALUE"]),
         ("training.iterations=[", ["not valid YAML"]),
-        ("training.iteration=3", ["training.iteration"]),
+        ("training.iteration=3", ["training.iteration", "no such key"]),
         ("training.iterations=many", ["training.iterations", "integer"]),
         ("training=3", ["contradicts"]),
     ],
@@ -79,6 +79,26 @@ def test_settings(run: Run, tmp_path: Path, prompts_file: Path, setting: str, wo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("", ["--out '.'", "new folder"]),
+        (".", ["--out '.'", "new folder"]),
+        ("..", ["--out '..'", "new folder"]),
+        ("/", ["--out '/'", "new folder"]),
+        ("file/x", ["file", "cannot be used"]),
+        ("x" * 300, ["cannot be used"]),
+    ],
+)
+def test_an_out_that_cannot_be_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert_refused(run("calibrate", "shapes", "--recipe", "fp", "--out", out), 2, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_model_that_is_not_there(run: Run, tmp_path: Path, prompts_file: Path) -> None:
     assert_refused(
         calibrate(run, tmp_path / "x", prompts_file, model=tmp_path / "none"), 2, "does not exist", "diffusers"
@@ -89,11 +109,52 @@ def test_a_folder_that_is_no_pipeline(run: Run, tmp_path: Path, prompts_file: Pa
     assert_refused(calibrate(run, tmp_path / "x", prompts_file, model=tmp_path), 2, "model_index.json")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["calibrate", "", "--recipe", "fp", "--out", "x"], ["the model is empty", "hub id"]),
+        (["inspect", ""], [". is no artifact", "manifest.json"]),
+        (["inspect", "/"], ["/ is no artifact", "manifest.json"]),
+        (["calibrate", "text.txt", "--recipe", "fp", "--out", "x"], ["text.txt", "no diffusers pipeline"]),
+        (["calibrate", "shapes", "--recipe", "text.txt", "--out", "x"], ["text.txt", "mapping"]),
+        (["calibrate", "shapes", "--recipe", "w8a8", "--prompts", "folder", "--out", "x"], ["folder", "is a folder"]),
+        (["calibrate", "shapes", "--recipe", "fp", "--out", "folder"], ["folder", "choose another --out"]),
+        (["calibrate", "shapes", "--recipe", "fp", "--plan", "none", "--out", "x"], ["none", "No such file"]),
+        (["export", "text.txt", "--out", "x"], ["text.txt", "no artifact"]),
+        (["generate", "none", "--prompt", "x", "--out", "x.png"], ["none", "does not exist"]),
+        (["validate", "--recheck", "folder"], ["folder", "no artifact"]),
+        (["demo", "--out", "text.txt"], ["text.txt", "cannot be used"]),
+    ],
+)
+def test_a_file_for_a_folder_and_the_like(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a red circle\n", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    assert_refused(run(*arguments), 2, *words)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "text.txt"]
+
+
+def test_an_artifact_of_another_kind(run: Run, chain: Chain, tmp_path: Path) -> None:
+    expected = {"export": "CalibratedModel", "build": "ExportedGraph", "generate": "Engine", "validate": "Engine"}
+    more: dict[str, tuple[object, ...]] = {
+        "build": ("--backend", "onnxruntime"),
+        "generate": ("--prompt", "x"),
+        "validate": ("--prompts", chain.prompts),
+    }
+    for command, kind in expected.items():
+        given = chain.engine if kind != "Engine" else chain.calib
+        refused = run(command, given, "--out", tmp_path / "x.png", *more.get(command, ()))
+        assert_refused(refused, 2, given.name, f"expected {kind}")
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_hub_id_without_network(run: Run, tmp_path: Path, prompts_file: Path) -> None:
     assert_refused(calibrate(run, tmp_path / "x", prompts_file, model="nobody/nothing"), 2, "nobody/nothing", "hub")
 
 
-def test_a_rule_that_matches_no_site_blocks_no_later_start(run: Run, tmp_path: Path, prompts_file: Path) -> None:
+def test_a_rule_that_matches_no_layer_blocks_no_later_start(run: Run, tmp_path: Path, prompts_file: Path) -> None:
     rule = "rules=[{match: 'conv_inn', weights: none}]"
     assert_refused(calibrate(run, tmp_path / "x", prompts_file, more=(rule,)), 2, "conv_inn")
     assert calibrate(run, tmp_path / "x", prompts_file, recipe="fp").code == 0
@@ -134,7 +195,7 @@ def test_a_scale_that_is_no_scale(run: Run, chain: Chain, tmp_path: Path, value:
         return manifest.content
 
     write_artifact(spoiled, kind=manifest.kind, base=manifest.base, recipe=manifest.recipe, fill=fill)
-    assert_refused(run("export", spoiled, "--out", tmp_path / "graph"), 2, "row 1", "above zero")
+    assert_refused(run("export", spoiled, "--out", tmp_path / "graph"), 2, "timestep index 1", "above zero")
     assert not (tmp_path / "graph").exists()
 
 
@@ -189,8 +250,8 @@ def test_an_unknown_backend(run: Run, chain: Chain, tmp_path: Path) -> None:
     assert_refused(finished, 2, "abacus", "onnxruntime")
 
 
-def test_an_unknown_hint(run: Run, chain: Chain, tmp_path: Path) -> None:
-    finished = run("build", chain.graph, "--backend", "onnxruntime", "--hint", "int1", "--out", tmp_path / "x")
+def test_an_unknown_precision(run: Run, chain: Chain, tmp_path: Path) -> None:
+    finished = run("build", chain.graph, "--backend", "openvino", "--precision", "int1", "--out", tmp_path / "x")
     assert_refused(finished, 2, "int1")
 
 

@@ -24,12 +24,12 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> NamedEngines:
 
 @pytest.fixture(scope="module")
 def engine(engine_of: NamedEngines) -> Path:
-    return engine_of("w8a8", "fast").folder
+    return engine_of("w8a8", "full").folder
 
 
 @pytest.fixture(scope="module")
 def baseline(engine_of: NamedEngines) -> Path:
-    return engine_of("fp", "fast").folder
+    return engine_of("fp", "full").folder
 
 
 def test_one_object_on_stdout(run: Run, engine: Path, baseline: Path) -> None:
@@ -43,8 +43,11 @@ def test_one_object_on_stdout(run: Run, engine: Path, baseline: Path) -> None:
 def test_a_table_for_people(run: Run, engine: Path, baseline: Path) -> None:
     done = run("bench", engine, engine, "--against", baseline, "--rounds", 1, "--pictures", 0)
     assert done.code == 0, done.err
-    assert all(word in done.out for word in ("Against floating point", "step p50", "onnxruntime, hint fast", "fp-fast"))
-    assert done.out.count(" w8a8-fast ") == 2
+    assert all(
+        word in done.out
+        for word in ("Against floating point", "step p50", "precision f32, provider cpu, optimization full", "fp-full")
+    )
+    assert done.out.count(" w8a8-full ") == 2
 
 
 @pytest.mark.parametrize(("option", "value"), [("--rounds", 0), ("--batch", 0), ("--pictures", -1)])
@@ -94,3 +97,14 @@ def test_ctrl_c_ends_every_process(engine: Path, baseline: Path) -> None:
     assert stdout == ""
     assert "Traceback" not in rest
     assert [pid for pid in held if os.path.exists(f"/proc/{pid}")] == []  # noqa: PTH110 - a process, not a file
+
+
+def test_an_engine_that_gains_too_little_ends_with_exit_code_3(run: Run, engine: Path, baseline: Path) -> None:
+    options = ("--against", baseline, "--rounds", 2, "--pictures", 0)
+    done = run("bench", engine, *options, "--speedup", 1000, "--json")
+    assert done.code == 3
+    assert "no gain here, do not deploy: w8a8-full: speedup is" in done.err
+    assert done.data["engines"][0]["gates"][0]["limit"] == 1000
+    done = run("bench", engine, *options, "--speedup", 0.01)
+    assert done.code == 0, done.err
+    assert "passed" in done.out

@@ -19,11 +19,12 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from s2p_deploy.cli.build import bytes_from_option, precision_line, profile_from_option, quantized_sites
+from s2p_deploy.cli.build import precision_line, profile_from_option, quantized_layers
+from s2p_deploy.cli.options import bytes_from_option
 from s2p_deploy.engines import ShapeProfile
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import Base, write_artifact
-from s2p_deploy.records.engine import SitePrecision
+from s2p_deploy.records.engine import LayerPrecision
 from tests.cli.commands import Run
 from tests.engines.small_graph import small_graph
 
@@ -56,14 +57,14 @@ def test_no_batch_sizes(text: str) -> None:
 
 
 def test_it_is_told_what_computes_in_which_type() -> None:
-    def site(name: str, bits: int, compute: str) -> SitePrecision:
-        return SitePrecision(name, "conv", "rescale", 8, bits, compute)
+    def layer(name: str, bits: int, compute: str) -> LayerPrecision:
+        return LayerPrecision(name, "conv", "rescale", 8, bits, compute)
 
-    sites = [site("a", 8, "fp32"), site("b", 8, "int8"), site("c", 8, "int8"), site("d", 16, "fp16")]
-    types = quantized_sites(sites)
+    layers = [layer("a", 8, "fp32"), layer("b", 8, "int8"), layer("c", 8, "int8"), layer("d", 16, "fp16")]
+    types = quantized_layers(layers)
     assert types == {"int8": 2, "fp32": 1}
-    assert precision_line(4, types) == "3 of 4 sites have quantized activations, computed in int8 (2), fp32 (1)"
-    assert precision_line(1, quantized_sites(sites[-1:])) == "none of 1 sites has quantized activations"
+    assert precision_line(4, types) == "3 of 4 layers have quantized activations, computed in int8 (2), fp32 (1)"
+    assert precision_line(1, quantized_layers(layers[-1:])) == "none of 1 layers has quantized activations"
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def children_of(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         found += [int(child) for child in task.read_text(encoding="ascii").split()]
-    return [child for child in found if "engines.child" in Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8")]
+    return [child for child in found if "engines.build" in Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8")]
 
 
 def running_build(out: Path, graph: Path) -> tuple[subprocess.Popen[str], int]:
@@ -256,7 +257,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, out: Path, graph: Path
     ],
 )
 def test_a_child_that_dies_of_a_signal_is_an_error(tmp_path: Path, out: Path, number: int, said: str) -> None:
-    """The builder's own crash: tests/engines/probe, on a pattern that no graph which passes the guards can hold."""
+    """The builder's own crash: tests/tools, on a pattern that no graph which passes the guards can hold."""
     parent, child = running_build(out, changed_graph(tmp_path, never_ends))
     os.kill(child, number)
     _, err = parent.communicate(timeout=60)

@@ -37,5 +37,5 @@ def test_scales_are_taken_from_a_calibrated_model(run: Run, chain: Chain, tmp_pa
     assert made.code == 0, made.err
     assert "draw no pictures" not in made.out
     given, taken = CalibratedModel.open(chain.calib), CalibratedModel.open(tmp_path / "model")
-    assert taken.scales.points == given.scales.points
+    assert taken.scales.quantizers == given.scales.quantizers
     assert (taken.scales.scales == given.scales.scales).all()

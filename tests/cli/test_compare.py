@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import Run, quick_settings
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
-BROKEN = """
-name: broken
-weights: int8
-activations: int8
-rules: [{match: no_such_site, weights: int4}]
-dataset: {prompts: 2, points_per_prompt: 2}
-training: {iterations: 0}
-"""
 DRAWN = "a small red circle at the top left, white background\na small blue circle at the top left, gray background\n"
 
 
@@ -25,32 +17,37 @@ def command(tmp_path: Path, prompts_file: Path) -> list[object]:
     tiny_base(tmp_path / "pipeline")
     (tmp_path / "drawn.txt").write_text(DRAWN, encoding="utf-8")
     model = ["--model", tmp_path / "pipeline", "--prompts", prompts_file, "--held-out", tmp_path / "drawn.txt"]
-    counts = ["--pictures", 2, "--latents-prompts", 1, "--schedule", "unipc:3", "--out", tmp_path / "out"]
-    return [*model, *counts, *quick_settings("training.iterations=0")]
+    return [*model, "--pictures", 2, "--out", tmp_path / "out", *quick_settings("training.iterations=0")]
 
 
-def test_recipes_are_compared_and_a_failure_is_told_at_the_end(run: Run, command: list[object], tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_text(BROKEN, encoding="utf-8")
-    done = run("compare", tmp_path / "broken.yaml", "fp", "w8a8", *command)
-    assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("s2p-deploy: 1 of 3 recipes failed: broken:")
-    for text in ("one-pixel shift of FP", "floating point", "unipc, 3 steps", "w8a8", "comparison.html"):
+def test_presets_are_compared_and_calibrations_are_used_again(run: Run, command: list[object], tmp_path: Path) -> None:
+    done = run("compare", "fp", "w8a8", "w4a8", *command)
+    assert done.code == 0
+    for text in ("Pictures of 2 held-out prompts", "w4a8", "SQNR", "comparison.json"):
         assert text in done.out
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
-    assert found["command"].startswith(f"s2p-deploy compare {tmp_path / 'broken.yaml'} fp w8a8 --model")
-    assert found["command"].endswith("--set training.iterations=0 --out DIR")
-    again = run("compare", "fp", "w8a8", *command, "--json")
-    assert again.code == 0
-    assert [recipe["name"] for recipe in again.data["recipes"]] == ["fp", "w8a8"]
-    assert Path(again.data["page"]).is_file()
-    assert "calib" not in again.err  # nothing was calibrated again
+    plain, eight, four = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    assert plain["psnr"]["value"] > 80  # floating point comes back as itself
+    assert plain["sqnr"]["value"] > eight["sqnr"]["value"] > four["sqnr"]["value"] > 0
+    assert plain["weight_bits"] == 16 > eight["weight_bits"] > four["weight_bits"]
+    assert plain["size"] > eight["size"] > four["size"]
+    assert eight["worst_psnr"] <= eight["psnr_tenth"]["value"] <= eight["psnr"]["value"]
+    calibrated = tmp_path / "out" / "w8a8" / "calib" / "manifest.json"
+    before = calibrated.stat().st_mtime_ns
+    again = run("compare", "w8a8", *command, "--json")
+    assert again.data["recipes"] == [eight]
+    assert calibrated.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("schedule", ["unipc", "unipc:", "unipc:x", "unipc:0", ":5", "magic:5", "unipc:²", "unipc:-3"])
-def test_a_schedule_must_be_a_name_and_steps(run: Run, command: list[object], schedule: str) -> None:
-    done = run("compare", "fp", *command, "--schedule", schedule, "--json")
+def test_a_training_prompt_is_refused(run: Run, command: list[object], prompts_file: Path) -> None:
+    done = run("compare", "fp", *command, "--held-out", prompts_file)
     assert done.code == 2
-    assert "must be NAME:STEPS" in done.data["error"]["message"]
+    assert "is also a training prompt" in done.err
+
+
+def test_two_recipes_of_one_name_are_refused(run: Run, command: list[object]) -> None:
+    done = run("compare", "fp", "fp", *command)
+    assert done.code == 2
+    assert "two recipes are named 'fp'" in done.err
 
 
 def test_an_unknown_recipe_stops_everything(run: Run, command: list[object], tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.records.lock import claimed
+from s2p_deploy.records.files import claimed
 from tests.cli.commands import Finished, Run
 from tests.cli.test_bad_input import assert_refused
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 SETTINGS = (
     "dataset.prompts=6",
-    "dataset.points_per_prompt=2",
+    "dataset.samples_per_prompt=2",
     "dataset.width=2",
     "dataset.prompts_per_shard=2",
     "sampling.steps=5",
@@ -44,12 +44,12 @@ def test_recipes_share_a_dataset(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert made.data["kind"] == "LatentDataset"
     lines = [line for line in made.err.splitlines() if line.startswith("dataset: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("dataset: 12 points, 0.1")
-    assert "denoiser calls of 4 samples, about " in lines[0]
+    assert lines[0].startswith("dataset: 12 samples, 0.06")
+    assert "denoiser calls at batch 4, about " in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     again = run(*arguments(tiny, tmp_path / "d", "--json", recipe="w4a8"))
     assert (again.data, again.err) == (made.data, "")
-    assert run("inspect", tmp_path / "d", "--json").data["recipe"]["dataset"]["points_per_prompt"] == 2
+    assert run("inspect", tmp_path / "d", "--json").data["recipe"]["dataset"]["samples_per_prompt"] == 2
 
 
 def test_ranks_by_hand(run: Run, tiny: Path, tmp_path: Path, snapshot: Snapshot) -> None:
@@ -95,10 +95,10 @@ def test_a_second_process_is_refused(run: Run, tiny: Path, tmp_path: Path) -> No
 
 def test_another_recipe_is_refused_unless_forced(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert run(*arguments(tiny, tmp_path / "d")).code == 0
-    changed = ("--set", "dataset.timesteps=normal")
+    changed = ("--set", "dataset.samples_per_prompt=1")
     assert_refused(run(*arguments(tiny, tmp_path / "d", *changed)), 2, "another recipe", "--force")
     assert run(*arguments(tiny, tmp_path / "d", *changed, "--force")).code == 0
-    assert run("inspect", tmp_path / "d", "--json").data["recipe"]["dataset"]["timesteps"] == "normal"
+    assert run("inspect", tmp_path / "d", "--json").data["recipe"]["dataset"]["samples_per_prompt"] == 1
 
 
 def test_help(run: Run) -> None:
@@ -114,7 +114,7 @@ def test_two_launched_processes_make_the_bytes_of_one(tiny: Path, tmp_path: Path
     both = process([*LAUNCH, "s2p_deploy.cli", *arguments(tiny, tmp_path / "both", "--json")])
     assert both.code == 0, both.err
     assert both.data["kind"] == "LatentDataset"  # one object: the other process prints nothing
-    assert "dataset: 8 points" in both.err  # the first process has two of three shards
+    assert "dataset: 8 samples" in both.err  # the first process has two of three shards
     assert snapshot(tmp_path / "both") == snapshot(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "both"]
 

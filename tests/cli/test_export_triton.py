@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+import pytest
 
 from s2p_deploy.records import read_manifest
 
@@ -34,6 +37,16 @@ def test_export_triton_replaces_nothing_unasked(
     assert snapshot(out) == before
     assert run("export-triton", made_chain.engine, "--out", out, "--instances", 3, "--force").code == 0
     assert snapshot(out) != before
+
+
+@pytest.mark.parametrize("package", ["google.protobuf", "grpc", "tritonclient"])
+def test_without_its_extra_it_says_what_to_install(
+    run: Run, made_chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # importing it now raises ModuleNotFoundError
+    refused = run("export-triton", made_chain.engine, "--out", tmp_path / "models")
+    assert refused.code == 4
+    assert f"export-triton needs {package}: pip install 's2p-deploy[serve]'" in refused.err
 
 
 def test_a_bad_name_is_a_usage_error(run: Run, made_chain: Chain, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2p_deploy.cli.options import overrides_from_settings, prompts_from_option
-from s2p_deploy.cli.outcome import one_line
+from s2p_deploy.api import as_prompts
+from s2p_deploy.cli.options import overrides_from_settings
+from s2p_deploy.cli.output import one_line
 from s2p_deploy.errors import InputError
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 
 PATHS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3)
 
@@ -46,13 +47,13 @@ def test_settings_that_contradict_each_other() -> None:
 
 
 def test_settings_reach_the_recipe() -> None:
-    recipe = load_recipe("w4a8", overrides_from_settings(["training.iterations=20", "dataset.prompts=16"]))
+    recipe = Recipe.load("w4a8", overrides_from_settings(["training.iterations=20", "dataset.prompts=16"]))
     assert (recipe.training.iterations, recipe.dataset.prompts) == (20, 16)
-    assert recipe.dataset.points_per_prompt == load_recipe("w4a8").dataset.points_per_prompt
+    assert recipe.dataset.samples_per_prompt == Recipe.load("w4a8").dataset.samples_per_prompt
 
 
 def test_bundled_prompts() -> None:
-    train, held_out = prompts_from_option("shapes:train"), prompts_from_option("shapes:held_out")
+    train, held_out = as_prompts("shapes:train"), as_prompts("shapes:held_out")
     assert len(train.prompts) >= 128
     assert len(held_out.prompts) >= 64
     assert not {p.text for p in train.prompts} & {p.text for p in held_out.prompts}
@@ -60,7 +61,7 @@ def test_bundled_prompts() -> None:
 
 def test_a_file_may_be_called_anything_else(tmp_path: Path) -> None:
     (tmp_path / "train").write_text("a red circle\n")
-    assert [p.text for p in prompts_from_option(str(tmp_path / "train")).prompts] == ["a red circle"]
+    assert [p.text for p in as_prompts(str(tmp_path / "train")).prompts] == ["a red circle"]
 
 
 @given(st.text())

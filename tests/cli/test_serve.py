@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from s2p_deploy.cli import main
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +90,7 @@ def active(port: int) -> bool:
 def test_without_its_extra_it_says_what_to_install(package: str) -> None:
     run = subprocess.run([sys.executable, "-c", BLOCKED, package], capture_output=True, text=True, check=False)
     assert run.returncode == 4
-    assert run.stderr == f"s2p-deploy: serving needs {package}: pip install 's2p-deploy[serve]'\n"
+    assert run.stderr == f"s2p-deploy: serve needs {package}: pip install 's2p-deploy[serve]'\n"
 
 
 def test_a_port_that_is_taken_is_one_line(run: Run, tiny_engine: Path) -> None:

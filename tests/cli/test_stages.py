@@ -41,9 +41,9 @@ def test_force_replaces(run: Run, chain: Chain) -> None:
 @pytest.mark.parametrize(
     ("kind", "record", "words"),
     [
-        ("calib", "CalibratedModel", ["Plan: 77 sites", "conv_in", "training.iterations"]),
+        ("calib", "CalibratedModel", ["Plan: 77 layers", "conv_in", "training.iterations"]),
         ("dataset", "LatentDataset", ["shard-"]),
-        ("graph", "ExportedGraph", ["step_index", "noise_pred", "Plan: 77 sites"]),
+        ("graph", "ExportedGraph", ["timestep_index", "noise_pred", "Plan: 77 layers"]),
         ("engine", "Engine", ["onnxruntime", "Precision as the backend reports it", "mid_block.resnets.0.conv1"]),
     ],
 )

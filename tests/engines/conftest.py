@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 
-from s2p_deploy.engines import BuildOptions, build_engine
+from s2p_deploy.engines import build_engine
 from s2p_deploy.records import Engine, ExportedGraph
-from tests.engines.small_graph import small_graph
+from tests.engines.small_graph import build_options, small_graph
 
 GraphOf = Callable[[str, str], ExportedGraph]
 EngineOf = Callable[[str, str, str], Engine]
@@ -29,12 +29,12 @@ def graph_of(tmp_path_factory: pytest.TempPathFactory) -> GraphOf:
 
 @pytest.fixture(scope="session")
 def engine_of(graph_of: GraphOf, tmp_path_factory: pytest.TempPathFactory) -> EngineOf:
-    """(backend, hint, weights) -> an engine of the fp32 graph. Not to be changed."""
+    """(backend, precision or optimization, weights) -> an engine of the fp32 graph. Not to be changed."""
     folder = tmp_path_factory.mktemp("engines")
 
     @cache
-    def built(backend: str, hint: str, weights: str) -> Engine:
-        out = folder / f"{backend}-{hint}-{weights}"
-        return build_engine(graph_of("fp32", weights), backend, out, options=BuildOptions(hint))
+    def built(backend: str, mode: str, weights: str) -> Engine:
+        out = folder / f"{backend}-{mode}-{weights}"
+        return build_engine(graph_of("fp32", weights), out, backend=backend, options=build_options(mode))
 
     return built

@@ -8,13 +8,19 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from s2p_deploy.engines import load_engine, runner_for_subgraph, sites_not_int8
+from s2p_deploy.engines import layers_not_int8, load_engine, runner_for_subgraph
+from s2p_deploy.engines.machine import cpu_flags, int8_products_overflow
 from s2p_deploy.engines.onnxruntime.backend import compute_types
 from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.records import Execution
 from tests.engines.conftest import EngineOf, GraphOf
-from tests.engines.small_graph import small_inputs, small_model, small_scales
+from tests.engines.small_graph import build_options, small_inputs, small_model, small_scales
 
-HINTS = [("onnxruntime", "reference"), ("onnxruntime", "fast"), ("openvino", "f32"), ("openvino", "bf16")]
+needs_vnni = pytest.mark.skipif(
+    int8_products_overflow(), reason="without VNNI quantized layers are computed in floating point"
+)
+needs_bf16 = pytest.mark.skipif(not cpu_flags() & {"avx512_bf16", "amx_bf16"}, reason="this CPU has no bf16 products")
+MODES = [("onnxruntime", "reference"), ("onnxruntime", "full"), ("openvino", "f32"), ("openvino", "bf16")]
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
@@ -32,25 +38,25 @@ def plain_onnxruntime(weights: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize(("backend", "hint"), HINTS)
-def test_engines_agree_with_the_canonical_graph(engine_of: EngineOf, backend: str, hint: str, weights: str) -> None:
-    with load_engine(engine_of(backend, hint, weights)) as runner:
+@pytest.mark.parametrize(("backend", "mode"), MODES)
+def test_engines_agree_with_the_canonical_graph(engine_of: EngineOf, backend: str, mode: str, weights: str) -> None:
+    with load_engine(engine_of(backend, mode, weights)) as runner:
         gc.collect()  # memory that only the loader held would be gone now
         first, again = (runner.infer(small_inputs())["noise_pred"] for _ in range(2))
     assert np.array_equal(first, again)
-    assert sqnr(plain_onnxruntime(weights), first) > (30 if hint == "bf16" else 45)
+    assert sqnr(plain_onnxruntime(weights), first) > (30 if mode == "bf16" else 45)
 
 
 @pytest.mark.parametrize(
-    ("backend", "hint", "batch"),
+    ("backend", "mode", "batch"),
     [("onnxruntime", "reference", 2), ("onnxruntime", "reference", 4), ("openvino", "f32", 4)],
 )
-def test_a_batch_of_mixed_rows_equals_single_calls(engine_of: EngineOf, backend: str, hint: str, batch: int) -> None:
+def test_a_batch_of_mixed_rows_equals_single_calls(engine_of: EngineOf, backend: str, mode: str, batch: int) -> None:
     inputs = small_inputs(batch)
-    with load_engine(engine_of(backend, hint, "int8")) as runner:
+    with load_engine(engine_of(backend, mode, "int8")) as runner:
         together = runner.infer(inputs)["noise_pred"]
         single = [runner.infer({n: v[i : i + 1] for n, v in inputs.items()})["noise_pred"] for i in range(batch)]
-        shifted = runner.infer(inputs | {"step_index": inputs["step_index"][::-1]})["noise_pred"]
+        shifted = runner.infer(inputs | {"timestep_index": inputs["timestep_index"][::-1]})["noise_pred"]
     assert np.array_equal(together, np.concatenate(single))
     assert not np.array_equal(together, shifted)  # the row does matter
 
@@ -76,25 +82,38 @@ def test_openvino_compiles_for_every_batch_that_it_is_told_of(engine_of: EngineO
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("hint", ["f32", "bf16"])
-def test_openvino_runs_every_planned_site_in_int8(
-    engine_of: EngineOf, graph_of: GraphOf, weights: str, hint: str
+@pytest.mark.parametrize("mode", ["f32", pytest.param("bf16", marks=needs_bf16)])
+@needs_vnni
+def test_openvino_runs_every_planned_layer_in_int8(
+    engine_of: EngineOf, graph_of: GraphOf, weights: str, mode: str
 ) -> None:
-    engine = engine_of("openvino", hint, weights)
-    assert sites_not_int8(engine, graph_of("fp32", weights).plan) == ()
-    compute = {site.site: site.compute for site in engine.sites}
-    floating = "fp32" if hint == "f32" else "bf16"
+    engine = engine_of("openvino", mode, weights)
+    assert layers_not_int8(engine, graph_of("fp32", weights).plan) == ()
+    compute = {layer.name: layer.compute for layer in engine.layers}
+    floating = "fp32" if mode == "f32" else "bf16"
     assert compute == {"conv_in": floating, "conv": "int8", "to_q": "int8", "conv_out": floating}
 
 
 def test_the_reference_computes_in_float_and_says_so(engine_of: EngineOf, graph_of: GraphOf) -> None:
     engine = engine_of("onnxruntime", "reference", "int8")
-    assert {site.compute for site in engine.sites} == {"fp32"}
-    assert sites_not_int8(engine, graph_of("fp32", "int8").plan) == ("conv", "to_q")
+    assert {layer.compute for layer in engine.layers} == {"fp32"}
+    assert layers_not_int8(engine, graph_of("fp32", "int8").plan) == ("conv", "to_q")
 
 
-def test_the_fast_hint_has_an_integer_matmul(engine_of: EngineOf) -> None:
-    compute = {site.site: site.compute for site in engine_of("onnxruntime", "fast", "int8").sites}
+@pytest.mark.parametrize(("backend", "mode"), [("onnxruntime", "full"), ("openvino", "f32")])
+def test_quantized_layers_are_computed_in_float_where_int8_products_overflow(
+    graph_of: GraphOf, backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"s2p_deploy.engines.{backend}.backend.int8_products_overflow", lambda: True)
+    model = small_model()
+    with runner_for_subgraph(model, backend, build_options(mode).execution) as runner:
+        output = runner.infer(small_inputs() | {"act_scales": small_scales()})["noise_pred"]
+    assert sqnr(plain_onnxruntime("int8"), output) > 60
+
+
+@needs_vnni
+def test_full_optimization_has_an_integer_matmul(engine_of: EngineOf) -> None:
+    compute = {layer.name: layer.compute for layer in engine_of("onnxruntime", "full", "int8").layers}
     assert (compute["conv"], compute["to_q"]) == ("fp32", "int8")
 
 
@@ -123,10 +142,10 @@ def test_an_fp16_graph_runs_too(graph_of: GraphOf, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_subgraph_takes_the_engines_way(engine_of: EngineOf, backend: str, weights: str) -> None:
-    hint = "reference" if backend == "onnxruntime" else "f32"
+    mode = "reference" if backend == "onnxruntime" else "f32"
     model = small_model(weights=weights)
     before = model.SerializeToString()
-    with runner_for_subgraph(model, backend) as part, load_engine(engine_of(backend, hint, weights)) as whole:
+    with runner_for_subgraph(model, backend) as part, load_engine(engine_of(backend, mode, weights)) as whole:
         gc.collect()
         expected = whole.infer(small_inputs())["noise_pred"]
         found = part.infer(small_inputs() | {"act_scales": small_scales()})["noise_pred"]
@@ -137,8 +156,8 @@ def test_a_subgraph_takes_the_engines_way(engine_of: EngineOf, backend: str, wei
 def test_a_subgraph_needs_a_known_backend() -> None:
     with pytest.raises(InputError, match="unknown backend"):
         runner_for_subgraph(small_model(), "nonsense")
-    with pytest.raises(InputError, match="no hint"):
-        runner_for_subgraph(small_model(), "openvino", "f8")
+    with pytest.raises(InputError, match="no precision"):
+        runner_for_subgraph(small_model(), "openvino", Execution("f8"))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

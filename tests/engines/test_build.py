@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from s2p_deploy.context import Context
 from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, backend_by_name, backend_names, build_engine
 from s2p_deploy.errors import EngineBuildError, InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Engine
@@ -19,32 +20,37 @@ def test_an_engine_records_what_it_is(engine_of: EngineOf, graph_of: GraphOf) ->
     assert engine.manifest.parents["graph"].digest == graph.manifest.digest
     assert engine.manifest.base == graph.manifest.base
     assert engine.denoiser_config == {"in_channels": 4, "sample_size": 8}
-    assert engine.scales.points == graph.scales.points
+    assert engine.scales.quantizers == graph.scales.quantizers
     assert engine.inputs == graph.inputs
     assert content["profile"] == {"minimum": 1, "optimum": 2, "maximum": 32}
     assert content["sizes"] == {name: (engine.folder / name).stat().st_size for name in engine.engine_files}
     assert 0 < content["build_seconds"] < 60
     assert 2**20 < content["peak_rss_bytes"] < 2**33
-    assert [(s.site, s.lowering, s.weight_storage_bits, s.activation_bits) for s in engine.sites] == [
+    assert [(s.name, s.lowering, s.weight_storage_bits, s.activation_bits) for s in engine.layers] == [
         ("conv_in", "weight_only", 4, 32),
         ("conv", "rescale", 8, 8),
         ("to_q", "rescale", 8, 8),
         ("conv_out", "float", 32, 32),
     ]
-    assert Engine.open(engine.folder).sites == engine.sites
+    assert Engine.open(engine.folder).layers == engine.layers
 
 
 def test_progress_is_told(graph_of: GraphOf, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    build_engine(graph_of("fp32", "int8"), "onnxruntime", tmp_path / "e", progress=lambda *step: told.append(step))
-    assert told == [("build", 0, 1), ("build", 1, 1)]
+    reported: list[tuple[str, int, int]] = []
+    build_engine(
+        graph_of("fp32", "int8"),
+        tmp_path / "e",
+        backend="onnxruntime",
+        context=Context(progress=lambda *step: reported.append(step)),
+    )
+    assert reported == [("build", 0, 1), ("build", 1, 1)]
 
 
 @pytest.mark.parametrize(
     ("backend", "options", "error"),
     [
         ("nonsense", {}, InputError),
-        ("onnxruntime", {"options": BuildOptions("nonsense")}, InputError),
+        ("onnxruntime", {"options": BuildOptions(optimization="nonsense")}, InputError),
         ("tensorrt_rtx", {}, (InputError, MissingEnvironmentError)),  # an fp32 graph, or no library
         ("onnxruntime", {"limits": Limits(0.01)}, EngineBuildError),
     ],
@@ -53,7 +59,7 @@ def test_a_build_that_fails_leaves_nothing(
     graph_of: GraphOf, tmp_path: Path, backend: str, options: dict[str, object], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        build_engine(graph_of("fp32", "int8"), backend, tmp_path / "out", **options)  # type: ignore[arg-type]
+        build_engine(graph_of("fp32", "int8"), tmp_path / "out", backend=backend, **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,21 +67,26 @@ def test_memory_that_runs_out_in_the_child_is_a_build_error(
     graph_of: GraphOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the preflight's least, lowered, so that the child and not the preflight meets the limit
-    monkeypatch.setattr("s2p_deploy.engines.preflight.BASE_MEMORY", 0)
+    monkeypatch.setattr("s2p_deploy.engines.build.BASE_MEMORY", 0)
     with pytest.raises(EngineBuildError):
-        build_engine(graph_of("fp32", "int8"), "onnxruntime", tmp_path / "out", limits=Limits(60, 40 * 2**20))
+        build_engine(graph_of("fp32", "int8"), tmp_path / "out", backend="onnxruntime", limits=Limits(60, 40 * 2**20))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_stands_at_out_stays_when_a_replacing_build_fails(graph_of: GraphOf, tmp_path: Path) -> None:
     graph, out = graph_of("fp32", "int8"), tmp_path / "out"
-    first = build_engine(graph, "onnxruntime", out)
+    first = build_engine(graph, out, backend="onnxruntime")
     with pytest.raises(InputError, match="exists"):
-        build_engine(graph, "onnxruntime", out)
+        build_engine(graph, out, backend="onnxruntime")
     with pytest.raises(EngineBuildError):
-        build_engine(graph, "onnxruntime", out, replace=True, limits=Limits(0.01))
+        build_engine(graph, out, backend="onnxruntime", replace=True, limits=Limits(0.01))
     assert Engine.open(out).manifest.digest == first.manifest.digest
-    assert build_engine(graph, "onnxruntime", out, options=BuildOptions("fast"), replace=True).hint == "fast"
+    assert (
+        build_engine(
+            graph, out, backend="onnxruntime", options=BuildOptions(optimization="full"), replace=True
+        ).optimization
+        == "full"
+    )
 
 
 def test_a_graph_that_changed_after_it_was_opened_is_refused(graph_of: GraphOf, tmp_path: Path) -> None:
@@ -87,7 +98,7 @@ def test_a_graph_that_changed_after_it_was_opened_is_refused(graph_of: GraphOf, 
     data = copy / "denoiser.onnx.data"
     data.write_bytes(bytes(data.stat().st_size))
     with pytest.raises(IntegrityError, match="changed"):
-        build_engine(replace(graph, folder=copy), "onnxruntime", tmp_path / "out")
+        build_engine(replace(graph, folder=copy), tmp_path / "out", backend="onnxruntime")
     assert not (tmp_path / "out").exists()
 
 
@@ -96,7 +107,6 @@ def test_every_backend_says_what_it_can_do() -> None:
         found = backend_by_name(name).capabilities()
         assert found.backend == name
         assert (found.version is None) == (found.missing is not None)
-        assert found.hints
         assert set(found.dtypes) <= {"fp32", "fp16"}
 
 

@@ -25,10 +25,9 @@ from s2p_deploy.records import (
     TimestepTable,
     write_artifact,
 )
-from s2p_deploy.records.manifest import _sealed_text, file_digest
-from s2p_deploy.records.scale_table import write_scale_table
-from s2p_deploy.records.timestep_table import write_timestep_table
-from s2p_deploy.timesteps import rows_of_timesteps, scales_of_rows
+from s2p_deploy.records.artifacts import _sealed_text, file_digest
+from s2p_deploy.records.scale_table import write_scale_table, write_timestep_table
+from s2p_deploy.timesteps import scales_for_schedule, timestep_indices
 from tests.artifacts import tiny_calibrated, tiny_inputs, tiny_unet
 from tests.engines.conftest import EngineOf
 
@@ -42,7 +41,7 @@ WEIGHTS = np.float32([[1, 10], [2, 20], [3, 30]])  # of added_cond
 def telling_model() -> onnx.ModelProto:
     """noise_pred [batch, 3]: the row's scale beside its two features; what was bound can be read back."""
     tell = [
-        helper.make_node("Gather", ["act_scales", "step_index"], ["scale"], axis=0),
+        helper.make_node("Gather", ["act_scales", "timestep_index"], ["scale"], axis=0),
         helper.make_node("Concat", ["scale", "time_projections"], ["told"], axis=1),
         helper.make_node("Mul", ["told", "sample"], ["noise_pred"]),
     ]
@@ -57,21 +56,21 @@ def conditioning_model(added: int) -> onnx.ModelProto:
         helper.make_node("MatMul", ["column", "features"], [result]),
     ]
     constants = [numpy_helper.from_array(np.int64([1]), "axis"), numpy_helper.from_array(FEATURES, "features")]
-    inputs = [TensorSpec("timesteps", "float32", ("rows",))]
+    inputs = [TensorSpec("timesteps", "float32", ("timesteps",))]
     if added:
         nodes += [
             helper.make_node("MatMul", ["added_cond", "weights"], ["of_prompt"]),
             helper.make_node("Add", ["of_time", "of_prompt"], ["time_projections"]),
         ]
         constants.append(numpy_helper.from_array(WEIGHTS, "weights"))
-        inputs.append(TensorSpec("added_cond", "float32", ("rows", added)))
-    return model_of(nodes, inputs, [TensorSpec("time_projections", "float32", ("rows", 2))], constants)
+        inputs.append(TensorSpec("added_cond", "float32", ("timesteps", added)))
+    return model_of(nodes, inputs, [TensorSpec("time_projections", "float32", ("timesteps", 2))], constants)
 
 
 INPUTS = [
     TensorSpec("sample", "float32", ("batch", 3)),
-    TensorSpec("step_index", "int64", ("batch",)),
-    TensorSpec("act_scales", "float32", ("rows", 1)),
+    TensorSpec("timestep_index", "int64", ("batch",)),
+    TensorSpec("act_scales", "float32", ("timesteps", 1)),
     TensorSpec("time_projections", "float32", ("batch", 2)),
 ]
 OUTPUT = TensorSpec("noise_pred", "float32", ("batch", 3))
@@ -100,17 +99,19 @@ def telling_engine(folder: Path, added: int) -> Engine:
         write_timestep_table(TIMESTEPS, out / "timesteps.json")
         return {
             "backend": "onnxruntime",
-            "hint": "reference",
+            "precision": "f32",
+            "provider": "cpu",
+            "optimization": "reference",
             "dtype": "fp32",
             "inputs": [asdict(spec) for spec in INPUTS],
             "outputs": [asdict(OUTPUT)],
-            "sites": [],
+            "layers": [],
             "engine_files": ["denoiser.onnx"],
             "sizes": {"denoiser.onnx": (out / "denoiser.onnx").stat().st_size},
             "environment": usable_backend("onnxruntime").environment(),
             "denoiser_config": {},
-            "added_cond": added,
-            "points": {"conv": {"centre": 0.1, "lowest": 0.01, "highest": 1.0}},
+            "added_width": added,
+            "quantizers": {"conv": {"reference_scale": 0.1, "lowest": 0.01, "highest": 1.0}},
             "profile": {"minimum": 1, "optimum": 2, "maximum": 8},
             "options": {"static_tolerance": 0.0},
         }
@@ -137,14 +138,14 @@ def loaded(engine: Engine, **options: Any) -> BoundRunner:  # noqa: ANN401 - opt
 
 
 def told(runner: BoundRunner, rows: np.ndarray, **more: np.ndarray) -> np.ndarray:
-    inputs = {"sample": np.ones((len(rows), 3), np.float32), "step_index": rows}
+    inputs = {"sample": np.ones((len(rows), 3), np.float32), "timestep_index": rows}
     return runner.infer(inputs | more)["noise_pred"]
 
 
 def test_bound_to_nothing_rows_are_the_training_timesteps(engine: Engine) -> None:
     rows = np.asarray([0, 1, 500, 999])
     with loaded(engine) as runner:
-        assert runner.timesteps.rows == 1000
+        assert len(runner.timesteps) == 1000
         found = told(runner, rows)
     assert found[:, :1].tobytes() == SCALES.scales[rows].tobytes()
     assert found[:, 1:] == pytest.approx(rows[:, None] * FEATURES)
@@ -155,20 +156,20 @@ def test_rows_of_several_schedules_stand_beside_the_training_timesteps(engine: E
     with loaded(engine, schedules=schedules) as runner:
         assert runner.timesteps.timesteps[1000:].tolist() == [137.625, 700.25]
         asked = np.asarray([700.25, 137.625, 981, 137.625])
-        found = told(runner, rows_of_timesteps(asked, runner.timesteps))
-        expected = scales_of_rows(SCALES, TIMESTEPS, runner.timesteps).scales[[1001, 1000, 981, 1000]]
+        found = told(runner, timestep_indices(asked, runner.timesteps))
+        expected = scales_for_schedule(SCALES, TIMESTEPS, runner.timesteps).scales[[1001, 1000, 981, 1000]]
     assert np.array_equal(found[:, :1], expected)
     assert found[:, 1:] == pytest.approx(asked[:, None] * FEATURES)
 
 
 def test_a_row_that_is_not_bound_is_refused(engine: Engine) -> None:
-    with loaded(engine) as runner, pytest.raises(InputError, match="rows 0 to 999"):
+    with loaded(engine) as runner, pytest.raises(InputError, match="indices are 0 to 999"):
         told(runner, np.asarray([1000]))
 
 
 def test_features_are_not_given_per_step(engine: Engine) -> None:
     with loaded(engine) as runner, pytest.raises(InputError, match="no input 'time_projections'"):
-        runner.infer({"step_index": np.asarray([1]), "time_projections": np.ones((1, 2), np.float32)})
+        runner.infer({"timestep_index": np.asarray([1]), "time_projections": np.ones((1, 2), np.float32)})
 
 
 def test_the_constant_form_refuses_fractional_schedules_when_it_is_loaded(engine_of: EngineOf) -> None:
@@ -185,9 +186,9 @@ def test_schedules_outside_the_covered_range_are_refused(engine: Engine, engine_
             loaded(low, schedules=[[601, 700]])
 
 
-def test_scales_of_other_rows_are_refused(engine: Engine) -> None:
-    with pytest.raises(InputError, match="500 rows"):
-        loaded(engine, scales=ScaleTable(SCALES.scales[:500], SCALES.points, CALIBRATED))
+def test_scales_of_other_timesteps_are_refused(engine: Engine) -> None:
+    with pytest.raises(InputError, match="500 timesteps"):
+        loaded(engine, scales=ScaleTable(SCALES.scales[:500], SCALES.quantizers, CALIBRATED))
 
 
 def test_a_changed_conditioning_graph_is_refused(engine: Engine, tmp_path: Path) -> None:
@@ -227,9 +228,9 @@ ADDED = np.float32([[1, 0, 0], [0, 1, 0.5]])
 def test_features_follow_the_prompt_and_the_row(prompted: Engine) -> None:
     asked = np.asarray([700.25, 981])
     with loaded(prompted, schedules=[[981.0, 700.25, 1.0]]) as runner:
-        assert [spec.name for spec in runner.inputs] == ["sample", "step_index", "added_cond"]
+        assert [spec.name for spec in runner.inputs] == ["sample", "timestep_index", "added_cond"]
         assert runner.inputs[-1].shape == ("batch", 3)
-        rows = rows_of_timesteps(asked, runner.timesteps)
+        rows = timestep_indices(asked, runner.timesteps)
         found = [told(runner, rows, added_cond=added) for added in (ADDED, ADDED[::-1], ADDED)]
     for added, output in zip((ADDED, ADDED[::-1], ADDED), found, strict=True):
         assert output[:, 1:] == pytest.approx(asked[:, None] * FEATURES + added @ WEIGHTS)
@@ -256,9 +257,8 @@ def test_an_engine_without_a_prompt_takes_none(engine: Engine) -> None:
 
 
 def test_a_conditioning_graph_of_another_width_is_refused_when_it_is_loaded(prompted: Engine) -> None:
-    content = prompted.manifest.content | {"added_cond": 4}
     with pytest.raises(IntegrityError, match=r"conditioning\.onnx"):
-        loaded(replace(prompted, manifest=replace(prompted.manifest, content=content)))
+        loaded(replace(prompted, added_width=4))
 
 
 class Counted:
@@ -334,7 +334,7 @@ def test_both_forms_of_an_exported_model_agree(tmp_path: Path) -> None:
     given = export_graph(calibrated, tmp_path / "input", time_table="input", time_path=TimePath(tiny_unet()))
     outputs = []
     for graph, backend in ((constant, "onnxruntime"), (given, "onnxruntime"), (given, "openvino")):
-        built = build_engine(graph, backend, tmp_path / f"{graph.folder.name}-{backend}")
+        built = build_engine(graph, tmp_path / f"{graph.folder.name}-{backend}", backend=backend)
         with load_engine(built, graph) as runner:
             outputs.append(runner.infer(tiny_inputs(3))["noise_pred"])
         if graph is given:

@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 
-from s2p_deploy.engines import check_scales, load_engine
+from s2p_deploy.child_process import Limits
+from s2p_deploy.engines import build_engine, check_scales, load_engine
 from s2p_deploy.engines.onnx_files import read_onnx
-from s2p_deploy.engines.verified_bytes import verified_copy, verified_files
-from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
+from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
 from s2p_deploy.records import Engine, ExportedGraph, ScaleTable
+from s2p_deploy.records.artifacts import verified_files
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CALIBRATED, POINTS, small_inputs, small_scales
 from tests.mutations.sealing import seal_anew
@@ -27,11 +28,11 @@ def engine(engine_of: EngineOf) -> Engine:
     return engine_of("onnxruntime", "reference", "int8")
 
 
-@pytest.mark.parametrize(("backend", "hint"), [("onnxruntime", "reference"), ("openvino", "f32")])
+@pytest.mark.parametrize(("backend", "mode"), [("onnxruntime", "reference"), ("openvino", "f32")])
 def test_one_changed_byte_in_any_engine_file_is_refused(
-    engine_of: EngineOf, tmp_path: Path, backend: str, hint: str
+    engine_of: EngineOf, tmp_path: Path, backend: str, mode: str
 ) -> None:
-    engine = engine_of(backend, hint, "int8")
+    engine = engine_of(backend, mode, "int8")
     for name in engine.engine_files:
         copy = tmp_path / f"{backend}-{name}"
         shutil.copytree(engine.folder, copy)
@@ -78,14 +79,14 @@ def unchecked(scales: np.ndarray) -> ScaleTable:
 def test_a_scale_that_export_did_not_check_is_refused(engine: Engine, value: float) -> None:
     scales = small_scales()
     scales[700, 1] = value
-    with pytest.raises(InputError, match="scale of to_q at row 700"):
+    with pytest.raises(InputError, match="scale of to_q at timestep index 700"):
         load_engine(engine, scales=unchecked(scales))
 
 
 def test_a_table_of_another_model_is_refused(engine: Engine) -> None:
-    with pytest.raises(InputError, match="other points"):
+    with pytest.raises(InputError, match="other quantizers"):
         check_scales(engine, ScaleTable(small_scales(), ("conv", "to_k"), CALIBRATED))
-    with pytest.raises(InputError, match="500 rows"):
+    with pytest.raises(InputError, match="500 timesteps"):
         check_scales(engine, ScaleTable(small_scales()[:500], POINTS, CALIBRATED))
 
 
@@ -131,13 +132,23 @@ def test_what_a_backend_cannot_load_is_refused_by_the_trial(engine: Engine, tmp_
     assert not own_cache.exists() or not list(own_cache.iterdir())
 
 
+def test_memory_that_runs_out_in_the_trial_is_called_by_its_name(
+    engine: Engine, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is as good as it was: another machine, or a smaller profile, runs it."""
+    monkeypatch.setattr("s2p_deploy.engines.load.Limits", lambda seconds: Limits(seconds, memory=2**26))
+    with pytest.raises(MissingEnvironmentError, match=r"a trial run in a child process ran out of memory .*--batch"):
+        load_engine(engine)
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
 @pytest.mark.slow
 def test_a_native_crash_is_taken_by_the_trial(engine_of: EngineOf, tmp_path: Path, own_cache: Path) -> None:
     """OpenVINO 2026.4 dies on an input without an element type."""
     engine = engine_of("openvino", "f32", "int8")
     text = (engine.folder / "denoiser.xml").read_text().replace("element_type=", "elementOtype=", 1)
     spoiled = sealed_anew(engine, tmp_path / "copy", "denoiser.xml", text.encode())
-    with pytest.raises(IntegrityError, match=r"a trial run in a child process (crashed|failed)"):
+    with pytest.raises(S2PError, match=r"a trial run in a child process (crashed|failed|ran out of memory)"):
         load_engine(spoiled)
 
 
@@ -156,15 +167,26 @@ def test_a_graph_that_changes_while_it_is_built_is_found(graph_of: GraphOf, tmp_
     changed = bytearray(data.read_bytes())
     changed[-1] ^= 1
     data.write_bytes(changed)
-    with pytest.raises(IntegrityError, match="was changed"), verified_copy(graph, tmp_path):
-        pass
+    with pytest.raises(IntegrityError, match="was changed"):
+        read_onnx(graph.folder, "denoiser.onnx", graph.manifest.files)
 
 
-def test_the_copy_that_is_read_cannot_change(graph_of: GraphOf, tmp_path: Path) -> None:
+def test_a_graph_that_changes_after_it_was_hashed_is_found_when_it_is_used(graph_of: GraphOf, tmp_path: Path) -> None:
     shutil.copytree(graph_of("fp32", "int8").folder, tmp_path / "graph")
     graph = ExportedGraph.open(tmp_path / "graph")
-    with verified_copy(graph, tmp_path) as onnx_file:
-        (tmp_path / "graph" / "denoiser.onnx.data").write_bytes(b"x")
-        assert read_onnx(onnx_file).graph.initializers
-        assert onnx_file.parent.stat().st_mode & 0o077 == 0
-    assert not onnx_file.exists()
+    model = read_onnx(graph.folder, "denoiser.onnx", graph.manifest.files)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    before = [tensor.tobytes() for tensor in tensors if tensor is not None]
+    assert before == [tensor.tobytes() for tensor in tensors if tensor is not None]
+    data = graph.folder / "denoiser.onnx.data"
+    data.write_bytes(bytes(data.stat().st_size))  # the same file, other bytes
+    with pytest.raises(IntegrityError, match="was changed"):
+        [tensor.tobytes() for tensor in tensors if tensor is not None]
+
+
+def test_a_build_leaves_two_copies_of_the_weights(graph_of: GraphOf, tmp_path: Path) -> None:
+    """The graph's and the engine's: nothing that was made on the way stays."""
+    build_engine(graph_of("fp32", "int8"), tmp_path / "engine", backend="onnxruntime")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+    large = [path.name for path in (tmp_path / "engine").iterdir() if path.stat().st_size > 5000]
+    assert [name for name in large if name.startswith("denoiser")] == ["denoiser.onnx", "denoiser.onnx.data"]

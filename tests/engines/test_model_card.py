@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from s2p_deploy.engines import build_engine
-from s2p_deploy.engines.model_card import CARD, card_metadata, cell, code, engine_card, license_of, metadata_block
+from s2p_deploy.engines.model_card import CARD, card_metadata, cell, code, engine_card, license_of
 from s2p_deploy.records import Base, verify_files
 from tests.engines.conftest import GraphOf
 
@@ -24,7 +24,7 @@ def metadata_of(card: str) -> dict[str, Any]:
 
 def test_an_engine_has_a_card_that_its_manifest_covers(graph_of: GraphOf, tmp_path: Path) -> None:
     graph = graph_of("fp32", "int8")
-    engine = build_engine(graph, "onnxruntime", tmp_path / "engine")
+    engine = build_engine(graph, tmp_path / "engine", backend="onnxruntime")
     card = (engine.folder / CARD).read_text(encoding="utf-8")
     assert CARD in engine.manifest.files
     verify_files(engine.folder, engine.manifest)
@@ -32,15 +32,22 @@ def test_an_engine_has_a_card_that_its_manifest_covers(graph_of: GraphOf, tmp_pa
     assert "`onnxruntime`" in card
     assert card == engine_card(graph, engine.manifest.content)  # the same build, the same card
     rows = [line.split("|")[1].strip() for line in card.split("## Precision")[1].splitlines() if line.startswith("| ")]
-    assert sum(int(count) for count in rows[1:]) == len(engine.sites)
+    assert sum(int(count) for count in rows[1:]) == len(engine.layers)
 
 
 def test_hostile_names_mean_nothing_in_a_card(graph_of: GraphOf) -> None:
     graph = graph_of("fp32", "int8")
     manifest = replace(graph.manifest, base=Base(HOSTILE, "0" * 64), recipe=graph.manifest.recipe | {"name": HOSTILE})
-    site = {"op": "conv", "weight_storage_bits": 8, "activation_bits": 8, "lowering": HOSTILE, "compute": HOSTILE}
-    shown = {"backend": HOSTILE, "hint": HOSTILE, "dtype": "fp32", "environment": {HOSTILE: HOSTILE}}
-    card = engine_card(replace(graph, manifest=manifest), shown | {"sites": [site], "sizes": {"a": 1}})
+    layer = {"op": "conv", "weight_storage_bits": 8, "activation_bits": 8, "lowering": HOSTILE, "compute": HOSTILE}
+    shown = {
+        "backend": HOSTILE,
+        "precision": HOSTILE,
+        "provider": HOSTILE,
+        "optimization": HOSTILE,
+        "dtype": "fp32",
+        "environment": {HOSTILE: HOSTILE},
+    }
+    card = engine_card(replace(graph, manifest=manifest), shown | {"layers": [layer], "sizes": {"a": 1}})
     found = metadata_of(card)
     assert "license" not in found
     assert "base_model" not in found
@@ -63,13 +70,12 @@ def test_a_bar_ends_no_cell() -> None:
 
 
 def test_metadata_names_the_base_only_where_a_hub_would_know_it(tmp_path: Path) -> None:
-    floating = {"backend": "openvino", "sites": [{"weight_storage_bits": 32, "activation_bits": 16}]}
-    quantized = {"backend": "openvino", "sites": [{"weight_storage_bits": 8, "activation_bits": 16}]}
+    floating = {"backend": "openvino", "layers": [{"weight_storage_bits": 32, "activation_bits": 16}]}
+    quantized = {"backend": "openvino", "layers": [{"weight_storage_bits": 8, "activation_bits": 16}]}
     found = card_metadata(Base("owner/name", "0"), "openrail", quantized)
     assert (found["base_model"], found["base_model_relation"]) == ("owner/name", "quantized")
     assert "base_model" not in card_metadata(Base(str(tmp_path), "0"), None, quantized)
     assert "quantized" not in str(card_metadata(Base("owner/name", "0"), None, floating))
-    assert yaml.safe_load(metadata_block({"tags": [HOSTILE]}).strip("-\n")) == {"tags": [HOSTILE]}
 
 
 @pytest.mark.parametrize(

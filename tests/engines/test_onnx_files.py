@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from s2p_deploy.engines.onnx_files import check_external_bytes, read_onnx, write_onnx
+from s2p_deploy.engines.onnx_files import check_external_bytes, write_onnx
 from s2p_deploy.errors import IntegrityError
-from tests.engines.small_graph import small_model
+from tests.engines.small_graph import read_back, small_model
 from tests.mutations.file_mutations import Mutation
 from tests.mutations.onnx_mutations import EXTERNAL_MUTATIONS
 
@@ -25,7 +25,7 @@ def written(tmp_path: Path) -> Path:
     return path
 
 
-def point_elsewhere(path: Path, key: str, value: str) -> None:
+def quantizer_elsewhere(path: Path, key: str, value: str) -> None:
     """Changes one entry of the first external tensor."""
     model = onnx.load_model(path, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
@@ -34,25 +34,25 @@ def point_elsewhere(path: Path, key: str, value: str) -> None:
 
 
 def test_a_written_model_reads_back(written: Path) -> None:
-    names = read_onnx(written).graph.initializers
+    names = read_back(written).graph.initializers
     assert "conv/weight_quantizer/codes" in names
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/b", "..", "", "missing.data", "x\\y"])
 def test_data_outside_the_folder_is_refused(written: Path, location: str) -> None:
     (written.parent.parent / "secret").write_bytes(bytes(1 << 20))
-    point_elsewhere(written, "location", location)
+    quantizer_elsewhere(written, "location", location)
     with pytest.raises(IntegrityError):
-        read_onnx(written)
+        read_back(written)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("offset", "999999999"), ("length", "999999999"), ("length", "1"), ("offset", "-8")]
 )
 def test_data_outside_the_file_is_refused(written: Path, key: str, value: str) -> None:
-    point_elsewhere(written, key, value)
+    quantizer_elsewhere(written, key, value)
     with pytest.raises(IntegrityError):
-        read_onnx(written)
+        read_back(written)
 
 
 def test_links_are_refused(written: Path) -> None:
@@ -61,11 +61,11 @@ def test_links_are_refused(written: Path) -> None:
     data.rename(other)
     data.symlink_to(other)
     with pytest.raises(IntegrityError, match="a link"):
-        read_onnx(written)
+        read_back(written)
     data.unlink()
     os.link(other, data)
     with pytest.raises(IntegrityError, match="one link"):
-        read_onnx(written)
+        read_back(written)
 
 
 def test_external_data_inside_a_node_is_refused(written: Path) -> None:
@@ -74,7 +74,7 @@ def test_external_data_inside_a_node_is_refused(written: Path) -> None:
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["hidden"], value=tensor))
     written.write_bytes(model.SerializeToString())
     with pytest.raises(IntegrityError, match="outside the main graph"):
-        read_onnx(written)
+        read_back(written)
 
 
 @pytest.mark.parametrize("mutation", EXTERNAL_MUTATIONS, ids=lambda mutation: mutation.__name__)
@@ -82,19 +82,19 @@ def test_external_data_inside_a_node_is_refused(written: Path) -> None:
 def test_every_way_out_is_refused(written: Path, mutation: Mutation, seed: int) -> None:
     mutation(written.parent, Random(seed))
     with pytest.raises(IntegrityError):
-        read_onnx(written)
+        read_back(written)
 
 
 def test_the_model_cannot_be_its_own_data(written: Path) -> None:
-    point_elsewhere(written, "location", written.name)
+    quantizer_elsewhere(written, "location", written.name)
     with pytest.raises(IntegrityError, match="own file"):
-        read_onnx(written)
+        read_back(written)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"\x08\xff\xff not a protobuf")
     with pytest.raises(IntegrityError, match="no ONNX model"):
-        read_onnx(tmp_path / "a.onnx")
+        read_back(tmp_path / "a.onnx")
     with pytest.raises(IntegrityError, match="no ONNX model"):
         check_external_bytes(b"\x08\xff\xff not a protobuf", {})
 

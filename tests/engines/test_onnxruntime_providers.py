@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers for NVIDIA GPUs: chosen by hint, refused by name where they cannot run."""
+"""ONNX Runtime's execution providers for NVIDIA GPUs: chosen by name, refused by name where they cannot run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name, build_engine, load_engine
-from s2p_deploy.engines.onnxruntime.backend import OnnxRuntimeRunner
-from s2p_deploy.engines.onnxruntime.device_runner import DeviceRunner
 from s2p_deploy.engines.onnxruntime.providers import PROVIDERS, graph_traits, provider_options, unavailable
-from s2p_deploy.engines.tensor_runner import TensorRunner
+from s2p_deploy.engines.onnxruntime.runners import DeviceRunner, OnnxRuntimeRunner
+from s2p_deploy.engines.runner import TensorRunner
 from s2p_deploy.errors import MissingEnvironmentError
-from s2p_deploy.records import TensorSpec
+from s2p_deploy.records import Execution, TensorSpec
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import on_the_gpu, small_inputs, small_model, small_scales
 
 INPUTS = (
     TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
-    TensorSpec("step_index", "int64", ("batch",)),
-    TensorSpec("act_scales", "float32", ("rows", 2)),
+    TensorSpec("timestep_index", "int64", ("batch",)),
+    TensorSpec("act_scales", "float32", ("timesteps", 2)),
 )
 TRAITS = graph_traits(INPUTS, ShapeProfile(1, 2, 8), quantized=True, digest="d")
 
@@ -34,9 +33,9 @@ def open_session() -> onnxruntime.InferenceSession:
 
 def test_tensorrts_options_name_precisions_shapes_and_caches() -> None:
     options = provider_options("tensorrt", TRAITS, "/cache")
-    assert options["trt_profile_min_shapes"] == "sample:1x4x8x8,step_index:1,act_scales:1x2"
-    assert options["trt_profile_opt_shapes"] == "sample:2x4x8x8,step_index:2,act_scales:1000x2"
-    assert options["trt_profile_max_shapes"] == "sample:8x4x8x8,step_index:8,act_scales:4096x2"
+    assert options["trt_profile_min_shapes"] == "sample:1x4x8x8,timestep_index:1,act_scales:1x2"
+    assert options["trt_profile_opt_shapes"] == "sample:2x4x8x8,timestep_index:2,act_scales:1000x2"
+    assert options["trt_profile_max_shapes"] == "sample:8x4x8x8,timestep_index:8,act_scales:4096x2"
     assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == ("1", "1")
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/cache"
     assert not any("calibration" in name for name in options)
@@ -49,40 +48,45 @@ def test_precisions_follow_the_graph() -> None:
 
 def test_rtx_has_shapes_graphs_and_a_runtime_cache() -> None:
     options = provider_options("nv_tensorrt_rtx", TRAITS, "/cache")
-    assert options["nv_profile_max_shapes"] == "sample:8x4x8x8,step_index:8,act_scales:4096x2"
+    assert options["nv_profile_max_shapes"] == "sample:8x4x8x8,timestep_index:8,act_scales:4096x2"
     assert (options["enable_cuda_graph"], options["nv_runtime_cache_path"]) == ("1", "/cache")
 
 
 def test_what_cannot_run_here_says_what_to_do(graph_of: GraphOf, tmp_path: Path) -> None:
     found = backend_by_name("onnxruntime").capabilities()
-    assert set(found.hints) | set(found.unavailable) == {"reference", "fast", *PROVIDERS}
-    assert found.hints[0] == "reference"
-    for hint, advice in found.unavailable.items():
+    assert set(found.providers) | set(found.unavailable) == {"cpu", *PROVIDERS}
+    assert (found.providers[0], found.optimizations) == ("cpu", ("reference", "full"))
+    for provider, advice in found.unavailable.items():
         with pytest.raises(MissingEnvironmentError) as caught:
-            build_engine(graph_of("fp16", "int8"), "onnxruntime", tmp_path / hint, options=BuildOptions(hint))
+            build_engine(
+                graph_of("fp16", "int8"),
+                tmp_path / provider,
+                backend="onnxruntime",
+                options=BuildOptions(provider=provider),
+            )
         assert advice in str(caught.value)
         assert caught.value.exit_code == 4
 
 
-def test_a_gpu_engine_whose_hint_was_changed_does_not_run_on_the_cpu(engine_of: EngineOf) -> None:
+def test_a_gpu_engine_whose_provider_was_changed_does_not_run_on_the_cpu(engine_of: EngineOf) -> None:
     engine = engine_of("onnxruntime", "reference", "int8")
     gpu = {"device": "CUDA GPU", "provider": PROVIDERS["cuda"].name}
     with pytest.raises(MissingEnvironmentError, match="needs device CUDA GPU, here it is cpu"):
         load_engine(replace(engine, environment=engine.environment | gpu))
 
 
-@pytest.mark.parametrize("hint", list(PROVIDERS))
-def test_a_gpu_engine_is_refused_where_its_provider_is_missing(engine_of: EngineOf, hint: str) -> None:
+@pytest.mark.parametrize("provider", list(PROVIDERS))
+def test_a_gpu_engine_is_refused_where_its_provider_is_missing(engine_of: EngineOf, provider: str) -> None:
     lacking = unavailable()
-    if hint not in lacking:
+    if provider not in lacking:
         pytest.skip("this machine has the provider")
     engine = engine_of("onnxruntime", "reference", "int8")
-    needed = engine.environment | {"provider": PROVIDERS[hint].name}
-    needed["device"] = backend_by_name("onnxruntime").environment(hint)["device"]
+    needed = engine.environment | {"provider": PROVIDERS[provider].name}
+    needed["device"] = backend_by_name("onnxruntime").environment(Execution(provider=provider))["device"]
     with pytest.raises(MissingEnvironmentError) as caught:
-        load_engine(replace(engine, hint=hint, environment=needed))
-    assert f"needs provider {PROVIDERS[hint].name}, here it is missing" in str(caught.value)
-    assert lacking[hint] in str(caught.value)
+        load_engine(replace(engine, provider=provider, environment=needed))
+    assert f"needs provider {PROVIDERS[provider].name}, here it is missing" in str(caught.value)
+    assert lacking[provider] in str(caught.value)
 
 
 def test_an_engine_on_the_cpu_takes_no_tensors(engine_of: EngineOf) -> None:
@@ -113,14 +117,14 @@ def test_old_sizes_make_room() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hint", list(PROVIDERS))
-def test_a_provider_computes_what_the_reference_does(graph_of: GraphOf, tmp_path: Path, hint: str) -> None:
+@pytest.mark.parametrize("provider", list(PROVIDERS))
+def test_a_provider_computes_what_the_reference_does(graph_of: GraphOf, tmp_path: Path, provider: str) -> None:
     lacking = unavailable()
-    if hint in lacking:
-        pytest.skip(lacking[hint])
-    graph, options = graph_of("fp16", "int8"), BuildOptions(hint, ShapeProfile(1, 2, 8))
-    built = build_engine(graph, "onnxruntime", tmp_path / hint, options=options)
-    reference = build_engine(graph, "onnxruntime", tmp_path / "reference")
+    if provider in lacking:
+        pytest.skip(lacking[provider])
+    graph, options = graph_of("fp16", "int8"), BuildOptions(provider=provider, profile=ShapeProfile(1, 2, 8))
+    built = build_engine(graph, tmp_path / provider, backend="onnxruntime", options=options)
+    reference = build_engine(graph, tmp_path / "reference", backend="onnxruntime")
     with load_engine(built, graph) as candidate, load_engine(reference, graph) as expected:
         for batch in (1, 3, 8, 3):
             inputs = small_inputs(batch, dtype="fp16")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from s2p_deploy.engines import Limits, backend_names, build_engine
-from s2p_deploy.engines.preflight import BASE_MEMORY, Estimate, check_resources, estimate
+from s2p_deploy.engines.build import BASE_MEMORY, Estimate, check_resources, estimate
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 from tests.engines.conftest import GraphOf
 
@@ -47,5 +47,5 @@ def test_enough_passes(tmp_path: Path) -> None:
 
 def test_a_memory_limit_below_the_least_is_refused(graph_of: GraphOf, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too small"):
-        build_engine(graph_of("fp32", "int8"), "onnxruntime", tmp_path / "out", limits=Limits(60, 2**20))
+        build_engine(graph_of("fp32", "int8"), tmp_path / "out", backend="onnxruntime", limits=Limits(60, 2**20))
     assert list(tmp_path.iterdir()) == []

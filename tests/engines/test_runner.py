@@ -14,7 +14,7 @@ from s2p_deploy.records import TensorSpec, TimestepTable
 
 INPUTS = (
     TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
-    TensorSpec("step_index", "int64", ("batch",)),
+    TensorSpec("timestep_index", "int64", ("batch",)),
     TensorSpec("encoder_hidden_states", "float16", ("batch", 6, 48)),
 )
 ROWS = TimestepTable("DDIMScheduler", {}, 3, (1, 501, 981), np.linspace(0.03, 1.5, 1000))
@@ -35,7 +35,7 @@ class Echo(ClosingRunner):
 def given(batch: int = 2) -> dict[str, np.ndarray]:
     return {
         "sample": np.full((batch, 4, 8, 8), 0.1, np.float32),
-        "step_index": np.arange(batch, dtype=np.int32),
+        "timestep_index": np.arange(batch, dtype=np.int32),
         "encoder_hidden_states": np.zeros((batch, 6, 48), np.float64),
     }
 
@@ -47,7 +47,9 @@ def test_inputs_are_cast_to_what_the_engine_takes() -> None:
 
 def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
     values = given()
-    result = BoundRunner(Echo(), INPUTS, ROWS)(values["sample"], values["step_index"], values["encoder_hidden_states"])
+    result = BoundRunner(Echo(), INPUTS, ROWS)(
+        values["sample"], values["timestep_index"], values["encoder_hidden_states"]
+    )
     assert np.array_equal(result, values["sample"].astype(np.float16))
 
 
@@ -55,9 +57,9 @@ def test_a_call_takes_the_step_and_gives_the_prediction() -> None:
     ("change", "message"),
     [
         ({"sample": np.zeros((2, 4, 16, 16))}, r"sample has shape \[2, 4, 16, 16\], the engine takes \[2, 4, 8, 8\]"),
-        ({"step_index": np.asarray([0])}, "sample has shape"),
-        ({"step_index": np.asarray([0, 1000])}, "rows 0 to 999"),
-        ({"step_index": np.asarray([0, -1])}, "rows 0 to 999"),
+        ({"timestep_index": np.asarray([0])}, "sample has shape"),
+        ({"timestep_index": np.asarray([0, 1000])}, "indices are 0 to 999"),
+        ({"timestep_index": np.asarray([0, -1])}, "indices are 0 to 999"),
         ({"act_scales": np.ones((1000, 2))}, "no input 'act_scales'"),
     ],
 )
@@ -119,6 +121,6 @@ def test_a_batch_to_be_fast_at_reaches_the_runner_as_the_shapes_of_its_inputs() 
     inner = Shaped()
     BoundRunner(inner, INPUTS, ROWS).tune(4, 8)
     four, eight = inner.shapes
-    assert four == {"sample": (4, 4, 8, 8), "step_index": (4,), "encoder_hidden_states": (4, 6, 48)}
+    assert four == {"sample": (4, 4, 8, 8), "timestep_index": (4,), "encoder_hidden_states": (4, 6, 48)}
     assert eight["sample"] == (8, 4, 8, 8)
     BoundRunner(Echo(), INPUTS, ROWS).tune(4)  # to whom it is all the same

@@ -9,14 +9,20 @@ import pytest
 import torch
 
 from s2p_deploy.engines.conditioning import PromptFeatures, StoredFeatures
-from s2p_deploy.engines.runner import BoundRunner, ClosingRunner
-from s2p_deploy.engines.tensor_runner import BoundTensorRunner, TensorRunner
+from s2p_deploy.engines.runner import (
+    BoundRunner,
+    BoundTensorRunner,
+    ClosingRunner,
+    TensorRunner,
+    UniformTimestepRunner,
+    UniformTimestepTensorRunner,
+)
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import TensorSpec, TimestepTable
 
 INPUTS = (
     TensorSpec("sample", "float16", ("batch", 4, 8, 8)),
-    TensorSpec("step_index", "int64", ("batch",)),
+    TensorSpec("timestep_index", "int64", ("batch",)),
     TensorSpec("encoder_hidden_states", "float16", ("batch", 6, 48)),
 )
 PROJECTIONS = TensorSpec("time_projections", "float16", ("batch", 3))
@@ -43,7 +49,7 @@ def given(rows: tuple[int, ...] = (3, 981)) -> dict[str, torch.Tensor]:
     batch = len(rows)
     return {
         "sample": torch.full((batch, 4, 8, 8), 0.1),
-        "step_index": torch.tensor(rows),
+        "timestep_index": torch.tensor(rows),
         "encoder_hidden_states": torch.zeros(batch, 6, 48),
     }
 
@@ -83,10 +89,19 @@ def test_features_of_a_prompt_are_computed_on_the_way() -> None:
     ("change", "message"),
     [
         ({"sample": torch.zeros(2, 4, 16, 16)}, "sample has shape"),
-        ({"step_index": torch.tensor([0, 1000])}, "rows 0 to 999"),
+        ({"timestep_index": torch.tensor([0, 1000])}, "indices are 0 to 999"),
         ({"act_scales": torch.ones(1000, 2)}, "no input 'act_scales'"),
     ],
 )
 def test_wrong_tensors_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BoundTensorRunner(TensorEcho(), INPUTS, ROWS).infer_tensors(given() | change)
+
+
+def test_an_engine_of_one_timestep_per_batch_takes_tensors_too() -> None:
+    assert not isinstance(UniformTimestepRunner(Echo()), TensorRunner)
+    runner = BoundTensorRunner(UniformTimestepTensorRunner(TensorEcho()), INPUTS, ROWS)
+    values = given((3, 3))
+    assert runner.infer_tensors(values)["sample"] is values["sample"]
+    with pytest.raises(InputError, match="batches of one timestep"):
+        runner.infer_tensors(given((3, 981)))

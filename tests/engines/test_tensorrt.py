@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from s2p_deploy.child_process import Limits
 from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name, build_engine, load_engine
-from s2p_deploy.engines.isolation import Limits, run_child
-from s2p_deploy.engines.profile_shapes import profile_shapes, spec_of
+from s2p_deploy.engines.backend import call_in_child
+from s2p_deploy.engines.options import profile_shapes, spec_of
 from s2p_deploy.engines.tensorrt.backend import refusal
-from s2p_deploy.engines.tensorrt.inspector import compute_types, layer_table
-from s2p_deploy.engines.tensorrt.opened import open_plan
+from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan
 from s2p_deploy.engines.tensorrt.runner import TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
 
 WIDTH = 2048
-BUILDER = "s2p_deploy.engines.tensorrt.builder"
+BUILDER = "s2p_deploy.engines.tensorrt.builder:build_in_child"
 
 
 @pytest.fixture
@@ -42,13 +44,13 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def child_request(folder: Path, model: onnx.ModelProto, **options: bool) -> dict[str, object]:
+def child_request(folder: Path, model: onnx.ModelProto, **options: bool) -> dict[str, Any]:
     path = folder / "block.onnx"
     path.write_bytes(model.SerializeToString())
     batches = (1, 2, 8)
     shapes = {
         "sample": [[b, 4, SIZE, SIZE] for b in batches],
-        "step_index": [[b] for b in batches],
+        "timestep_index": [[b] for b in batches],
         "encoder_hidden_states": [[b, TOKENS, CHANNELS] for b in batches],
         "act_scales": [[ROWS, 2]] * 3,
     }
@@ -63,13 +65,13 @@ def child_request(folder: Path, model: onnx.ModelProto, **options: bool) -> dict
 def test_rtx_builds_ahead_of_time_with_a_dynamic_batch(graph_of: GraphOf, tmp_path: Path, weights: str) -> None:
     graph = graph_of("fp16", weights)
     options = BuildOptions(profile=ShapeProfile(1, 2, 8))
-    engine = build_engine(graph, "tensorrt_rtx", tmp_path / "engine", options=options)
-    bits = {site.site: site.weight_storage_bits for site in engine.sites}
+    engine = build_engine(graph, tmp_path / "engine", backend="tensorrt_rtx", options=options)
+    bits = {layer.name: layer.weight_storage_bits for layer in engine.layers}
     packed = 4 if weights == "int4" else 8
     assert bits == {"conv_in": packed, "conv": 8, "to_q": packed, "conv_out": 16}
     assert engine.environment["device"] == "CUDA GPU"
     assert engine.engine_files == ("denoiser.plan",)
-    assert {site.compute for site in engine.sites} == {"unknown"} or has_gpu()
+    assert {layer.compute for layer in engine.layers} == {"unknown"} or has_gpu()
     if not has_gpu():
         with pytest.raises(MissingEnvironmentError, match="GPU"):
             load_engine(engine, graph)
@@ -81,7 +83,7 @@ def test_rtx_builds_ahead_of_time_with_a_dynamic_batch(graph_of: GraphOf, tmp_pa
 def test_an_int4_conv_with_int8_activations_fails_in_the_builder(tmp_path: Path) -> None:
     """Why the canonical graph is not given to TensorRT-RTX as it is."""
     with pytest.raises(EngineBuildError, match=r"\Athe build failed: \[E\] IBuilder") as caught:
-        run_child(BUILDER, child_request(tmp_path, small_model("fp16", "int4")), tmp_path, Limits(120))
+        call_in_child(BUILDER, child_request(tmp_path, small_model("fp16", "int4")), Limits(120))
     assert "CHECK(dtype == W.type()) failed" in str(caught.value)
 
 
@@ -103,7 +105,7 @@ def test_a_real_crash_of_the_builder_ends_as_an_error(tmp_path: Path) -> None:
     model.graph.node.insert(position, onnx.helper.make_node("GatherND", ["act_scales", "first_scale"], ["wide_scale"]))
     model.graph.node.insert(position + 1, onnx.helper.make_node("Cast", ["wide_scale"], ["runtime_scale"], to=half))
     with pytest.raises(EngineBuildError, match="SIGSEGV"):
-        run_child(BUILDER, child_request(tmp_path, model), tmp_path, Limits(120))
+        call_in_child(BUILDER, child_request(tmp_path, model), Limits(120))
 
 
 @pytest.mark.trt
@@ -113,10 +115,10 @@ def test_rtx_builds_for_any_number_of_rows(tmp_path: Path) -> None:
     """As the input form of the time table needs it: schedules are bound when the engine is loaded."""
     model = small_model("fp16", "int8")
     scales = next(value for value in model.graph.input if value.name == "act_scales")
-    scales.type.tensor_type.shape.dim[0].dim_param = "rows"
+    scales.type.tensor_type.shape.dim[0].dim_param = "timesteps"
     specs = [spec_of(value) for value in model.graph.input]
-    request = child_request(tmp_path, model) | {"shapes": profile_shapes(specs, ShapeProfile(1, 2, 8), rows=1000)}
-    run_child(BUILDER, request, tmp_path, Limits(240))
+    request = child_request(tmp_path, model) | {"shapes": profile_shapes(specs, ShapeProfile(1, 2, 8), timesteps=1000)}
+    call_in_child(BUILDER, request, Limits(240))
     assert (tmp_path / "plan").stat().st_size > 100_000
 
 
@@ -130,7 +132,7 @@ def test_without_a_driver_the_builder_makes_no_refittable_plan(tmp_path: Path, o
         pytest.skip("needs a machine without a GPU")
     request = child_request(tmp_path, small_model("fp16", "int8"), **{option: True})
     with pytest.raises(EngineBuildError, match="CUDA_SUCCESS"):
-        run_child(BUILDER, request, tmp_path, Limits(240))
+        call_in_child(BUILDER, request, Limits(240))
 
 
 @pytest.mark.usefixtures("rtx")
@@ -140,9 +142,9 @@ def test_refittable_engines_are_refused_where_they_cannot_be_built(
 ) -> None:
     if not has_gpu():
         with pytest.raises(MissingEnvironmentError, match="beside a GPU's driver"):
-            build_engine(graph_of("fp16", "int8"), "tensorrt_rtx", tmp_path / "out", options=options)
+            build_engine(graph_of("fp16", "int8"), tmp_path / "out", backend="tensorrt_rtx", options=options)
     with pytest.raises(InputError, match="onnxruntime engines cannot be refitted"):
-        build_engine(graph_of("fp16", "int8"), "onnxruntime", tmp_path / "out", options=options)
+        build_engine(graph_of("fp16", "int8"), tmp_path / "out", backend="onnxruntime", options=options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,7 +182,7 @@ def test_shapes_outside_the_profile_are_refused(shape: tuple[int, ...], message:
 @pytest.mark.usefixtures("rtx")
 def test_an_fp32_graph_is_refused_before_anything_starts(graph_of: GraphOf, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fp16 graphs"):
-        build_engine(graph_of("fp32", "int8"), "tensorrt_rtx", tmp_path / "out")
+        build_engine(graph_of("fp32", "int8"), tmp_path / "out", backend="tensorrt_rtx")
 
 
 @pytest.mark.gpu
@@ -190,8 +192,10 @@ def test_an_fp32_graph_is_refused_before_anything_starts(graph_of: GraphOf, tmp_
 def test_an_engine_runs_on_the_gpu_as_onnxruntime_does(graph_of: GraphOf, tmp_path: Path, backend: str) -> None:
     pytest.importorskip(backend)
     graph = graph_of("fp16", "int8")
-    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
-    reference = build_engine(graph, "onnxruntime", tmp_path / "reference")
+    built = build_engine(
+        graph, tmp_path / backend, backend=backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8))
+    )
+    reference = build_engine(graph, tmp_path / "reference", backend="onnxruntime")
     with load_engine(built, graph) as candidate, load_engine(reference, graph) as expected:
         for batch in (1, 3, 8):
             a, b = (
@@ -211,7 +215,9 @@ def test_captured_steps_equal_plain_ones_on_the_gpu(graph_of: GraphOf, tmp_path:
     """Batches alternate, rows are mixed, and every step is asked for three times: run, captured, replayed."""
     pytest.importorskip(backend)
     graph = graph_of("fp16", "int8")
-    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
+    built = build_engine(
+        graph, tmp_path / backend, backend=backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8))
+    )
     plan = open_plan(backend, (built.folder / "denoiser.plan").read_bytes())
     bound = {"act_scales": built.scales.scales}
     with TensorRtRunner(plan, bound, capture=False) as plain, TensorRtRunner(plan, bound) as captured:
@@ -231,7 +237,9 @@ def test_captured_steps_equal_plain_ones_on_the_gpu(graph_of: GraphOf, tmp_path:
 def test_mixed_rows_equal_lone_runs_on_the_gpu(graph_of: GraphOf, tmp_path: Path, backend: str) -> None:
     pytest.importorskip(backend)
     graph = graph_of("fp16", "int8")
-    built = build_engine(graph, backend, tmp_path / backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8)))
+    built = build_engine(
+        graph, tmp_path / backend, backend=backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8))
+    )
     inputs = small_inputs(4, dtype="fp16")
     with load_engine(built, graph) as runner:
         together = runner.infer(inputs)["noise_pred"].astype(np.float64)
@@ -249,8 +257,8 @@ def test_a_stripped_engine_gets_its_weights_from_the_graph_on_the_gpu(
 ) -> None:
     pytest.importorskip(backend)
     graph = graph_of("fp16", "int8")
-    whole = build_engine(graph, backend, tmp_path / "whole", options=BuildOptions(refit=True))
-    stripped = build_engine(graph, backend, tmp_path / "stripped", options=BuildOptions(stripped=True))
+    whole = build_engine(graph, tmp_path / "whole", backend=backend, options=BuildOptions(refit=True))
+    stripped = build_engine(graph, tmp_path / "stripped", backend=backend, options=BuildOptions(stripped=True))
     with load_engine(whole, graph) as first, load_engine(stripped, graph) as second:
         a, b = (runner.infer(small_inputs(2, dtype="fp16"))["noise_pred"] for runner in (first, second))
     assert np.array_equal(a, b)
@@ -269,6 +277,34 @@ def test_types_are_read_in_the_words_of_every_version() -> None:
     (row,) = layer_table(json.dumps({"Layers": [layer, "a name alone"]}))
     assert row["inputs"] == ["int8", "fp16", "fp32", "bf16", None]
     assert (row["name"], row["kind"], row["nodes"], row["outputs"]) == ("x", "kgen", ["a/Conv"], [])
+
+
+def unopened_library() -> ModuleType:
+    """A library that opens no plan on this GPU, as TensorRT-RTX on one that it does not run on."""
+    library = ModuleType("tensorrt_rtx")
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _plan: None)
+    library.__dict__.update(Logger=SimpleNamespace, Runtime=lambda _logger: runtime)
+    library.__dict__["Logger"] = type("Logger", (), {"ERROR": 0, "__init__": lambda self, _level: None})
+    return library
+
+
+def test_a_plan_that_does_not_open_here_is_not_inspected() -> None:
+    assert inspect_plan(unopened_library(), b"plan", {}) is None
+
+
+def test_a_closed_runner_holds_no_engine() -> None:
+    """The launcher refers to the plan too: the GPU's memory is free only when both are gone."""
+    closed: list[str] = []
+    runner = TensorRtRunner.__new__(TensorRtRunner)
+    runner.__dict__.update(
+        _plan=object(), _launcher=SimpleNamespace(close=lambda: closed.append("launcher")), _buffers={"x": 1}
+    )
+    runner.close()
+    runner.close()
+    assert closed == ["launcher"]
+    assert (runner.__dict__["_plan"], runner.__dict__["_launcher"], runner.__dict__["_buffers"]) == (None, None, {})
+    with pytest.raises(ValueError, match="closed"):
+        runner.infer_tensors({})
 
 
 def test_the_inspector_speaks_only_for_layers_with_one_product() -> None:
@@ -300,7 +336,7 @@ def test_int4_stays_packed_in_the_plan_of_a_matmul_with_int8_activations(tmp_pat
             "tokens": [[b, 16, WIDTH] for b in (1, 2, 8)],
             "scale": [[b, 1] for b in (1, 2, 8)],
         }
-        run_child(BUILDER, request, folder, Limits(120))
+        call_in_child(BUILDER, request, Limits(120))
         sizes[weights] = (folder / "plan").stat().st_size
     assert sizes["int8"] - sizes["int4"] > 1_500_000
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from s2p_deploy.engines.tensorrt import caches
-from s2p_deploy.engines.tensorrt.caches import read_locked, runtime_cache, timing_cache, write_locked
+from s2p_deploy.engines.tensorrt import launchers
+from s2p_deploy.engines.tensorrt.launchers import read_locked, runtime_cache, timing_cache, write_locked
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_too_large_a_cache_is_neither_written_nor_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kernels.bin"
     write_locked(file, b"12345")
-    monkeypatch.setattr(caches, "LARGEST_RUNTIME_CACHE", 4)
+    monkeypatch.setattr(launchers, "LARGEST_RUNTIME_CACHE", 4)
     assert read_locked(file) is None
     assert not write_locked(file, b"67890")
     assert file.read_bytes() == b"12345"

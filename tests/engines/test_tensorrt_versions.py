@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from s2p_deploy.engines.tensorrt.versions import BuildFlags, build_flags
+from s2p_deploy.engines.tensorrt.builder import BuildFlags, build_flags
 from s2p_deploy.errors import MissingEnvironmentError
 
 
@@ -25,9 +25,9 @@ WITHOUT_NETWORK_FLAGS = library("12.0", ("REFIT_IDENTICAL",), None)
 
 
 def test_strong_typing_is_asked_for_where_there_is_a_choice() -> None:
-    assert build_flags(TEN, refit=False, stripped=False) == BuildFlags(ask_strongly_typed=True, builder=())
+    assert build_flags(TEN, refit=False, stripped=False) == BuildFlags(request_strongly_typed=True, builder=())
     for later in (ELEVEN, WITHOUT_NETWORK_FLAGS):
-        assert build_flags(later, refit=False, stripped=False) == BuildFlags(ask_strongly_typed=False, builder=())
+        assert build_flags(later, refit=False, stripped=False) == BuildFlags(request_strongly_typed=False, builder=())
 
 
 def test_refitting_is_always_identical() -> None:

@@ -13,17 +13,16 @@ import pytest
 import torch
 
 from s2p_deploy.engines import build_engine, load_engine
-from s2p_deploy.engines.runner import BoundRunner, ClosingRunner
-from s2p_deploy.engines.tensor_runner import BoundTensorRunner
-from s2p_deploy.engines.text_projections import TextProjections
+from s2p_deploy.engines.conditioning import TextProjections
+from s2p_deploy.engines.runner import BoundRunner, BoundTensorRunner, ClosingRunner
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import Engine, ExportedGraph, TensorSpec, TimestepTable
-from s2p_deploy.records.manifest import _sealed_text, file_digest
+from s2p_deploy.records.artifacts import _sealed_text, file_digest
 from tests.artifacts import tiny_calibrated, tiny_inputs
 
 TEXT = TensorSpec("encoder_hidden_states", "float32", ("batch", 2, 3))
-INPUTS = (TensorSpec("step_index", "int64", ("batch",)), TensorSpec("text_projections", "float32", ("batch", 2, 5)))
+INPUTS = (TensorSpec("timestep_index", "int64", ("batch",)), TensorSpec("text_projections", "float32", ("batch", 2, 5)))
 ROWS = TimestepTable("DDIMScheduler", {}, 3, (1, 501, 981), np.linspace(0.03, 1.5, 1000))
 EACH = 2 * 5 * 4  # bytes of one text's products
 
@@ -87,12 +86,12 @@ def test_a_batch_above_the_limit_is_kept_whole() -> None:
 
 def test_callers_give_the_text_and_the_engine_gets_its_products() -> None:
     runner = BoundRunner(Echo(), INPUTS, ROWS, texts=TextProjections(Counted(), TEXT))
-    assert [spec.name for spec in runner.inputs] == ["step_index", "encoder_hidden_states"]
-    found = runner.infer({"step_index": np.asarray([1, 2]), "encoder_hidden_states": texts(1, 2)})
-    assert set(found) == {"step_index", "text_projections"}
+    assert [spec.name for spec in runner.inputs] == ["timestep_index", "encoder_hidden_states"]
+    found = runner.infer({"timestep_index": np.asarray([1, 2]), "encoder_hidden_states": texts(1, 2)})
+    assert set(found) == {"timestep_index", "text_projections"}
     assert found["text_projections"].shape == (2, 2, 5)
     with pytest.raises(InputError, match="encoder_hidden_states has shape"):
-        runner.infer({"step_index": np.asarray([1]), "encoder_hidden_states": np.zeros((1, 2, 4))})
+        runner.infer({"timestep_index": np.asarray([1]), "encoder_hidden_states": np.zeros((1, 2, 4))})
 
 
 @pytest.mark.parametrize("counts_writes", [True, False])
@@ -110,13 +109,13 @@ def test_tensors_are_looked_at_again_only_when_they_were_written_to(counts_write
         states = torch.from_numpy(texts(1, 2)).clone()
         rows = torch.tensor([1, 2])
         for _ in range(3):
-            found = runner.infer_tensors({"step_index": rows, "encoder_hidden_states": states.detach()})
+            found = runner.infer_tensors({"timestep_index": rows, "encoder_hidden_states": states.detach()})
             assert found["text_projections"][:, 0, 0].tolist() == [6, 12]
         assert len(seen) == (1 if counts_writes else 3)
         states.mul_(2)
-        found = runner.infer_tensors({"step_index": rows, "encoder_hidden_states": states.detach()})
+        found = runner.infer_tensors({"timestep_index": rows, "encoder_hidden_states": states.detach()})
         assert found["text_projections"][:, 0, 0].tolist() == [12, 24]
-        other = runner.infer_tensors({"step_index": rows, "encoder_hidden_states": states[[1, 0]]})
+        other = runner.infer_tensors({"timestep_index": rows, "encoder_hidden_states": states[[1, 0]]})
         assert other["text_projections"][:, 0, 0].tolist() == [24, 12]
     assert count.calls == 3
 
@@ -130,7 +129,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGraph]
 
 @pytest.fixture(scope="module")
 def engine(graphs: dict[str, ExportedGraph]) -> Engine:
-    return build_engine(graphs["input"], "onnxruntime", graphs["input"].folder.parent / "engine")
+    return build_engine(graphs["input"], graphs["input"].folder.parent / "engine", backend="onnxruntime")
 
 
 def counted_runs(runner: BoundRunner, batches: list[np.ndarray]) -> int:
@@ -144,7 +143,7 @@ def counted_runs(runner: BoundRunner, batches: list[np.ndarray]) -> int:
 
 
 def test_an_engine_gives_the_bits_of_the_whole_graphs(graphs: dict[str, ExportedGraph], engine: Engine) -> None:
-    whole = build_engine(graphs["graph"], "onnxruntime", graphs["graph"].folder.parent / "whole")
+    whole = build_engine(graphs["graph"], graphs["graph"].folder.parent / "whole", backend="onnxruntime")
     with load_engine(engine, graphs["input"]) as apart, load_engine(whole) as together:
         assert apart.inputs == together.inputs
         expected = together.infer(tiny_inputs(3))["noise_pred"]
@@ -158,10 +157,10 @@ def test_a_prompts_steps_run_the_text_graph_once(engine: Engine) -> None:
         assert counted_runs(runner, [states, states, states[:2], states[::-1]]) == 3
 
 
-def test_the_text_graphs_sites_are_reported(graphs: dict[str, ExportedGraph], engine: Engine) -> None:
-    apart = {site.site for site in graphs["input"].sites if site.graph == "text"}
-    reported = {site.site: site for site in engine.sites}
-    assert set(reported) == {site.site for site in graphs["input"].sites}
+def test_the_text_graphs_layers_are_reported(graphs: dict[str, ExportedGraph], engine: Engine) -> None:
+    apart = {layer.name for layer in graphs["input"].layers if layer.graph == "text"}
+    reported = {layer.name: layer for layer in engine.layers}
+    assert set(reported) == {layer.name for layer in graphs["input"].layers}
     for name in apart:
         found = reported[name]
         assert (found.weight_storage_bits, found.lowering, found.compute) == (4, "weight_only", "fp32")
@@ -173,7 +172,7 @@ def test_the_text_graphs_sites_are_reported(graphs: dict[str, ExportedGraph], en
 def test_other_backends_take_it_too(graphs: dict[str, ExportedGraph]) -> None:
     outputs = []
     for form, graph in graphs.items():
-        with load_engine(build_engine(graph, "openvino", graph.folder.parent / f"openvino-{form}")) as runner:
+        with load_engine(build_engine(graph, graph.folder.parent / f"openvino-{form}", backend="openvino")) as runner:
             outputs.append(runner.infer(tiny_inputs(3))["noise_pred"])
     assert np.abs(outputs[1] - outputs[0]).max() <= 1e-2 * np.abs(outputs[0]).max()  # codes at a rounding's edge flip
 

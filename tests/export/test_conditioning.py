@@ -9,9 +9,10 @@ from artifacts import tiny_inputs, tiny_unet
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
-from s2p_deploy.export.conditioning import time_path_model, write_conditioning
+from s2p_deploy.export.float_networks import time_path_model
+from s2p_deploy.export.tensors import write_model
 from s2p_deploy.families import TimePath, load_pipeline, load_time_path
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,7 @@ def test_only_the_time_path_of_a_stored_pipeline_is_read(tmp_path: Path, run_onn
     timesteps = torch.tensor([3.0, 700.5])
     assert path.slices == whole.slices
     assert torch.equal(path(timesteps), whole(timesteps))
-    write_conditioning(time_path_model(path), tmp_path / "conditioning.onnx")
+    write_model(time_path_model(path), tmp_path / "conditioning.onnx")
     found = run_onnx(tmp_path / "conditioning.onnx", {"timesteps": timesteps.numpy()})["time_projections"]
     assert found == pytest.approx(whole(timesteps).numpy(), abs=1e-5)
 

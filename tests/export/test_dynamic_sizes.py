@@ -12,13 +12,13 @@ from artifacts import tiny_inputs, tiny_unet
 
 from s2p_deploy.calib import calibrate, fake_quant_denoiser
 from s2p_deploy.engines import BuildOptions, ShapeProfile, Span, TorchRunner, build_engine, load_engine
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.engines.passes.fused_attention import FusedAttention
-from s2p_deploy.engines.profile_shapes import shape_at
-from s2p_deploy.export import GraphParts, export_graph
-from s2p_deploy.families import TimePath, given_features
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.export import Subgraphs, export_graph
+from s2p_deploy.families import TimePath
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import TensorSpec
-from tests.sibling_pipelines import sibling
+from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +77,7 @@ def test_blocks_are_the_fixed_graphs(graph: ExportedGraph, w8a8_graph: ExportedG
     entering, leaving = block.entering[0].tensor, block.leaving[0].tensor
     given = inputs(graph, 8, 8)
     given |= {entering: np.random.default_rng(1).standard_normal((2, 64, 4, 4)).astype(np.float32)}
-    found, expected = (run_onnx(GraphParts(item).block(block.block), given) for item in (graph, w8a8_graph))
+    found, expected = (run_onnx(Subgraphs(item).block(block.block), given) for item in (graph, w8a8_graph))
     np.testing.assert_array_equal(found[leaving], expected[leaving])
 
 
@@ -92,16 +92,19 @@ def test_attention_is_still_fused(graph: ExportedGraph) -> None:
 @pytest.mark.slow
 def test_the_other_kinds_take_any_size_too(name: str, tmp_path: Path, run_onnx: Run) -> None:
     """In floating point, where nothing but the graph can differ."""
-    calibrated = calibrate(sibling(name), load_recipe("fp"), None, tmp_path / "calib")
+    calibrated = calibrate(sibling(name), Recipe.load("fp"), None, tmp_path / "calib")
     graph = export_graph(calibrated, tmp_path / "graph", sizes="dynamic")
     assert graph.inputs[0].shape == OPEN
-    hot, random = given_features(fake_quant_denoiser(calibrated).denoiser.hot), np.random.default_rng(0)
+    float_denoiser, random = (
+        fake_quant_denoiser(calibrated).denoiser.inner.with_given_features(),
+        np.random.default_rng(0),
+    )
     for height, width in ((8, 8), (12, 4)):
         sizes = {"batch": 2, "height": height, "width": width}
         given = {spec.name: random.standard_normal(shape_at(spec, sizes)).astype(spec.dtype) for spec in graph.inputs}
-        arguments = ("sample", "step_index", "encoder_hidden_states", "time_projections")
+        arguments = ("sample", "timestep_index", "encoder_hidden_states", "time_projections")
         with torch.no_grad():
-            expected = hot(*(torch.from_numpy(given[argument]) for argument in arguments)).numpy()
+            expected = float_denoiser(*(torch.from_numpy(given[argument]) for argument in arguments)).numpy()
         assert sqnr(expected, run_onnx(graph.onnx_file, given)["noise_pred"]) > 100
 
 
@@ -109,7 +112,7 @@ def test_the_other_kinds_take_any_size_too(name: str, tmp_path: Path, run_onnx: 
 @pytest.mark.slow
 def test_quantized_and_without_their_text_products_too(name: str, tmp_path: Path, run_onnx: Run) -> None:
     """The other kinds in W8A8: the graph and its text graph give what the whole one gives."""
-    calibrated = calibrate(sibling(name), load_recipe("ptq-stream"), None, tmp_path / "calib")
+    calibrated = calibrate(sibling(name), Recipe.load("ptq-stream"), None, tmp_path / "calib")
     whole, apart = (
         export_graph(calibrated, tmp_path / form, sizes="dynamic", text_projections=form) for form in ("graph", "input")
     )
@@ -132,7 +135,9 @@ def test_every_option_at_once_is_the_plain_graph(w8a8: CalibratedModel, graph: E
     apart = export_graph(w8a8, tmp_path / "apart", sizes="dynamic", **options)
     span = Span(8, 8, 16, 2)
     plain, split = (
-        build_engine(one, "onnxruntime", folder, options=BuildOptions(profile=ShapeProfile(1, 2, 2, span, span)))
+        build_engine(
+            one, folder, backend="onnxruntime", options=BuildOptions(profile=ShapeProfile(1, 2, 2, span, span))
+        )
         for one, folder in ((graph, tmp_path / "plain"), (apart, tmp_path / "split"))
     )
     with load_engine(plain, graph) as one, load_engine(split, apart) as other:

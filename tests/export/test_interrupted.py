@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from s2p_deploy.context import Context
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import CalibratedModel
 
@@ -30,7 +31,7 @@ def stop(stage, done, total):
     if stage == "write weights" and done == total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-export_graph(CalibratedModel.open(Path(sys.argv[1])), Path(sys.argv[2]), replace=True, progress=stop)
+export_graph(CalibratedModel.open(Path(sys.argv[1])), Path(sys.argv[2]), replace=True, context=Context(progress=stop))
 """
 
 
@@ -85,7 +86,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(
 def test_a_disk_without_room_is_told_before_anything_is_written(
     w8a8: CalibratedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("s2p_deploy.records.disk_room.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("s2p_deploy.records.files.free_bytes", lambda _: 1000)
     with pytest.raises(InputError, match=r"graph needs .* GB and its disk has 1e-06 GB left: make room"):
         export_graph(w8a8, tmp_path / "graph")
     assert list(tmp_path.iterdir()) == []

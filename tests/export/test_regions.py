@@ -7,15 +7,14 @@ import pytest
 from graph_text import graph_from_text
 
 from s2p_deploy.errors import GraphContractError
-from s2p_deploy.export.regions import conditions, locate_sites, tapped
-from s2p_deploy.export.scopes import NAME_SCOPES, inside, module_path
+from s2p_deploy.export.regions import NAME_SCOPES, conditions, inside, locate_layers, module_path, tapped
 from s2p_deploy.families import Tap
-from s2p_deploy.records import SitePlan
+from s2p_deploy.records import LayerPlan
 
 # Two convolutions in a block, with text added inside it, and a linear layer behind.
 GRAPH = """
 denoiser (
-    float[1,2,4,4] sample, int64[1] step_index, float[1,2,1,1] encoder_hidden_states,
+    float[1,2,4,4] sample, int64[1] timestep_index, float[1,2,1,1] encoder_hidden_states,
     float[2,2,1,1] first, float[2,2,1,1] second, float[4,4] last, float[4] bias
 ) => (float[1,2,4,4] noise_pred) {
     entered = Sigmoid(sample)
@@ -28,9 +27,9 @@ denoiser (
 """
 SCOPES = ["", "block.first", "block", "block.second", "last", "last"]
 PLAN = (
-    SitePlan("block.first", "conv", "int8", None, ""),
-    SitePlan("block.second", "conv", "int8", None, ""),
-    SitePlan("last", "linear", "int8", None, ""),
+    LayerPlan("block.first", "conv", "int8", None, ""),
+    LayerPlan("block.second", "conv", "int8", None, ""),
+    LayerPlan("last", "linear", "int8", None, ""),
 )
 
 
@@ -52,9 +51,9 @@ def test_inside_takes_whole_path_components() -> None:
     assert not inside("up.10", ("up.1",))
 
 
-def test_sites_are_found_by_scope_whatever_the_order() -> None:
+def test_layers_are_found_by_scope_whatever_the_order() -> None:
     made = graph(["", "block.second", "block", "block.first", "last", "last"])
-    first, second, last = locate_sites(made, PLAN)
+    first, second, last = locate_layers(made, PLAN)
     assert (first.input.name, first.weight.name, first.output.name) == ("b", "second", "c")
     assert second.input.name == "entered"
     assert (last.input.name, last.output.name) == ("c", "noise_pred")  # with its bias
@@ -63,9 +62,9 @@ def test_sites_are_found_by_scope_whatever_the_order() -> None:
 @pytest.mark.parametrize(
     ("scopes", "count"), [(["", "x", "x", "x", "last", "last"], 0), (["", *["block.first"] * 3, "last", "last"], 2)]
 )
-def test_a_site_without_exactly_one_node_is_named(scopes: list[str], count: int) -> None:
-    with pytest.raises(GraphContractError, match=f"site block.first has {count} Conv nodes"):
-        locate_sites(graph(scopes), PLAN)
+def test_a_layer_without_exactly_one_node_is_named(scopes: list[str], count: int) -> None:
+    with pytest.raises(GraphContractError, match=f"layer block.first has {count} Conv nodes"):
+        locate_layers(graph(scopes), PLAN)
 
 
 def tap(made: ir.Graph, module: str, side: Literal["input", "output"]) -> str | None:
@@ -109,11 +108,11 @@ def test_a_module_that_gives_nothing_is_refused() -> None:
 
 def test_what_hangs_on_conditions_alone_is_a_condition() -> None:
     text = """
-    g (float[2] sample, int64[1] step_index, float[5] table) => (float[1] out) {
-        row = Gather(table, step_index)
+    g (float[2] sample, int64[1] timestep_index, float[5] table) => (float[1] out) {
+        row = Gather(table, timestep_index)
         twice = Add(row, row)
         out = Mul(twice, sample)
     }
     """
     made = graph_from_text(text, {"table": None}).graph
-    assert {value.name for value in conditions(made)} == {"step_index", "table", "row", "twice"}
+    assert {value.name for value in conditions(made)} == {"timestep_index", "table", "row", "twice"}

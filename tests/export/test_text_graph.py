@@ -13,16 +13,17 @@ import pytest
 from artifacts import tiny_calibrated, tiny_inputs
 
 from s2p_deploy.errors import GraphContractError, InputError, IntegrityError
-from s2p_deploy.export import check_graph, export_graph, site_subgraph
-from s2p_deploy.families import LowRankLinear, SmoothedLinear, apply_transforms
+from s2p_deploy.export import Subgraphs, check_graph, export_graph
+from s2p_deploy.families import SmoothedLinear, apply_transforms
 from s2p_deploy.records import ExportedGraph, TransformSpec
-from s2p_deploy.records.exported_graph import graph_json
+from s2p_deploy.records.exported_graph import GraphDescription
+from s2p_deploy.records.typed_json import json_text, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.families import IndexedDenoiser
     from s2p_deploy.records import CalibratedModel
 
 KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -38,8 +39,8 @@ def values(graph: ExportedGraph, batch: int = 3) -> dict[str, np.ndarray]:
     return tiny_inputs(batch) | {"act_scales": graph.scales.scales}
 
 
-def text_sites(graph: ExportedGraph) -> list[str]:
-    return [site.site for site in graph.sites if site.graph == "text"]
+def text_layers(graph: ExportedGraph) -> list[str]:
+    return [layer.name for layer in graph.layers if layer.graph == "text"]
 
 
 def test_the_graph_takes_products_where_it_took_the_text(apart: ExportedGraph, w8a8_graph: ExportedGraph) -> None:
@@ -51,21 +52,21 @@ def test_the_graph_takes_products_where_it_took_the_text(apart: ExportedGraph, w
     assert apart.manifest.content["text_projections"] == "input"
 
 
-def test_every_site_says_which_file_it_is_in(apart: ExportedGraph, w8a8_graph: ExportedGraph) -> None:
-    assert len(text_sites(apart)) == 8
-    assert all(".attn2.to_" in site for site in text_sites(apart))
-    assert text_sites(w8a8_graph) == []
-    assert [tap.module for tap in apart.text] == text_sites(apart)
-    assert [replace(site, graph="denoiser") for site in apart.sites] == list(w8a8_graph.sites)
+def test_every_layer_says_which_file_it_is_in(apart: ExportedGraph, w8a8_graph: ExportedGraph) -> None:
+    assert len(text_layers(apart)) == 8
+    assert all(".attn2.to_" in layer for layer in text_layers(apart))
+    assert text_layers(w8a8_graph) == []
+    assert [tap.module for tap in apart.text] == text_layers(apart)
+    assert [replace(layer, graph="denoiser") for layer in apart.layers] == list(w8a8_graph.layers)
     assert apart.blocks == w8a8_graph.blocks
-    for file, sites in ((apart.text_file, text_sites(apart)), (apart.onnx_file, ["conv_in"])):
+    for file, layers in ((apart.text_file, text_layers(apart)), (apart.onnx_file, ["conv_in"])):
         model = onnx.load(file, load_external_data=False)
         stored = {item.name for item in model.graph.initializer}
         named = {name for node in model.graph.node for name in (*node.input, *node.output)}
-        for site in (site for site in apart.sites if site.site in sites):
-            assert {site.weight} <= stored
-            assert {site.input, site.output} <= named
-            assert site.node in {node.name for node in model.graph.node}
+        for layer in (layer for layer in apart.layers if layer.name in layers):
+            assert {layer.weight} <= stored
+            assert {layer.input, layer.output} <= named
+            assert layer.node in {node.name for node in model.graph.node}
 
 
 def test_both_graphs_together_are_the_one(apart: ExportedGraph, w8a8_graph: ExportedGraph, run_onnx: Callable) -> None:
@@ -88,21 +89,19 @@ def test_half_precision_too(w8a8: CalibratedModel, w8a8_half_graph: ExportedGrap
 
 @pytest.mark.slow
 def test_transformed_layers_leave_whole(tmp_path: Path, run_onnx: Callable) -> None:
-    """A smoothed key with a low-rank branch is one column: its sum, not its halves."""
-    spec = TransformSpec(smoothed=(KEY,), low_rank={f"{KEY}.layer": 2})
+    """A smoothed key leaves with its division."""
+    spec = TransformSpec(smoothed=(KEY,))
 
-    def rewrite(hot: HotDenoiser) -> TransformSpec:
-        apply_transforms(hot, spec)
-        smoothed = hot.network.get_submodule(KEY)
+    def rewrite(float_denoiser: IndexedDenoiser) -> TransformSpec:
+        apply_transforms(float_denoiser, spec)
+        smoothed = float_denoiser.network.get_submodule(KEY)
         assert isinstance(smoothed, SmoothedLinear)
         smoothed.set_factor(smoothed.factor * 3)
-        assert isinstance(smoothed.layer, LowRankLinear)
-        smoothed.layer.decompose()
         return spec
 
     calibrated = tiny_calibrated(tmp_path / "calib", rewrite=rewrite)
     plain, apart = (export_graph(calibrated, tmp_path / form, text_projections=form) for form in ("graph", "input"))
-    assert {f"{KEY}.layer.{part}" for part in ("residual", "down", "up")} <= set(text_sites(apart))
+    assert f"{KEY}.layer" in text_layers(apart)
     assert [tap.module for tap in apart.text if tap.module.startswith(KEY)] == [f"{KEY}.layer"]
     given = values(apart)
     expected = run_onnx(plain.onnx_file, given)["noise_pred"]
@@ -110,18 +109,20 @@ def test_transformed_layers_leave_whole(tmp_path: Path, run_onnx: Callable) -> N
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_site_is_cut_from_the_file_that_it_is_in(apart: ExportedGraph, run_onnx: Callable) -> None:
+def test_a_layer_is_cut_from_the_file_that_it_is_in(apart: ExportedGraph, run_onnx: Callable) -> None:
     given = values(apart)
     projections = run_onnx(apart.text_file, given)["text_projections"]
-    first = run_onnx(site_subgraph(apart, text_sites(apart)[0]), given)
+    first = run_onnx(Subgraphs(apart, apart.text_file).layer(text_layers(apart)[0]), given)
     (found,) = first.values()
     np.testing.assert_array_equal(found, projections[..., : found.shape[-1]])
 
 
 def test_a_quantized_text_stays_in_the_graph(w8a8: CalibratedModel, tmp_path: Path) -> None:
-    point = replace(w8a8.plan.act_points[0], timestep_dependent=False)
-    quantized = replace(w8a8, plan=replace(w8a8.plan, act_points=(point, *w8a8.plan.act_points[1:])))
-    with pytest.raises(InputError, match=f"{point.sites[0]} reads the text in int8.*--text-projections graph"):
+    quantizer = replace(w8a8.plan.activation_quantizers[0], timestep_dependent=False)
+    quantized = replace(
+        w8a8, plan=replace(w8a8.plan, activation_quantizers=(quantizer, *w8a8.plan.activation_quantizers[1:]))
+    )
+    with pytest.raises(InputError, match=f"{quantizer.layers[0]} reads the text in int8.*--text-projections graph"):
         export_graph(quantized, tmp_path / "out", text_projections="input")
     assert not (tmp_path / "out").exists()
 
@@ -154,7 +155,7 @@ def floating_weight(model: onnx.ModelProto) -> None:
         (axis_of_join, "joined and divided otherwise"),
         (other_order, "joined and divided otherwise"),
         (other_interface, "expected encoder_hidden_states alone"),
-        (floating_weight, f"site {VALUE}: weights are planned int8"),
+        (floating_weight, f"layer {VALUE}: weights are planned int8"),
     ],
 )
 def test_the_contract_covers_the_text_graph(
@@ -162,24 +163,22 @@ def test_the_contract_covers_the_text_graph(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(apart.folder, copy)
-    check_graph(copy / "denoiser.onnx", apart.plan, text_sites(apart))
+    check_graph(copy / "denoiser.onnx", apart.plan, text_layers(apart))
     model = onnx.load(copy / "text.onnx", load_external_data=False)
     change(model)
     onnx.save(model, copy / "text.onnx")
     with pytest.raises(GraphContractError, match=message):
-        check_graph(copy / "denoiser.onnx", apart.plan, text_sites(apart))
+        check_graph(copy / "denoiser.onnx", apart.plan, text_layers(apart))
 
 
-def test_a_text_site_missing_from_both_graphs_is_found(apart: ExportedGraph) -> None:
-    with pytest.raises(GraphContractError, match=text_sites(apart)[0]):
-        check_graph(apart.onnx_file, apart.plan, text_sites(apart)[1:])
+def test_a_text_layer_missing_from_both_graphs_is_found(apart: ExportedGraph) -> None:
+    with pytest.raises(GraphContractError, match=text_layers(apart)[0]):
+        check_graph(apart.onnx_file, apart.plan, text_layers(apart)[1:])
 
 
-def test_sites_without_columns_are_refused(apart: ExportedGraph, tmp_path: Path) -> None:
-    text = graph_json(dtype="fp32", inputs=(), outputs=(), sites=apart.sites, blocks=(), text=())
+def test_layers_without_columns_are_refused(apart: ExportedGraph, tmp_path: Path) -> None:
+    text = json_text(GraphDescription(dtype="fp32", inputs=(), outputs=(), layers=apart.layers, blocks=(), text=()))
     assert json.loads(text)["text"] == []
-    from s2p_deploy.records.json_forms import GraphForm
-    from s2p_deploy.records.strict import read_as
 
     with pytest.raises(IntegrityError, match="its columns must both be there"):
-        read_as(GraphForm, text.encode(), tmp_path / "graph.json")
+        read_json(GraphDescription, text.encode(), tmp_path / "graph.json")

@@ -1,4 +1,4 @@
-"""A calibrated model whose modules were rewritten: split shortcuts, smoothing, low-rank branches, all at once."""
+"""A calibrated model whose modules were rewritten: split shortcuts, smoothing and shifts at once."""
 
 from __future__ import annotations
 
@@ -11,42 +11,48 @@ import pytest
 import torch
 from artifacts import tiny_calibrated, tiny_inputs, tiny_unet
 
-from s2p_deploy.calib.quantization.fit_transforms import set_smoothing
+from s2p_deploy.calib.modelopt import set_smoothing
 from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.errors import InputError
-from s2p_deploy.export import GraphParts, export_graph
+from s2p_deploy.export import Subgraphs, export_graph
 from s2p_deploy.families import (
-    LowRankLinear,
+    ShiftedLayer,
     TimePath,
     apply_transforms,
-    discover_sites,
-    module_of_kind,
+    discover_layers,
+    module_of_type,
 )
-from s2p_deploy.records import Simulation, TransformSpec
+from s2p_deploy.records import TransformSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from s2p_deploy.families import HotDenoiser
+    from s2p_deploy.families import IndexedDenoiser
     from s2p_deploy.records import CalibratedModel, ExportedGraph
 
-RANK = 4
 
-
-def rewrite(hot: HotDenoiser) -> TransformSpec:
+def rewrite(float_denoiser: IndexedDenoiser) -> TransformSpec:
     """Every kind of rewrite, with values that are far from a fresh one's; linear layers in the middle block only."""
-    linears = [site for site in discover_sites(hot) if site.op == "linear" and site.name.startswith("mid_block")]
-    smoothed = tuple(site.name for site in linears if ".ff." not in site.name)
-    low_rank = {f"{site.name}.layer" if site.name in smoothed else site.name: RANK for site in linears}
-    spec = TransformSpec(hot.kind.split_shortcuts(hot.network), smoothed, low_rank)
-    apply_transforms(hot, spec)
+    linears = [
+        layer
+        for layer in discover_layers(float_denoiser)
+        if layer.op == "linear" and layer.name.startswith("mid_block")
+    ]
+    smoothed = tuple(layer.name for layer in linears if ".ff." not in layer.name)
+    splits = float_denoiser.family.split_shortcuts(float_denoiser.network)
+    convolutions = [layer.name for layer in discover_layers(float_denoiser) if layer.op == "conv"][1:-1]
+    halves = (f"{path}.{half}" for path in splits for half in ("head", "skip"))
+    shifted = (*(name for name in convolutions if name not in splits), *halves, "mid_block.attentions.0.proj_in")
+    spec = TransformSpec(splits, tuple(path for path in smoothed if path not in shifted), tuple(dict.fromkeys(shifted)))
+    apply_transforms(float_denoiser, spec)
     generator = torch.Generator().manual_seed(0)
-    for path in smoothed:
-        factor = hot.network.get_submodule(path).factor
-        set_smoothing(hot, {path: torch.rand(factor.shape, generator=generator) + 0.5})
-    for path in low_rank:
-        module_of_kind(hot, path, LowRankLinear).decompose()
+    for path in spec.shifted:
+        module = module_of_type(float_denoiser, path, ShiftedLayer)
+        module.set_shift(torch.rand(module.shift.shape, generator=generator) - 0.5)
+    for path in spec.smoothed:
+        factor = float_denoiser.network.get_submodule(path).factor
+        set_smoothing(float_denoiser, {path: torch.rand(factor.shape, generator=generator) + 0.5})
     return spec
 
 
@@ -74,7 +80,7 @@ def captured(calibrated: CalibratedModel, paths: list[str]) -> dict[str, tuple[n
             first = output if isinstance(output, torch.Tensor) else output[0]
             seen[path] = (args[0].numpy(), first.numpy())
 
-        reference.site(path).register_forward_hook(note)
+        reference.layer(path).register_forward_hook(note)
     reference(**{name: torch.from_numpy(value) for name, value in tiny_inputs(3).items()})
     return seen
 
@@ -92,7 +98,7 @@ def test_every_block_agrees_when_it_is_fed_the_reference(
     calibrated: CalibratedModel, graph: ExportedGraph, run_onnx: Callable
 ) -> None:
     blocks = [block for block in graph.blocks if block.block != "output"]
-    seen, parts = captured(calibrated, [block.block for block in blocks]), GraphParts(graph)
+    seen, parts = captured(calibrated, [block.block for block in blocks]), Subgraphs(graph)
     inputs = tiny_inputs(3) | {"act_scales": graph.scales.scales}
     found = {
         block.block: sqnr(
@@ -107,18 +113,20 @@ def test_every_block_agrees_when_it_is_fed_the_reference(
     assert np.median(list(found.values())) >= 100, found
 
 
-def test_inner_modules_are_sites_of_the_graph(graph: ExportedGraph) -> None:
-    sites = {site.site: site for site in graph.sites}
-    head, skip = (sites[f"up_blocks.0.resnets.0.conv1.{half}"] for half in ("head", "skip"))
+def test_inner_modules_are_layers_of_the_graph(graph: ExportedGraph) -> None:
+    layers = {layer.name: layer for layer in graph.layers}
+    head, skip = (layers[f"up_blocks.0.resnets.0.conv1.{half}.layer"] for half in ("head", "skip"))
     assert head.codes != skip.codes, "each half has a grid of its own"
     assert (head.weights, skip.activations) == ("int4", "int8")
     query = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.layer"
-    assert sites[f"{query}.residual"].codes is not None
-    assert {(sites[f"{query}.{half}"].weights, sites[f"{query}.{half}"].codes) for half in ("down", "up")} == {
-        ("none", None)
-    }
+    assert layers[query].codes is not None
+    made_by = {value: node for node in onnx.load(graph.onnx_file).graph.node for value in node.output}
+    quantizer = f"{head.activation_quantizer}/input_quantizer"
+    scaled = made_by[f"{quantizer}/scaled"]
+    subtraction = made_by[scaled.input[0]]
+    assert subtraction.op_type == "Sub"
+    assert made_by[subtraction.input[0]].op_type == "Pad"
     stored = {item.name: item for item in onnx.load(graph.onnx_file).graph.initializer}
-    assert list(stored[f"{query}.down.weight"].dims) == [64, RANK]
     assert list(stored["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.factor"].dims) == [64]
 
 
@@ -129,23 +137,20 @@ def test_a_half_graph_is_exported_too(calibrated: CalibratedModel, run_onnx: Cal
     block = next(block for block in graph.blocks if block.block == "up_blocks.1.resnets.0")
     source, expected = captured(calibrated, [block.block])[block.block]
     values = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tiny_inputs(3).items()}
-    steps = values["step_index"]
+    steps = values["timestep_index"]
     values |= {
         block.entering[0].tensor: source.astype(np.float16),
         "act_scales": graph.scales.scales,
         "time_projections": calibrated.time_table().projections[steps].astype(np.float16),
     }
-    assert sqnr(run_onnx(GraphParts(graph).block(block.block), values)[block.leaving[0].tensor], expected) > 30
+    assert sqnr(run_onnx(Subgraphs(graph).block(block.block), values)[block.leaving[0].tensor], expected) > 30
 
 
-def test_a_model_for_simulation_is_refused(calibrated: CalibratedModel) -> None:
-    content = calibrated.manifest.content | {"simulation_only": "10-bit activations"}
-    simulated = replace(
-        calibrated,
-        manifest=replace(calibrated.manifest, content=content),
-        simulation=Simulation(np.zeros_like(calibrated.scales.scales), (0,)),
-    )
+def test_a_model_that_no_engine_can_run_is_refused(calibrated: CalibratedModel) -> None:
+    compared = replace(calibrated, research="10-bit activations")
     out = calibrated.folder.parent / "refused"
-    with pytest.raises(InputError, match="exists in simulation only: no engine has 10-bit activations"):
-        export_graph(simulated, out)
+    with pytest.raises(InputError, match="made for comparison only: no engine has 10-bit activations"):
+        export_graph(compared, out)
     assert not out.exists()
+    with pytest.raises(InputError, match="no engine has 10-bit activations"):
+        fake_quant_denoiser(compared)

@@ -1,4 +1,4 @@
-"""Networks of every kind that run in milliseconds."""
+"""Networks of every family that run in milliseconds."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny_networks import tiny_mmdit, tiny_sdxl_unet
 
-from tests import tiny_pipeline
+from tests import tiny_networks
+from tests.tiny_networks import tiny_mmdit, tiny_sdxl_unet
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-KINDS = ("sd1", "sdxl", "sd3", "sd3.5")
+FAMILIES = ("sd1", "sdxl", "sd3", "sd3.5")
 
 
 @pytest.fixture
 def tiny_unet() -> UNet2DConditionModel:
-    return tiny_pipeline.tiny_unet(cross_attention_dim=12).eval()
+    return tiny_networks.tiny_unet(cross_attention_dim=12).eval()
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def mmdit() -> SD3Transformer2DModel:
     return tiny_mmdit()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=FAMILIES)
 def network(request: pytest.FixtureRequest) -> torch.nn.Module:
-    """One network of every kind."""
+    """One network of every family."""
     makers = {
-        "sd1": lambda: tiny_pipeline.tiny_unet(cross_attention_dim=12).eval(),
+        "sd1": lambda: tiny_networks.tiny_unet(cross_attention_dim=12).eval(),
         "sdxl": tiny_sdxl_unet,
         "sd3": tiny_mmdit,
         "sd3.5": lambda: tiny_mmdit(dual=(0, 1)),

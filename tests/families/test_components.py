@@ -8,9 +8,7 @@ import pytest
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import resolve_base
 from s2p_deploy.families.components import component_networks, component_of, load_component
-from tests.sibling_pipelines import sibling
-from tests.t5_pipeline import t5_base
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import sibling, t5_base, tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path

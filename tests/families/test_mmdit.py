@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from tiny_networks import POOLED, TEXT, TOKENS, tiny_mmdit
 
-from s2p_deploy.families import Tap, TimePath, hot_denoiser, kind_of, network_config, time_slices
+from s2p_deploy.families import Tap, TimePath, family_of, indexed_denoiser, network_config
 from s2p_deploy.records import TimestepTable
+from tests.tiny_networks import POOLED, TEXT, TOKENS, tiny_mmdit
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
@@ -27,7 +27,7 @@ def given(batch: int = 2) -> tuple[torch.Tensor, ...]:
 
 
 def test_what_the_network_is_told(mmdit: SD3Transformer2DModel) -> None:
-    kind, config = kind_of(mmdit), network_config(mmdit)
+    kind, config = family_of(mmdit), network_config(mmdit)
     assert (kind.text_width(config), kind.added_width(config)) == (TEXT, POOLED)
     assert kind.added_cond({}) is None
     pooled = torch.ones(1, POOLED)
@@ -40,7 +40,7 @@ def test_it_is_asked_as_its_pipeline_asks_it(mmdit: SD3Transformer2DModel) -> No
     timesteps = torch.tensor([37.5, 900.25])
     named = {"hidden_states": sample, "encoder_hidden_states": states, "pooled_projections": pooled}
     expected = mmdit(**named, timestep=timesteps).sample
-    assert torch.equal(kind_of(mmdit).answer(mmdit, sample, timesteps, states, pooled), expected)
+    assert torch.equal(family_of(mmdit).predict(mmdit, sample, timesteps, states, pooled), expected)
 
 
 @pytest.mark.parametrize("dual", [(), (0, 1)])
@@ -59,17 +59,17 @@ def test_every_modulation_is_a_consumer(dual: tuple[int, ...]) -> None:
 
 
 def test_no_weight_of_a_modulation_is_left_in_the_network(mmdit: SD3Transformer2DModel) -> None:
-    hot = hot_denoiser(mmdit, TABLE)
-    assert not [name for name, _ in hot.network.named_parameters() if "norm1" in name or "norm_out" in name]
-    assert not [name for name, _ in hot.network.named_parameters() if "time_text_embed" in name]
-    assert len(time_slices(hot)) == 7
+    float_denoiser = indexed_denoiser(mmdit, TABLE)
+    assert not [name for name, _ in float_denoiser.network.named_parameters() if "norm1" in name or "norm_out" in name]
+    assert not [name for name, _ in float_denoiser.network.named_parameters() if "time_text_embed" in name]
+    assert len(float_denoiser.time_slices()) == 7
 
 
 @pytest.mark.parametrize("dual", [(), (0, 1)])
 @torch.no_grad()
 def test_blocks_are_joined_where_the_next_reads(dual: tuple[int, ...]) -> None:
-    hot = hot_denoiser(tiny_mmdit(dual), TABLE).eval()
-    blocks = hot.kind.blocks(hot.network)
+    float_denoiser = indexed_denoiser(tiny_mmdit(dual), TABLE).eval()
+    blocks = float_denoiser.family.blocks(float_denoiser.network)
     assert [block.name for block in blocks] == ["pos_embed", *(f"transformer_blocks.{i}" for i in range(3)), "output"]
     for one, other in itertools.pairwise(blocks[1:-1]):
         assert one.leaving == other.entering
@@ -79,27 +79,27 @@ def test_blocks_are_joined_where_the_next_reads(dual: tuple[int, ...]) -> None:
 
 @torch.no_grad()
 def test_what_leaves_a_block_is_what_the_block_gives(mmdit: SD3Transformer2DModel) -> None:
-    hot = hot_denoiser(mmdit, TABLE).eval()
+    float_denoiser = indexed_denoiser(mmdit, TABLE).eval()
     outputs: dict[str, tuple[torch.Tensor, ...]] = {}
     seen: dict[str, torch.Tensor] = {}
-    blocks = hot.kind.blocks(hot.network)[1:-1]
+    blocks = float_denoiser.family.blocks(float_denoiser.network)[1:-1]
     for block in blocks:
-        hot.network.get_submodule(block.name).register_forward_hook(
+        float_denoiser.network.get_submodule(block.name).register_forward_hook(
             lambda _, __, output, name=block.name: outputs.update({name: output})
         )
         for tap in block.leaving:
-            hot.network.get_submodule(tap.module).register_forward_pre_hook(
+            float_denoiser.network.get_submodule(tap.module).register_forward_pre_hook(
                 lambda _, args, name=tap.module: seen.update({name: args[0]})
             )
     sample, states, pooled = given()
-    hot(sample, torch.tensor([0, 2]), states, pooled)
+    float_denoiser(sample, torch.tensor([0, 2]), states, pooled)
     for block in blocks:
         text, image = outputs[block.name]
         expected = (image, text)[: len(block.leaving)]
         assert all(torch.equal(seen[tap.module], value) for tap, value in zip(block.leaving, expected, strict=True))
-        assert outputs[block.name][hot.kind.image_output] is image
+        assert outputs[block.name][float_denoiser.family.image_output] is image
         assert image.shape == (2, 16, 16), "patches by width: the image"
 
 
 def test_there_is_no_shortcut_to_split(mmdit: SD3Transformer2DModel) -> None:
-    assert kind_of(mmdit).split_shortcuts(mmdit) == {}
+    assert family_of(mmdit).split_shortcuts(mmdit) == {}

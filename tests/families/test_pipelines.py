@@ -1,13 +1,114 @@
 from __future__ import annotations
 
-import pytest
-from sibling_pipelines import sibling
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
 
-from s2p_deploy.families import denoiser_of, load_pipeline, with_denoiser
+import pytest
+import torch
+
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import denoiser_of, load_pipeline, resolve_base, with_denoiser
+from tests.small_pipelines import sibling
+
+BUNDLED = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The bundled pipeline without its large files."""
+    copy = tmp_path / "pipeline"
+    shutil.copytree(BUNDLED, copy, ignore=shutil.ignore_patterns("*.safetensors", "prompts"))
+    return copy
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_the_bundled_pipeline_is_found_by_name_and_by_path() -> None:
+    by_name, by_path = resolve_base("shapes"), resolve_base(str(BUNDLED))
+    assert by_name.base.digest == by_path.base.digest
+    assert by_name.base.source == "shapes"
+    assert by_name.default_guidance == json.loads((BUNDLED / "sampling.json").read_text())["guidance_scale"]
+
+
+def test_without_hints_guidance_is_stable_diffusions(folder: Path) -> None:
+    (folder / "sampling.json").unlink()
+    assert resolve_base(str(folder)).default_guidance == 7.5
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "sampling.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"]
+)
+def test_the_digest_follows_every_file_that_matters(folder: Path, name: str) -> None:
+    before = resolve_base(str(folder)).base.digest
+    (folder / name).write_text((folder / name).read_text() + " ")
+    assert resolve_base(str(folder)).base.digest != before
+
+
+def test_the_digest_does_not_follow_other_files(folder: Path) -> None:
+    before = resolve_base(str(folder)).base.digest
+    (folder / "README.md").write_text("hello")
+    assert resolve_base(str(folder)).base.digest == before
+
+
+@pytest.mark.parametrize("source", ["no_such_folder", "./no/such", "/no/such/folder", "a/b/c"])
+def test_a_missing_pipeline(source: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        resolve_base(source)
+
+
+def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="neither a local folder nor reachable"):
+        resolve_base("nobody/nothing")
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model_index\.json"):
+        resolve_base(str(tmp_path))
+
+
+def test_another_kind_of_pipeline(folder: Path) -> None:
+    edit(folder / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(
+        InputError, match="FluxPipeline: supported pipelines are StableDiffusion3Pipeline, StableDiffusionPipe"
+    ):
+        resolve_base(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_damaged_configuration(folder: Path, text: str) -> None:
+    (folder / "unet" / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"unet/config\.json"):
+        resolve_base(str(folder))
+
+
+@pytest.mark.parametrize("key", ["custom_pipeline", "auto_map", "_attn_implementation_internal"])
+@pytest.mark.parametrize("name", ["model_index.json", "text_encoder/config.json"])
+def test_code_from_a_configuration_is_refused(folder: Path, key: str, name: str) -> None:
+    edit(folder / name, **{key: "evil"})
+    with pytest.raises(InputError, match=f"asks for code to be run .{key}"):
+        resolve_base(str(folder))
+
+
+def test_a_pipeline_without_weights_is_one_clear_line(folder: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded by diffusers") as caught:
+        load_pipeline(resolve_base(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_bundled_pipeline_loads_in_float32() -> None:
+    pipe = load_pipeline(resolve_base("shapes"))
+    assert pipe.unet.dtype == torch.float32
+    assert type(pipe.unet).__name__ == "UNet2DConditionModel"
 
 
 @pytest.mark.parametrize(("name", "component"), [("sd2", "unet"), ("sdxl", "unet"), ("sd3", "transformer")])
-def test_another_denoiser_stands_in_a_pipeline_of_the_same_class(name: str, component: str) -> None:
+def test_another_denoiser_in_a_pipeline_of_the_same_class(name: str, component: str) -> None:
     pipe = load_pipeline(sibling(name))
     own = denoiser_of(pipe)
     assert own is getattr(pipe, component)

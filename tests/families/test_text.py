@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from sibling_pipelines import sibling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -11,12 +10,13 @@ from s2p_deploy.families import (
     BasePipeline,
     EncodedText,
     encode_texts,
-    hot_denoiser_of,
+    indexed_denoiser_of,
     load_pipeline,
     resolve_base,
     text_tokens,
 )
 from s2p_deploy.timesteps import timestep_table_of
+from tests.small_pipelines import sibling
 
 TEXTS = ["a small red circle at the top left, white background", "", "a large blue square, black background"]
 
@@ -141,13 +141,13 @@ def test_sd3_with_its_third_encoder(with_t5: BasePipeline, sd3: DiffusionPipelin
 
 @torch.no_grad()
 def test_the_denoiser_reads_the_third_encoders_tokens(with_t5: BasePipeline) -> None:
-    """Its hot form answers as diffusers' network does, and otherwise than with zeros in their place."""
+    """Its float_denoiser form answers as diffusers' network does, and otherwise than with zeros in their place."""
     pipe = load_pipeline(with_t5)
     text = encoded(pipe, negative=False)
     sample, rows = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 3, 3])
     timesteps = torch.from_numpy(timestep_table_of(pipe.scheduler, 6, fractional=True).timesteps).float()
     expected = pipe.transformer(sample, text.states, text.added_cond, timesteps[rows]).sample
-    hot = hot_denoiser_of(pipe, 6)
-    assert torch.equal(hot(sample, rows, text.states, text.added_cond), expected)
+    float_denoiser = indexed_denoiser_of(pipe, 6)
+    assert torch.equal(float_denoiser(sample, rows, text.states, text.added_cond), expected)
     zeros = torch.cat([text.states[:, :-5], torch.zeros_like(text.states[:, -5:])], 1)
-    assert not torch.equal(hot(sample, rows, zeros, text.added_cond), expected)
+    assert not torch.equal(float_denoiser(sample, rows, zeros, text.added_cond), expected)

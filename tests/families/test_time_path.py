@@ -4,12 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from sibling_pipelines import sibling
-from tiny_pipeline import tiny_base
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import TimePath, denoiser_of, load_pipeline, load_time_path, resolve_base, time_table_of
-from s2p_deploy.numerics import INT4, INT8
+from tests.small_pipelines import sibling, tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +41,7 @@ def test_the_path_of_a_pipeline_is_that_of_its_denoiser(name: str) -> None:
     base = resolve_base(name) if name == "shapes" else sibling(name)
     network = denoiser_of(load_pipeline(base))
     loaded, own = load_time_path(base), TimePath(network)
-    timesteps, added = torch.tensor([3.25, 999.0]), torch.rand(2, base.kind.added_width(base.denoiser_config()))
+    timesteps, added = torch.tensor([3.25, 999.0]), torch.rand(2, base.family.added_width(base.denoiser_config()))
     assert torch.equal(loaded(timesteps, added), own(timesteps, added))
     assert loaded.slices == own.slices
 
@@ -53,31 +51,3 @@ def test_a_pipeline_that_lacks_weights_of_its_time_path(tmp_path: Path) -> None:
     (base.denoiser_folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"unet lacks .*time_emb"):
         load_time_path(base)
-
-
-def test_quantized_time_layers_come_near_the_exact_table(tiny_unet: UNet2DConditionModel) -> None:
-    rows = 50
-    exact = time_table_of(tiny_unet, rows)
-    fine, coarse = (time_table_of(tiny_unet, rows, quantized=fmt) for fmt in (INT8, INT4))
-    assert exact.slices == fine.slices == coarse.slices
-    errors = [float(((table.projections - exact.projections) ** 2).mean()) for table in (fine, coarse)]
-    assert 0 < errors[0] < errors[1] / 20, "eight bits against four"
-    assert time_table_of(tiny_unet, rows).projections.tobytes() == exact.projections.tobytes(), "nothing changed"
-
-
-@torch.no_grad()
-def test_inputs_of_time_layers_share_one_grid_over_all_rows(tiny_unet: UNet2DConditionModel) -> None:
-    path = "mid_block.resnets.0"
-    embedding = tiny_unet.time_embedding
-    for linear in (embedding.linear_1, embedding.linear_2, tiny_unet.get_submodule(path).time_emb_proj):
-        linear.weight.zero_()
-        linear.bias.zero_()
-        linear.weight[0, 0] = 1.0  # so that row t gives SiLU(SiLU(cos t)) in the first column
-    exact, found = (
-        table.projections[:, table.slices[path][0]]
-        for table in (time_table_of(tiny_unet, 40, quantized=fmt) for fmt in (None, INT8))
-    )
-    step = float(exact.max()) / 127
-    assert found / step == pytest.approx((found / step).round(), abs=1e-3), "multiples of the largest row's 127th part"
-    assert found == pytest.approx(exact, abs=2 * step)
-    assert found.max() == pytest.approx(float(exact.max()), rel=1e-4)

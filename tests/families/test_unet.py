@@ -4,18 +4,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny_networks import POOLED, TEXT, TOKENS
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import Tap, TimePath, apply_transforms, hot_denoiser, kind_of, network_config, time_table_of
+from s2p_deploy.families import (
+    Tap,
+    TimePath,
+    apply_transforms,
+    family_of,
+    indexed_denoiser,
+    network_config,
+    time_table_of,
+)
 from s2p_deploy.records import TransformSpec
+from tests.tiny_networks import POOLED, TEXT, TOKENS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 
-def test_what_the_network_is_told(tiny_unet: UNet2DConditionModel, sdxl_unet: UNet2DConditionModel) -> None:
-    kind = kind_of(tiny_unet)
+def test_widths_of_the_conditions(tiny_unet: UNet2DConditionModel, sdxl_unet: UNet2DConditionModel) -> None:
+    kind = family_of(tiny_unet)
     assert kind.text_width(network_config(tiny_unet)) == 12
     assert kind.text_width(network_config(sdxl_unet)) == TEXT
     assert kind.added_width(network_config(tiny_unet)) == 0
@@ -23,19 +31,19 @@ def test_what_the_network_is_told(tiny_unet: UNet2DConditionModel, sdxl_unet: UN
 
 
 @torch.no_grad()
-def test_sdxl_is_asked_as_its_pipeline_asks_it(sdxl_unet: UNet2DConditionModel) -> None:
+def test_sdxl_is_called_as_its_pipeline_calls_it(sdxl_unet: UNet2DConditionModel) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 4, 8, 8), (2, TOKENS, TEXT), (2, POOLED), (2, 6))
     sample, states, pooled, ids = (torch.randn(shape, generator=generator) for shape in shapes)
     conditions = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
     expected = sdxl_unet(sample, 37.5, states, **conditions).sample
-    kind = kind_of(sdxl_unet)
+    kind = family_of(sdxl_unet)
     added = kind.added_cond(conditions)
-    assert torch.equal(kind.answer(sdxl_unet, sample, torch.full((2,), 37.5), states, added), expected)
+    assert torch.equal(kind.predict(sdxl_unet, sample, torch.full((2,), 37.5), states, added), expected)
 
 
 def test_added_conditions_are_taken_from_what_a_pipeline_passes(sdxl_unet: UNet2DConditionModel) -> None:
-    kind = kind_of(sdxl_unet)
+    kind = family_of(sdxl_unet)
     assert kind.added_cond({}) is None
     assert kind.added_cond({"added_cond_kwargs": None}) is None
     assert kind.added_cond({"added_cond_kwargs": {"time_ids": torch.ones(1, 6)}}) is None
@@ -70,15 +78,15 @@ def test_a_resnet_that_scales_by_time_is_refused_by_name(tiny_unet: UNet2DCondit
 @torch.no_grad()
 def test_resnets_that_take_the_embedding_as_it_is(tiny_unet: UNet2DConditionModel) -> None:
     config = network_config(tiny_unet) | {"resnet_skip_time_act": True}
-    unet = kind_of(tiny_unet).build(config).eval()
+    unet = family_of(tiny_unet).build(config).eval()
     sample, text, rows = torch.randn(2, 4, 8, 8), torch.randn(2, TOKENS, TEXT), torch.tensor([3, 9])
     expected = unet(sample, rows, text).sample
-    assert torch.allclose(hot_denoiser(unet, time_table_of(unet, 10))(sample, rows, text), expected, atol=1e-5)
+    assert torch.allclose(indexed_denoiser(unet, time_table_of(unet, 10))(sample, rows, text), expected, atol=1e-5)
 
 
 def test_blocks_have_one_activation_in_and_one_out(tiny_unet: UNet2DConditionModel) -> None:
-    hot = hot_denoiser(tiny_unet, time_table_of(tiny_unet, 10))
-    blocks = {block.name: block for block in hot.kind.blocks(hot.network)}
+    float_denoiser = indexed_denoiser(tiny_unet, time_table_of(tiny_unet, 10))
+    blocks = {block.name: block for block in float_denoiser.family.blocks(float_denoiser.network)}
     assert next(iter(blocks)) == "conv_in"
     assert {
         "down_blocks.0.resnets.0",
@@ -93,13 +101,13 @@ def test_blocks_have_one_activation_in_and_one_out(tiny_unet: UNet2DConditionMod
 
 
 def test_the_tail_is_the_last_block(tiny_unet: UNet2DConditionModel) -> None:
-    tail = kind_of(tiny_unet).blocks(tiny_unet)[-1]
+    tail = family_of(tiny_unet).blocks(tiny_unet)[-1]
     assert (tail.name, tail.modules) == ("output", ("conv_norm_out", "conv_act", "conv_out"))
     assert (tail.entering, tail.leaving) == ((Tap("conv_norm_out", "input"),), (Tap("conv_out", "output"),))
 
 
 def test_distilled_blocks_hand_on_the_image_first(tiny_unet: UNet2DConditionModel) -> None:
-    kind = kind_of(tiny_unet)
+    kind = family_of(tiny_unet)
     distilled = [name for name, _ in tiny_unet.named_modules() if kind.distilled.fullmatch(name)]
     assert distilled == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1", "mid_block"]
     assert kind.image_output == 0
@@ -107,7 +115,7 @@ def test_distilled_blocks_hand_on_the_image_first(tiny_unet: UNet2DConditionMode
 
 def test_shortcuts_of_the_tiny_denoiser(tiny_unet: UNet2DConditionModel) -> None:
     # h: 16 from the middle, 16, then 16 from the block below, 8; conv_shortcut stands where channel counts differ.
-    assert kind_of(tiny_unet).split_shortcuts(tiny_unet) == {
+    assert family_of(tiny_unet).split_shortcuts(tiny_unet) == {
         f"up_blocks.{block}.resnets.{resnet}.{conv}": channels
         for block, resnet, channels in ((0, 0, 16), (0, 1, 16), (1, 0, 16), (1, 1, 8))
         for conv in ("conv1", "conv_shortcut")
@@ -116,8 +124,8 @@ def test_shortcuts_of_the_tiny_denoiser(tiny_unet: UNet2DConditionModel) -> None
 
 def test_the_head_of_a_split_shortcut_reads_h_and_the_skip_the_rest(tiny_unet: UNet2DConditionModel) -> None:
     """Watches what is concatenated: the output of the module before, and one of the way down."""
-    hot = hot_denoiser(tiny_unet, time_table_of(tiny_unet, 10)).eval()
-    apply_transforms(hot, TransformSpec(hot.kind.split_shortcuts(hot.network)))
+    float_denoiser = indexed_denoiser(tiny_unet, time_table_of(tiny_unet, 10)).eval()
+    apply_transforms(float_denoiser, TransformSpec(float_denoiser.family.split_shortcuts(float_denoiser.network)))
     seen: dict[str, torch.Tensor] = {}
     before = {
         "up_blocks.0.resnets.0": "mid_block",
@@ -126,13 +134,13 @@ def test_the_head_of_a_split_shortcut_reads_h_and_the_skip_the_rest(tiny_unet: U
         "up_blocks.1.resnets.1": "up_blocks.1.attentions.0",
     }
     for path in before.values():
-        hot.network.get_submodule(path).register_forward_hook(
+        float_denoiser.network.get_submodule(path).register_forward_hook(
             lambda _, __, output, path=path: seen.update({path: output if torch.is_tensor(output) else output[0]})
         )
     for path in before:
-        hot.network.get_submodule(f"{path}.conv_shortcut.head").register_forward_pre_hook(
+        float_denoiser.network.get_submodule(f"{path}.conv_shortcut.head").register_forward_pre_hook(
             lambda _, args, path=path: seen.update({f"{path}.head": args[0]})
         )
-    hot(torch.randn(2, 4, 8, 8), torch.tensor([3, 9]), torch.randn(2, TOKENS, TEXT))
+    float_denoiser(torch.randn(2, 4, 8, 8), torch.tensor([3, 9]), torch.randn(2, TOKENS, TEXT))
     for path, source in before.items():
         assert torch.equal(seen[f"{path}.head"], seen[source]), path

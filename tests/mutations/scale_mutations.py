@@ -13,36 +13,36 @@ FILE = "act_scales.safetensors"
 NONSENSE = (np.nan, np.inf, -np.inf, 0.0, -0.03, 1e-38, 1e38)
 
 
-def _save(folder: Path, scales: np.ndarray, trained: np.ndarray, points: str = "conv\nto_q") -> None:
-    tensors = {"act_scales": np.ascontiguousarray(scales), "trained": trained}
-    save_file(tensors, folder / FILE, metadata={"points": points})
+def _save(folder: Path, scales: np.ndarray, calibrated: np.ndarray, quantizers: str = "conv\nto_q") -> None:
+    tensors = {"act_scales": np.ascontiguousarray(scales), "calibrated": calibrated}
+    save_file(tensors, folder / FILE, metadata={"quantizers": quantizers})
 
 
 def nonsense_value(folder: Path, random: Random) -> None:
     tensors = load_file(folder / FILE)
     tensors["act_scales"][random.randrange(1000), random.randrange(2)] = random.choice(NONSENSE)
-    _save(folder, tensors["act_scales"], tensors["trained"])
+    _save(folder, tensors["act_scales"], tensors["calibrated"])
 
 
 def ten_times(folder: Path, random: Random) -> None:
     tensors = load_file(folder / FILE)
-    _save(folder, tensors["act_scales"] * np.float32(random.choice([10, 0.1])), tensors["trained"])
+    _save(folder, tensors["act_scales"] * np.float32(random.choice([10, 0.1])), tensors["calibrated"])
 
 
 def shape(folder: Path, random: Random) -> None:
     tensors = load_file(folder / FILE)
     scales = tensors["act_scales"]
     others = [scales[:-1], scales[:1], scales[:0], scales[:, :1], scales.T, scales.reshape(-1), scales[None]]
-    _save(folder, random.choice([*others, scales[[0] * 2000]]), tensors["trained"])
+    _save(folder, random.choice([*others, scales[[0] * 2000]]), tensors["calibrated"])
 
 
 def element_type(folder: Path, random: Random) -> None:
     tensors = load_file(folder / FILE)
     kind = random.choice([np.float64, np.float16, np.int8, np.int64, np.bool_])
     if random.random() < 0.5:
-        _save(folder, tensors["act_scales"].astype(kind), tensors["trained"])
+        _save(folder, tensors["act_scales"].astype(kind), tensors["calibrated"])
     else:
-        _save(folder, tensors["act_scales"], tensors["trained"].astype(random.choice([np.float32, np.int8])))
+        _save(folder, tensors["act_scales"], tensors["calibrated"].astype(random.choice([np.float32, np.int8])))
 
 
 def trained_rows(folder: Path, random: Random) -> None:
@@ -51,10 +51,10 @@ def trained_rows(folder: Path, random: Random) -> None:
     _save(folder, tensors["act_scales"], np.asarray(rows, np.int64))
 
 
-def point_names(folder: Path, random: Random) -> None:
+def quantizer_names(folder: Path, random: Random) -> None:
     tensors = load_file(folder / FILE)
     names = random.choice(["conv", "", "to_q\nconv", "conv\nconv", "conv\nother", "a\nb\nc", "\n"])
-    _save(folder, tensors["act_scales"], tensors["trained"], names)
+    _save(folder, tensors["act_scales"], tensors["calibrated"], names)
 
 
 def header(folder: Path, random: Random) -> None:
@@ -77,8 +77,8 @@ def swapped_columns(folder: Path, random: Random) -> None:
     """Every value stays in its range: still a valid table, of another model."""
     tensors = load_file(folder / FILE)
     scales = tensors["act_scales"][:, ::-1] if random.random() < 0.5 else tensors["act_scales"][::-1]
-    _save(folder, scales, tensors["trained"])
+    _save(folder, scales, tensors["calibrated"])
 
 
 WRONG_TABLES = (nonsense_value, nonsense_value, ten_times, shape, element_type, trained_rows, header)
-OTHER_TABLES = (swapped_columns, point_names)
+OTHER_TABLES = (swapped_columns, quantizer_names)

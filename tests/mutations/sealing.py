@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from s2p_deploy.records.manifest import _sealed_text
+from s2p_deploy.records.artifacts import _sealed_text
 from tests.mutations.targets import manifest_data
 
 _MOST = 2**24

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,25 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from s2p_deploy.engines import BuildOptions, build_engine, load_engine
-from s2p_deploy.engines.child import build
-from s2p_deploy.engines.libraries import installed_version
-from s2p_deploy.engines.options import ShapeProfile
+from s2p_deploy.engines.build import compile_in_child
+from s2p_deploy.engines.machine import installed_version
 from s2p_deploy.records import (
     Base,
     CalibratedModel,
     Engine,
     ExportedGraph,
     ScaleTable,
+    ShapeProfile,
     TimestepTable,
     TransformSpec,
     write_artifact,
 )
 from s2p_deploy.records.precision_plan import write_plan
-from s2p_deploy.records.scale_table import write_scale_table
-from s2p_deploy.records.timestep_table import write_timestep_table
+from s2p_deploy.records.scale_table import write_scale_table, write_timestep_table
+from s2p_deploy.records.typed_json import json_data
 from tests.engines.small_graph import CALIBRATED, POINTS, ROWS, small_graph, small_inputs, small_scales
 
-HINTS = {"onnxruntime": "reference", "openvino": "f32"}
+OPTIONS = {"onnxruntime": BuildOptions(optimization="reference"), "openvino": BuildOptions(precision="f32")}
 GRAPH, MODEL, PLAN = "graph", "calibrated", "tensorrt_rtx"
 OUTSIDE = ("canary.bin", "denoiser.onnx.data")  # beside a case's artifact; nobody may open them
 
@@ -41,8 +41,8 @@ def make_targets(folder: Path, names: tuple[str, ...]) -> None:
     """Writes every artifact to ``folder / name``."""
     graph = small_graph(folder / GRAPH)
     for name in names:
-        if name in HINTS:
-            build_engine(graph, name, folder / name, options=BuildOptions(HINTS[name]))
+        if name in OPTIONS:
+            build_engine(graph, folder / name, backend=name, options=OPTIONS[name])
         elif name == MODEL:
             _write_calibrated(folder / MODEL, graph)
         elif name == PLAN:
@@ -63,7 +63,7 @@ def use_isolated(name: str, folder: Path) -> None:
     """The way of the command line, where whatever may crash runs in a child process."""
     if name == GRAPH:
         with tempfile.TemporaryDirectory() as out:
-            build_engine(ExportedGraph.open(folder), "onnxruntime", Path(out) / "engine")
+            build_engine(ExportedGraph.open(folder), Path(out) / "engine", backend="onnxruntime")
     else:
         load_engine(Engine.open(folder)).close()
 
@@ -72,12 +72,12 @@ def _built_and_run(graph: ExportedGraph) -> dict[str, np.ndarray]:
     """What the child process of a build does, then one run."""
     import onnxruntime
 
-    options = asdict(BuildOptions(HINTS["onnxruntime"], ShapeProfile(1, 2, 4)))
+    options = asdict(replace(OPTIONS["onnxruntime"], profile=ShapeProfile(1, 2, 4)))
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "engine"
         out.mkdir()
-        request = {"graph": str(graph.folder), "backend": "onnxruntime", "options": options}
-        build(request | {"folder": str(out), "scratch": scratch})
+        message = {"graph": str(graph.folder), "backend": "onnxruntime", "options": options}
+        compile_in_child(message | {"folder": str(out), "scratch": scratch})
         session = onnxruntime.InferenceSession(out / "denoiser.onnx", providers=["CPUExecutionProvider"])
         inputs = small_inputs() | {"act_scales": graph.scales.scales}
         return {"noise_pred": session.run(None, inputs)[0]}
@@ -101,7 +101,7 @@ def _write_calibrated(folder: Path, graph: ExportedGraph) -> None:
         write_plan(graph.plan, out / "plan.yaml")
         angle = np.linspace(0.03, 1.5, ROWS)
         write_timestep_table(TimestepTable("DDIMScheduler", {}, 3, CALIBRATED, angle), out / "timesteps.json")
-        return {"time_slices": {"conv": [0, 8]}, "tokens": 6, "transforms": TransformSpec().to_json()}
+        return {"time_slices": {"conv": [0, 8]}, "tokens": 6, "transforms": json_data(TransformSpec())}
 
     write_artifact(folder, kind="CalibratedModel", base=Base("none", "0" * 64), recipe={}, fill=fill)
 
@@ -117,16 +117,18 @@ def _write_plan_engine(folder: Path, graph: ExportedGraph) -> None:
         (out / "denoiser.plan").write_bytes(np.random.default_rng(4).bytes(5000))
         return {
             "backend": PLAN,
-            "hint": "strongly_typed",
+            "precision": "f16",
+            "provider": None,
+            "optimization": None,
             "dtype": "fp16",
             "profile": shape,
             "inputs": [dataclasses.asdict(spec) for spec in graph.inputs],
             "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
-            "sites": [],
+            "layers": [],
             "engine_files": ["denoiser.plan"],
             "sizes": {"denoiser.plan": 5000},
             "environment": {PLAN: installed_version(PLAN) or "none", "device": "CUDA GPU"},
-            "points": graph.manifest.content["points"],
+            "quantizers": graph.manifest.content["quantizers"],
             "denoiser_config": {},
         }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.mutations.targets import GRAPH, HINTS, MODEL, PLAN, make_targets
+from tests.mutations.targets import GRAPH, MODEL, OPTIONS, PLAN, make_targets
 
 REFUSED = {"IntegrityError", "InputError"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +87,6 @@ def test_sixty_spoiled_artifacts_are_right_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_spoiled_artifacts_are_right_or_refused(tmp_path: Path) -> None:
-    results = run_cases(tmp_path, (*HINTS, GRAPH, MODEL, PLAN), 0, 1000)
+    results = run_cases(tmp_path, (*OPTIONS, GRAPH, MODEL, PLAN), 0, 1000)
     assert faults_of(results) == []
     assert sum(result["sealed"] for result in results) == 500

@@ -23,7 +23,7 @@ from tests.mutations.sandbox import run_forked, use_temporary, watch_opens, watc
 from tests.mutations.targets import OUTSIDE, same, use, use_isolated
 
 _NATIVE = ("/engines/onnxruntime/", "/engines/openvino/", "/engines/tensorrt/", "/engines/conditioning.py")
-BACKENDS = ("child", "onnxruntime.backend", "openvino.backend", "tensorrt.backend")
+BACKENDS = ("build", "onnxruntime.backend", "openvino.backend", "tensorrt.backend")
 _ISOLATED_OF = 300  # cases; of so many, one refusal of a native library is tried in full, and every crash
 
 

@@ -5,9 +5,8 @@ from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import EngineDenoiser
-from tests.tiny_pipeline import tiny_base
-from tests.torch_denoisers import TABLE
+from s2p_deploy.pipeline import EngineUNet
+from tests.small_pipelines import TABLE, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def denoiser(base: StableDiffusionPipeline) -> EngineDenoiser:
+def denoiser(base: StableDiffusionPipeline) -> EngineUNet:
     """The FP UNet behind the runner's interface: what the pipeline draws must not change by a bit."""
     runner = TorchRunner(lambda *inputs: base.unet(*inputs, return_dict=False)[0])
-    return EngineDenoiser(runner, base.unet.config, TABLE)
+    return EngineUNet(runner, base.unet.config, TABLE)

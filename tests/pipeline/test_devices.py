@@ -11,13 +11,13 @@ from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 
 from s2p_deploy.families import with_denoiser
-from s2p_deploy.pipeline import EngineDenoiser, initial_noise
+from s2p_deploy.pipeline import EngineUNet, initial_noise
 
 PROMPT = "a small red circle at the top left, white background"
 
 
 @pytest.fixture
-def pipe(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> StableDiffusionPipeline:
+def pipe(base: StableDiffusionPipeline, denoiser: EngineUNet) -> StableDiffusionPipeline:
     """With components of its own: a test may move them."""
     own = {name: copy.deepcopy(base.components[name]) for name in ("vae", "text_encoder")}
     made = with_denoiser(base, copy.deepcopy(denoiser))
@@ -69,7 +69,7 @@ def test_a_compiled_denoiser_is_the_engine_as_it_is(pipe: StableDiffusionPipelin
     np.testing.assert_array_equal(draw(pipe), expected)
 
 
-def test_a_copy_has_the_place_and_dtype_of_its_original(denoiser: EngineDenoiser) -> None:
+def test_a_copy_has_the_place_and_dtype_of_its_original(denoiser: EngineUNet) -> None:
     half = copy.deepcopy(denoiser).to(torch.float16)
     again = copy.deepcopy(half)
     assert again.dtype == torch.float16

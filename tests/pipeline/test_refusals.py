@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import with_denoiser
-from s2p_deploy.pipeline import EngineDenoiser
+from s2p_deploy.pipeline import EngineUNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ FACE = {"image_proj": {"weight": torch.ones(1)}, "ip_adapter": {"weight": torch.
 
 
 @pytest.fixture(scope="module")
-def pipe(base: StableDiffusionPipeline, denoiser: EngineDenoiser) -> StableDiffusionPipeline:
+def pipe(base: StableDiffusionPipeline, denoiser: EngineUNet) -> StableDiffusionPipeline:
     return with_denoiser(base, denoiser)
 
 
@@ -82,7 +82,7 @@ def test_residuals_of_a_controlnet_are_refused(pipe: StableDiffusionPipeline) ->
         guided(PROMPT, image=torch.zeros(1, 3, 64, 64), num_inference_steps=2)
 
 
-def test_what_is_not_there_is_said_to_be_missing(denoiser: EngineDenoiser) -> None:
+def test_what_is_not_there_is_said_to_be_missing(denoiser: EngineUNet) -> None:
     """Pipelines look with ``hasattr`` whether their network has something."""
     assert not hasattr(denoiser, "encoder_hid_proj")
     assert getattr(denoiser, "peft_config", None) is None

@@ -10,10 +10,10 @@ from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import resolve_base
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, Prompt, PromptSet
 from tests.cli.commands import QUICK
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROMPTS = PromptSet((Prompt("a", "a large red circle, white background"), Prompt("b", "a small blue square")))
 
 
-_SCHEDULE = ("sampling.steps=20", "dataset.points_per_prompt=10", "sampling.guidance_scale=2.0")
+_SCHEDULE = ("sampling.steps=20", "dataset.samples_per_prompt=10", "sampling.guidance_scale=2.0")
 
 
 class Tiny(NamedTuple):
@@ -40,9 +40,9 @@ def tiny(shared: SharedFolder) -> Tiny:
 
     def make(folder: Path) -> None:
         base = tiny_base(folder / "pipeline")
-        recipe = load_recipe("w8a8", overrides_from_settings([*QUICK, *_SCHEDULE]))
+        recipe = Recipe.load("w8a8", overrides_from_settings([*QUICK, *_SCHEDULE]))
         model = calibrate(base, recipe, PROMPTS, folder / "calib")
-        build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+        build_engine(export_graph(model, folder / "graph"), folder / "engine", backend="onnxruntime")
 
     folder = shared.made("served-engine", make)
     return Tiny(Engine.open(folder / "engine"), resolve_base(str(folder / "pipeline")))

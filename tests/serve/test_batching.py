@@ -1,4 +1,4 @@
-"""Who begins and who runs next, by hand; and that no way of sharing ever starves a request (Hypothesis)."""
+"""Which requests begin and run next, by hand; no policy ever starves a request (Hypothesis); how a batch is run."""
 
 from __future__ import annotations
 
@@ -11,128 +11,143 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.serve.batching import BATCHINGS, Room, Sharing, samples_of, sharing_of
-from s2p_deploy.serve.drawing import Drawing, EngineCall, pause
-from s2p_deploy.serve.engine_batch import call_key
-from s2p_deploy.serve.request import ImageRequest
-from s2p_deploy.serve.ticket import Ticket
+from s2p_deploy.serve.batching import (
+    BATCHINGS,
+    BatchingPolicy,
+    BatchProfile,
+    Capacity,
+    batch_key,
+    policy_named,
+    run_calls,
+    worthwhile,
+)
+from s2p_deploy.serve.generation_task import EngineCall, GenerationTask, pause
+from s2p_deploy.serve.request import ImageRequest, RequestFuture
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
     from s2p_deploy.serve.batching import Batching
 
-ROOM = Room(samples=4, drawings=8)
+CAPACITY = Capacity(samples=4, requests=8)
 
 
-def ticket(name: str, steps: int = 3, guidance: float = 2.0, size: tuple[int, int] | None = None) -> Ticket:
-    return Ticket(name, ImageRequest("", steps, guidance, 0, size=size), taken=0.0, deadline=1.0)
+def future(name: str, steps: int = 3, guidance: float = 2.0, size: tuple[int, int] | None = None) -> RequestFuture:
+    return RequestFuture(
+        name, ImageRequest("", steps, guidance, 0, size=size), calls=steps, submitted=0.0, deadline=1.0
+    )
 
 
-def begun(one: Ticket) -> Drawing:
-    """A drawing that calls the engine at once, once per step."""
-    samples = samples_of(one.request)
+def begun(one: RequestFuture) -> GenerationTask:
+    """A task that calls the engine at once, once per step."""
+    samples = one.request.samples
     height, width = one.request.size or (8, 8)
 
     def draw() -> Image.Image:
         for step in range(one.request.steps):
             sample = np.zeros((samples, 4, height, width), np.float32)
-            pause(EngineCall({"sample": sample, "step_index": np.full(samples, step)}))
+            pause(EngineCall({"sample": sample, "timestep_index": np.full(samples, step)}))
         return Image.new("RGB", (8, 8))
 
-    drawing = Drawing(one, draw, one.request.steps, samples)
-    drawing.go_on()
-    return drawing
+    task = GenerationTask(one, draw)
+    task.resume()
+    return task
 
 
 @dataclass
 class Engine:
-    """What a service does around a way of sharing, without time: ``turn`` runs one batch and says who was in it."""
+    """What a service does around a policy, without time: ``turn`` runs one batch and returns the requests in it."""
 
-    sharing: Sharing
-    waiting: list[Ticket]
-    room: Room = ROOM
-    active: list[Drawing] = field(default_factory=list)
+    policy: BatchingPolicy
+    waiting: list[RequestFuture]
+    capacity: Capacity = CAPACITY
+    active: list[GenerationTask] = field(default_factory=list)
 
     def turn(self) -> list[str]:
-        begin = self.sharing.admitted(self.active, self.waiting, self.room)
+        begin = self.policy.admit(self.active, self.waiting, self.capacity)
         self.waiting = [one for one in self.waiting if one not in begin]
         self.active += map(begun, begin)
         keys = [
-            call_key(one.wants, mixed_rows=True) if isinstance(one.wants, EngineCall) else None for one in self.active
+            batch_key(one.waiting_for, mixed_timesteps=True) if isinstance(one.waiting_for, EngineCall) else None
+            for one in self.active
         ]
-        chosen = self.sharing.chosen(self.active, keys, self.room)
-        assert len({keys[self.active.index(drawing)] for drawing in chosen}) <= 1, "one batch, one key"
-        assert sum(one.samples for one in chosen) <= self.room.samples or len(chosen) == 1
-        for drawing in chosen:
-            drawing.go_on({})
-        self.active = [drawing for drawing in self.active if drawing.picture is None]
-        return [drawing.ticket.id for drawing in chosen]
+        chosen = self.policy.next_batch(self.active, keys, self.capacity)
+        assert len({keys[self.active.index(task)] for task in chosen}) <= 1, "one batch, one key"
+        assert sum(one.samples for one in chosen) <= self.capacity.samples or len(chosen) == 1
+        for task in chosen:
+            task.resume({})
+        self.active = [task for task in self.active if task.picture is None]
+        return [task.future.id for task in chosen]
 
     def turns(self, count: int) -> list[list[str]]:
         return [self.turn() for _ in range(count)]
 
 
 def test_step_by_step_a_request_joins_those_that_are_under_way() -> None:
-    engine = Engine(sharing_of("step"), [ticket("long", 3)])
+    engine = Engine(policy_named("step"), [future("long", 3)])
     assert engine.turns(1) == [["long"]]
-    engine.waiting.append(ticket("short", 1))
+    engine.waiting.append(future("short", 1))
     assert engine.turns(2) == [["long", "short"], ["long"]]
     assert not engine.active
 
 
 def test_step_by_step_a_full_batch_goes_to_the_oldest() -> None:
-    engine = Engine(sharing_of("step"), [ticket(name, 2) for name in "abc"])
+    engine = Engine(policy_named("step"), [future(name, 2) for name in "abc"])
     assert engine.turns(4) == [["a", "b"], ["a", "b"], ["c"], ["c"]]
 
 
 def test_step_by_step_guided_and_unguided_share_a_batch() -> None:
-    engine = Engine(sharing_of("step"), [ticket("guided", 1), ticket("plain", 1, guidance=1.0)])
+    engine = Engine(policy_named("step"), [future("guided", 1), future("plain", 1, guidance=1.0)])
     assert engine.turns(1) == [["guided", "plain"]]
 
 
 def test_step_by_step_sizes_take_turns() -> None:
-    large = [ticket(f"large{i}", 2, size=(16, 16)) for i in range(2)]
-    engine = Engine(sharing_of("step"), [ticket("a", 2), *large, ticket("b", 2)])
+    large = [future(f"large{i}", 2, size=(16, 16)) for i in range(2)]
+    engine = Engine(policy_named("step"), [future("a", 2), *large, future("b", 2)])
     assert engine.turns(4) == [["a", "b"], ["large0", "large1"]] * 2
 
 
 def test_step_by_step_few_begin_ahead_of_their_place() -> None:
-    engine = Engine(sharing_of("step"), [ticket(str(i)) for i in range(8)])
+    engine = Engine(policy_named("step"), [future(str(i)) for i in range(8)])
     engine.turn()
-    assert [drawing.ticket.id for drawing in engine.active] == ["0", "1", "2", "3"], "two run, two are ready"
+    assert [task.future.id for task in engine.active] == ["0", "1", "2", "3"], "two run, two are ready"
 
 
-def test_no_more_begin_than_there_is_room_for() -> None:
-    engine = Engine(sharing_of("step"), [ticket(str(i)) for i in range(4)], Room(samples=16, drawings=3))
+def test_no_more_begin_than_there_is_capacity_for() -> None:
+    engine = Engine(policy_named("step"), [future(str(i)) for i in range(4)], Capacity(samples=16, requests=3))
     engine.turn()
     assert len(engine.active) == 3
 
 
 def test_request_by_request_only_one_schedule_runs_at_a_time() -> None:
-    waiting = [ticket("a", 2), ticket("other", 1), ticket("b", 2), ticket("c", 2)]
-    engine = Engine(sharing_of("request"), waiting)
+    waiting = [future("a", 2), future("other", 1), future("b", 2), future("c", 2)]
+    engine = Engine(policy_named("request"), waiting)
     assert engine.turns(5) == [["a", "b"], ["a", "b"], ["other"], ["c"], ["c"]]
 
 
 def test_one_by_one() -> None:
-    engine = Engine(sharing_of("one"), [ticket("a", 2), ticket("b", 1)])
+    engine = Engine(policy_named("one"), [future("a", 2), future("b", 1)])
     assert engine.turns(3) == [["a"], ["a"], ["b"]]
 
 
-def test_engines_of_one_row_per_batch_get_calls_of_one_row() -> None:
-    calls = [EngineCall({"sample": np.zeros((2, 4, 8, 8)), "step_index": np.full(2, row)}) for row in (7, 7, 9)]
-    assert len({call_key(call, mixed_rows=False) for call in calls}) == 2
-    assert len({call_key(call, mixed_rows=True) for call in calls}) == 1
+def test_engines_of_one_timestep_per_batch_get_calls_of_one_timestep() -> None:
+    calls = [EngineCall({"sample": np.zeros((2, 4, 8, 8)), "timestep_index": np.full(2, index)}) for index in (7, 7, 9)]
+    assert len({batch_key(call, mixed_timesteps=False) for call in calls}) == 2
+    assert len({batch_key(call, mixed_timesteps=True) for call in calls}) == 1
 
 
 def test_a_request_larger_than_the_largest_batch_runs_alone() -> None:
-    engine = Engine(sharing_of("step"), [ticket("a", 1), ticket("b", 1)], Room(samples=1, drawings=4))
+    engine = Engine(policy_named("step"), [future("a", 1), future("b", 1)], Capacity(samples=1, requests=4))
     assert engine.turns(2) == [["a"], ["b"]]
 
 
-def test_an_unknown_way_is_refused() -> None:
+def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(InputError, match="unknown batching 'all': use one of step, request, one"):
-        sharing_of("all")  # type: ignore[arg-type]
+        policy_named("all")  # type: ignore[arg-type]
 
 
 @given(
@@ -145,13 +160,54 @@ def test_an_unknown_way_is_refused() -> None:
     st.integers(1, 6),
 )
 def test_every_request_is_drawn_in_as_many_turns_as_there_are_steps(
-    batching: Batching, wanted: list[Any], samples: int, drawings: int
+    batching: Batching, wanted: list[Any], samples: int, requests: int
 ) -> None:
-    waiting = [ticket(str(i), *options) for i, options in enumerate(wanted)]
-    engine = Engine(sharing_of(batching), list(waiting), Room(samples, drawings))
+    waiting = [future(str(i), *options) for i, options in enumerate(wanted)]
+    engine = Engine(policy_named(batching), list(waiting), Capacity(samples, requests))
     steps = sum(one.request.steps for one in waiting)
     turns = [engine.turn() for _ in range(steps)]
     assert not engine.active
     assert not engine.waiting
     ran = [name for turn in turns for name in turn]
     assert {one.id: ran.count(one.id) for one in waiting} == {one.id: one.request.steps for one in waiting}
+
+
+class Adding(ClosingRunner):
+    """Adds each sample's timestep index to it."""
+
+    seen = 0
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self.seen = len(inputs["sample"])
+        return {"noise_pred": inputs["sample"] + inputs["timestep_index"].reshape(-1, 1, 1, 1)}
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("batch", [3, 4, 8])
+def test_every_call_gets_the_result_of_its_own_samples_and_timesteps(batch: int) -> None:
+    calls = [
+        EngineCall({"sample": np.full((n, 1, 2, 2), 10.0 * n), "timestep_index": np.full(n, index)})
+        for n, index in ((2, 5), (1, 7))
+    ]
+    runner = Adding()
+    results = run_calls(runner, calls, batch)
+    assert runner.seen == batch
+    assert [result["noise_pred"].shape for result in results] == [(2, 1, 2, 2), (1, 1, 2, 2)]
+    assert [set(result["noise_pred"].ravel()) for result in results] == [{25.0}, {17.0}]
+
+
+def test_the_largest_is_the_smallest_batch_near_the_best_time_per_sample() -> None:
+    found = worthwhile({1: 2.0, 2: 3.0, 4: 4.2, 8: 8.0, 16: 16.5})  # per sample 2, 1.5, 1.05, 1, 1.03
+    assert found == BatchProfile((1, 2, 4), (2.0, 3.0, 4.2))
+    assert found.largest == 4
+    assert found.seconds_per_sample == pytest.approx(1.05)
+
+
+def test_an_engine_that_gains_nothing_is_given_one_sample_at_a_time() -> None:
+    assert worthwhile({1: 1.0, 2: 2.0, 4: 4.0}).largest == 1
+
+
+@pytest.mark.parametrize(("samples", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 9)])
+def test_batches_are_padded_to_the_next_profiled_one(samples: int, padded: int) -> None:
+    assert BatchProfile((2, 4, 8), (1.0, 1.0, 1.0)).padded(samples) == padded

@@ -17,10 +17,9 @@ from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import Schedule, generate, pipeline_with_engine, timesteps_of
 from s2p_deploy.records import Prompt
-from s2p_deploy.serve.observer import Unobserved
-from s2p_deploy.serve.opening import open_service, served_engine
-from s2p_deploy.serve.request import ClosingError, GivenUpError, ImageRequest, LateError, OverloadedError
-from s2p_deploy.serve.service import ImageService, ServiceSettings
+from s2p_deploy.serve.generation_loop import Observer
+from s2p_deploy.serve.request import CancelledRequestError, ClosingError, DeadlineError, ImageRequest, OverloadedError
+from s2p_deploy.serve.service import ImageService, ServiceSettings, load_served_engine, open_service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines import Runner
     from s2p_deploy.serve.batching import Batching
-    from s2p_deploy.serve.observer import Ending
-    from s2p_deploy.serve.ticket import Ticket
+    from s2p_deploy.serve.generation_loop import Ending
+    from s2p_deploy.serve.request import RequestFuture
     from tests.serve.conftest import Tiny
 
     Alone = Callable[[ImageRequest], NDArray[np.uint8]]
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 MINUTE = 60.0
 
 
-class Log(Unobserved):
+class Log(Observer):
     """What a service told."""
 
     def __init__(self) -> None:
@@ -49,7 +48,7 @@ class Log(Unobserved):
         assert seconds > 0
         self.batches.append((samples, padded, pictures))
 
-    def ended(self, ticket: Ticket, ending: Ending, seconds: float) -> None:
+    def ended(self, future: RequestFuture, ending: Ending, seconds: float) -> None:
         assert seconds >= 0
         self.endings[ending] += 1
 
@@ -99,16 +98,16 @@ REQUESTS = [  # long enough that the texts of several are done while the first i
 
 def test_every_picture_is_the_one_it_would_be_alone(service: ImageService, log: Log, alone: Alone) -> None:
     log.batches.clear()
-    tickets = [service.submit(request, timeout=MINUTE) for request in REQUESTS]
-    found = [np.asarray(ticket.picture.result()) for ticket in tickets]
+    futures = [service.submit(request, timeout=MINUTE) for request in REQUESTS]
+    found = [np.asarray(future.result()) for future in futures]
     assert max(pictures for _, _, pictures in log.batches) > 2, "requests met"
     for picture, request in zip(found, REQUESTS, strict=True):
         np.testing.assert_array_equal(picture, alone(request), err_msg=str(request))
-    assert [ticket.progress[0] == ticket.progress[1] > 0 for ticket in tickets] == [True] * len(tickets)
+    assert [future.progress[0] == future.progress[1] > 0 for future in futures] == [True] * len(futures)
 
 
 def test_batches_have_profiled_sizes(service: ImageService, log: Log) -> None:
-    sizes = {size for size, _ in service.facts.batches}
+    sizes = {size for size, _ in service.info.batches}
     assert {padded for samples, padded, _ in log.batches if samples <= max(sizes)} <= sizes | {1}
     assert all(samples <= padded for samples, padded, _ in log.batches)
 
@@ -117,18 +116,18 @@ def test_batches_have_profiled_sizes(service: ImageService, log: Log) -> None:
 def test_the_other_ways_draw_the_same(tiny: Tiny, alone: Alone, batching: Batching) -> None:
     requests = REQUESTS[:3]
     with opened(tiny, Log(), ServiceSettings(batching=batching, batches=(2, 4))) as service:
-        tickets = [service.submit(request, timeout=MINUTE) for request in requests]
-        for ticket, request in zip(tickets, requests, strict=True):
-            np.testing.assert_array_equal(np.asarray(ticket.picture.result()), alone(request))
+        futures = [service.submit(request, timeout=MINUTE) for request in requests]
+        for future, request in zip(futures, requests, strict=True):
+            np.testing.assert_array_equal(np.asarray(future.result()), alone(request))
 
 
 def test_a_request_that_is_given_up_leaves_the_others_alone(service: ImageService, log: Log, alone: Alone) -> None:
     log.endings.clear()
     kept, left = (service.submit(ImageRequest("a large red circle", 10, 2.0, seed), timeout=MINUTE) for seed in (1, 2))
     left.cancel()
-    with pytest.raises(GivenUpError):
-        left.picture.result(MINUTE)
-    np.testing.assert_array_equal(np.asarray(kept.picture.result()), alone(kept.request))
+    with pytest.raises(CancelledRequestError):
+        left.result(MINUTE)
+    np.testing.assert_array_equal(np.asarray(kept.result()), alone(kept.request))
     assert log.endings == {"drawn": 1, "cancelled": 1}
 
 
@@ -139,7 +138,7 @@ class Broken(ClosingRunner):
         self._runner, self._row, self._raises = runner, row, raises
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        bad = inputs["step_index"] == self._row
+        bad = inputs["timestep_index"] == self._row
         if self._raises and bad.any():
             raise MemoryError("no room")
         outputs: dict[str, NDArray[Any]] = self._runner.infer(inputs)
@@ -157,25 +156,25 @@ def test_one_requests_failure_is_not_the_others(
     tiny: Tiny, alone: Alone, raises: bool, kind: type[Exception], message: str
 ) -> None:
     settings = ServiceSettings(batches=(8,))
-    served = served_engine(tiny.engine, tiny.base, settings)
+    served = load_served_engine(tiny.engine, tiny.base, settings)
     sound, doomed = ImageRequest("a large red circle", 10, 2.0, 1), ImageRequest("a large red circle", 15, 2.0, 1)
     rows = {request: set(timesteps_of(served.pipe, Schedule(request.steps)).astype(int)) for request in (sound, doomed)}
     row = sorted(rows[doomed] - rows[sound])[2]  # late, when all three are under way
     log = Log()
     with ImageService(replace(served, runner=Broken(served.runner, row, raises=raises)), settings, log) as service:
-        tickets = [service.submit(request, timeout=MINUTE) for request in (sound, doomed, sound)]
+        futures = [service.submit(request, timeout=MINUTE) for request in (sound, doomed, sound)]
         with pytest.raises(kind, match=message):
-            tickets[1].picture.result(MINUTE)
-        for ticket in (tickets[0], tickets[2]):
-            np.testing.assert_array_equal(np.asarray(ticket.picture.result(MINUTE)), alone(sound))
+            futures[1].result(MINUTE)
+        for future in (futures[0], futures[2]):
+            np.testing.assert_array_equal(np.asarray(future.result(MINUTE)), alone(sound))
     assert log.endings == {"drawn": 2, "failed": 1}
     assert any(pictures == 3 for _, _, pictures in log.batches)
 
 
 def test_a_late_request_is_told_how_far_it_came(service: ImageService) -> None:
-    ticket = service.submit(ImageRequest("a large red circle", 10, 2.0, 1), timeout=0.0)
-    with pytest.raises(LateError, match=r"ran out (before it began|after \d+ of \d+ steps): allow more"):
-        ticket.picture.result(MINUTE)
+    future = service.submit(ImageRequest("a large red circle", 10, 2.0, 1), timeout=0.0)
+    with pytest.raises(DeadlineError, match=r"ran out (before it began|after \d+ of \d+ steps): allow more"):
+        future.result(MINUTE)
 
 
 @pytest.mark.parametrize(
@@ -198,24 +197,24 @@ def test_what_the_engine_cannot_draw_is_refused_at_once(
 def test_a_full_queue_says_when_to_come_back(tiny: Tiny) -> None:
     log = Log()
     with opened(tiny, log, ServiceSettings(max_waiting=2, max_active=1, batches=(2,))) as service:
-        tickets, refused = [], []
+        futures, refused = [], []
         for seed in range(12):
             try:
-                tickets.append(service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE))
+                futures.append(service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE))
             except OverloadedError as error:
                 refused.append(error)
         assert refused
         assert all(1 <= error.retry_after <= 600 for error in refused)
-        wait([ticket.picture for ticket in tickets], MINUTE)
-        assert log.endings == {"drawn": len(tickets) + 1}, "all that were taken, and the warm-up"
-        assert service.submit(ImageRequest("", 3, 2.0, 0), timeout=MINUTE).picture.result()
+        wait(futures, MINUTE)
+        assert log.endings == {"drawn": len(futures) + 1}, "all that were taken, and the warm-up"
+        assert service.submit(ImageRequest("", 3, 2.0, 0), timeout=MINUTE).result()
 
 
 def test_a_drained_service_finishes_what_it_took(tiny: Tiny) -> None:
     service = opened(tiny, Log(), ServiceSettings(batches=(2,)))
-    tickets = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(3)]
+    futures = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(3)]
     assert service.drain(MINUTE)
-    assert all(ticket.picture.done() for ticket in tickets)
+    assert all(future.done() for future in futures)
     with pytest.raises(ClosingError):
         service.submit(ImageRequest("", 10, 2.0, 0), timeout=MINUTE)
     service.close()
@@ -224,10 +223,10 @@ def test_a_drained_service_finishes_what_it_took(tiny: Tiny) -> None:
 
 def test_a_closed_service_answers_everyone(tiny: Tiny) -> None:
     service = opened(tiny, Log(), ServiceSettings(max_active=1, batches=(2,)))
-    tickets = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(8)]
+    futures = [service.submit(ImageRequest("", 10, 2.0, seed), timeout=MINUTE) for seed in range(8)]
     service.close()
-    for ticket in tickets:
-        error = ticket.picture.exception(0)
+    for future in futures:
+        error = future.exception(0)
         assert error is None or isinstance(error, ClosingError)
     assert not service.alive
     assert service.active == service.waiting == 0
@@ -237,8 +236,8 @@ def test_requests_come_from_many_threads(service: ImageService, alone: Alone) ->
     found: dict[int, NDArray[np.uint8]] = {}
 
     def ask(seed: int) -> None:
-        ticket = service.submit(ImageRequest("a large red circle", 3 + seed % 4, 2.0, seed), timeout=MINUTE)
-        found[seed] = np.asarray(ticket.picture.result())
+        future = service.submit(ImageRequest("a large red circle", 3 + seed % 4, 2.0, seed), timeout=MINUTE)
+        found[seed] = np.asarray(future.result())
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(16)]
     for thread in threads:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from s2p_deploy.shapes.checker import attribute_accuracy, read_picture, score_picture
-from s2p_deploy.shapes.grammar import Scene, SceneObject, caption, sample_scene
-from s2p_deploy.shapes.renderer import render
+from s2p_deploy.shapes.scenes import Scene, SceneObject, caption, render, sample_scene
 
 COUNT = 400
 
@@ -39,7 +38,7 @@ def test_score_counts_each_attribute_once() -> None:
     item = SceneObject("large", "red", "circle", "top left")
     asked = Scene((SceneObject("large", "blue", "circle", "top left"),), "white")
     score = score_picture(render(Scene((item,), "white")), asked)
-    assert (score.right, score.asked) == (5, 6)  # all but the colour
+    assert (score.right, score.total) == (5, 6)  # all but the colour
 
 
 def test_an_extra_object_costs_the_count() -> None:
@@ -48,7 +47,7 @@ def test_an_extra_object_costs_the_count() -> None:
         SceneObject("small", "cyan", "square", "bottom right"),
     )
     score = score_picture(render(Scene((first, second), "white")), Scene((first,), "white"))
-    assert (score.right, score.asked) == (5, 6)
+    assert (score.right, score.total) == (5, 6)
 
 
 def test_an_empty_picture_shows_its_background_alone() -> None:

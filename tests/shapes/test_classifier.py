@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from s2p_deploy.shapes.classifier import ANSWERS, load_classifier
-from s2p_deploy.shapes.grammar import COLOURS, PLACES, sample_scene
-from s2p_deploy.shapes.renderer import render
+from s2p_deploy.shapes.scenes import COLOURS, PLACES, render, sample_scene
 
 FILE = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline" / "classifier.safetensors"))
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from s2p_deploy.families import resolve_base
 from s2p_deploy.records import read_prompts
 from s2p_deploy.shapes.checker import attribute_accuracy
-from s2p_deploy.shapes.grammar import is_held_out, parse
+from s2p_deploy.shapes.scenes import is_held_out, parse
 
 FOLDER = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
 

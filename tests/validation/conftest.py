@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,10 +12,10 @@ from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Engine, Prompt, PromptSet
-from s2p_deploy.shapes.grammar import Scene, SceneObject, caption
+from s2p_deploy.shapes.scenes import Scene, SceneObject, caption
 from s2p_deploy.validation import Chain, open_chain
-from s2p_deploy.validation.latents import ValidationLatents, choose_latents
-from tests.tiny_pipeline import tiny_base
+from s2p_deploy.validation.reference import ValidationLatents, choose_latents
+from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +32,7 @@ RECIPE = {
         {"match": "text", "activations": "none"},
     ],
     "sampling": {"steps": 5, "guidance_scale": 2.5},
-    "dataset": {"prompts": 4, "points_per_prompt": 3, "width": 4},
+    "dataset": {"prompts": 4, "samples_per_prompt": 3, "width": 4},
     "training": {"iterations": 0},
     "scales": {"latents": 8},
     # random weights draw nothing that could be read, so accuracy is noise
@@ -56,7 +53,7 @@ def chain(shared: SharedFolder, prompts: PromptSet) -> Chain:
         base = tiny_base(folder / "pipeline")
         words = PromptSet((*prompts.prompts, Prompt("word", "a word")))
         calibrated = calibrate(base, recipe_from_data(RECIPE, "test"), words, folder / "calib")
-        build_engine(export_graph(calibrated, folder / "graph"), "onnxruntime", folder / "engine")
+        build_engine(export_graph(calibrated, folder / "graph"), folder / "engine", backend="onnxruntime")
 
     return open_chain(Engine.open(shared.made("validated-chain", make) / "engine"))
 
@@ -70,16 +67,3 @@ def latents(chain: Chain) -> ValidationLatents:
 @pytest.fixture
 def fake_quant(chain: Chain) -> FakeQuantDenoiser:
     return fake_quant_denoiser(chain.calibrated)
-
-
-@pytest.fixture(scope="session")
-def browser() -> str:
-    """Chromium, installed where Debian's package manager may; without it CI fails and others skip."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    if not any(map(shutil.which, names)) and shutil.which("apt-get") and os.geteuid() == 0:
-        command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-        subprocess.run(command, capture_output=True, check=False)
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None and os.environ.get("CI"):
-        pytest.fail("the report's page needs a browser to be tested: install chromium")
-    return found or pytest.skip("no Chromium here")

@@ -13,19 +13,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.calib import fake_quant_denoiser
-from s2p_deploy.engines import engine_parts, load_engine
-from s2p_deploy.engines.trial import remembered
+from s2p_deploy.engines import engine_subgraphs, load_engine
+from s2p_deploy.engines.load import remember_trial
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.progress import silent
-from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph, GateResult
+from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph, GateResult, Skipped
 from s2p_deploy.validation import Chain, open_chain
-from s2p_deploy.validation.end_to_end import measure_end_to_end
-from s2p_deploy.validation.floors import whole_denoiser
+from s2p_deploy.validation.end_to_end import measure_end_to_end, whole_denoiser
 from s2p_deploy.validation.gates import judge
-from s2p_deploy.validation.inside import Inside
-from s2p_deploy.validation.latents import ValidationLatents
 from s2p_deploy.validation.measurements import Measurements
-from s2p_deploy.validation.numbers import Skipped
+from s2p_deploy.validation.parity import measure_parity
+from s2p_deploy.validation.reference import ValidationLatents
 from tests.mutations.sealing import seal_anew
 from tests.mutations.targets import manifest_data
 
@@ -37,8 +34,11 @@ SCALES, MODEL = "act_scales.safetensors", "denoiser.onnx"
 def judged(chain: Chain, latents: ValidationLatents) -> dict[str, GateResult]:
     """What the numeric gates say, by name; pictures are not drawn."""
     fake_quant = fake_quant_denoiser(chain.calibrated)
-    with load_engine(remembered(chain.engine), chain.graph) as runner, engine_parts(chain.engine, chain.graph) as parts:
-        inside = Inside(chain, fake_quant, latents, runner, parts, silent).measured(lambda _name, make: make())
+    with (
+        load_engine(remember_trial(chain.engine), chain.graph) as runner,
+        engine_subgraphs(chain.engine, chain.graph) as parts,
+    ):
+        inside = measure_parity(chain, fake_quant, latents, runner, parts)
         whole = whole_denoiser(load_pipeline(chain.base), chain.calibrated.timesteps)
         found = measure_end_to_end(whole, fake_quant, runner, latents)
     results = judge(
@@ -78,24 +78,24 @@ def scales(change: Callable[[np.ndarray, tuple[str, ...]], np.ndarray]) -> Edit:
 
     def edit(folder: Path) -> None:
         with safe_open(folder / SCALES, "numpy") as opened:
-            points = tuple(opened.metadata()["points"].split("\n"))
+            names = tuple(opened.metadata()["quantizers"].split("\n"))
         tensors = load_file(folder / SCALES)
-        changed = np.ascontiguousarray(change(tensors["act_scales"], points))
-        save_file(tensors | {"act_scales": changed}, folder / SCALES, metadata={"points": "\n".join(points)})
+        changed = np.ascontiguousarray(change(tensors["act_scales"], names))
+        save_file(tensors | {"act_scales": changed}, folder / SCALES, metadata={"quantizers": "\n".join(names)})
         data = manifest_data(folder)
-        for name, column in zip(points, changed.T, strict=True):
-            data["content"]["points"][name] |= {"lowest": float(column.min()), "highest": float(column.max())}
+        for name, column in zip(names, changed.T, strict=True):
+            data["content"]["quantizers"][name] |= {"lowest": float(column.min()), "highest": float(column.max())}
         seal_anew(folder, data)
 
     return edit
 
 
-def doubled(point: str) -> Edit:
-    return scales(lambda table, points: table * np.where(np.asarray(points) == point, np.float32(2), np.float32(1)))
+def doubled(quantizer: str) -> Edit:
+    return scales(lambda table, names: table * np.where(np.asarray(names) == quantizer, np.float32(2), np.float32(1)))
 
 
 def shifted() -> Edit:
-    return scales(lambda table, _points: np.roll(table, 1, axis=0))
+    return scales(lambda table, _names: np.roll(table, 1, axis=0))
 
 
 def initializer(name: str, change: Callable[[np.ndarray], np.ndarray], file: str = MODEL) -> Edit:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.false_alarms import alarms, half_of, judged, most_alarms, opened, some_of
+from benchmarks.engines.false_alarms import alarms, half_of, judged, most_alarms, opened, some_of
 from s2p_deploy.records import PromptSet
 from s2p_deploy.validation import Chain
 from tests.validation.spoiled_chains import doubled, with_engine
@@ -27,10 +27,10 @@ def test_a_wrong_engine_fails_with_every_seed(chain: Chain, prompts: PromptSet, 
         assert all(alarms(judged(right, prompts, seed, latents=8, pictures=0)) for seed in range(2))
 
 
-def test_every_seed_has_its_own_points_prompts_and_noise(chain: Chain, prompts: PromptSet) -> None:
+def test_every_seed_has_its_own_samples_prompts_and_noise(chain: Chain, prompts: PromptSet) -> None:
     assert chain.dataset is not None
     first, second = (half_of(chain.dataset, np.random.default_rng(seed)) for seed in range(2))
-    assert len(first.rows) == len(second.rows) == len(chain.dataset.rows) // 2
+    assert len(first.timestep_indices) == len(second.timestep_indices) == len(chain.dataset.timestep_indices) // 2
     assert not np.array_equal(first.latents, second.latents)
     one, other = (some_of(prompts, 3, np.random.default_rng(0), seed) for seed in range(2))
     assert [prompt.text for prompt in one.prompts] == [prompt.text for prompt in other.prompts]

@@ -2,27 +2,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.recipe import Gates
-from s2p_deploy.records import GateResult
-from s2p_deploy.validation.gates import judge, part_limit, verdict_of
+from s2p_deploy.records import GateResult, Number, Skipped
+from s2p_deploy.validation import junit_xml
+from s2p_deploy.validation.gates import judge, module_limit, verdict_of
 from s2p_deploy.validation.measurements import (
     NOT_CUT,
     BlockAgreement,
     BlockError,
     EndToEnd,
+    LayerAgreement,
     Measurements,
     PictureComparison,
-    PointCodes,
+    QuantizerCodes,
     Similarity,
-    SiteAgreement,
     TableGap,
 )
-from s2p_deploy.validation.numbers import Number, Skipped
 
 GATES = Gates(median_psnr=30.0, attribute_accuracy_drop=0.05)
 GPU = Skipped("needs a GPU")
@@ -40,8 +41,8 @@ def end_to_end(change: float) -> EndToEnd:
 def room(*of: float) -> EndToEnd:
     """Errors of its own that are so many dB below quantization's, latent by latent."""
     level = np.full(len(of), 30.0)
-    rows = np.repeat(np.arange(len(of) // 2) * 100, 2)
-    return EndToEnd(rows, level, level, level + np.asarray(of), level, 0.0, guidance=np.full(len(of) // 2, 20.0))
+    indices = np.repeat(np.arange(len(of) // 2) * 100, 2)
+    return EndToEnd(indices, level, level, level + np.asarray(of), level, 0.0, guidance=np.full(len(of) // 2, 20.0))
 
 
 def pictures(psnr: float = 35.0, accuracy: float = 0.9) -> PictureComparison:
@@ -62,20 +63,20 @@ GOOD = Measurements(
     quantized=True,
     graph_half=False,
     engine_half=False,
-    points=(PointCodes("a", 0.0005, 1, 1000),),
+    quantizers=(QuantizerCodes("a", 0.0005, 1, 1000),),
     graph_blocks=(BlockAgreement("b", 60.0, 64), BlockAgreement("float", 120.0, 64)),
     engine_blocks=(BlockAgreement("b", 55.0, 64), BlockAgreement("float", 110.0, 64)),
     block_errors=(BlockError("b", 40.0), BlockError("float", None)),
-    engine_sites=(SiteAgreement("b.conv", 60.0, 40.0, 16),),
+    engine_layers=(LayerAgreement("b.conv", 60.0, 40.0, 16),),
     tables=(
-        TableGap("scales", "scale table of the engine", 0.0, "b.conv, row 1", 1000),
-        TableGap("time", "time table of the engine", 5e-5, "row 7", 1000),
+        TableGap("scales", "scale table of the engine", 0.0, "b.conv, timestep index 1", 1000),
+        TableGap("time", "time table of the engine", 5e-5, "timestep index 7", 1000),
     ),
     end_to_end=end_to_end(-0.1),
     pictures=pictures(),
 )
 GRAPH_BLOCKS, ENGINE_BLOCKS = "blocks of the graph, worst SQNR", "blocks of the engine, worst SQNR"
-SITES = "sites of the engine, worst SQNR"
+LAYERS = "layers of the engine, worst SQNR"
 OWN_BRANCH, OWN_LATENT = "error of its own, worse CFG branch", "error of its own, worst latent"
 GUIDANCE = "guidance, engine against fake-quant, median SQNR"
 
@@ -96,15 +97,15 @@ def test_a_good_engine_passes_every_gate() -> None:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"points": (PointCodes("a", 0.0011, 1, 1000),)}, "codes that differ, worst act point"),
-        ({"points": (PointCodes("a", 0.0, 2, 1000),)}, "largest code difference"),
+        ({"quantizers": (QuantizerCodes("a", 0.0011, 1, 1000),)}, "codes that differ, worst activation quantizer"),
+        ({"quantizers": (QuantizerCodes("a", 0.0, 2, 1000),)}, "largest code difference"),
         ({"graph_blocks": (BlockAgreement("b", 45.9, 64),)}, GRAPH_BLOCKS),
         ({"engine_blocks": (BlockAgreement("b", 45.9, 64),)}, ENGINE_BLOCKS),
         ({"engine_blocks": (BlockAgreement("float", 49.9, 64),)}, ENGINE_BLOCKS),
-        ({"engine_sites": (SiteAgreement("b.conv", 49.9, 40.0, 16),)}, SITES),
-        ({"tables": (TableGap("scales", "scale table", 2e-6, "b.conv, row 1", 9),)}, "scale table"),
-        ({"tables": (TableGap("time", "time table", 2e-4, "row 1", 9),)}, "time table"),
-        ({"tables": (TableGap("time", "time table", 3e-3, "row 1", 9, half=True),)}, "time table"),
+        ({"engine_layers": (LayerAgreement("b.conv", 49.9, 40.0, 16),)}, LAYERS),
+        ({"tables": (TableGap("scales", "scale table", 2e-6, "b.conv, timestep index 1", 9),)}, "scale table"),
+        ({"tables": (TableGap("time", "time table", 2e-4, "timestep index 1", 9),)}, "time table"),
+        ({"tables": (TableGap("time", "time table", 3e-3, "timestep index 1", 9, half=True),)}, "time table"),
         ({"end_to_end": room(9, -4, 9, -4)}, OWN_BRANCH),
         ({"end_to_end": room(9, 9, 9, -7, 9, 9)}, OWN_LATENT),
         ({"end_to_end": replace(end_to_end(0.0), guidance=np.full(32, 2.9))}, GUIDANCE),
@@ -125,10 +126,10 @@ def test_pictures_no_better_than_a_shift_by_a_pixel_fail() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"points": (PointCodes("a", float("nan"), 1, 1000),)},
+        {"quantizers": (QuantizerCodes("a", float("nan"), 1, 1000),)},
         {"graph_blocks": (BlockAgreement("b", float("nan"), 64), BlockAgreement("c", 60.0, 64))},
         {"engine_half": True, "engine_blocks": (BlockAgreement("b", float("nan"), 64),)},
-        {"engine_sites": (SiteAgreement("b.conv", float("nan"), 40.0, 16),)},
+        {"engine_layers": (LayerAgreement("b.conv", float("nan"), 40.0, 16),)},
         {"tables": (TableGap("time", "time table", float("nan"), "shape [1, 2]", 9),)},
         {"end_to_end": room(float("nan"), 9, 9, 9)},
         {"end_to_end": end_to_end(float("nan"))},
@@ -149,7 +150,7 @@ def test_half_precision_has_its_own_limits() -> None:
     assert failed(engine_half=True, engine_blocks=(BlockAgreement("b", 39.9, 64),)) == [ENGINE_BLOCKS]
     low = (BlockError("b", 20.0),)  # 4-bit weights: half precision need not be exact to be right
     assert failed(engine_half=True, engine_blocks=(BlockAgreement("b", 26.1, 64),), block_errors=low) == []
-    assert failed(graph_half=True, points=(PointCodes("a", 0.019, 1, 1000),)) == []
+    assert failed(graph_half=True, quantizers=(QuantizerCodes("a", 0.019, 1, 1000),)) == []
 
 
 def test_a_float32_graph_has_the_references_own_arithmetic() -> None:
@@ -163,31 +164,31 @@ def test_a_float32_graph_has_the_references_own_arithmetic() -> None:
 
 
 def test_a_part_is_judged_by_what_quantization_costs_it() -> None:
-    assert part_limit(20.0, 10.0, GATES, half=False) == 30.0
-    assert part_limit(54.0, 10.0, GATES, half=False) == 64.0
-    assert part_limit(None, 10.0, GATES, half=False) == 50.0
-    assert part_limit(20.0, 10.0, GATES, half=True) == 30.0
-    assert part_limit(54.0, 10.0, GATES, half=True) == part_limit(None, 10.0, GATES, half=True) == 40.0
+    assert module_limit(20.0, 10.0, GATES, half=False) == 30.0
+    assert module_limit(54.0, 10.0, GATES, half=False) == 64.0
+    assert module_limit(None, 10.0, GATES, half=False) == 50.0
+    assert module_limit(20.0, 10.0, GATES, half=True) == 30.0
+    assert module_limit(54.0, 10.0, GATES, half=True) == module_limit(None, 10.0, GATES, half=True) == 40.0
 
 
 def test_what_failed_is_named() -> None:
     found = results(
-        points=(PointCodes("right", 0.0, 0, 9), PointCodes("wrong", 0.5, 30, 9)),
+        quantizers=(QuantizerCodes("right", 0.0, 0, 9), QuantizerCodes("wrong", 0.5, 30, 9)),
         engine_blocks=(BlockAgreement("b", 45.0, 64), BlockAgreement("float", 51.0, 64)),
-        engine_sites=(SiteAgreement("b.conv1", 99.0, 40.0, 16), SiteAgreement("b.conv2", 49.0, 45.0, 16)),
+        engine_layers=(LayerAgreement("b.conv1", 99.0, 40.0, 16), LayerAgreement("b.conv2", 49.0, 45.0, 16)),
         end_to_end=room(9, 9, 9, -20, 9, 9),
     )
-    assert found["codes that differ, worst act point"].where == "wrong"
+    assert found["codes that differ, worst activation quantizer"].where == "wrong"
     assert found["largest code difference"].where == "wrong"
     assert found[ENGINE_BLOCKS].where == "b"
-    assert found[SITES].where == "b.conv2"
-    assert found[OWN_LATENT].where == "row 100, text of the prompt"
-    assert found["time table of the engine"].where == "row 7"
+    assert found[LAYERS].where == "b.conv2"
+    assert found[OWN_LATENT].where == "timestep index 100, text of the prompt"
+    assert found["time table of the engine"].where == "timestep index 7"
 
 
-def test_files_that_cannot_be_cut_leave_the_sites_out() -> None:
-    found = results(engine_sites=NOT_CUT)
-    assert found[SITES].status == "not applicable"
+def test_files_that_cannot_be_cut_leave_the_layers_out() -> None:
+    found = results(engine_layers=NOT_CUT)
+    assert found[LAYERS].status == "not applicable"
     assert verdict_of(found.values()) == "passed"
 
 
@@ -201,7 +202,7 @@ def test_what_could_not_be_measured_is_never_a_pass() -> None:
 
 
 def test_the_baseline_is_not_asked_about_quantizers() -> None:
-    found = results(quantized=False, points=(), end_to_end=end_to_end(-3.0))
+    found = results(quantized=False, quantizers=(), end_to_end=end_to_end(-3.0))
     assert found["SQNR to FP, engine less fake-quant"].status == "not applicable"
     assert found["largest code difference"].status == "not applicable"
     assert {found[name].status for name in (OWN_BRANCH, OWN_LATENT)} == {"not applicable"}
@@ -220,3 +221,33 @@ def test_gates_that_are_off_say_so_and_nothing_at_all_is_no_pass() -> None:
     assert {result.reason for result in found} == {"switched off in the recipe"}
     assert len(found) == 3
     assert verdict_of(found) == "not verified"
+
+
+RESULTS = (
+    GateResult("good", "dB at least", 51.5, 50.0, 64, "passed"),
+    GateResult("bad", "dB at least", 12.0, 50.0, 64, "failed"),
+    GateResult("nothing", "dB at least", None, 50.0, 0, "not measured", "needs a GPU"),
+    GateResult("off", "dB at least", None, None, 0, "not applicable", "switched off in the recipe"),
+)
+
+
+def test_every_gate_is_a_case_with_its_outcome() -> None:
+    suite = ET.fromstring(junit_xml(RESULTS, "engine")).find("testsuite")
+    assert suite is not None
+    assert {"tests": "4", "failures": "1", "errors": "1", "skipped": "1"}.items() <= suite.attrib.items()
+    assert [case.get("name") for case in suite] == ["good", "bad", "nothing", "off"]
+    assert [case[0].tag for case in suite] == ["system-out", "failure", "error", "skipped"]
+    assert suite[0][0].text == "found 51.5 (n = 64), asks dB at least 50"
+    assert suite[1][0].get("message") == "found 12 (n = 64), asks dB at least 50"
+    assert suite[2][0].get("message") == "found nothing, asks dB at least 50: needs a GPU"
+
+
+def test_hostile_text_stays_text() -> None:
+    name = "]]></testcase><failure/>&lt;\x00\x1b[31m\ud800\uffff\"'ü"
+    suite = ET.fromstring(junit_xml((GateResult(name, "x", None, None, 0, "failed", name),), name)).find("testsuite")
+    assert suite is not None
+    clean = "]]></testcase><failure/>&lt;\ufffd\ufffd[31m\ufffd\ufffd\"'ü"
+    assert suite.get("name") == clean
+    assert suite[0].get("name") == clean
+    assert len(suite) == len(suite[0]) == 1
+    junit_xml((GateResult(name, "x", None, None, 0, "failed", name),), name).encode("utf-8")

@@ -1,5 +1,3 @@
-"""The metrics that need weights, through their real networks with seeded weights."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,14 +9,12 @@ from safetensors.torch import load_file, save_file
 from torchmetrics.functional.image.lpips import NetLinLayer, ScalingLayer
 from transformers import CLIPModel, CLIPProcessor
 
-from s2p_deploy.errors import IntegrityError
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.records import Number, Skipped
 from s2p_deploy.validation import open_weights
-from s2p_deploy.validation.lpips import Lpips
 from s2p_deploy.validation.measurements import Perceptual
-from s2p_deploy.validation.numbers import Number, Skipped
-from s2p_deploy.validation.perceptual import measure_perceptual
-from s2p_deploy.validation.report_pictures import Pairs
-from s2p_deploy.validation.weights import CLIP, INCEPTION, LPIPS, SUMS, load_weights
+from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, SUMS, Lpips, load_weights, measure_perceptual
+from s2p_deploy.validation.pictures import PicturePairs
 from tests.validation.networks import pin, write_weights
 
 
@@ -28,16 +24,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Pairs:
+def pairs() -> PicturePairs:
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 256, (5, 40, 48, 3), np.uint8)
     candidate = (reference * 0.9).astype(np.uint8)
     candidate[0] = reference[0]
-    return Pairs(tuple(f"prompt {letter}" for letter in "abcde"), reference, candidate)
+    return PicturePairs(tuple(f"prompt {letter}" for letter in "abcde"), reference, candidate)
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, pairs: Pairs) -> Perceptual:
+def found(folder: Path, pairs: PicturePairs) -> Perceptual:
     return measure_perceptual(pairs, open_weights(folder))
 
 
@@ -53,8 +49,8 @@ def test_every_metric_has_its_n_and_interval(found: Perceptual) -> None:
     assert (found.lpips[1:] > 0).all()
 
 
-def test_equal_pictures_are_no_distance_apart(folder: Path, pairs: Pairs) -> None:
-    same = measure_perceptual(Pairs(pairs.texts, pairs.reference, pairs.reference), open_weights(folder))
+def test_equal_pictures_are_no_distance_apart(folder: Path, pairs: PicturePairs) -> None:
+    same = measure_perceptual(PicturePairs(pairs.texts, pairs.reference, pairs.reference), open_weights(folder))
     for distance in (same.fid, same.sfid, same.fid_clip):
         assert isinstance(distance, Number)
         assert distance.value == pytest.approx(0, abs=1e-6)
@@ -62,7 +58,7 @@ def test_equal_pictures_are_no_distance_apart(folder: Path, pairs: Pairs) -> Non
     assert not same.lpips.any()
 
 
-def test_lpips_is_what_the_parts_of_torchmetrics_give(folder: Path, pairs: Pairs) -> None:
+def test_lpips_is_what_the_parts_of_torchmetrics_give(folder: Path, pairs: PicturePairs) -> None:
     network = load_weights(Lpips(), folder / LPIPS)
     stored = load_file(folder / LPIPS)
     first, second = (
@@ -80,7 +76,7 @@ def test_lpips_is_what_the_parts_of_torchmetrics_give(folder: Path, pairs: Pairs
         torch.testing.assert_close(network(first, second), total)
 
 
-def test_clip_score_is_the_network_s_own_cosine(folder: Path, pairs: Pairs, found: Perceptual) -> None:
+def test_clip_score_is_the_network_s_own_cosine(folder: Path, pairs: PicturePairs, found: Perceptual) -> None:
     model = CLIPModel.from_pretrained(folder / CLIP, local_files_only=True)
     processor = CLIPProcessor.from_pretrained(folder / CLIP, local_files_only=True)
     assert isinstance(found.clip_score, np.ndarray)
@@ -92,12 +88,12 @@ def test_clip_score_is_the_network_s_own_cosine(folder: Path, pairs: Pairs, foun
         np.testing.assert_allclose(scores, 100 * cosines.clamp_min(0).double().numpy(), atol=1e-3)
 
 
-def test_what_is_not_there_is_skipped_with_the_reason(tmp_path: Path, pairs: Pairs) -> None:
+def test_what_is_not_there_is_skipped_with_the_reason(tmp_path: Path, pairs: PicturePairs) -> None:
     found = measure_perceptual(pairs, open_weights(write_weights(tmp_path / "some", LPIPS)))
     assert isinstance(found.lpips, np.ndarray)
     assert found.fid == found.sfid == Skipped("the folder of weights has no inception-v3-fid.safetensors")
     assert found.clip_score == Skipped("the folder of weights has no clip")
-    small = Pairs(pairs.texts, pairs.reference[:, :30], pairs.candidate[:, :30])
+    small = PicturePairs(pairs.texts, pairs.reference[:, :30], pairs.candidate[:, :30])
     assert isinstance(measure_perceptual(small, open_weights(tmp_path / "some")).lpips, Skipped)
 
 
@@ -110,7 +106,7 @@ def test_what_is_not_there_is_skipped_with_the_reason(tmp_path: Path, pairs: Pai
     ],
 )
 def test_weights_of_another_network_are_refused(
-    change: object, words: str, folder: Path, pairs: Pairs, tmp_path: Path
+    change: object, words: str, folder: Path, pairs: PicturePairs, tmp_path: Path
 ) -> None:
     state = load_file(folder / LPIPS)
     assert callable(change)
@@ -120,9 +116,64 @@ def test_weights_of_another_network_are_refused(
         measure_perceptual(pairs, open_weights(pin(tmp_path)))
 
 
-def test_a_clip_that_holds_code_or_pickles_is_not_read(tmp_path: Path, pairs: Pairs) -> None:
+def test_a_clip_that_holds_code_or_pickles_is_not_read(tmp_path: Path, pairs: PicturePairs) -> None:
     folder = write_weights(tmp_path / "clip-only", CLIP)
     (folder / CLIP / "model.safetensors").rename(folder / CLIP / "pytorch_model.bin")
     with pytest.raises(IntegrityError, match="no CLIP"):
         measure_perceptual(pairs, open_weights(pin(folder)))
     assert (folder / SUMS).is_file()
+
+
+@pytest.fixture
+def pinned(tmp_path: Path) -> Path:
+    (tmp_path / LPIPS).write_bytes(b"weights")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not read, not pinned", encoding="utf-8")
+    return pin(tmp_path)
+
+
+def test_what_is_pinned_is_there_with_its_digest(pinned: Path) -> None:
+    found = open_weights(pinned)
+    assert set(found.digests) == {LPIPS, "clip/config.json"}
+    assert found.place(LPIPS) == pinned / LPIPS
+    assert found.place("inception-v3-fid.safetensors") == Skipped(
+        "the folder of weights has no inception-v3-fid.safetensors"
+    )
+
+
+@pytest.mark.parametrize("line", ["{} *{}", "{}  ./{}"])
+def test_other_forms_of_sha256sum(pinned: Path, line: str) -> None:
+    digests = open_weights(pinned).digests
+    text = "".join(line.format(digest, name) + "\n" for name, digest in digests.items())
+    (pinned / SUMS).write_text(text, encoding="utf-8")
+    assert open_weights(pinned).digests == digests
+
+
+def test_a_folder_without_a_list_is_refused(pinned: Path) -> None:
+    (pinned / SUMS).unlink()
+    with pytest.raises(InputError, match="sha256sum"):
+        open_weights(pinned)
+    with pytest.raises(InputError, match="sha256sum"):
+        open_weights(pinned / "missing")
+
+
+def test_a_changed_file_is_refused(pinned: Path) -> None:
+    (pinned / LPIPS).write_bytes(b"Weights")
+    with pytest.raises(IntegrityError, match="SHA-256 differs"):
+        open_weights(pinned)
+
+
+def test_a_file_that_is_not_in_the_list_is_refused(pinned: Path) -> None:
+    (pinned / "clip" / "model.safetensors").write_bytes(b"more")
+    with pytest.raises(IntegrityError, match=r"clip/model\.safetensors is not pinned"):
+        open_weights(pinned)
+
+
+@pytest.mark.parametrize(
+    "text", ["abc  lpips", f"{'0' * 64}  ../up\n", f"{'0' * 64}  /root\n", f"{'G' * 64}  a\n", "\n"]
+)
+def test_a_damaged_list_is_refused(pinned: Path, text: str) -> None:
+    (pinned / SUMS).write_text(text, encoding="utf-8")
+    with pytest.raises(IntegrityError, match=r"SHA256SUMS:1 is not a SHA-256"):
+        open_weights(pinned)

@@ -10,13 +10,11 @@ from safetensors.torch import save_file
 
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import Schedule, generate
-from s2p_deploy.records import Prompt, PromptSet
+from s2p_deploy.records import Number, Prompt, PromptSet, Skipped
 from s2p_deploy.shapes.classifier import SceneClassifier
-from s2p_deploy.shapes.grammar import parse
-from s2p_deploy.shapes.renderer import render
+from s2p_deploy.shapes.scenes import parse, render
 from s2p_deploy.validation import Chain, picture_psnr, pictures
 from s2p_deploy.validation.metrics import PSNR_CEILING
-from s2p_deploy.validation.numbers import Number, Skipped
 
 SCHEDULE = Schedule(4)
 
@@ -30,23 +28,25 @@ def rendered(prompts: PromptSet) -> np.ndarray:
     return np.stack([render(parse(prompt.text)) for prompt in prompts.prompts]).astype(np.float32) / 255
 
 
-def test_a_drawing_holds_what_the_pipeline_draws_alone(pipe: StableDiffusionPipeline, prompts: PromptSet) -> None:
-    drawing = pictures.draw(pipe, prompts, SCHEDULE, 2.5)
+def test_a_generated_holds_what_the_pipeline_draws_alone(pipe: StableDiffusionPipeline, prompts: PromptSet) -> None:
+    generated = pictures.generate_pictures(pipe, prompts, SCHEDULE, 2.5)
     alone = generate(pipe, prompts.prompts[1], schedule=SCHEDULE, guidance_scale=2.5)
-    gap = np.abs(pictures.to_bytes(drawing.pictures)[1].astype(int) - np.asarray(alone))
+    gap = np.abs(pictures.to_bytes(generated.pictures)[1].astype(int) - np.asarray(alone))
     assert gap.max() <= 1  # another batch size rounds otherwise
-    assert drawing.trajectory.shape == (5, 3, 4, 8, 8)  # PNDM: 4 steps are 5 calls
-    assert len(drawing.timesteps) == 5
-    assert drawing.timesteps[0] == max(drawing.timesteps)
+    assert generated.trajectory.shape == (5, 3, 4, 8, 8)  # PNDM: 4 steps are 5 calls
+    assert len(generated.timesteps) == 5
+    assert generated.timesteps[0] == max(generated.timesteps)
 
 
 def test_batches_do_not_change_which_picture_is_whose(
     pipe: StableDiffusionPipeline, prompts: PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = pictures.draw(pipe, prompts, SCHEDULE, 2.5)
+    together = pictures.generate_pictures(pipe, prompts, SCHEDULE, 2.5)
     monkeypatch.setattr(pictures, "BATCH", 2)
     told: list[tuple[str, int, int]] = []
-    apart = pictures.draw(pipe, prompts, SCHEDULE, 2.5, stage="few", progress=lambda *what: told.append(what))
+    apart = pictures.generate_pictures(
+        pipe, prompts, SCHEDULE, 2.5, stage="few", progress=lambda *what: told.append(what)
+    )
     np.testing.assert_allclose(apart.pictures, together.pictures, atol=1e-3)
     np.testing.assert_allclose(apart.trajectory, together.trajectory, atol=1e-3)
     assert told == [("few", 2, 3), ("few", 3, 3)]
@@ -54,13 +54,13 @@ def test_batches_do_not_change_which_picture_is_whose(
 
 def test_a_negative_prompt_is_used(pipe: StableDiffusionPipeline) -> None:
     texts = [Prompt("one", "a circle", negative) for negative in ("", "a large red square")]
-    drawn = [pictures.draw(pipe, PromptSet((prompt,)), SCHEDULE, 2.5).trajectory for prompt in texts]
+    drawn = [pictures.generate_pictures(pipe, PromptSet((prompt,)), SCHEDULE, 2.5).trajectory for prompt in texts]
     assert not np.array_equal(*drawn)
 
 
-def test_equal_drawings_are_equal_in_every_number(pipe: StableDiffusionPipeline, prompts: PromptSet) -> None:
-    drawing = pictures.draw(pipe, prompts, SCHEDULE, 2.5)
-    found = pictures.compare_drawings(drawing, drawing, prompts, SCHEDULE, 2.5)
+def test_equal_generateds_are_equal_in_every_number(pipe: StableDiffusionPipeline, prompts: PromptSet) -> None:
+    generated = pictures.generate_pictures(pipe, prompts, SCHEDULE, 2.5)
+    found = pictures.compare_pictures(generated, generated, prompts, SCHEDULE, 2.5)
     assert found.similarity.psnr.tolist() == [PSNR_CEILING] * 3
     assert found.step_error.shape == (5, 3)
     assert not found.step_error.any()

@@ -11,10 +11,9 @@ import pytest
 
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.records import PromptSet, ValidationReport, write_artifact
-from s2p_deploy.records.manifest import Manifest
+from s2p_deploy.records.artifacts import Manifest
 from s2p_deploy.validation import Chain, gates_from, recheck, validate, write_rechecked
-from s2p_deploy.validation.exact_json import exact_text
-from s2p_deploy.validation.measurements import Measurements
+from s2p_deploy.validation.measurements import Measurements, to_json
 from s2p_deploy.validation.recheck import saved_measurements
 
 
@@ -102,7 +101,7 @@ def test_a_new_report_differs_in_its_judgement_alone(report: ValidationReport, c
 def test_what_is_kept_is_what_was_measured(report: ValidationReport) -> None:
     found = saved_measurements(report)
     assert isinstance(found, Measurements)
-    assert exact_text(found) + "\n" == (report.folder / "measurements.json").read_text(encoding="utf-8")
+    assert to_json(Measurements, found) + "\n" == (report.folder / "measurements.json").read_text(encoding="utf-8")
     assert [floor.name for floor in found.floors] == ["FP pipeline in float16", "FP pipeline in bfloat16"]
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
-from s2p_deploy.engines import PreparedParts, build_engine
+from s2p_deploy.engines import PreparedSubgraphs, build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.records import ExportedGraph, PromptSet
-from s2p_deploy.validation import Chain, open_chain, validate
-from s2p_deploy.validation.agreement import REFERENCE, block_agreement, code_agreement
-from s2p_deploy.validation.latents import ValidationLatents
+from s2p_deploy.validation import Chain, validate
+from s2p_deploy.validation.parity import REFERENCE, block_agreement, code_agreement
+from s2p_deploy.validation.reference import ValidationLatents
 
 KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -27,7 +27,7 @@ def test_blocks_agree_as_those_of_the_whole_graph(
     chain: Chain, graph: ExportedGraph, fake_quant: FakeQuantDenoiser, latents: ValidationLatents
 ) -> None:
     found, whole = (
-        block_agreement(fake_quant, one, latents, PreparedParts(one, *REFERENCE)) for one in (graph, chain.graph)
+        block_agreement(fake_quant, one, latents, PreparedSubgraphs(one, *REFERENCE)) for one in (graph, chain.graph)
     )
     assert [block.block for block in found] == [block.block for block in whole]
     assert min(block.sqnr for block in found) >= 50.0
@@ -39,15 +39,15 @@ def test_a_blocks_text_is_the_references(
 ) -> None:
     """A wrong product of the text in the reference reaches the graph's block too: both agree on its consequences."""
     with torch.no_grad():
-        fake_quant.site(KEY).weight.mul_(-1)
-    blocks = block_agreement(fake_quant, graph, latents, PreparedParts(graph, *REFERENCE))
+        fake_quant.layer(KEY).weight.mul_(-1)
+    blocks = block_agreement(fake_quant, graph, latents, PreparedSubgraphs(graph, *REFERENCE))
     found = {block.block: block.sqnr for block in blocks}
     assert found["mid_block.attentions.0"] >= 50.0
 
 
 @pytest.mark.slow
 def test_its_engine_validates(chain: Chain, graph: ExportedGraph, prompts: PromptSet, tmp_path: Path) -> None:
-    engine = build_engine(graph, "onnxruntime", tmp_path / "engine")
-    report = validate(open_chain(engine), prompts, tmp_path / "report", pictures=1)
+    engine = build_engine(graph, tmp_path / "engine", backend="onnxruntime")
+    report = validate(engine, prompts, tmp_path / "report", pictures=1)
     assert report.verdict == "passed", report.failed_gates
     assert report.data["sizes"]["graph"] > sum(f.stat().st_size for f in graph.folder.glob("denoiser.onnx*"))

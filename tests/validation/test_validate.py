@@ -13,7 +13,7 @@ from s2p_deploy.families import load_time_path
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import PromptSet, ValidationReport
 from s2p_deploy.validation import Chain, open_chain, validate
-from tests.tiny_pipeline import tiny_base
+from tests.small_pipelines import tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +103,12 @@ def test_an_engine_of_the_input_form_validates_and_draws_fractional_schedules(
 ) -> None:
     path = load_time_path(chain.base)
     graph = export_graph(chain.calibrated, tmp_path / "graph", time_table="input", time_path=path)
-    opened = open_chain(build_engine(graph, "onnxruntime", tmp_path / "engine"), calib=chain.calibrated.folder)
+    opened = open_chain(build_engine(graph, tmp_path / "engine", backend="onnxruntime"), calib=chain.calibrated.folder)
     report = validate(opened, prompts, tmp_path / "report", schedules=(Schedule(4, "euler-karras"),))
     assert report.verdict == "passed", [gate for gate in report.gates if gate.status != "passed"]
     data = json.loads((report.folder / "report.json").read_text(encoding="utf-8"))
-    own, karras = data["rows"]
-    assert (own["calibrated"], own["interpolated"], own["held"]) == (5, 0, 0)
+    own, karras = data["scale_origins"]
+    assert (own["calibrated"], own["interpolated"], own["clamped"]) == (5, 0, 0)
     assert (karras["scheduler"], karras["steps"]) == ("euler-karras", 4)
     assert karras["interpolated"] >= 2
     assert data["other_schedules"][0]["median"]["psnr"]["value"] > 20

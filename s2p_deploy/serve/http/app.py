@@ -1,9 +1,10 @@
-"""The application: routes, what stands before them, and how errors are answered."""
+"""The ASGI application: routes, middlewares, the page, and how errors are answered."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -13,28 +14,41 @@ from starlette.responses import JSONResponse, Response
 
 from s2p_deploy import __version__
 from s2p_deploy.errors import S2PError
-from s2p_deploy.serve.http.body_limit import BodyLimit
-from s2p_deploy.serve.http.gate import Gate
-from s2p_deploy.serve.http.image_form import ImageForm
-from s2p_deploy.serve.http.image_routes import image_routes
-from s2p_deploy.serve.http.kserve_routes import kserve_routes
-from s2p_deploy.serve.http.metrics import CONTENT_TYPE
-from s2p_deploy.serve.http.page_routes import page_routes
+from s2p_deploy.serve.http.images import HttpLimits, ImageForm, image_routes
+from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
+from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_of, problem_response
-from s2p_deploy.serve.http.request_log import LOG, RequestLog
-from s2p_deploy.serve.http.security_headers import SecurityHeaders
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from s2p_deploy.serve.http.gate import Doorkeeper
-    from s2p_deploy.serve.http.limits import HttpLimits
-    from s2p_deploy.serve.http.metrics import Metrics
-    from s2p_deploy.serve.http.served_models import ServedModels
+    from s2p_deploy.serve.http.models import ServedModels
+
+_PAGE_TYPES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "picture.js": "text/javascript",
+}
 
 
-def create_app(models: ServedModels, limits: HttpLimits, metrics: Metrics, doorkeeper: Doorkeeper) -> FastAPI:
-    """The application. ``models`` begin to load when it starts, and are closed when it ends."""
+def create_app(
+    models: ServedModels,
+    limits: HttpLimits,
+    metrics: Metrics,
+    *,
+    hosts: frozenset[str] | None = None,
+    token: str | None = None,
+) -> FastAPI:
+    """Makes the application. ``models`` begin to load when it starts, and are closed when it ends.
+
+    Args:
+        models: what is served.
+        limits: bounds on what a client may request.
+        metrics: where the models' services are observed already.
+        hosts: names that a Host header may have (None: any).
+        token: what a client must bring (None: nothing).
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -44,39 +58,64 @@ def create_app(models: ServedModels, limits: HttpLimits, metrics: Metrics, doork
 
     title = "s2p-deploy serve"  # no page of FastAPI's: they load scripts from elsewhere
     app = FastAPI(title=title, version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for routes in (image_routes(models, limits), kserve_routes(models, limits), _own_routes(models, metrics)):
-        app.include_router(routes)
-    app.include_router(page_routes())
+    app.include_router(image_routes(models, limits))
+    app.include_router(_server_routes(models, metrics))
+    app.include_router(_page_routes())
     for kind in (S2PError, RequestProblem, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answered)
-    app.add_middleware(BodyLimit, limits=limits)  # the last one added is the first one asked
-    app.add_middleware(Gate, doorkeeper=doorkeeper)
-    app.add_middleware(SecurityHeaders)
-    app.add_middleware(RequestLog, metrics=metrics)
+        app.add_exception_handler(kind, _error_response)
+    app.add_middleware(BodyLimitMiddleware, limits=limits)  # the last one added is the outermost
+    app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
+    app.add_middleware(RequestLogMiddleware, metrics=metrics)
     return app
 
 
-def _own_routes(models: ServedModels, metrics: Metrics) -> APIRouter:
+def _server_routes(models: ServedModels, metrics: Metrics) -> APIRouter:
     router = APIRouter(responses=PROBLEMS)
 
-    @router.get("/health")
-    async def health() -> JSONResponse:
-        """200 once every model is loaded and warm."""
+    @router.get("/health/live")
+    async def live() -> JSONResponse:
+        """Returns 200 while the process is worth keeping, also while it loads."""
+        return JSONResponse({"live": models.alive}, 200 if models.alive else 503)
+
+    @router.get("/health/ready")
+    async def ready() -> JSONResponse:
+        """Returns 200 once every model is loaded and warm, until the server drains."""
         state = models.state if models.alive else "stopped"
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @router.get("/metrics", response_class=Response)
-    async def numbers() -> Response:
-        """In Prometheus's text format."""
+    async def prometheus() -> Response:
+        """Returns metrics in Prometheus's text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     return router
 
 
-async def _answered(request: Request, error: Exception) -> Response:
+def _page_routes() -> APIRouter:
+    """Makes ``/`` and ``/page/NAME``: files of this package, and nothing from elsewhere."""
+    router = APIRouter(include_in_schema=False)
+    folder = resources.files("s2p_deploy") / "serve" / "http" / "page"
+    files = {name: (folder / name).read_bytes() for name in _PAGE_TYPES}
+
+    @router.get("/")
+    async def index() -> Response:
+        """Returns the page."""
+        return Response(files["index.html"], media_type=_PAGE_TYPES["index.html"])
+
+    @router.get("/page/{name}")
+    async def asset(name: str) -> Response:
+        """Returns a style sheet or a script of the page."""
+        if name not in files:
+            raise RequestProblem(Problem(404, "there is no such file"))
+        return Response(files[name], media_type=_PAGE_TYPES[name])
+
+    return router
+
+
+async def _error_response(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            problem = _problem_of_form(error.errors()[0])
+            problem = _invalid_form(error.errors()[0])
         case HTTPException():
             problem = Problem(error.status_code, str(error.detail), headers=tuple((error.headers or {}).items()))
         case _:
@@ -86,8 +125,8 @@ async def _answered(request: Request, error: Exception) -> Response:
     return problem_response(problem, request.scope)
 
 
-def _problem_of_form(error: dict[str, Any]) -> Problem:
-    """The first thing that is wrong with a form."""
+def _invalid_form(error: dict[str, Any]) -> Problem:
+    """Describes the first thing that is wrong with a form."""
     field = ".".join(str(part) for part in error["loc"][1:])
     match error["type"]:
         case "json_invalid":

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from s2p_deploy.serve.generation_loop import Observer
+
 if TYPE_CHECKING:
-    from s2p_deploy.serve.http.picture_service import PictureService
-    from s2p_deploy.serve.observer import Ending, Observer
-    from s2p_deploy.serve.ticket import Ticket
+    from s2p_deploy.serve.generation_loop import Ending
+    from s2p_deploy.serve.request import RequestFuture
+    from s2p_deploy.serve.service import ImageService
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _REQUEST_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -19,7 +21,7 @@ _SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Of one server. Everything of a model is labelled with its name."""
+    """The metrics of one server; those of a model are labelled with its name."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -42,25 +44,25 @@ class Metrics:
         self.waiting = Gauge("s2p_waiting_requests", "Pictures that wait for their first step.", model, registry=of)
         self.active = Gauge("s2p_active_requests", "Pictures that are being drawn.", model, registry=of)
 
-    def answered(self, status: int) -> None:
-        """A request was answered."""
+    def count_response(self, status: int) -> None:
+        """Counts a response by its status."""
         self.responses.labels(str(status)).inc()
 
     def observer(self, model: str) -> Observer:
-        """What a service tells its news to."""
-        return _Observed(self, model)
+        """Makes an observer that counts what a service does."""
+        return _Counting(self, model)
 
-    def watch(self, model: str, service: PictureService) -> None:
-        """Reads a service's queue whenever metrics are asked for."""
+    def watch(self, model: str, service: ImageService) -> None:
+        """Reads a service's queue whenever metrics are requested."""
         self.waiting.labels(model).set_function(lambda: service.waiting)
         self.active.labels(model).set_function(lambda: service.active)
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
-class _Observed:
+class _Counting(Observer):
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._requests, self._model = metrics.requests, model
         self._seconds, self._step_seconds = metrics.seconds.labels(model), metrics.step_seconds.labels(model)
@@ -72,7 +74,7 @@ class _Observed:
         self._padding.inc(padded - samples)
         self._step_seconds.observe(seconds)
 
-    def ended(self, ticket: Ticket, ending: Ending, seconds: float) -> None:
+    def ended(self, future: RequestFuture, ending: Ending, seconds: float) -> None:
         """Counts a request; how long it took only where it was drawn."""
         self._requests.labels(self._model, ending).inc()
         if ending == "drawn":

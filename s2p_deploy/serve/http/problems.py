@@ -1,4 +1,4 @@
-"""What is answered where there is nothing to give: a status and one sentence, in the form of the API that was asked."""
+"""Error responses: a status and one sentence in OpenAI's form, and which error gets which."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import JSONResponse
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.serve.request import ClosingError, GivenUpError, LateError, OverloadedError
+from s2p_deploy.serve.request import (
+    CancelledRequestError,
+    ClosingError,
+    DeadlineError,
+    OverloadedError,
+    StoppedError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from starlette.types import Scope
 
 CLIENT_LEFT = 499  # nobody reads it; the log does
-_RECORD = {"type": "object", "properties": {"error": {"type": ["object", "string"]}}, "required": ["error"]}
-_DESCRIBED = {"description": "Why there is nothing.", "content": {"application/json": {"schema": _RECORD}}}
+_RECORD = {"type": "object", "properties": {"error": {"type": "object"}}, "required": ["error"]}
+_DESCRIBED = {"description": "What is wrong.", "content": {"application/json": {"schema": _RECORD}}}
 PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _DESCRIBED, "5XX": _DESCRIBED}  # as OpenAPI describes them
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _SECONDS_UNTIL_READY = 2
@@ -47,28 +51,20 @@ class RequestProblem(Exception):  # noqa: N818 - carries what is answered
         self.problem = problem
 
 
-def refusal(message: str, param: str | None = None) -> RequestProblem:
-    """400: the request asks for something that is not there."""
-    return RequestProblem(Problem(400, message, param))
-
-
-def not_ready(message: str) -> RequestProblem:
-    """503: it may be asked again soon."""
-    return RequestProblem(_unavailable(message, "not_ready"))
-
-
 def problem_of(error: Exception) -> Problem:
-    """What a client is told of an error; nothing of one that is this server's own fault."""
+    """Describes an error to a client; a defect of the server's own is not described."""
     match error:
         case RequestProblem():
             return error.problem
         case OverloadedError():
             return Problem(429, str(error), code="overloaded", headers=(("retry-after", str(error.retry_after)),))
         case ClosingError():
-            return _unavailable("the server is closing", "closing")
-        case LateError():
+            return unavailable("the server is closing", "closing")
+        case StoppedError():
+            return unavailable(str(error), "stopped")
+        case DeadlineError():
             return Problem(504, str(error), code="deadline_exceeded")
-        case GivenUpError():
+        case CancelledRequestError():
             return Problem(CLIENT_LEFT, "the client has left", code="cancelled")
         case InputError():
             return Problem(400, str(error))
@@ -77,36 +73,32 @@ def problem_of(error: Exception) -> Problem:
 
 
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
-    """A problem in the form of the API that ``scope`` asks: a sentence for KServe's, a record for OpenAI's."""
-    content: dict[str, Any]
-    if str(scope.get("path", "")).startswith("/v2"):
-        content = {"error": printable(problem.message)}
-    else:
-        content = problem_data(problem, request_id_of(scope))
-    return JSONResponse(content, problem.status, dict(problem.headers))
+    """Makes the response to a request."""
+    return JSONResponse(problem_data(problem, request_id_of(scope)), problem.status, dict(problem.headers))
 
 
 def problem_data(problem: Problem, request_id: str) -> dict[str, Any]:
-    """OpenAI's body of an error, with the request's id."""
-    found: Mapping[str, str | None] = {
+    """Makes OpenAI's body of an error, with the request's id."""
+    about = {
         "message": printable(problem.message),
         "type": problem.kind,
         "param": None if problem.param is None else printable(problem.param),
         "code": problem.code,
         "request_id": request_id,
     }
-    return {"error": dict(found)}
+    return {"error": about}
 
 
 def request_id_of(scope: Scope) -> str:
-    """The id that the request log gave a request."""
+    """Returns the id that the request log gave a request."""
     return str(scope.get("state", {}).get("request_id", ""))
 
 
 def printable(text: str) -> str:
-    """Text of a stranger, fit for a log and for JSON: no line breaks, control characters or halves of characters."""
+    """Makes foreign text fit for a log and for JSON: no line breaks, control characters or halves of characters."""
     return "".join(one if one.isprintable() else " " for one in text)[:500]
 
 
-def _unavailable(message: str, code: str) -> Problem:
+def unavailable(message: str, code: str) -> Problem:
+    """Makes a 503 that may be tried again soon."""
     return Problem(503, message, code=code, headers=(("retry-after", str(_SECONDS_UNTIL_READY)),))

@@ -12,65 +12,63 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import uvicorn
-from uvicorn.server import HANDLED_SIGNALS
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.serve.http.app import create_app
-from s2p_deploy.serve.http.gate import LOOPBACK, Doorkeeper
-from s2p_deploy.serve.http.request_log import LOG
+from s2p_deploy.serve.http.middleware import LOG, LOOPBACK
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from fastapi import FastAPI
 
-    from s2p_deploy.serve.http.limits import HttpLimits
+    from s2p_deploy.serve.http.images import HttpLimits
     from s2p_deploy.serve.http.metrics import Metrics
-    from s2p_deploy.serve.http.served_models import ServedModels
+    from s2p_deploy.serve.http.models import ServedModels
 
 _BACKLOG = 2048
-_LAST_WORDS = 5  # seconds for answers that are being written when everything was drawn or stopped
+_LAST_RESPONSES = 5  # seconds for those that are being written when everything was drawn or stopped
 
 
 @dataclass(frozen=True)
 class Listening:
-    """A socket that takes connections already; nobody answers them yet."""
+    """A socket that accepts connections already; nobody answers them yet."""
 
     socket: socket.socket
     host: str
 
     @property
     def url(self) -> str:
-        """Where it is, with the port that was chosen."""
+        """Returns the server's address, with the port that was chosen."""
         address, port = self.socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         return f"http://{shown}:{port}"
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Returns whether only this machine can reach it."""
         return ipaddress.ip_address(self.socket.getsockname()[0]).is_loopback
 
 
 def listen(host: str, port: int) -> Listening:
-    """Takes a port (0: any that is free).
+    """Binds a port (0: any that is free).
 
     Raises:
         InputError: it cannot be had, or there is no such host.
     """
-    found: socket.socket | None = None
+    bound: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(_BACKLOG)
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(_BACKLOG)
     except (OSError, UnicodeError) as error:
-        if found is not None:
-            found.close()
+        if bound is not None:
+            bound.close()
         reason = error.strerror if isinstance(error, OSError) else "no name of a host"
         raise InputError(f"cannot listen on {host}:{port} ({reason}): choose another --host or --port") from error
-    return Listening(found, host)
+    return Listening(bound, host)
 
 
 def run_server(
@@ -82,18 +80,14 @@ def run_server(
     token: str | None = None,
     drain_seconds: float = 30.0,
 ) -> None:
-    """Serves until SIGTERM or SIGINT: then takes nothing new, finishes what it can, and returns.
+    """Serves until SIGTERM or SIGINT: then accepts nothing new, finishes what it can, and returns.
 
     Raises:
         KeyboardInterrupt: it was SIGINT. Otherwise whatever stopped a model from loading.
     """
-    _log_to_stderr()
-    hosts = LOOPBACK | {listening.host.lower()} if listening.is_loopback else None
-    if hosts is None and token is None:
-        LOG.warning("everyone who reaches %s may ask: --token-file FILE asks for a token", listening.url)
-    server = DrainingServer(
-        create_app(models, limits, metrics, Doorkeeper(hosts, token)), models, limits, drain_seconds
-    )
+    log_to_stderr()
+    app = create_app(models, limits, metrics, hosts=allowed_hosts(listening, token), token=token)
+    server = DrainingServer(app, models, limits, drain_seconds)
     server.run(sockets=[listening.socket])
     if models.failure is not None:
         raise models.failure
@@ -101,8 +95,17 @@ def run_server(
         raise KeyboardInterrupt
 
 
+def allowed_hosts(listening: Listening, token: str | None) -> frozenset[str] | None:
+    """Returns the names that a Host header may have (None: any); warns where anyone may use the server."""
+    if listening.is_loopback:
+        return LOOPBACK | {listening.host.lower()}
+    if token is None:
+        LOG.warning("everyone who reaches %s may use it: --token-file FILE requires a token", listening.url)
+    return None
+
+
 class DrainingServer(uvicorn.Server):
-    """uvicorn that drains on the first signal while it still answers, and gives up what is left on the second."""
+    """A uvicorn server that drains on the first signal while it still answers, and stops on the second."""
 
     def __init__(self, app: FastAPI, models: ServedModels, limits: HttpLimits, drain_seconds: float) -> None:
         super().__init__(
@@ -116,30 +119,20 @@ class DrainingServer(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 limit_concurrency=limits.connections,
-                timeout_graceful_shutdown=_LAST_WORDS,
+                timeout_graceful_shutdown=_LAST_RESPONSES,
             )
         )
         self.signal: int | None = None
-        self._signals_kept = False
         self._models, self._drain_seconds = models, drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: also where a model cannot be loaded."""
-        if not self._signals_kept and self._models.state == "ready":
-            self._keep_signals()
+        """Returns whether to end: also where a model cannot be loaded."""
         return await super().on_tick(counter) or self._models.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """What a signal does."""
+        """Drains on the first signal, stops on the second."""
         first, self.signal = self.signal is None, self.signal or sig
         threading.Thread(target=self._drain if first else self._end, name="end", daemon=True).start()
-
-    def _keep_signals(self) -> None:
-        """Takes the signals back from what was loaded: Ray's own handler ends the process with SIGABRT."""
-        self._signals_kept = True
-        if threading.current_thread() is threading.main_thread():
-            for sig in HANDLED_SIGNALS:
-                signal.signal(sig, self.handle_exit)
 
     def _drain(self) -> None:
         LOG.info("closing: requests that run have %g s", self._drain_seconds)
@@ -152,7 +145,8 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Writes the log of the server, and of nothing else, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers = [handler]

@@ -9,10 +9,14 @@ import numpy as np
 from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.runner import OUTPUT
 from s2p_deploy.errors import S2PError
-from s2p_deploy.serve.triton.bls import STEP_INDEX, array_of, tensor_of
-from s2p_deploy.serve.triton.model_config import remote_inputs
-from s2p_deploy.serve.triton.responses import error_response
-from s2p_deploy.serve.triton.settings import ModelSettings
+from s2p_deploy.serve.triton.backend import (
+    TIMESTEP_INDEX,
+    ModelSettings,
+    array_of,
+    error_response,
+    remote_inputs,
+    tensor_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,36 +50,36 @@ class DenoiserModel:
             self._runner.tune(self._padded)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request that Triton's batcher brought together, in their order."""
-        given = [
+        """Returns one response for each request that Triton's batcher brought together, in their order."""
+        calls = [
             {name: array_of(self._backend.get_input_tensor_by_name(request, name)) for name in self._names}
             for request in requests
         ]
-        return [self._response(answer) for answer in answers(self._runner.infer, given, self._padded)]
+        return [self._response(prediction) for prediction in predictions(self._runner.infer, calls, self._padded)]
 
     def close(self) -> None:
         """Closes the engine."""
         self._runner.close()
 
-    def _response(self, answer: NDArray[Any] | Exception) -> Any:  # noqa: ANN401 - Triton's own type
-        if isinstance(answer, Exception):
-            return error_response(self._backend, answer)
-        return self._backend.InferenceResponse([tensor_of(self._backend, OUTPUT, answer.astype(np.float32))])
+    def _response(self, prediction: NDArray[Any] | Exception) -> Any:  # noqa: ANN401 - Triton's own type
+        if isinstance(prediction, Exception):
+            return error_response(self._backend, prediction)
+        return self._backend.InferenceResponse([tensor_of(self._backend, OUTPUT, prediction.astype(np.float32))])
 
 
-def answers(infer: Infer, given: Sequence[Arrays], padded: int = 0) -> list[NDArray[Any] | Exception]:
-    """What ``infer`` gives to each of several calls, asked for all of them at once.
+def predictions(infer: Infer, calls: Sequence[Arrays], padded: int = 0) -> list[NDArray[Any] | Exception]:
+    """Runs several calls as one batch and returns the noise prediction of each.
 
     Samples that are missing to ``padded`` repeat the first one: at equal batch size no sample's bits depend on others.
-    Where that fails, each is asked alone: what is wrong with one must not cost the others their answers.
+    Where the batch fails, each call runs alone: what is wrong with one must not cost the others their results.
     """
     try:
-        ends = np.cumsum([len(one[STEP_INDEX]) for one in given])
+        ends = np.cumsum([len(call[TIMESTEP_INDEX]) for call in calls])
         missing = max(0, padded - int(ends[-1]))
-        joined = {n: np.concatenate([*(one[n] for one in given), *[given[0][n][:1]] * missing]) for n in given[0]}
-        found: list[NDArray[Any] | Exception] = [*np.split(infer(joined)[OUTPUT], ends)]
-        return found[: len(given)]
+        joined = {n: np.concatenate([*(call[n] for call in calls), *[calls[0][n][:1]] * missing]) for n in calls[0]}
+        split: list[NDArray[Any] | Exception] = [*np.split(infer(joined)[OUTPUT], ends)]
+        return split[: len(calls)]
     except S2PError as error:
-        if len(given) == 1:
+        if len(calls) == 1:
             return [error]
-        return [answer for one in given for answer in answers(infer, [one], padded)]
+        return [prediction for call in calls for prediction in predictions(infer, [call], padded)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,16 @@ from s2p_deploy.families import load_pipeline, resolve_base
 from s2p_deploy.pipeline import Schedule, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Manifest, check_vacant, write_artifact
-from s2p_deploy.records.copied import copy_artifact
-from s2p_deploy.records.disk_room import check_room
+from s2p_deploy.records.artifacts import copy_artifact
+from s2p_deploy.records.files import check_room, link_or_copy
+from s2p_deploy.serve.triton.backend import ENGINE, PIPELINE
 from s2p_deploy.serve.triton.model_config import MODEL_FILES, denoiser_config, loop_config
-from s2p_deploy.serve.triton.settings import ENGINE, PIPELINE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records import Engine
-    from s2p_deploy.serve.triton.options import RepositoryOptions
 
 VERSION = "1"
 _MODEL = '''"""{title} Written by s2p-deploy export-triton."""
@@ -44,7 +44,51 @@ class TritonPythonModel:
 '''
 _LOOP = _MODEL.format(title="The sampling loop.", module="loop_model", model="LoopModel")
 _DENOISER = _MODEL.format(title="The denoiser: one step.", module="denoiser_model", model="DenoiserModel")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_MOST_INSTANCES, _LONGEST_DELAY = 64, 1_000_000
 _PIPELINE_FILES = (".json", ".safetensors", ".txt", ".model")  # what a pipeline's digest covers
+
+
+@dataclass(frozen=True)
+class RepositoryOptions:
+    """Describes a repository to write.
+
+    ``name`` is the model that clients call; that of the denoiser's model follows from it. ``instances`` sampling loops
+    run at once, each with text encoder and VAE of its own. The denoiser waits up to ``queue_delay`` microseconds for
+    steps of other loops. With ``fixed_batch`` it always runs on as many samples as all loops together bring, padded: a
+    picture's bits then depend on nothing that is drawn beside it. ``native`` leaves the engine's file to Triton's own
+    backend for its kind. ``steps`` are step counts besides the recipe's, which an engine with fractional timesteps must
+    know ahead; none may be above ``most_steps``.
+    """
+
+    name: str
+    instances: int = 2
+    queue_delay: int = 1000
+    fixed_batch: bool = False
+    native: bool = False
+    with_pipeline: bool = False
+    steps: tuple[int, ...] = ()
+    most_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(
+                f"{self.name!r} is no name for a model: a letter, then up to 63 letters, digits, - or _; pass --name"
+            )
+        if not 1 <= self.instances <= _MOST_INSTANCES:
+            raise InputError(f"{self.instances} instances: give 1 to {_MOST_INSTANCES}")
+        if not 0 <= self.queue_delay <= _LONGEST_DELAY:
+            raise InputError(f"a queue delay of {self.queue_delay} microseconds: give 0 to {_LONGEST_DELAY}")
+        if self.fixed_batch and self.native:
+            raise InputError("a fixed batch is padded by this package: leave --fixed-batch or --native out")
+        wrong = [steps for steps in self.steps if not 1 <= steps <= self.most_steps]
+        if wrong or self.most_steps < 1:
+            raise InputError(f"{(*wrong, self.most_steps)[0]} steps: give 1 to the most, which is {self.most_steps}")
+
+    @property
+    def denoiser(self) -> str:
+        """Returns the name of the denoiser's model."""
+        return f"{self.name}_denoiser"
 
 
 def export_repository(
@@ -72,7 +116,7 @@ def export_repository(
         for place in (loop, denoiser):
             place.mkdir(parents=True)
         copy_artifact(engine, loop / ENGINE)
-        shutil.copytree(loop / ENGINE, denoiser / ENGINE, copy_function=_linked)
+        shutil.copytree(loop / ENGINE, denoiser / ENGINE, copy_function=link_or_copy)
         (loop / "model.py").write_text(_LOOP, encoding="utf-8")
         if options.native:
             _place_native(engine, denoiser)
@@ -106,12 +150,12 @@ def check_native(engine: Engine) -> None:
             f"Triton has no backend of its own for {engine.backend} engines: leave --native out, then this package "
             "runs it inside Triton's Python backend"
         )
-    if engine.manifest.content["options"].get("stripped"):
+    if engine.options.stripped:
         raise InputError(f"{engine.folder} holds no weights, Triton needs them: build it without --stripped")
 
 
 def _schedules(engine: Engine, base: BasePipeline, options: RepositoryOptions) -> list[list[float]]:
-    """Timesteps of the recipe's and the asked-for step counts, where the engine must know them when it is loaded."""
+    """Computes the timesteps of all step counts, where the engine must know them when it is loaded."""
     if not engine.takes_time_projections:
         return []
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
@@ -120,19 +164,11 @@ def _schedules(engine: Engine, base: BasePipeline, options: RepositoryOptions) -
 
 
 def _place_native(engine: Engine, folder: Path) -> None:
-    """The engine's file under the name that Triton looks for, and what belongs to it under its own."""
+    """Links the engine's file under the name that Triton looks for, and what belongs to it under its own."""
     named = MODEL_FILES[engine.backend]
     for name in engine.engine_files:
         is_model = name.endswith(Path(named).suffix)
-        _linked(folder / ENGINE / name, folder / (named if is_model else name))
-
-
-def _linked(source: str | Path, target: str | Path) -> None:
-    """Another name for the same bytes; a copy where the disk has no such links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        link_or_copy(folder / ENGINE / name, folder / (named if is_model else name))
 
 
 def _pipeline_files(base: BasePipeline) -> Iterable[Path]:
@@ -151,6 +187,6 @@ def _copy_pipeline(base: BasePipeline, files: Iterable[Path], out: Path) -> None
 
 
 def _place_of(base: BasePipeline) -> str:
-    """Where the server finds the pipeline: a folder by its whole path, as its working directory is not known."""
+    """Names the pipeline for the server: a folder by its whole path, as the server's working directory is not known."""
     place = Path(base.base.source)
     return str(place.resolve()) if place.is_dir() else base.base.source

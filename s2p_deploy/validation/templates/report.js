@@ -45,8 +45,8 @@
     }
   }
 
-  // Scales: one act point's line stands out, chosen by name or by a click on the heat map.
-  const chooser = document.querySelector("#act-point");
+  // Scales: one activation quantizer's line stands out, chosen by name or by a click on the heat map.
+  const chooser = document.querySelector("#act-quantizer");
   const heat = document.querySelector("#scale-heat");
   const choose = (column) => {
     const option = chooser.querySelector(`option[value="${column}"]`);

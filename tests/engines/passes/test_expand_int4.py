@@ -9,14 +9,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from s2p_deploy.engines.onnx_files import read_onnx, write_onnx
+from s2p_deploy.engines.lowerings import weight_only, weight_only_or_matmul
+from s2p_deploy.engines.onnx_files import write_onnx
 from s2p_deploy.engines.passes.expand_int4 import ExpandInt4, Int4Use
-from s2p_deploy.engines.prepare import weight_only, weight_only_or_matmul
-from tests.engines.small_graph import small_inputs, small_model, small_scales
+from tests.engines.small_graph import read_back, small_inputs, small_model, small_scales
 
 
-def codes(model: ir.Model, site: str) -> ir.TensorProtocol:
-    tensor = model.graph.initializers[f"{site}/weight_quantizer/codes"].const_value
+def codes(model: ir.Model, layer: str) -> ir.TensorProtocol:
+    tensor = model.graph.initializers[f"{layer}/weight_quantizer/codes"].const_value
     assert tensor is not None
     return tensor
 
@@ -33,7 +33,7 @@ def codes(model: ir.Model, site: str) -> ir.TensorProtocol:
 def test_each_backend_keeps_what_it_can_use_packed(keep: object, kinds: dict[str, str]) -> None:
     model = ir.from_proto(small_model(weights="int4"))
     result = ExpandInt4(keep)(model)  # type: ignore[arg-type]
-    assert {site: codes(model, site).dtype.name for site in kinds} == kinds
+    assert {layer: codes(model, layer).dtype.name for layer in kinds} == kinds
     assert result.modified is ("INT8" in kinds.values())
 
 
@@ -49,7 +49,7 @@ def test_codes_and_results_do_not_change(tmp_path: Path) -> None:
     write_onnx(model, tmp_path / "packed.onnx")
     ExpandInt4(weight_only)(model)
     write_onnx(model, tmp_path / "expanded.onnx")
-    stored = codes(read_onnx(tmp_path / "expanded.onnx"), "to_q")
+    stored = codes(read_back(tmp_path / "expanded.onnx"), "to_q")
     assert stored.dtype == ir.DataType.INT8
     assert np.array_equal(stored.numpy(), before)
     assert before.min() >= -8

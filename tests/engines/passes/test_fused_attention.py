@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from s2p_deploy.engines.onnx_files import read_onnx, write_onnx
+from s2p_deploy.engines.onnx_files import write_onnx
 from s2p_deploy.engines.passes.fused_attention import FusedAttention
 from s2p_deploy.errors import IntegrityError
 from tests.engines.passes.attention_graph import attention, inputs
 from tests.engines.passes.reference_run import run_reference
+from tests.engines.small_graph import read_back
 
 
 def test_one_operator_gives_the_same_numbers() -> None:
@@ -47,22 +48,22 @@ def test_the_guard_of_files_takes_this_operator_and_no_other(tmp_path: Path) -> 
     model = attention()
     FusedAttention()(model)
     write_onnx(model, tmp_path / "fused.onnx")
-    assert [node.op_type for node in read_onnx(tmp_path / "fused.onnx").graph] == ["MultiHeadAttention"]
+    assert [node.op_type for node in read_back(tmp_path / "fused.onnx").graph] == ["MultiHeadAttention"]
     (node,) = model.graph
     node.op_type = "BiasGelu"
     write_onnx(model, tmp_path / "other.onnx")
     with pytest.raises(IntegrityError, match="foreign operator"):
-        read_onnx(tmp_path / "other.onnx")
+        read_back(tmp_path / "other.onnx")
 
 
-@pytest.mark.parametrize("hint", ["f32", "bf16"])
-def test_openvino_fuses_the_exported_form_by_itself(hint: str) -> None:
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_openvino_fuses_the_exported_form_by_itself(precision: str) -> None:
     """Products and softmax disappear in one compiled subgraph; if they come back, attention needs a pass here too."""
     import openvino
 
     model = openvino.Core().read_model(model=ir.to_proto(attention()).SerializeToString())
     model.reshape({name: list(value.shape) for name, value in inputs().items()})
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     layers = [str(op.get_rt_info()["layerType"].astype(str)) for op in compiled.get_runtime_model().get_ordered_ops()]
     assert "Subgraph" in layers
     assert not {"MatMul", "Softmax", "FullyConnected"} & set(layers)

@@ -9,14 +9,14 @@ import pytest
 
 from s2p_deploy.engines.passes.runtime_quantize import RuntimeQuantize
 from tests.engines.passes.reference_run import run_reference
-from tests.engines.small_graph import CENTRE, small_inputs, small_model, small_scales
+from tests.engines.small_graph import REFERENCE_SCALE, small_inputs, small_model, small_scales
 
 COLUMNS = {"conv/codes": 0, "to_q/codes": 1}
 
 
 def one_row(row: int, dtype: str = "fp32") -> dict[str, np.ndarray]:
     given = small_inputs(dtype=dtype) | {"act_scales": small_scales()}
-    return given | {"step_index": np.full(3, row)}
+    return given | {"timestep_index": np.full(3, row)}
 
 
 @pytest.mark.parametrize("row", [1, 501, 981])
@@ -44,15 +44,17 @@ def test_the_first_samples_row_quantizes_and_dequantizers_keep_constants() -> No
     RuntimeQuantize(COLUMNS)(model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     nodes = {str(node.name): node for node in model.graph}
-    for site in ("conv", "to_q"):
-        assert f"{site}/scaled" not in nodes
-        quantize = nodes[f"{site}/input_quantizer/QuantizeLinear"]
-        assert quantize.inputs[0].name == {"conv": "x", "to_q": "tokens"}[site]
+    for layer in ("conv", "to_q"):
+        assert f"{layer}/scaled" not in nodes
+        quantize = nodes[f"{layer}/input_quantizer/QuantizeLinear"]
+        assert quantize.inputs[0].name == {"conv": "x", "to_q": "tokens"}[layer]
         assert not quantize.inputs[1].is_initializer()
-        assert nodes[f"{site}/input_quantizer/DequantizeLinear"].inputs[1].const_value.numpy() == np.float32(CENTRE)
-        assert f"{site}/rescaled" in nodes
+        assert nodes[f"{layer}/input_quantizer/DequantizeLinear"].inputs[1].const_value.numpy() == np.float32(
+            REFERENCE_SCALE
+        )
+        assert f"{layer}/rescaled" in nodes
     model.graph.outputs.append(nodes["conv/input_quantizer/QuantizeLinear"].inputs[1])
-    given = small_inputs() | {"act_scales": small_scales(), "step_index": np.asarray([981, 1, 1])}
+    given = small_inputs() | {"act_scales": small_scales(), "timestep_index": np.asarray([981, 1, 1])}
     scale = run_reference(ir.to_proto(model), given)["conv/codes/scale"]
     assert scale == small_scales()[981, 0]
     assert scale.shape == ()
@@ -62,7 +64,10 @@ def test_bounds_of_a_clip_follow_the_scale() -> None:
     """Four bits: the clip goes to s times the format's ends."""
     proto = small_model()
     quantize = next(node for node in proto.graph.node if node.name == "conv/input_quantizer/QuantizeLinear")
-    ends = [onnx.numpy_helper.from_array(np.float32(CENTRE * end), name) for name, end in (("low", -8), ("high", 7))]
+    ends = [
+        onnx.numpy_helper.from_array(np.float32(REFERENCE_SCALE * end), name)
+        for name, end in (("low", -8), ("high", 7))
+    ]
     proto.graph.initializer.extend(ends)
     at = list(proto.graph.node).index(quantize)
     proto.graph.node.insert(at, onnx.helper.make_node("Clip", ["conv/scaled", "low", "high"], ["clipped"], "clip"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.fold_constants import FoldConstants
-from s2p_deploy.export.scopes import NAME_SCOPES, module_path
+from s2p_deploy.export.regions import NAME_SCOPES, module_path
 
 GRAPH = """
 g (float[batch,4] sample, float[4] second, float[4] first) => (float[batch,4] out) {

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from graph_text import graph_from_text
 
-from s2p_deploy.export.passes.readable_names import ReadableNames
-from s2p_deploy.export.passes.strip_metadata import StripMetadata
-from s2p_deploy.export.scopes import NAME_SCOPES
+from s2p_deploy.export.passes.names import ReadableNames, StripMetadata
+from s2p_deploy.export.regions import NAME_SCOPES
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,19 +8,23 @@ import pytest
 from graph_text import graph_from_text
 
 from s2p_deploy.export.passes.time_projections import TimeProjections
-from s2p_deploy.export.scopes import NAME_SCOPES
+from s2p_deploy.export.regions import NAME_SCOPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GRAPH = """
-g (float[batch,2] sample, int64[batch] step_index, float[3,2] traced) => (float[batch,2] out) {
-    row = Gather(traced, step_index)
+g (float[batch,2] sample, int64[batch] timestep_index, float[3,2] traced) => (float[batch,2] out) {
+    row = Gather(traced, timestep_index)
     out = Add(sample, row)
 }
 """
 TABLE = np.asarray([[0, 1], [10, 11], [20, 21]], np.float32)
-VALUES = {"sample": np.zeros((2, 2), np.float32), "step_index": np.asarray([2, 0]), "time_projections": TABLE[[2, 0]]}
+VALUES = {
+    "sample": np.zeros((2, 2), np.float32),
+    "timestep_index": np.asarray([2, 0]),
+    "time_projections": TABLE[[2, 0]],
+}
 
 
 def traced(module: str = "time") -> ir.Model:

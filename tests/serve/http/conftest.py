@@ -9,11 +9,10 @@ import pytest
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
-from s2p_deploy.recipe import load_recipe
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine
 from s2p_deploy.serve.http.metrics import Metrics
-from s2p_deploy.serve.opening import open_service
-from s2p_deploy.serve.service import ImageService, ServiceSettings
+from s2p_deploy.serve.service import ImageService, ServiceSettings, open_service
 from tests.serve.http.live_server import LiveServer, live_server
 
 if TYPE_CHECKING:
@@ -36,9 +35,9 @@ class Opening(Protocol):
 @pytest.fixture(scope="session")
 def floating(tiny: Tiny, shared: SharedFolder) -> Engine:
     def make(folder: Path) -> None:
-        recipe = load_recipe("fp", {"sampling": {"steps": 20, "guidance_scale": 2.0}})
+        recipe = Recipe.load("fp", {"sampling": {"steps": 20, "guidance_scale": 2.0}})
         model = calibrate(tiny.base, recipe, None, folder / "calib")
-        build_engine(export_graph(model, folder / "graph"), "onnxruntime", folder / "engine")
+        build_engine(export_graph(model, folder / "graph"), folder / "engine", backend="onnxruntime")
 
     return Engine.open(shared.made("served-floating-engine", make) / "engine")
 

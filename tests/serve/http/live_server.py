@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.serve.http.app import create_app
-from s2p_deploy.serve.http.gate import LOOPBACK, Doorkeeper
-from s2p_deploy.serve.http.limits import HttpLimits
+from s2p_deploy.serve.http.images import HttpLimits
 from s2p_deploy.serve.http.metrics import Metrics
-from s2p_deploy.serve.http.served_models import ServedModels
+from s2p_deploy.serve.http.middleware import LOOPBACK
+from s2p_deploy.serve.http.models import ServedModels
 from s2p_deploy.serve.http.server import DrainingServer, listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from s2p_deploy.serve.http.picture_service import PictureService
+    from s2p_deploy.serve.service import ImageService
 
 PROMPT = "a large red circle at the top left, white background"
 STEPS = 3
@@ -87,7 +87,7 @@ class LiveServer:
 
 @contextmanager
 def live_server(
-    openings: Mapping[str, Callable[[], PictureService]],
+    openings: Mapping[str, Callable[[], ImageService]],
     limits: HttpLimits | None = None,
     *,
     metrics: Metrics | None = None,
@@ -97,7 +97,7 @@ def live_server(
     """Serves models until the context is left; with ``ready``, from when they are loaded, or raises why not."""
     listening, models, metrics = listen("127.0.0.1", 0), ServedModels(openings), metrics or Metrics()
     limits = limits or HttpLimits(steps=MANY_STEPS)
-    server = DrainingServer(create_app(models, limits, metrics, Doorkeeper(LOOPBACK, token)), models, limits, 5)
+    server = DrainingServer(create_app(models, limits, metrics, hosts=LOOPBACK, token=token), models, limits, 5)
     live = LiveServer(listening.socket.getsockname()[1], models, metrics)  # the port, while the socket is surely open
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening.socket]})
     thread.start()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[3]
-READY_SECONDS = 240.0
+READY_SECONDS = 500.0
 
 
 def unpacked() -> Path:

@@ -15,8 +15,7 @@ from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import Schedule, generate, pipeline_with_engine
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
-from s2p_deploy.serve.triton.options import RepositoryOptions
-from s2p_deploy.serve.triton.repository import export_repository
+from s2p_deploy.serve.triton.repository import RepositoryOptions, export_repository
 from tests.serve.triton.real_server import triton_server, unpacked
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def test_what_makes_no_sense_is_an_error_and_no_crash(server: RealServer, asked:
 def test_a_step_that_is_wrong_is_an_error_of_the_denoiser_alone(server: RealServer) -> None:
     inputs = [
         http.InferInput("sample", [1, 4, 8, 8], "FP32").set_data_from_numpy(np.zeros((1, 4, 8, 8), np.float32)),
-        http.InferInput("step_index", [1, 1], "INT64").set_data_from_numpy(np.array([[10**6]], np.int64)),
+        http.InferInput("timestep_index", [1, 1], "INT64").set_data_from_numpy(np.array([[10**6]], np.int64)),
         http.InferInput("encoder_hidden_states", [1, 24, 128], "FP32").set_data_from_numpy(
             np.zeros((1, 24, 128), np.float32)
         ),

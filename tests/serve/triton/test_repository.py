@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc import model_config_pb2
 
 from s2p_deploy.engines import BuildOptions, build_engine, load_engine, usable_backend
-from s2p_deploy.engines.verified_bytes import verified_files
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.records import Engine, verify_chain
-from s2p_deploy.serve.triton.denoiser_model import answers
-from s2p_deploy.serve.triton.loop_model import check_asked
+from s2p_deploy.records.artifacts import verified_files
+from s2p_deploy.records.engine import EngineOptions
+from s2p_deploy.serve.triton.denoiser_model import predictions
+from s2p_deploy.serve.triton.loop_model import check_request, native_binding
 from s2p_deploy.serve.triton.model_config import denoiser_config, loop_config
-from s2p_deploy.serve.triton.native import native_binding
-from s2p_deploy.serve.triton.options import RepositoryOptions
-from s2p_deploy.serve.triton.repository import check_native, export_repository
-from s2p_deploy.serve.triton.text_format import text_format
+from s2p_deploy.serve.triton.repository import RepositoryOptions, check_native, export_repository
 from tests.engines.small_graph import small_graph, small_inputs
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ OPTIONS = RepositoryOptions("tiny")
 
 
 def parsed(text: str) -> Any:  # noqa: ANN401 - protobuf's
-    pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
-    from google.protobuf import text_format as protobuf
-
-    return protobuf.Parse(text, pb2.ModelConfig())
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("small")
-    return build_engine(small_graph(folder / "graph"), "onnxruntime", folder / "engine")
+    return build_engine(small_graph(folder / "graph"), folder / "engine", backend="onnxruntime")
 
 
 def test_the_same_bytes_each_time_and_the_engine_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
@@ -111,16 +108,15 @@ def test_a_tensorrt_engine_is_a_plan_on_a_gpu(tiny: Tiny) -> None:
     assert config.instance_group[0].kind == 1  # KIND_GPU
     shapes = {entry.name: list(entry.dims) for entry in config.input}
     assert shapes["sample"] == [-1, 4, 8, 8]
-    assert shapes["act_scales"] == [1000, len(engine.scales.points)]
+    assert shapes["act_scales"] == [1000, len(engine.scales.quantizers)]
     assert not config.HasField("dynamic_batching")
 
 
-def test_steps_meet_unless_an_engine_takes_one_row_at_a_time(tiny: Tiny) -> None:
+def test_steps_meet_unless_an_engine_takes_one_timestep_at_a_time(tiny: Tiny) -> None:
     config = parsed(denoiser_config(tiny.engine, replace(OPTIONS, instances=3, queue_delay=77), []))
     assert list(config.dynamic_batching.preferred_batch_size) == [6]
     assert config.dynamic_batching.max_queue_delay_microseconds == 77
-    manifest = replace(tiny.engine.manifest, content=tiny.engine.manifest.content | {"mixed_rows": False})
-    alone = parsed(denoiser_config(replace(tiny.engine, manifest=manifest), OPTIONS, []))
+    alone = parsed(denoiser_config(replace(tiny.engine, mixed_timesteps=False), OPTIONS, []))
     assert not alone.HasField("dynamic_batching")
     assert alone.max_batch_size == 32
 
@@ -133,10 +129,10 @@ def test_every_loop_instance_draws_a_picture(tiny: Tiny) -> None:
 
 
 @given(st.text())
-def test_no_text_ends_its_quotes(text: str) -> None:
-    config = parsed(text_format({"name": "m", "parameters": [{"key": "base", "value": {"string_value": text}}]}))
+def test_no_text_ends_its_quotes(small: Engine, text: str) -> None:
+    config = parsed(loop_config(small, OPTIONS, text, []))
     assert config.parameters["base"].string_value == text
-    assert config.name == "m"
+    assert config.name == "tiny"
 
 
 @pytest.mark.parametrize("name", ["", "1a", "../up", 'a"b', "a b", "a\n", "ä", "x" * 65])
@@ -154,10 +150,8 @@ def test_numbers_are_checked(wrong: dict[str, Any]) -> None:
 def test_what_triton_cannot_run_itself_is_refused(tiny: Tiny) -> None:
     with pytest.raises(InputError, match="no backend of its own for openvino"):
         check_native(replace(tiny.engine, backend="openvino"))
-    options = tiny.engine.manifest.content["options"] | {"stripped": True}
-    manifest = replace(tiny.engine.manifest, content=tiny.engine.manifest.content | {"options": options})
     with pytest.raises(InputError, match="holds no weights"):
-        check_native(replace(tiny.engine, backend="tensorrt", manifest=manifest))
+        check_native(replace(tiny.engine, backend="tensorrt", options=EngineOptions(stripped=True)))
 
 
 def test_a_bare_engine_with_its_table_given_per_call_answers_as_a_loaded_one(small: Engine) -> None:
@@ -168,10 +162,10 @@ def test_a_bare_engine_with_its_table_given_per_call_answers_as_a_loaded_one(sma
 
 
 def test_one_wrong_call_costs_the_others_nothing(small: Engine) -> None:
-    good, bad = small_inputs(2), small_inputs(1) | {"step_index": np.array([10**6])}
+    good, bad = small_inputs(2), small_inputs(1) | {"timestep_index": np.array([10**6])}
     with load_engine(small) as runner:
         expected = runner.infer(good)["noise_pred"]
-        first, wrong, last = answers(runner.infer, [good, bad, good])
+        first, wrong, last = predictions(runner.infer, [good, bad, good])
     assert isinstance(wrong, InputError)
     for found in (first, last):
         assert isinstance(found, np.ndarray)
@@ -182,7 +176,7 @@ def test_one_wrong_call_costs_the_others_nothing(small: Engine) -> None:
 def test_padding_is_cut_off_again(small: Engine, padded: int) -> None:
     calls = [small_inputs(2, seed=1), small_inputs(1, seed=2)]
     with load_engine(small) as runner:
-        found = answers(runner.infer, calls, padded)
+        found = predictions(runner.infer, calls, padded)
         for call, answer in zip(calls, found, strict=True):
             assert isinstance(answer, np.ndarray)
             np.testing.assert_array_equal(answer, runner.infer(call)["noise_pred"])
@@ -195,9 +189,9 @@ def test_a_batch_is_padded_to_what_all_loops_bring(tiny: Tiny) -> None:
         replace(options, native=True)
 
 
-def test_only_one_row_engines_need_one_row(tmp_path: Path) -> None:
+def test_only_engines_of_one_timestep_per_batch_need_one(tmp_path: Path) -> None:
     graph = small_graph(tmp_path / "graph")
-    engine = build_engine(graph, "onnxruntime", tmp_path / "engine", options=BuildOptions(lowering="runtime_q"))
+    engine = build_engine(graph, tmp_path / "engine", backend="onnxruntime", options=BuildOptions(lowering="runtime_q"))
     assert "dynamic_batching" not in denoiser_config(engine, OPTIONS, [])
 
 
@@ -208,6 +202,6 @@ def test_a_request_is_checked(wrong: dict[str, Any]) -> None:
     from s2p_deploy.serve.request import ImageRequest
 
     asked = ImageRequest("a", 5, 2.0, 0)
-    check_asked(asked, 10)
+    check_request(asked, 10)
     with pytest.raises(InputError):
-        check_asked(replace(asked, **wrong), 10)
+        check_request(replace(asked, **wrong), 10)

@@ -1,1 +1,0 @@
-"""Algorithm 1: prompts to a LatentDataset."""

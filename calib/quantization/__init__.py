@@ -1,1 +1,0 @@
-"""What is quantized and from where it starts: plan, transforms, scales."""

@@ -1,0 +1,167 @@
+"""A calibration's request, the folder of its unfinished work, and the check that a finished model is the requested one.
+
+A second start continues the same request only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from dataclasses import replace as replaced
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2p_deploy import __version__
+from s2p_deploy.errors import InputError
+from s2p_deploy.records import CalibratedModel, read_manifest
+from s2p_deploy.records.artifacts import MANIFEST
+from s2p_deploy.records.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from s2p_deploy.calib.hooks import Hooks
+    from s2p_deploy.context import Context
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.recipe import Recipe
+    from s2p_deploy.records import PrecisionPlan, PromptSet
+
+KIND = "CalibratedModel"
+_REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """A calibration to make; the recipe is resolved.
+
+    ``prompts`` are walked for the dataset; ``selection`` are the prompts after them, whose trajectories choose the
+    checkpoint. ``plan`` replaces the recipe's rules; ``initial`` is a finished model to continue. ``dataset`` is the
+    folder of the dataset; None keeps it inside the model.
+    """
+
+    base: BasePipeline
+    recipe: Recipe
+    prompts: PromptSet
+    selection: PromptSet
+    out: Path
+    plan: PrecisionPlan | None
+    initial: CalibratedModel | None
+    dataset: Path | None
+    replace: bool
+    hooks: Hooks
+    context: Context
+
+    @property
+    def partial(self) -> Path:
+        """Folder of unfinished work."""
+        return partial_of(self.out, self.context.work)
+
+    def identity(self) -> dict[str, Any]:
+        """Names what decides the result, whichever machine it is made on."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "pipeline": self.base.base.digest,
+            "prompts": self.prompts.digest,
+            "selection prompts": self.selection.digest,
+            "initial model": None if self.initial is None else self.initial.manifest.digest,
+            "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
+            "hooks": self.hooks.replaced(),
+        }
+
+    def conditions(self) -> dict[str, Any]:
+        """Names everything that decides the bits of the result."""
+        return self.identity() | {
+            "device and number of threads": f"{self.context.torch_device}, {torch.get_num_threads()}",
+            "arithmetic": self.context.arithmetic_name,
+            "memory limit": self.context.memory_limit,
+            "samples per call": self.context.samples_per_call,
+            "version": f"{__version__}, torch {torch.__version__}",
+        }
+
+
+def open_calibrated(request: CalibrationRequest) -> CalibratedModel:
+    """Opens the finished model at ``request.out``.
+
+    Raises:
+        InputError: it is no model, or of another request. IntegrityError: it was changed.
+    """
+    if not (request.out / MANIFEST).exists():
+        raise InputError(f"{request.out} exists and is no calibrated model: choose another --out")
+    manifest = read_manifest(request.out, KIND)
+    identity = _chosen_alike(request, manifest.recipe).identity()
+    present = manifest.content.get("request", {}) | {"recipe": manifest.recipe}
+    other = [name for name in identity if present.get(name) != identity[name]]
+    if other:
+        raise InputError(
+            f"{request.out} was made by another request (it differs in {' and '.join(other)}):"
+            " choose another --out, or pass --force to replace it"
+        )
+    if stored_request(request.partial) == continued(request).conditions():
+        shutil.rmtree(request.partial)  # killed between the last rename and the clearing away
+    return CalibratedModel.open(request.out)
+
+
+def continued(request: CalibrationRequest) -> CalibrationRequest:
+    """Takes over from unfinished work what its start chose and the request leaves open.
+
+    How the samples of an update are divided, and how many samples a call takes: both depend on the memory that was
+    free then.
+    """
+    stored = stored_request(request.partial)
+    alike = _chosen_alike(request, stored.get("recipe", {}))
+    if alike.context.samples_per_call is None:
+        alike = replaced(alike, context=replaced(alike.context, samples_per_call=stored.get("samples per call")))
+    return alike
+
+
+def _chosen_alike(request: CalibrationRequest, stored: Mapping[str, Any]) -> CalibrationRequest:
+    """Divides the samples of an update as a stored recipe does, where the request's recipe leaves that open."""
+    training, theirs = request.recipe.training, stored.get("training", {})
+    division = {name: theirs.get(name) for name in ("batch", "accumulate", "checkpointing")}
+    stated = training.model_fields_set & division.keys()
+    if None in division.values() or any(division[name] != getattr(training, name) for name in stated):
+        return request
+    if division["batch"] * division["accumulate"] != training.batch * training.accumulate:
+        return request
+    return replaced(request, recipe=request.recipe.with_division(**division))
+
+
+def partial_of(out: Path, work: Path | None = None) -> Path:
+    """Names the folder of the unfinished work on ``out``: in ``work``, or beside ``out``."""
+    return (out.parent if work is None else work) / f"{out.name}.partial"
+
+
+def is_unfinished(folder: Path, request: dict[str, Any], *, replace: bool) -> bool:
+    """Tells whether a work folder holds unfinished work of a request of JSON values.
+
+    Raises:
+        InputError: it is of another request, and ``replace`` is not set.
+    """
+    stored = stored_request(folder)
+    if stored and stored != request and not replace:
+        other = next((name for name in request if stored.get(name) != request[name]), "version")
+        raise InputError(
+            f"{folder} holds unfinished work with another {other}:"
+            " start it as it was, choose another --out, or pass --force to drop it"
+        )
+    return bool(stored) and stored == request
+
+
+def claim_unfinished(folder: Path, request: dict[str, Any], *, replace: bool) -> None:
+    """Makes the work folder of a request, or takes over the one left behind. As :func:`is_unfinished`."""
+    if is_unfinished(folder, request, replace=replace):
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_text(folder / _REQUEST, json.dumps(request, indent=1) + "\n")
+
+
+def stored_request(folder: Path) -> dict[str, Any]:
+    """Reads the request of a work folder; empty where there is none."""
+    file = folder / _REQUEST
+    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return stored

@@ -1,1 +1,0 @@
-"""S2P training: one state, one update, and what its options add."""

@@ -1,0 +1,1 @@
+"""Baselines, ablations and comparisons around s2p_deploy."""

@@ -1,0 +1,466 @@
+"""The public functions: one per command, with arguments in the forms that people have.
+
+Each turns its arguments into records and runs a stage. A command of ``s2p-deploy`` reads its options, calls the
+function of its name, and prints. Import them from ``s2p_deploy``.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from s2p_deploy.context import Context
+from s2p_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from diffusers import DiffusionPipeline
+
+    from s2p_deploy.calib.dataset import Estimate
+    from s2p_deploy.calib.training_memory import Fit
+    from s2p_deploy.engines import BoundRunner, BuildOptions, Limits
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.pipeline import EnginePipeline, Schedule
+    from s2p_deploy.recipe import Recipe
+    from s2p_deploy.records import (
+        CalibratedModel,
+        ComponentEngines,
+        Engine,
+        ExportedGraph,
+        Manifest,
+        PrecisionPlan,
+        PromptSet,
+        ScaleTable,
+        ValidationReport,
+    )
+    from s2p_deploy.timesteps import Timesteps
+
+_BUNDLED_PROMPTS = "shapes:"
+
+
+def calibrate(  # noqa: PLR0913 - the command's options
+    model: str | Path | BasePipeline | DiffusionPipeline,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    prompts: str | Path | Sequence[str] | PromptSet | None = None,
+    plan: str | Path | PrecisionPlan | None = None,
+    initial: str | Path | CalibratedModel | None = None,
+    dataset: str | Path | None = None,
+    force: bool = False,
+    context: Context = Context(),
+    on_estimate: Callable[[Estimate | Fit], None] | None = None,
+) -> CalibratedModel:
+    """Trains weights and timestep-indexed scales of a pipeline from prompts alone.
+
+    A run that was stopped continues where it was when it is started again with the same arguments; a finished ``out``
+    of the same arguments is opened.
+
+    Args:
+        model: a folder in diffusers format, a hub id (``owner/name``), ``"shapes"`` (bundled), or a diffusers pipeline
+            in memory. The latter is saved once, as safetensors in ``pipeline-<digest>`` beside ``out`` (or in the
+            context's working folder), because artifacts name their pipeline by its digest.
+        recipe: a recipe's name, a YAML file, its values (``extends`` may name another one), or a Recipe.
+        out: folder of the artifact to write.
+        prompts: a prompt file, ``"shapes:train"`` (bundled), texts, or a PromptSet; recipes that look at no activation
+            (``fp``, ``ptq-stream``) need none.
+        plan: an edited ``plan.yaml`` that decides the formats in place of the recipe's rules.
+        initial: a calibrated model to continue from; with ``scales.activations: given``, one to take scales from.
+        dataset: folder of a latent dataset that other calibrations share; made there where there is none.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: device, threads, progress.
+        on_estimate: called with how the training fits into memory, and with the size and time of a dataset, before
+            either begins.
+
+    Raises:
+        InputError: an argument is wrong, or ``out`` was made from other arguments.
+        IntegrityError: an artifact was changed. MissingEnvironmentError: there is no such device, or the training does
+            not fit into its memory.
+
+    Example:
+        >>> model = calibrate("shapes", recipe="ptq-stream", out="build/calib")
+        >>> model.plan.layers[0].name
+        'conv_in'
+    """
+    out = new_folder(out)
+    resolved = as_recipe(recipe)
+    texts = None if prompts is None else as_prompts(prompts)
+    # PyTorch and diffusers take seconds to import: what is cheap to check was checked first
+    from s2p_deploy.calib import calibrate as calibrate_base
+    from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records.precision_plan import read_plan
+
+    return calibrate_base(
+        as_base(model, context.work or out.parent),
+        resolved,
+        texts,
+        out,
+        plan=read_plan(Path(plan)) if isinstance(plan, str | Path) else plan,
+        initial=CalibratedModel.open(Path(initial)) if isinstance(initial, str | Path) else initial,
+        dataset=None if dataset is None else Path(dataset),
+        replace=force,
+        on_estimate=on_estimate,
+        context=context,
+    )
+
+
+def export_graph(  # noqa: PLR0913 - the command's options
+    calibrated: str | Path | CalibratedModel,
+    *,
+    out: str | Path,
+    dtype: Literal["fp32", "fp16"] = "fp32",
+    time_table: Literal["constant", "input"] | None = None,
+    text_projections: Literal["graph", "input"] = "graph",
+    sizes: Literal["fixed", "dynamic"] = "fixed",
+    model: str | Path | BasePipeline | None = None,
+    force: bool = False,
+    context: Context = Context(),
+) -> ExportedGraph:
+    """Writes a calibrated model as one QDQ ONNX graph whose activation scales are a timestep-indexed input.
+
+    Args:
+        calibrated: a calibrated model or its folder.
+        out: folder of the artifact to write.
+        dtype: floating-point type of the graph: ``fp32`` for CPU engines and parity, ``fp16`` for TensorRT.
+        time_table: ``constant`` keeps the projected time features in the graph, which then runs schedules of integer
+            timesteps; ``input`` makes them an input, for all schedules. None: ``constant`` where the model allows it.
+        text_projections: ``graph`` computes keys and values of cross-attention in every step, ``input`` once per
+            prompt beside the graph.
+        sizes: ``fixed`` takes latents of the trained size, ``dynamic`` of any height and width.
+        model: the floating-point pipeline, if it was moved since calibration.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: progress.
+
+    Raises:
+        InputError: an argument is wrong, or ``out`` exists. IntegrityError: an artifact was changed.
+
+    Example:
+        >>> graph = export_graph("build/calib", out="build/graph")
+        >>> [tensor.name for tensor in graph.inputs]
+        ['sample', 'timestep_index', 'encoder_hidden_states', 'act_scales']
+    """
+    from s2p_deploy.export.exporter import export_graph as export_calibrated
+    from s2p_deploy.families import load_time_path
+    from s2p_deploy.records import CalibratedModel
+
+    opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
+    needs_path = time_table == "input" and not opened.added_width
+    return export_calibrated(
+        opened,
+        new_folder(out),
+        dtype=dtype,
+        time_table=time_table,
+        time_path=load_time_path(base_of(opened.manifest, model)) if needs_path else None,
+        text_projections=text_projections,
+        sizes=sizes,
+        replace=force,
+        context=context,
+    )
+
+
+def build_engine(  # noqa: PLR0913 - the command's options
+    graph: str | Path | ExportedGraph,
+    *,
+    backend: str,
+    out: str | Path,
+    options: BuildOptions | None = None,
+    limits: Limits | None = None,
+    force: bool = False,
+    context: Context = Context(),
+) -> Engine:
+    """Builds a backend's engine from an exported graph, in a child process. A build that fails leaves nothing behind.
+
+    Args:
+        graph: an exported graph or its folder.
+        backend: ``onnxruntime``, ``openvino``, ``tensorrt_rtx`` or ``tensorrt``.
+        out: folder of the artifact to write.
+        options: precision, batch sizes, picture sizes, lowering (None: the backend's defaults).
+        limits: seconds and bytes of memory that the build may take.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: progress.
+
+    Raises:
+        InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
+        MissingEnvironmentError: the backend's library, memory or disk is missing.
+        EngineBuildError: the backend failed or crashed.
+
+    Example:
+        >>> engine = build_engine("build/graph", backend="onnxruntime", out="build/engine")
+        >>> engine.backend
+        'onnxruntime'
+    """
+    from s2p_deploy.engines.build import build_engine as build_graph
+    from s2p_deploy.records import ExportedGraph
+
+    return build_graph(
+        ExportedGraph.open(Path(graph)) if isinstance(graph, str | Path) else graph,
+        new_folder(out),
+        backend=backend,
+        options=options,
+        replace=force,
+        limits=limits,
+        context=context,
+    )
+
+
+def validate(  # noqa: PLR0913 - the command's options
+    engine: str | Path | Engine,
+    *,
+    prompts: str | Path | Sequence[str] | PromptSet,
+    out: str | Path,
+    pictures: int | None = None,
+    schedules: Sequence[Schedule] = (),
+    floor: str | Path | Engine | None = None,
+    weights: str | Path | None = None,
+    bench: Mapping[str, Any] | None = None,
+    graph: str | Path | None = None,
+    calib: str | Path | None = None,
+    model: str | None = None,
+    force: bool = False,
+    command: str = "",
+    context: Context = Context(),
+) -> ValidationReport:
+    """Compares an engine with its floating-point pipeline: numbers, pictures, a verdict, a page.
+
+    A failed gate is a result and raises nothing: see ``report.verdict`` (``passed``, ``failed``, ``not verified``).
+    A run that was stopped continues where it was when it is started again with the same arguments.
+
+    Args:
+        engine: an engine or its folder.
+        prompts: held-out prompts: a prompt file, ``"shapes:held_out"`` (bundled), texts, or a PromptSet.
+        out: folder of the report to write.
+        pictures: number of prompts to draw (None: the recipe's).
+        schedules: other schedules to draw on, reported and not gated.
+        floor: an engine of recipe ``fp`` of the same pipeline, to report beside this one.
+        weights: folder of weights for LPIPS, FID and CLIP scores, with ``SHA256SUMS``.
+        bench: the object that ``s2p-deploy bench --json`` printed of this engine, for the report.
+        graph: the engine's graph, if it was moved since the build.
+        calib: the graph's calibrated model, if it was moved since the export.
+        model: the floating-point pipeline, if it was moved since calibration.
+        force: replaces a report at ``out``, once the new one is complete.
+        command: a command line to name in the report.
+        context: progress.
+
+    Raises:
+        InputError: an argument is wrong, a parent is missing, or ``out`` exists.
+        IntegrityError: an artifact was changed. MissingEnvironmentError: the engine cannot be loaded here.
+
+    Example:
+        >>> report = validate("build/engine", prompts="shapes:held_out", out="build/report", pictures=2)
+        >>> report.verdict in {"passed", "failed", "not verified"}
+        True
+    """
+    from s2p_deploy.validation import open_chain, open_weights
+    from s2p_deploy.validation import validate as validate_chain
+
+    chain = open_chain(
+        as_engine(engine),
+        graph=None if graph is None else Path(graph),
+        calib=None if calib is None else Path(calib),
+        model=model,
+    )
+    return validate_chain(
+        chain,
+        as_prompts(prompts),
+        new_folder(out),
+        pictures=pictures,
+        schedules=tuple(schedules),
+        floor=None if floor is None else as_engine(floor),
+        weights=None if weights is None else open_weights(Path(weights)),
+        bench=bench,
+        replace=force,
+        command=command,
+        context=context,
+    )
+
+
+def open_pipeline(
+    engine: str | Path | Engine,
+    *,
+    model: str | Path | BasePipeline | None = None,
+    schedules: Sequence[Schedule] = (),
+    components: str | Path | ComponentEngines | None = None,
+    public_key: str | Path | None = None,
+    context: Context = Context(),
+) -> EnginePipeline:
+    """Opens a stock diffusers pipeline whose denoiser is an engine.
+
+    Args:
+        engine: an engine or its folder.
+        model: the floating-point pipeline, if it was moved since calibration.
+        schedules: the schedules that will be used, where their timesteps are fractional.
+        components: text encoders and autoencoder on a backend, or their folder (None: PyTorch's).
+        public_key: a PEM file; what was not signed with its private half is refused.
+        context: device and dtype of PyTorch's networks.
+
+    Returns:
+        A context manager: ``.pipe`` is the diffusers pipeline; leaving it frees the engine.
+
+    Raises:
+        InputError: there is no such engine or pipeline, or the engine does not run one of ``schedules``.
+        IntegrityError: a file was changed, or something is of another pipeline or not signed.
+        MissingEnvironmentError: a library or device is missing.
+
+    Example:
+        >>> with open_pipeline("build/engine") as opened:
+        ...     opened.pipe("a small red circle", num_inference_steps=2).images[0].size
+        (64, 64)
+    """
+    from s2p_deploy.pipeline import open_pipeline as open_records
+
+    opened = as_engine(engine, public_key)
+    given = None if components is None else as_components(components, public_key)
+    base = base_of(opened.manifest, model)
+    return open_records(opened, base, schedules=schedules, components=given, context=context)
+
+
+def load_engine(
+    engine: str | Path | Engine,
+    *,
+    graph: str | Path | ExportedGraph | None = None,
+    scales: ScaleTable | None = None,
+    timesteps: Sequence[Timesteps] = (),
+    public_key: str | Path | None = None,
+) -> BoundRunner:
+    """Loads an engine without a pipeline, for calls of the denoiser by itself.
+
+    Args:
+        engine: an engine or its folder.
+        graph: an exported graph or its folder, which the engine must have been built from.
+        scales: activation scales of the training timesteps in place of the engine's own.
+        timesteps: those of every schedule that will be used, where they are fractional.
+        public_key: a PEM file; an engine that was not signed with its private half is refused.
+
+    Returns:
+        A context manager with ``infer(inputs) -> outputs`` over NumPy arrays; leaving it frees the engine.
+
+    Raises:
+        InputError: ``scales`` or ``timesteps`` do not fit. IntegrityError: a file was changed or is not signed.
+        MissingEnvironmentError: a library or device is missing.
+
+    Example:
+        >>> with load_engine("build/engine") as runner:
+        ...     [tensor.name for tensor in runner.inputs]
+        ['sample', 'timestep_index', 'encoder_hidden_states']
+    """
+    from s2p_deploy.engines import load_engine as load_opened
+    from s2p_deploy.records import ExportedGraph
+
+    expected = ExportedGraph.open(Path(graph)) if isinstance(graph, str | Path) else graph
+    return load_opened(as_engine(engine, public_key), expected, scales, timesteps)
+
+
+def new_folder(out: str | Path) -> Path:
+    """Checks that a folder to write has a name of its own.
+
+    Raises:
+        InputError: it is empty, ``.``, ``..`` or a root.
+    """
+    folder = Path(out)
+    if folder.name in {"", ".."}:
+        raise InputError(f"--out {str(out)!r} is no folder to write an artifact to: give a new folder's name")
+    return folder
+
+
+def as_base(model: str | Path | BasePipeline | DiffusionPipeline, beside: Path) -> BasePipeline:
+    """Finds a pipeline, or saves one that is in memory into the folder ``beside``.
+
+    Raises:
+        InputError: there is no such pipeline, or it is of a class that is not supported.
+    """
+    from s2p_deploy.families.pipelines import BasePipeline, resolve_base, save_pipeline
+
+    if isinstance(model, BasePipeline):
+        return model
+    return resolve_base(str(model)) if isinstance(model, str | Path) else save_pipeline(model, beside)
+
+
+def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:
+    """Finds the floating-point pipeline of an artifact: ``model``, or where it was at calibration.
+
+    Raises:
+        InputError: there is none. IntegrityError: it is another one, or was changed.
+    """
+    from s2p_deploy.families.pipelines import BasePipeline, check_base
+    from s2p_deploy.families.pipelines import base_of as find_base
+
+    if isinstance(model, BasePipeline):
+        check_base(model, manifest)
+        return model
+    return find_base(manifest, None if model is None else str(model))
+
+
+def as_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """Resolves a recipe by its name, its file or its values.
+
+    Raises:
+        InputError: there is no such recipe, or a key or value is wrong.
+    """
+    from s2p_deploy.recipe import Recipe, recipe_from_data
+
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str | Path):
+        return Recipe.load(recipe)
+    values = dict(recipe)
+    parent = values.pop("extends", None)
+    return recipe_from_data(values, "in memory") if parent is None else Recipe.load(parent, values)
+
+
+def as_prompts(prompts: str | Path | Sequence[str] | PromptSet) -> PromptSet:
+    """Reads a prompt file or a bundled one (``shapes:NAME``), or collects texts.
+
+    Raises:
+        InputError: there is no such file, it is no prompt file, or there is no text.
+    """
+    from s2p_deploy.records import PromptSet, read_prompts
+
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if not isinstance(prompts, str | Path):
+        return PromptSet.of(prompts)
+    if not str(prompts).startswith(_BUNDLED_PROMPTS):
+        return read_prompts(Path(prompts))
+    folder = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline" / "prompts"))
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    name = str(prompts).removeprefix(_BUNDLED_PROMPTS)
+    if name not in names:
+        known = ", ".join(_BUNDLED_PROMPTS + known for known in names) or "none"
+        raise InputError(f"there is no bundled prompt file {prompts!r}: there are {known}")
+    return read_prompts(folder / f"{name}.jsonl")
+
+
+def as_engine(engine: str | Path | Engine, public_key: str | Path | None = None) -> Engine:
+    """Opens an engine; with ``public_key``, only one that was signed with its private half.
+
+    Raises:
+        InputError: there is no engine, or the key cannot be read. IntegrityError: it was changed or is not signed.
+    """
+    from s2p_deploy.records import Engine
+    from s2p_deploy.signing import open_engine
+
+    key = None if public_key is None else Path(public_key)
+    if isinstance(engine, Engine):
+        return engine if key is None else open_engine(engine.folder, key)
+    return open_engine(Path(engine), key)
+
+
+def as_components(components: str | Path | ComponentEngines, public_key: str | Path | None = None) -> ComponentEngines:
+    """Opens text encoders and autoencoder on a backend; with ``public_key``, only if signed with its private half.
+
+    Raises:
+        InputError: there is no such artifact. IntegrityError: it was changed, or is not signed with that key.
+    """
+    from s2p_deploy.errors import IntegrityError
+    from s2p_deploy.records import ComponentEngines
+    from s2p_deploy.signing import check_signature
+
+    folder = components.folder if isinstance(components, ComponentEngines) else Path(components)
+    signed = None if public_key is None else check_signature(folder, Path(public_key))
+    opened = ComponentEngines.open(folder)
+    if signed is not None and opened.manifest != signed:
+        raise IntegrityError(f"{folder} was changed while it was opened")
+    return opened

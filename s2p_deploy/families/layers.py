@@ -1,0 +1,145 @@
+"""Quantizable layers of an indexed denoiser, and which tensor each reads, discovered in one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from s2p_deploy.families.indexed_denoiser import IndexedDenoiser
+    from s2p_deploy.families.model_family import Config
+
+
+@dataclass(frozen=True)
+class QuantizableLayer:
+    """A Conv or Linear with weights.
+
+    Attributes:
+        name: module path, relative to the network.
+        op: its operator.
+        tensor: number of the tensor that it reads; layers with the same number read the very same tensor.
+        reads: the latents (``sample``), only the text, without dependence on the timestep, or an activation.
+        last: a forward pass ends with it.
+    """
+
+    name: str
+    op: Literal["conv", "linear"]
+    tensor: int
+    reads: Literal["sample", "text", "activation"] = "activation"
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A module that ran, and its input, kept alive so that identities stay unique."""
+
+    name: str
+    module: torch.nn.Module
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class DenoiserInputs:
+    """Arguments of an indexed denoiser, as :meth:`IndexedDenoiser.forward` takes them."""
+
+    sample: Tensor
+    timestep_index: Tensor
+    encoder_hidden_states: Tensor
+    added_cond: Tensor
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the arguments in order."""
+        return self.sample, self.timestep_index, self.encoder_hidden_states, self.added_cond
+
+
+def zero_inputs(denoiser: IndexedDenoiser, *, tokens: int, batch: int = 1) -> DenoiserInputs:
+    """Makes inputs of zeros of the right shapes, on the denoiser's device and in its dtype."""
+    like = next(denoiser.network.parameters())
+    return DenoiserInputs(
+        like.new_zeros(batch, *latent_shape(denoiser)),
+        torch.zeros(batch, dtype=torch.int64, device=like.device),
+        like.new_zeros(batch, tokens, denoiser.family.text_width(denoiser.config)),
+        like.new_zeros(batch, denoiser.added_width),
+    )
+
+
+def latent_shape(denoiser: IndexedDenoiser) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the latents that the denoiser was trained on."""
+    return latent_shape_of(denoiser.config)
+
+
+def latent_shape_of(config: Config) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the latents that a network of a diffusers configuration was trained on."""
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def discover_layers(denoiser: IndexedDenoiser, tokens: int = 2) -> tuple[QuantizableLayer, ...]:
+    """Discovers every layer, in the order in which a forward pass reaches it."""
+    quantizable = (torch.nn.Conv2d, torch.nn.Linear)
+    # watched too: where such a module reads the text, the layers inside it read a function of the text
+    rewritten = (SmoothedLinear, ShiftedLayer)
+    modules = dict(denoiser.network.named_modules())
+    watched = [name for name, module in modules.items() if isinstance(module, quantizable + rewritten)]
+    inputs = zero_inputs(denoiser, tokens=tokens)
+    readings = _watch(denoiser, watched, inputs)
+    sources: dict[int, Literal["sample", "text"]] = {
+        id(inputs.sample): "sample",
+        id(inputs.encoder_hidden_states): "text",
+    }
+    named = {reading.name: sources[id(reading.tensor)] for reading in readings if id(reading.tensor) in sources}
+    layers = [reading for reading in readings if isinstance(reading.module, quantizable)]
+    numbers: dict[int, int] = {}
+    return tuple(
+        QuantizableLayer(
+            reading.name,
+            "conv" if isinstance(reading.module, torch.nn.Conv2d) else "linear",
+            numbers.setdefault(id(reading.tensor), len(numbers)),
+            reads=_source(reading.name, named),
+            last=reading is layers[-1],
+        )
+        for reading in layers
+    )
+
+
+def readers_by_tensor(denoiser: IndexedDenoiser, names: Sequence[str], tokens: int = 2) -> tuple[tuple[str, ...], ...]:
+    """Groups the modules ``names`` by the tensor that they read."""
+    groups: dict[int, list[str]] = {}
+    readings = _watch(denoiser, names, zero_inputs(denoiser, tokens=tokens))
+    for reading in readings:
+        groups.setdefault(id(reading.tensor), []).append(reading.name)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _watch(denoiser: IndexedDenoiser, names: Sequence[str], inputs: DenoiserInputs) -> list[_Reading]:
+    """Records the inputs of the modules ``names`` in one forward pass, in its order."""
+    readings: list[_Reading] = []
+    hooks = [
+        denoiser.network.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: readings.append(_Reading(name, module, args[0]))
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            denoiser(*inputs.arguments())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return readings
+
+
+def _source(path: str, named: dict[str, Literal["sample", "text"]]) -> Literal["sample", "text", "activation"]:
+    """Returns the source that a module or one of its parents reads."""
+    path_and_parents = accumulate(path.split("."), lambda parent, leaf: f"{parent}.{leaf}")
+    return next((named[module] for module in path_and_parents if module in named), "activation")

@@ -1,0 +1,437 @@
+"""Components of a stock diffusers pipeline that compute on engines: denoiser, text encoders and autoencoder."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from s2p_deploy.engines import load_engine
+from s2p_deploy.engines.component_engines import load_component_engines
+from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import family_of_config, latent_shape_of
+from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES
+from s2p_deploy.records import Engine
+from s2p_deploy.records.artifacts import copy_artifact
+from s2p_deploy.timesteps import timestep_indices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
+    from s2p_deploy.records import ComponentEngines, TimestepTable
+    from s2p_deploy.timesteps import Timesteps
+
+_ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
+_PROJECTED = "CLIPTextModelWithProjection"
+# Members of a network that pipelines use to change it, and the advice where there is an engine instead.
+_ADVICE = {
+    "load_lora_adapter": "no LoRA can be loaded: fuse it before you calibrate",
+    "load_attn_procs": "no LoRA can be loaded: fuse it before you calibrate",
+    "fuse_lora": "no LoRA can be fused: fuse it before you calibrate",
+    "set_adapters": "no LoRA can be set: fuse it before you calibrate",
+    "_load_ip_adapter_weights": "no IP-Adapter can be loaded: use the floating-point pipeline",
+    "enable_freeu": "FreeU cannot be switched on: use the floating-point pipeline",
+    "enable_tiling": "pictures are decoded whole: leave tiling off",
+    "enable_slicing": "pictures are decoded whole: leave slicing off, or ask for fewer at once",
+    "text_model": "its layers cannot be reached: leave clip_skip out, or use PyTorch's text encoder",
+}
+
+
+class FixedNetworkError(InputError, AttributeError):
+    """An engine has no such member, because its network cannot be changed.
+
+    An ``AttributeError`` too, so that ``hasattr`` returns False.
+    """
+
+
+class EngineComponent(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
+    """A pipeline's component that computes on runners and holds no weights.
+
+    A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
+    Its device and dtype are those of the pipeline's tensors; the runner's own do not depend on them. A copy shares the
+    runners.
+    """
+
+    placement: torch.nn.Parameter
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._config = FrozenDict(config)
+        # of no elements; accelerate's hooks look at a module's first parameter
+        self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @property
+    def config(self) -> FrozenDict:
+        """Returns the configuration of the network that the component replaces."""
+        return self._config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the pipeline's tensors."""
+        return self.placement.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device of the pipeline's tensors."""
+        return self.placement.device
+
+    def close(self) -> None:
+        """Closes the runners, which copies of this component share."""
+        raise NotImplementedError
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Sets the device and dtype of the pipeline's tensors; ``to`` with a dtype would log diffusers' warning."""
+        self.placement = torch.nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        return self
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            default = f"it has no {name}: what reads or changes that needs the floating-point pipeline"
+            raise FixedNetworkError(f"an engine's network is fixed, {_ADVICE.get(name, default)}") from error
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, *_options: object) -> None:
+        """Refuses to switch xformers on: an engine's attention was chosen when it was built.
+
+        Raises:
+            InputError: ``valid`` is True.
+        """
+        if valid:
+            raise InputError("an engine's attention was chosen when it was built: leave xformers off")
+
+    def save_pretrained(self, *_args: object, **_options: object) -> NoReturn:
+        """Refuses to save: an engine is an artifact of its own, which is copied as it is.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("an engine is not saved by save_pretrained: use s2p_deploy.pipeline.save_engine_pipeline")
+
+
+class EngineDenoiser(EngineComponent):
+    """A denoiser that computes on a runner.
+
+    Args:
+        runner: computes ``noise_pred`` from ``sample``, ``timestep_index`` and the conditions.
+        config: diffusers' configuration of the network that the engine was made from.
+        timesteps: the runner's timestep indices. Timesteps are looked up by their values in every call, so any
+            scheduler whose timesteps the table covers may be put into the pipeline at any time.
+        profile: the sizes of latents that the runner takes (None: the size that the network was trained on).
+        engine: the engine on disk that the runner runs, if it is one.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: Mapping[str, Any],
+        timesteps: TimestepTable,
+        profile: ShapeProfile | None = None,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.runner = runner
+        self.timesteps = timesteps
+        self.profile = profile
+        self.engine = engine
+        self._family = family_of_config(config)
+        self._added_width = self._family.added_width(dict(config))
+        width = config.get("projection_class_embeddings_input_dim")
+        # SDXL's pipeline reads the width of the added conditions there
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    @classmethod
+    def load(cls, folder: Path, schedules: Sequence[Timesteps] = ()) -> EngineDenoiser:
+        """Loads the denoiser of an engine on disk, verified and with its scales bound.
+
+        Args:
+            folder: the engine.
+            schedules: timesteps of every schedule that will be run; fractional ones must be named here.
+
+        Raises:
+            InputError, IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.load_engine`.
+        """
+        engine = Engine.open(folder)
+        return denoiser_from_engine(engine, load_engine(engine, schedules=schedules))
+
+    def save(self, folder: Path) -> None:
+        """Copies the engine to ``folder``, which must not exist, byte by byte: digest and signature stay valid.
+
+        Raises:
+            InputError: ``folder`` exists, its disk has no room, or the runner is of no engine on disk.
+            IntegrityError: the engine was changed since it was opened.
+        """
+        copy_artifact(self.saved_engine(), folder)
+
+    def saved_engine(self) -> Engine:
+        """Returns the engine on disk.
+
+        Raises:
+            InputError: the runner is of none.
+        """
+        if self.engine is None:
+            raise InputError("this denoiser is not that of an engine on disk: there is nothing to save")
+        return self.engine
+
+    def close(self) -> None:
+        """Closes the runner, which copies of this component share."""
+        self.runner.close()
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> EngineDenoiser:
+        copied = type(self)(self.runner, self._config, self.timesteps, self.profile, engine=self.engine)
+        return copied.place(self.device, self.dtype)
+
+    def _predict(
+        self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
+    ) -> Tensor:
+        taken = set(_ADDED) if self._added_width else set()
+        refused = [
+            name for name, value in conditions.items() if name not in taken and value is not None and value != {}
+        ]
+        if refused:
+            raise InputError(
+                f"an engine's network is fixed, it cannot take {refused[0]}: merge it before you calibrate"
+            )
+        self._check_size(sample)
+        inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
+        if self._added_width:
+            added = self._family.added_cond(conditions)
+            if added is None:
+                raise InputError("this engine needs the pooled text that its own pipeline gives: use that pipeline")
+            inputs[ADDED_COND] = added.detach()
+        prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
+        return prediction
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # there is nothing to compile in an engine
+    def _infer(self, inputs: dict[str, Tensor], indices: NDArray[np.int64]) -> Tensor:
+        """Runs the runner; tensors on a device stay there where the runner takes tensors."""
+        sample = inputs["sample"]
+        if sample.device.type != "cpu" and isinstance(self.runner, TensorRunner):
+            output = self.runner.infer_tensors(inputs | {"timestep_index": torch.from_numpy(indices)})[OUTPUT]
+            return output.to(sample.dtype, copy=True)  # the runner writes its memory again in the next call
+        arrays = {name: tensor.float().cpu().numpy() for name, tensor in inputs.items()}
+        outputs = self.runner.infer(arrays | {"timestep_index": indices})
+        return torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
+
+    def _timestep_indices(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
+        values = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
+        indices = timestep_indices(values, self.timesteps)
+        if len(indices) not in {1, batch}:
+            raise InputError(f"{len(indices)} timesteps for a batch of {batch}: give one, or one for each sample")
+        return np.broadcast_to(indices, (batch,)).copy()
+
+    def _check_size(self, sample: Tensor) -> None:
+        if self.profile is not None and self.profile.height is not None:
+            self.profile.check_latents(*sample.shape[2:])
+            return
+        expected, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
+        if given != expected:
+            raise InputError(f"this engine takes latents of {expected}, got {given}: leave height and width out")
+
+
+class EngineUNet(EngineDenoiser):
+    """The denoiser of pipelines that call a UNet."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predicts the network's raw output, in new memory, on the device and in the dtype of ``sample``.
+
+        Args:
+            sample: [batch, C, H, W] latents after ``scale_model_input``.
+            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
+            encoder_hidden_states: [batch, tokens, D] text states.
+            return_dict: returns a record with ``sample`` instead of a tuple of one.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
+                it is None or empty.
+
+        Raises:
+            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
+                the table or has no index, or the latents have another size than the engine's.
+        """
+        result = self._predict(sample, timestep, encoder_hidden_states, conditions)
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+
+class EngineTransformer(EngineDenoiser):
+    """The denoiser of pipelines of Stable Diffusion 3, which call a transformer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts the network's raw output, in new memory, on the device and in the dtype of ``hidden_states``.
+
+        Args:
+            hidden_states: [batch, C, H, W] latents.
+            encoder_hidden_states: [batch, tokens, D] joint text states.
+            pooled_projections: [batch, A] pooled text.
+            timestep: the scheduler's value, a scalar tensor or one of [batch].
+            return_dict: returns a record with ``sample`` instead of a tuple of one.
+            conditions: everything else that a transformer takes; accepted only where it is None or empty.
+
+        Raises:
+            InputError: as :meth:`EngineUNet.forward`.
+        """
+        given = conditions | {"pooled_projections": pooled_projections}
+        result = self._predict(hidden_states, timestep, encoder_hidden_states, given)
+        return Transformer2DModelOutput(sample=result) if return_dict else (result,)
+
+
+def engine_denoiser(
+    runner: Runner,
+    config: Mapping[str, Any],
+    timesteps: TimestepTable,
+    profile: ShapeProfile | None = None,
+    *,
+    engine: Engine | None = None,
+) -> EngineDenoiser:
+    """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
+    component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
+    return component(runner, config, timesteps, profile, engine=engine)
+
+
+def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
+    """Makes the denoiser of a loaded engine, with the timesteps that ``runner`` is bound to."""
+    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps, runner.profile, engine=engine)
+
+
+class AuxiliaryComponent(EngineComponent):
+    """A text encoder or autoencoder that computes on runners.
+
+    Args:
+        runners: of its networks, by name.
+        config: of the network that it replaces.
+        engines: the component engines on disk that the runners are of.
+    """
+
+    def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
+        super().__init__(config)
+        self.runners, self.engines = dict(runners), engines
+
+    def close(self) -> None:
+        """Closes the runners, which copies of this component share."""
+        for runner in self.runners.values():
+            runner.close()
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> AuxiliaryComponent:
+        return type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
+
+    def _infer(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Runs a network; the outputs are on the device of ``value`` and in the dtype of the pipeline's tensors."""
+        host = value.detach().cpu()
+        array = np.ascontiguousarray((host.float() if host.is_floating_point() else host.long()).numpy())
+        outputs = self.runners[network].infer({name: array})
+        return {key: torch.from_numpy(output).to(value.device, self.dtype) for key, output in outputs.items()}
+
+
+class EngineTextEncoder(AuxiliaryComponent):
+    """Replaces a CLIP text encoder, with projection or without, or T5's encoder."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # there is nothing to compile
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> Any:  # noqa: ANN401 - transformers' own record of that encoder, or a tuple
+        """Encodes tokens as transformers' encoder does, to its own record.
+
+        Args:
+            input_ids: int64 [batch, tokens].
+            attention_mask: [batch, tokens], all ones: the networks read every token, as diffusers' pipelines have it.
+            output_hidden_states: returns the states of every layer too (CLIP's only).
+            return_dict: returns a record instead of a tuple of its members.
+            conditions: everything else; accepted only where it is empty.
+
+        Raises:
+            InputError: a token is masked, the encoder takes another number of tokens, or cannot take a condition.
+        """
+        refused = [name for name, value in conditions.items() if value]
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            refused.append("a mask")
+        if refused:
+            raise InputError(f"this text encoder cannot take {refused[0]}: use PyTorch's text encoder")
+        (name,) = self.runners
+        tokens = self.engines.networks[name].input.shape[1]
+        if isinstance(tokens, int) and input_ids.shape[1] != tokens:
+            raise InputError(f"this text encoder takes {tokens} tokens, got {input_ids.shape[1]}")
+        outputs = self._infer(name, "input_ids", input_ids)
+        if output_hidden_states and LAYERS not in outputs:
+            raise InputError("this text encoder gives its last states alone: leave output_hidden_states off")
+        layers = tuple(outputs[LAYERS]) if output_hidden_states else None
+        states, pooled = outputs[STATES], outputs.get(POOLED)
+        if pooled is None:
+            record = BaseModelOutput(last_hidden_state=states)
+        elif _PROJECTED in (self.config.get("architectures") or ()):
+            record = CLIPTextModelOutput(text_embeds=pooled, last_hidden_state=states, hidden_states=layers)
+        else:
+            record = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=layers)
+        return record if return_dict else record.to_tuple()
+
+
+class EngineAutoencoder(AuxiliaryComponent):
+    """Replaces an ``AutoencoderKL``. It computes in its own precision whatever the pipeline's dtype is."""
+
+    def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
+        # SDXL's pipeline would cast the network's weights to float32, which there are none of
+        super().__init__(runners, dict(config) | {"force_upcast": False}, engines)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401 - as AutoencoderKL's
+        """Encodes pictures [batch, 3, factor * H, factor * W] to the distribution of their latents [batch, C, H, W]."""
+        distribution = DiagonalGaussianDistribution(self._infer(ENCODER, "image", x)["moments"])
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> Any:  # noqa: ANN401
+        """Decodes latents [batch, C, H, W] to pictures [batch, 3, factor * H, factor * W].
+
+        ``generator`` is not used: an ``AutoencoderKL`` takes one and does not use it either.
+        """
+        picture = self._infer(DECODER, "latents", z)["image"]
+        return DecoderOutput(sample=picture) if return_dict else (picture,)
+
+
+def auxiliary_components(engines: ComponentEngines) -> dict[str, AuxiliaryComponent]:
+    """Loads component engines; returns the components by their names in a pipeline.
+
+    Raises:
+        IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
+    """
+    runners = load_component_engines(engines)
+    halves = {name: runners.pop(name) for name in (DECODER, ENCODER)}
+    components: dict[str, AuxiliaryComponent] = {
+        name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)
+        for name, runner in runners.items()
+    }
+    return components | {AUTOENCODER: EngineAutoencoder(halves, engines.networks[DECODER].config, engines)}

@@ -1,0 +1,251 @@
+"""Stock diffusers pipelines with an engine as their denoiser: opened from an engine, saved to a folder, and loaded."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import diffusers
+
+from s2p_deploy.context import Context
+from s2p_deploy.engines import load_engine
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families import base_of, check_base, denoiser_of, load_pipeline, with_components, with_denoiser
+from s2p_deploy.families.pipelines import PIPELINES, absent_components, check_no_code, denoiser_name, read_json
+from s2p_deploy.pipeline.components import (
+    AuxiliaryComponent,
+    EngineComponent,
+    EngineDenoiser,
+    auxiliary_components,
+    denoiser_from_engine,
+)
+from s2p_deploy.pipeline.generation import timesteps_of
+from s2p_deploy.records import Engine, open_artifact, parent_folder, write_artifact
+from s2p_deploy.records.artifacts import copy_artifact
+from s2p_deploy.records.engine import ComponentEngines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from diffusers import DiffusionPipeline
+
+    from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.families import BasePipeline
+    from s2p_deploy.pipeline.generation import Schedule
+    from s2p_deploy.records import Manifest
+    from s2p_deploy.timesteps import Timesteps
+
+KIND = "Pipeline"
+_ENGINE, _COMPONENTS = "engine", "components"
+_LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last is diffusers' name for its safety checker's
+
+
+@dataclass(frozen=True)
+class EnginePipeline:
+    """A stock pipeline with an engine in it, and the engine's runner. A context manager: leaving it closes both.
+
+    Example:
+        >>> opened = open_pipeline("build/engine")
+        >>> [image.size for image in opened.pipe(["a small red circle"] * 2, num_inference_steps=2).images]
+        [(64, 64), (64, 64)]
+        >>> opened.close()
+    """
+
+    pipe: DiffusionPipeline
+    runner: BoundRunner
+
+    def close(self) -> None:
+        """Frees the memory of the engine, and of text encoders and autoencoder that are engines too."""
+        for component in self.pipe.components.values():
+            if isinstance(component, EngineComponent):
+                component.close()
+        self.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_pipeline(
+    engine: Engine,
+    base: BasePipeline | None = None,
+    *,
+    schedules: Sequence[Schedule] = (),
+    components: ComponentEngines | None = None,
+    context: Context = Context(),
+) -> EnginePipeline:
+    """Opens the stock diffusers pipeline of an engine. Networks that engines replace are not read.
+
+    Args:
+        engine: replaces the denoiser.
+        base: the floating-point pipeline that it was made from (None: where it was then).
+        schedules: every schedule that will be run; those with fractional timesteps must be named here.
+        components: engines of text encoders and autoencoder (None: PyTorch's networks).
+        context: device and dtype of PyTorch's networks.
+
+    Raises:
+        InputError: there is no such pipeline, or the engine does not run one of ``schedules``.
+        IntegrityError: a file was changed, or ``base`` or ``components`` is of another pipeline.
+        MissingEnvironmentError: a library or device is missing.
+    """
+    if base is None:
+        base = base_of(engine.manifest)
+    check_base(base, engine.manifest)
+    loaded = _load_components(engine, components)
+    stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
+    timesteps = [timesteps_of(stock, schedule) for schedule in schedules]
+    return _with_engine(stock, engine, timesteps, loaded, context)
+
+
+def pipeline_with_engine(base: DiffusionPipeline, engine: Engine, runner: BoundRunner) -> DiffusionPipeline:
+    """Makes a pipeline like ``base``, which stays as it is, with a loaded engine as its denoiser.
+
+    Schedules with fractional timesteps must have been named when the engine was loaded::
+
+        timesteps = timesteps_of(base, Schedule(20, "euler-karras"))
+        pipe = pipeline_with_engine(base, engine, load_engine(engine, schedules=[timesteps]))
+    """
+    return with_denoiser(base, denoiser_from_engine(engine, runner))
+
+
+def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace: bool = False) -> Manifest:
+    """Saves a pipeline with an engine: stock components as diffusers saves them, engines copied as they are.
+
+    Args:
+        pipe: the pipeline of :func:`open_pipeline`, or any stock one with its denoiser.
+        folder: where it is saved.
+        replace: replaces a pipeline at ``folder``, once the new one is complete.
+
+    Raises:
+        InputError: ``folder`` exists, its disk has no room, or the denoiser is not that of an engine on disk.
+        IntegrityError: an engine was changed since it was opened.
+
+    Example:
+        >>> with open_pipeline("build/engine") as opened:
+        ...     save_engine_pipeline(opened.pipe, "build/pipeline").kind
+        'Pipeline'
+    """
+    folder = Path(folder)
+    denoiser = denoiser_of(pipe)
+    if not isinstance(denoiser, EngineDenoiser):
+        raise InputError("this pipeline's denoiser is no engine: save it with save_pretrained")
+    engine = denoiser.saved_engine()
+    auxiliary = {name: part for name, part in pipe.components.items() if isinstance(part, AuxiliaryComponent)}
+    artifacts: dict[str, Engine | ComponentEngines] = {_ENGINE: engine}
+    if auxiliary:
+        artifacts[_COMPONENTS] = next(iter(auxiliary.values())).engines
+    stock = with_components(pipe, dict.fromkeys((denoiser_name(pipe), *auxiliary)))
+    # the runner may be bound to fractional timesteps that the engine does not know by itself
+    bound, own = (() if t.fractional is None else t.fractional for t in (denoiser.timesteps, engine.timesteps))
+
+    def fill(place: Path) -> dict[str, Any]:
+        for name, artifact in artifacts.items():
+            copy_artifact(artifact, place / name)
+        with _without_warnings():
+            stock.save_pretrained(place, safe_serialization=True)
+        return {
+            "pipeline_class": type(pipe).__name__,
+            "components": sorted(auxiliary),
+            "timesteps": sorted({float(timestep) for timestep in bound} - {float(timestep) for timestep in own}),
+        }
+
+    return write_artifact(
+        folder,
+        kind=KIND,
+        base=engine.manifest.base,
+        recipe=engine.manifest.recipe,
+        fill=fill,
+        parents={name: (folder / name, artifact.manifest) for name, artifact in artifacts.items()},
+        replace=replace,
+    )
+
+
+def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) -> EnginePipeline:
+    """Loads and verifies a pipeline that :func:`save_engine_pipeline` wrote; it generates the same pictures.
+
+    Args:
+        folder: where it was saved.
+        context: device and dtype of PyTorch's networks.
+
+    Raises:
+        InputError: there is no such pipeline in ``folder``.
+        IntegrityError: a file was changed.
+        MissingEnvironmentError: a library or device is missing.
+
+    Example:
+        >>> with load_engine_pipeline("build/pipeline") as opened:
+        ...     type(opened.pipe).__name__
+        'StableDiffusionPipeline'
+    """
+    folder = Path(folder)
+    manifest = open_artifact(folder, KIND)
+    name, index = str(manifest.content.get("pipeline_class")), read_json(folder / "model_index.json")
+    _check_classes(folder, name, index)
+    engine = Engine.open(parent_folder(folder, manifest, _ENGINE))
+    saved = _COMPONENTS in manifest.parents
+    components = ComponentEngines.open(parent_folder(folder, manifest, _COMPONENTS)) if saved else None
+    loaded = _load_components(engine, components)
+    if sorted(loaded) != sorted(manifest.content.get("components", [])):
+        raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
+    stock = getattr(diffusers, name).from_pretrained(
+        folder,
+        dtype=context.torch_dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        **absent_components(index),
+    )
+    return _with_engine(stock, engine, [manifest.content.get("timesteps", [])], loaded, context)
+
+
+def _check_classes(folder: Path, name: str, index: dict[str, Any]) -> None:
+    """Raises IntegrityError unless the pipeline is a known one, of components from the libraries that make them."""
+    if name not in PIPELINES or name != index.get("_class_name"):
+        raise IntegrityError(f"{folder} is a {name}: supported pipelines are {', '.join(PIPELINES)}")
+    libraries = {str(entry[0]) for entry in index.values() if isinstance(entry, list) and entry and entry[0]}
+    if not libraries <= _LIBRARIES:
+        raise IntegrityError(f"{folder} has components of {min(libraries - _LIBRARIES)}: refused")
+    check_no_code(folder)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silences diffusers' warning that a component which is None cannot be saved; engines are saved beside."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_components(engine: Engine, components: ComponentEngines | None) -> dict[str, AuxiliaryComponent]:
+    if components is None:
+        return {}
+    if components.manifest.base.digest != engine.manifest.base.digest:
+        raise IntegrityError(
+            f"{components.folder} and {engine.folder} are of two pipelines: export the components of this one"
+        )
+    return auxiliary_components(components)
+
+
+def _with_engine(
+    stock: DiffusionPipeline,
+    engine: Engine,
+    timesteps: Sequence[Timesteps],
+    components: dict[str, AuxiliaryComponent],
+    context: Context,
+) -> EnginePipeline:
+    runner = load_engine(engine, schedules=timesteps)
+    engines: dict[str, EngineComponent] = {**components, denoiser_name(stock): denoiser_from_engine(engine, runner)}
+    for component in engines.values():
+        component.place(context.torch_device, context.torch_dtype)
+    return EnginePipeline(with_components(stock, engines).to(context.torch_device), runner)

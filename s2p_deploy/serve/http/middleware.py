@@ -1,0 +1,206 @@
+"""The ASGI middlewares that stand before every route, outermost first: log and headers, access, body.
+
+Starlette's own do not fit: TrustedHostMiddleware cannot read IPv6 hosts, and none bounds a body by size and time. All
+answer in the form of the API (:mod:`s2p_deploy.serve.http.problems`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from s2p_deploy.serve.http.problems import (
+    CLIENT_LEFT,
+    Problem,
+    RequestProblem,
+    printable,
+    problem_of,
+    problem_response,
+)
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from s2p_deploy.serve.http.images import HttpLimits
+    from s2p_deploy.serve.http.metrics import Metrics
+
+LOG = logging.getLogger("s2p_deploy.serve")
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_ID_HEADER = "x-request-id"
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SECURITY_HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": _POLICY,
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+_NO_TOKEN = frozenset({"/", "/health/live", "/health/ready"})  # and what is below /page/: for probes and browsers
+_PAGE = "/page/"
+
+
+class RequestLogMiddleware:
+    """Gives every request an id, a line in the log and a count, and every response its id and security headers.
+
+    The id that a client sends is kept where it is 1 to 64 letters, digits and ``._:-``. Prompts are not logged.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, with its id in ``scope["state"]["request_id"]``; a defect is answered 500."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent_id = Headers(scope=scope).get(_ID_HEADER, "")
+        request_id = sent_id if _ID.fullmatch(sent_id) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        start, status = time.monotonic(), CLIENT_LEFT
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[_ID_HEADER] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # the client learns no more than the id
+            LOG.exception("%s failed", request_id)
+            if status == CLIENT_LEFT:
+                await problem_response(problem_of(error), scope)(scope, receive, send_with_headers)
+            status = 500
+        finally:
+            self._metrics.count_response(status)
+            _log(scope, status, time.monotonic() - start)
+
+
+class AuthMiddleware:
+    """Refuses pages of other sites, and where there is a token, whoever does not bring it.
+
+    A page of another site that is open on the same machine can send requests to a loopback server. Its Origin header
+    gives it away, and its Host header where the site's name was rebound to 127.0.0.1. ``hosts`` are the names that a
+    Host header may have (None: any).
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None) -> None:
+        self._app, self._hosts, self._token = app, hosts, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers 401 or 403."""
+        problem = None
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            problem = self._cross_site(headers) or self._unauthorized(scope, headers)
+        if problem is None:
+            await self._app(scope, receive, send)
+        else:
+            await problem_response(problem, scope)(scope, receive, send)
+
+    def _cross_site(self, headers: Headers) -> Problem | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._hosts is not None and _hostname(host) not in self._hosts:
+            return Problem(403, "this server answers to loopback names only (the Host header says another)")
+        if origin is not None and _netloc(origin) != host.lower():
+            return Problem(403, "requests from pages of other sites are refused (the Origin header names one)")
+        return None
+
+    def _unauthorized(self, scope: Scope, headers: Headers) -> Problem | None:
+        path, reads = scope["path"], scope["method"] in {"GET", "HEAD"}
+        if self._token is None or (reads and (path in _NO_TOKEN or path.startswith(_PAGE))):
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            return None
+        challenge = (("www-authenticate", "Bearer"),)
+        return Problem(401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key", headers=challenge)
+
+
+class BodyLimitMiddleware:
+    """Reads a request's body to its end, as long and as slow as the limits allow, before a route sees the request."""
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on with its whole body, or answers 413 or 408."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await self._body(scope, receive)
+        except (RequestProblem, TimeoutError) as error:
+            problem = error.problem if isinstance(error, RequestProblem) else Problem(408, "the body came too slowly")
+            await problem_response(problem, scope)(scope, receive, send)
+            return
+        if body is None:
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_body() -> Message:
+            return unread.pop() if unread else await receive()  # after the body: that the client has left
+
+        await self._app(scope, receive_body, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Returns the body; None where the client left before it ended."""
+        too_long = RequestProblem(Problem(413, f"the body may have {self._limits.body_bytes} bytes"))
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._limits.body_bytes:
+            raise too_long
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._limits.body_bytes:  # a body in chunks announces no length
+                raise too_long
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def note(scope: Scope, text: str) -> None:
+    """Appends to the request's line in the log; only what the server knows, never what a client wrote."""
+    scope["state"]["note"] = text
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    state, path = scope["state"], printable(scope["path"])
+    noted = f", {state['note']}" if "note" in state else ""
+    level = logging.INFO if scope["method"] == "POST" or status not in {200, 503} else logging.DEBUG  # not probes
+    LOG.log(level, "%s %s %s %d, %.3f s%s", state["request_id"], scope["method"], path, status, seconds, noted)
+
+
+def _hostname(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _netloc(origin: str) -> str | None:
+    """Parses host and port of an origin; None where there are none."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None

@@ -1,0 +1,178 @@
+"""Pipelines of an engine: opened, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from s2p_deploy.calib import calibrate
+from s2p_deploy.context import Context
+from s2p_deploy.engines import build_engine
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.export import export_graph
+from s2p_deploy.families import BasePipeline, load_pipeline, resolve_base, with_denoiser
+from s2p_deploy.families.time_path import load_time_path
+from s2p_deploy.pipeline import (
+    EngineDenoiser,
+    EnginePipeline,
+    EngineUNet,
+    Schedule,
+    generate,
+    load_engine_pipeline,
+    open_pipeline,
+    save_engine_pipeline,
+)
+from s2p_deploy.recipe import Recipe
+from s2p_deploy.records import Engine, Prompt, open_artifact, verify_chain, write_artifact
+from tests.small_pipelines import tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPT = Prompt("id", "a small red circle at the top left, white background")
+KARRAS = Schedule(3, "euler-karras")
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
+    return tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def engine(origin: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Of the input form: it runs schedules with timesteps between the training timesteps."""
+    folder = tmp_path_factory.mktemp("engine")
+    model = calibrate(origin, Recipe.load("fp"), None, folder / "calib")
+    graph = export_graph(model, folder / "graph", time_table="input", time_path=load_time_path(origin))
+    return build_engine(graph, folder / "engine", backend="onnxruntime")
+
+
+def drawn(opened: EnginePipeline, schedule: Schedule) -> np.ndarray:
+    return np.asarray(generate(opened.pipe, PROMPT, schedule=schedule, guidance_scale=2.0))
+
+
+def test_an_engine_opens_as_a_pipeline_in_one_call(engine: Engine, origin: BasePipeline) -> None:
+    """Where its own pipeline was; what is drawn is what that pipeline draws."""
+    floating = load_pipeline(origin)
+    with open_pipeline(engine, schedules=[KARRAS]) as opened:
+        assert type(opened.pipe) is type(floating)
+        for schedule in (KARRAS, Schedule(3, "ddim")):
+            expected = np.asarray(generate(floating, PROMPT, schedule=schedule, guidance_scale=2.0))
+            assert np.abs(drawn(opened, schedule).astype(int) - expected).max() <= 1
+    with pytest.raises(ValueError, match="closed"):
+        drawn(opened, KARRAS)
+
+
+def test_the_pipelines_own_denoiser_is_not_read(engine: Engine, origin: BasePipeline, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(origin.folder, moved)
+    base = resolve_base(str(moved))
+    (moved / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with open_pipeline(engine, base) as opened:
+        assert isinstance(opened.pipe.unet, EngineUNet)
+
+
+def test_networks_are_opened_in_the_dtype_of_the_context(engine: Engine) -> None:
+    with open_pipeline(engine, context=Context(device="cpu", dtype="bfloat16")) as opened:
+        assert {opened.pipe.vae.dtype, opened.pipe.unet.dtype, opened.pipe.dtype} == {torch.bfloat16}
+        assert opened.pipe.device.type == "cpu"
+
+
+def test_another_pipeline_is_refused(engine: Engine) -> None:
+    with pytest.raises(IntegrityError, match="is not the pipeline that this artifact was made from"):
+        open_pipeline(engine, resolve_base("shapes"))
+
+
+def test_a_saved_pipeline_draws_the_same_with_every_schedule_it_was_opened_for(engine: Engine, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    with open_pipeline(engine, schedules=[KARRAS]) as opened:
+        manifest = save_engine_pipeline(opened.pipe, folder)
+        expected = drawn(opened, KARRAS)
+    assert manifest.kind == "Pipeline"
+    assert Engine.open(folder / "engine").manifest == engine.manifest
+    assert [link.kind for link in verify_chain(folder)][:2] == ["Pipeline", "Engine"]
+    assert not list(folder.glob("unet"))
+    moved = folder.rename(tmp_path / "moved")
+    with load_engine_pipeline(moved) as loaded:
+        np.testing.assert_array_equal(drawn(loaded, KARRAS), expected)
+        with pytest.raises(InputError, match="fractional"):
+            drawn(loaded, Schedule(5, "euler-karras"))
+
+
+def test_a_denoiser_is_saved_alone_too(engine: Engine, tmp_path: Path) -> None:
+    with open_pipeline(engine) as opened:
+        opened.pipe.unet.save(tmp_path / "saved")
+    assert open_artifact(tmp_path / "saved", "Engine") == engine.manifest
+    loaded = EngineDenoiser.load(tmp_path / "saved")
+    assert type(loaded) is EngineUNet
+    assert loaded.config == opened.pipe.unet.config
+    loaded.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["vae/diffusion_pytorch_model.safetensors", "model_index.json", "engine/act_scales.safetensors"]
+)
+def test_a_changed_byte_is_found(engine: Engine, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "saved"
+    with open_pipeline(engine) as opened:
+        save_engine_pipeline(opened.pipe, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match="was changed"):
+        load_engine_pipeline(folder)
+
+
+def test_components_of_other_libraries_are_refused(engine: Engine, tmp_path: Path) -> None:
+    with open_pipeline(engine) as opened:
+        saved = save_engine_pipeline(opened.pipe, tmp_path / "saved")
+    for number, change in enumerate(({"vae": ["os", "system"]}, {"_class_name": "DiffusionPipeline"})):
+
+        def fill(folder: Path, change: dict[str, object] = change) -> dict[str, object]:
+            shutil.copytree(
+                tmp_path / "saved", folder, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True
+            )
+            shutil.copytree(tmp_path / "saved" / "engine", folder / "engine", dirs_exist_ok=True)
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            (folder / "model_index.json").write_text(json.dumps(index | change), encoding="utf-8")
+            return saved.content
+
+        out = tmp_path / f"changed-{number}"
+        write_artifact(out, kind="Pipeline", base=saved.base, recipe={}, fill=fill)
+        with pytest.raises(IntegrityError, match=r"components of os: refused|supported pipelines are"):
+            load_engine_pipeline(out)
+
+
+def test_what_has_no_engine_on_disk_is_not_saved(
+    base: object, denoiser: EngineDenoiser, engine: Engine, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is not that of an engine on disk"):
+        save_engine_pipeline(with_denoiser(base, denoiser), tmp_path / "saved")
+    with pytest.raises(InputError, match="is no engine"):
+        save_engine_pipeline(base, tmp_path / "saved")
+    with pytest.raises(InputError, match="is of kind Engine, expected Pipeline"):
+        load_engine_pipeline(engine.folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_warns_of_nothing(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers would, that the denoiser cannot be saved."""
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.Handler, "handle", lambda _, record: records.append(record))
+    with open_pipeline(engine) as opened:
+        save_engine_pipeline(opened.pipe, tmp_path / "saved")
+    assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
+
+
+def test_what_is_there_is_not_written_over(engine: Engine, tmp_path: Path) -> None:
+    with open_pipeline(engine) as opened:
+        save_engine_pipeline(opened.pipe, tmp_path / "saved")
+        with pytest.raises(InputError, match="exists"):
+            save_engine_pipeline(opened.pipe, tmp_path / "saved")
+        save_engine_pipeline(opened.pipe, tmp_path / "saved", replace=True)

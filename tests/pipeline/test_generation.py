@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from s2p_deploy.engines import TorchRunner
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import load_pipeline, with_denoiser
+from s2p_deploy.pipeline import (
+    EngineUNet,
+    Schedule,
+    call_arguments,
+    generate,
+    initial_noise,
+    with_schedule,
+)
+from s2p_deploy.records import Prompt, TimestepTable
+from tests.small_pipelines import sibling
+
+PROMPT = "a small red circle at the top left, white background"
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim", "unipc", "euler", "heun", "lcm"])
+def test_every_named_scheduler_runs_and_draws_the_same(
+    base: StableDiffusionPipeline, denoiser: EngineUNet, name: str
+) -> None:
+    schedule, prompt = Schedule(5, name), Prompt("id", PROMPT)
+    pictures = [
+        np.asarray(generate(pipe, prompt, schedule=schedule, guidance_scale=2.5))
+        for pipe in (base, with_denoiser(base, denoiser))
+    ]
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(10, "unipc"), Schedule(25, "pndm"), Schedule(10, "euler")])
+def test_few_steps_stay_on_the_table_of_fifty(
+    base: StableDiffusionPipeline, denoiser: EngineUNet, schedule: Schedule
+) -> None:
+    """Integer timesteps inside the range that 50 PNDM steps calibrate."""
+    table = TimestepTable("PNDMScheduler", {}, 50, tuple(range(1, 982, 20)), np.linspace(0.1, 1.5, 1000))
+    called: list[np.ndarray] = []
+
+    def predict(sample: torch.Tensor, indices: torch.Tensor, _text: torch.Tensor) -> torch.Tensor:
+        called.append(indices.numpy())
+        return sample
+
+    engine = EngineUNet(TorchRunner(predict), base.unet.config, table)
+    picture = generate(with_denoiser(base, engine), Prompt("id", PROMPT), schedule=schedule, guidance_scale=2.0)
+    assert picture.size == (64, 64)
+    scheduler = with_schedule(base, schedule).scheduler
+    scheduler.set_timesteps(schedule.steps)
+    assert [int(indices[0]) for indices in called] == scheduler.timesteps.tolist()
+    first, last = table.covered
+    assert all(first <= indices.min() and indices.max() <= last for indices in called)
+
+
+def test_the_new_pipeline_has_a_scheduler_of_its_own(base: StableDiffusionPipeline, denoiser: EngineUNet) -> None:
+    pipe = with_denoiser(base, denoiser)
+    assert pipe.scheduler is not base.scheduler
+    assert pipe.scheduler.config == base.scheduler.config
+    assert base.unet is not pipe.unet
+
+
+def test_latents_are_not_clipped_as_pictures(base: StableDiffusionPipeline) -> None:
+    scheduler = with_schedule(base, Schedule(5, "ddim")).scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.clip_sample is False
+    assert scheduler.config.beta_end == base.scheduler.config.beta_end
+
+
+def test_an_unknown_scheduler_is_refused(base: StableDiffusionPipeline) -> None:
+    with pytest.raises(InputError, match="unknown scheduler 'magic': use one of"):
+        with_schedule(base, Schedule(5, "magic"))
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    config = {"sample_size": [8, 6], "in_channels": 4}
+    noise = initial_noise([3, 5], config)
+    assert noise.shape == (2, 4, 8, 6)
+    assert torch.equal(noise[1:], initial_noise([5], config))
+    assert torch.equal(noise[:1], torch.randn((1, 4, 8, 6), generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_picture_depends_on_its_seed_or_its_prompts_id(base: StableDiffusionPipeline) -> None:
+    def picture(prompt_id: str, seed: int | None) -> np.ndarray:
+        prompt = Prompt(prompt_id, PROMPT)
+        return np.asarray(generate(base, prompt, schedule=Schedule(3), guidance_scale=2.0, seed=seed))
+
+    np.testing.assert_array_equal(picture("one", 4), picture("two", 4))
+    np.testing.assert_array_equal(picture("one", None), picture("two", Prompt("one", PROMPT).noise_seed))
+    assert not np.array_equal(picture("one", None), picture("two", None))
+
+
+def test_no_negative_prompt_is_none_where_no_prompt_has_any(base: StableDiffusionPipeline) -> None:
+    """SDXL takes zeros then, not the states of an empty text."""
+    plain, other = Prompt("a", "x"), Prompt("b", "y", "blurry")
+    schedule = Schedule(5, max_sequence_length=7)
+    assert call_arguments(base, [plain], schedule, 2.0)["negative_prompt"] is None
+    assert call_arguments(base, [plain, other], schedule, 2.0)["negative_prompt"] == ["", "blurry"]
+    assert "max_sequence_length" not in call_arguments(base, [plain], schedule, 2.0)
+    assert call_arguments(load_pipeline(sibling("sd3")), [plain], schedule, 2.0)["max_sequence_length"] == 7

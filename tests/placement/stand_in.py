@@ -1,0 +1,105 @@
+"""A stock pipeline and a service on the device under test, with a stand-in for an engine that takes tensors there.
+
+The device is that of ``PLACEMENT_DEVICE``, or the pretended one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from s2p_deploy.calib import fake_quant_denoiser
+from s2p_deploy.calib.samples import on_device
+from s2p_deploy.engines import TorchRunner
+from s2p_deploy.engines.runner import OUTPUT, ClosingRunner
+from s2p_deploy.families import denoiser_of, load_pipeline, resolve_base, with_components
+from s2p_deploy.pipeline import EnginePipeline, Schedule, engine_denoiser, generate
+from s2p_deploy.records import Execution, Prompt, ShapeProfile
+from s2p_deploy.serve.batching import BatchProfile
+from s2p_deploy.serve.generation_loop import Observer
+from s2p_deploy.serve.generation_task import pausing_pipeline
+from s2p_deploy.serve.request import ImageRequest
+from s2p_deploy.serve.service import ImageService, ModelInfo, ServedEngine, ServiceSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from diffusers import DiffusionPipeline
+    from numpy.typing import NDArray
+
+    from s2p_deploy.records import CalibratedModel
+
+REAL = os.environ.get("PLACEMENT_DEVICE")
+if REAL:
+    DEVICE = torch.device(REAL)
+else:
+    from tests.placement.pretended_device import pretended_device
+
+    DEVICE = pretended_device()
+PROMPT = Prompt("id", "a small red circle at the top left, white background")
+INFO = ModelInfo(
+    "shapes", "digest", "stand-in", Execution(), "w4a8", "step", ((2, 1.0),), 3, 3.0, (64, 64), "64x64", ()
+)
+
+
+class DeviceEngine(ClosingRunner):
+    """Stands in for an engine on the device: the fake-quantized network, behind the same calls as TensorRT's runner."""
+
+    def __init__(self, model: CalibratedModel) -> None:
+        self.network = fake_quant_denoiser(model).to(DEVICE)
+        self.timesteps = replace(model.timesteps, calibrated=(0.0, 999.0))  # so few samples cover few schedules
+        self.profile = ShapeProfile(1, 2, 8)
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return TorchRunner(self.network, device=DEVICE).infer(inputs)
+
+    @torch.no_grad()
+    def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert inputs["timestep_index"].device.type == "cpu", "checked there, so that nothing waits"
+        names = ("sample", "timestep_index", "encoder_hidden_states")
+        return {OUTPUT: self.network(*(on_device(inputs[name], DEVICE) for name in names))}
+
+    def tune(self, *batches: int) -> None:
+        del batches
+
+    def close(self) -> None:
+        pass
+
+
+def pipe_of(model: CalibratedModel) -> DiffusionPipeline:
+    """Puts a stock pipeline with the stand-in together, as :func:`s2p_deploy.pipeline.open_pipeline` does."""
+    base = resolve_base("shapes")
+    stock = load_pipeline(base, without={base.family.component})
+    runner = DeviceEngine(model)
+    config = json.loads((model.folder / "denoiser_config.json").read_text(encoding="utf-8"))
+    denoiser = engine_denoiser(runner, config, runner.timesteps).place(DEVICE, torch.float32)
+    return with_components(stock, {base.family.component: denoiser}).to(DEVICE)
+
+
+def difference_of_shared_batches(pipe: DiffusionPipeline, steps: tuple[int, ...]) -> int:
+    """Draws requests of so many steps side by side, and each alone; returns the largest difference of their values."""
+    runner = denoiser_of(pipe).runner
+    served = ServedEngine(
+        INFO,
+        EnginePipeline(pipe, runner),
+        runner,
+        BatchProfile((2, 4, 8), (0.1, 0.1, 0.1)),
+        pausing_pipeline(pipe, denoiser_of(pipe).config, runner),
+        lambda count, scheduler: count,
+        mixed_timesteps=True,
+        max_sequence_length=256,
+    )
+    requests = [ImageRequest(PROMPT.text, count, 3.0, seed=seed, scheduler="ddim") for seed, count in enumerate(steps)]
+    with ImageService(served, ServiceSettings(), Observer()) as service:
+        futures = [service.submit(request, timeout=600) for request in requests]
+        together = [np.asarray(future.result(), np.int16) for future in futures]
+    alone = [
+        np.asarray(generate(pipe, PROMPT, schedule=Schedule(count, "ddim"), guidance_scale=3.0, seed=seed), np.int16)
+        for seed, count in enumerate(steps)
+    ]
+    return max(int(np.abs(one - other).max()) for one, other in zip(together, alone, strict=True))
