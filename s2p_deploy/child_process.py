@@ -38,6 +38,8 @@ _MEMORY_WORDS = (
     "OutOfMemory",
     "out of memory",
     "can't allocate memory",
+    "Memory allocation still failed",  # OpenBLAS
+    "failed to map segment from shared object",  # the loader of libraries
 )
 _DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 _EXIT_S = 10.0

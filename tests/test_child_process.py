@@ -153,6 +153,14 @@ SKIPPED = "[W] Skipping tactic 0x3 due to insufficient memory: out of memory\n"
         (Ended(1, "[E] CHECK failed\n", "RuntimeError: std::bad_alloc"), "ran out of memory"),
         (Ended(1, "[E] Error Code 2: OutOfMemory (requested 8 GiB)\n", "E: Invalid Engine"), "ran out of memory"),
         (
+            Ended(1, "OpenBLAS error: Memory allocation still failed after 10 retries, giving up.\n"),
+            "ran out of memory",
+        ),
+        (
+            Ended(1, "", "ImportError: libscipy_openblas.so: failed to map segment from shared object"),
+            "ran out of memory",
+        ),
+        (
             Ended(-6, "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"),
             "ran out of memory",
         ),

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from s2p_deploy.child_process import Limits
+from s2p_deploy.child_process import Limits, call
 from s2p_deploy.engines import build_engine, check_scales, load_engine
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
@@ -133,11 +133,19 @@ def test_what_a_backend_cannot_load_is_refused_by_the_trial(engine: Engine, tmp_
 
 
 def test_memory_that_runs_out_in_the_trial_is_called_by_its_name(
-    engine: Engine, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine is as good as it was: another machine, or a smaller profile, runs it."""
-    monkeypatch.setattr("s2p_deploy.engines.load.Limits", lambda seconds: Limits(seconds, memory=2**26))
-    with pytest.raises(MissingEnvironmentError, match=r"a trial run in a child process ran out of memory .*--batch"):
+    (tmp_path / "greedy.py").write_text(
+        "def load(message):\n    return {'kept': [bytearray(2**26) for _ in range(64)]}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def call_greedy(_: str, message: dict[str, str], limits: Limits) -> dict[str, object]:
+        return call("greedy:load", message, Limits(limits.timeout_s, memory=2**29))
+
+    monkeypatch.setattr("s2p_deploy.engines.load.call", call_greedy)
+    with pytest.raises(MissingEnvironmentError, match=r"a trial run in a child process ran out of memory.*--batch"):
         load_engine(engine)
     assert not own_cache.exists() or not list(own_cache.iterdir())
 
