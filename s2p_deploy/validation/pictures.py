@@ -151,7 +151,7 @@ def compare_pictures(  # noqa: PLR0913 - what is compared, how it was drawn, and
     *,
     device: torch.device = CPU,
 ) -> PictureComparison:
-    """Compares two pipelines' pictures of the same prompts on ``device``; features are those of a ``classifier`` file."""
+    """Compares two pipelines' pictures of the same prompts on ``device``; ``classifier`` is a file of weights."""
     pairs = list(zip(reference.trajectory, candidate.trajectory, strict=True))
     count = len(prompts.prompts)
     accuracy = accuracies(reference.pictures, candidate.pictures, prompts)

@@ -56,7 +56,7 @@ class DeviceEngine(ClosingRunner):
         self.profile = ShapeProfile(1, 2, 8)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return TorchRunner(self.network, device=DEVICE).infer(inputs)
+        return TorchRunner(self.network).infer(inputs)
 
     @torch.no_grad()
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
