@@ -128,7 +128,7 @@ def check(request: pytest.FixtureRequest) -> Iterator[Check]:
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     assert capture is not None
     with capture.global_and_fixture_disabled():
-        print("", *tables, sep="\n")
+        request.config.get_terminal_writer().line("\n" + "\n".join(tables))
 
 
 def test_a_calibration_computes_on_the_device_alone(calibration: tuple[CalibratedModel, Ledger], check: Check) -> None:
