@@ -13,6 +13,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,11 +27,14 @@ from s2p_deploy.families import load_pipeline, resolve_base
 from s2p_deploy.pipeline import Schedule, generate
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Skipped
-from s2p_deploy.validation import compare, open_chain
+from s2p_deploy.validation import compare, open_chain, open_weights
 from s2p_deploy.validation.checkpoint import ValidationCheckpoint
+from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, measure_perceptual
+from s2p_deploy.validation.pictures import PicturePairs
 from s2p_deploy.validation.validate import ValidationRequest, ValidationRun
 from tests.placement.pretended_device import LEDGER, HostWork
 from tests.placement.stand_in import DEVICE, PROMPT, REAL, device_engine, difference_of_shared_batches, pipe_of
+from tests.validation.networks import write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -218,6 +222,16 @@ def test_a_validation_computes_on_the_device_alone(chain: Chain, tmp_path: Path,
     assert not isinstance(found.end_to_end, Skipped)
     assert found.end_to_end.engine_to_fake_quant.min() > 100, "the stand-in is the fake-quantized model"
     check("validate", LEDGER)
+
+
+def test_metrics_that_need_trained_networks_compute_on_the_device_alone(tmp_path: Path, check: Check) -> None:
+    weights = open_weights(write_weights(tmp_path / "weights", INCEPTION, LPIPS, CLIP))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 2, 40, 40, 3), np.uint8)
+    begin("perceptual")
+    with HostWork():
+        found = measure_perceptual(PicturePairs(("a", "b"), *pictures), weights, device=DEVICE)
+    assert not any(isinstance(value, Skipped) for value in vars(found).values())
+    check("validate --weights-dir", LEDGER)
 
 
 def test_a_comparison_of_recipes_computes_on_the_device_alone(
