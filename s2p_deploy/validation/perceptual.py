@@ -259,7 +259,7 @@ class Lpips(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances float32 [n] of pictures float32 [n, 3, H, W] in [-1, 1]; H and W at least :data:`SMALLEST`."""
-        shift, scale = (first.new_tensor(values).reshape(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1).to(first.device) for values in (_SHIFT, _SCALE))
         both = torch.cat([first, second])
         both, distance, start = (both - shift) / scale, first.new_zeros(len(first)), 0
         for place, end in enumerate(_LAYERS):
