@@ -1,4 +1,4 @@
-"""Where references compute: on the device that was asked for, else on the engine's own, one network after the other."""
+"""Where references compute: on the device that was asked for, else on the engine's own, each while it is needed."""
 
 from __future__ import annotations
 

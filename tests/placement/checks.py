@@ -19,7 +19,7 @@ import torch
 
 from s2p_deploy.api import as_prompts
 from s2p_deploy.bench.worker import EngineWorkload
-from s2p_deploy.calib import calibrate, dataset_name
+from s2p_deploy.calib import calibrate, dataset_name, fake_quant_denoiser
 from s2p_deploy.context import Context
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
@@ -28,9 +28,11 @@ from s2p_deploy.pipeline import Schedule, generate
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation import compare, open_chain, open_weights
+from s2p_deploy.validation.bisect import bisect
 from s2p_deploy.validation.checkpoint import ValidationCheckpoint
 from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, measure_perceptual
 from s2p_deploy.validation.pictures import PicturePairs
+from s2p_deploy.validation.reference import choose_latents, stored_predictions, unquantized_denoiser
 from s2p_deploy.validation.validate import ValidationRequest, ValidationRun
 from tests.placement.pretended_device import LEDGER, HostWork
 from tests.placement.stand_in import DEVICE, PROMPT, REAL, device_engine, difference_of_shared_batches, pipe_of
@@ -127,6 +129,8 @@ def check(request: pytest.FixtureRequest) -> Iterator[Check]:
         stages = {stage for stage, _, _ in ledger.flops}
         assert stages
         assert {stage: ledger.host_share(stage) for stage in stages} == dict.fromkeys(stages, 0.0)
+        downloads = [place for _, what, _, place in ledger.crossings if what == "d2h"]
+        assert [place for place in downloads if "pipeline/components.py" in place] == [], "of tensors for a denoiser"
 
     yield checked
     capture = request.config.pluginmanager.get_plugin("capturemanager")
@@ -222,6 +226,15 @@ def test_a_validation_computes_on_the_device_alone(chain: Chain, tmp_path: Path,
     assert not isinstance(found.end_to_end, Skipped)
     assert found.end_to_end.engine_to_fake_quant.min() > 100, "the stand-in is the fake-quantized model"
     check("validate", LEDGER)
+
+
+def test_a_bisection_computes_on_the_device_alone(chain: Chain, check: Check) -> None:
+    assert chain.dataset is not None
+    models = (make(chain.calibrated).to(DEVICE) for make in (fake_quant_denoiser, unquantized_denoiser))
+    begin("bisect")
+    with HostWork():
+        bisect(*models, choose_latents(chain.dataset, 2), stored_predictions(chain.dataset, 2), groups=1, top=0)
+    check("validate --bisect", LEDGER)
 
 
 def test_metrics_that_need_trained_networks_compute_on_the_device_alone(tmp_path: Path, check: Check) -> None:
