@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.child_process import Limits
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import BuildOptions
+    from s2p_deploy.engines.options import BuildOptions, Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.subgraphs import Subgraphs
     from s2p_deploy.records import Engine, ExportedGraph, ShapeProfile, TensorSpec
@@ -44,7 +44,8 @@ class Capabilities:
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
     first of ``precisions`` and of ``providers`` is the default; without precisions, it computes in the graph's own.
     ``unavailable`` maps providers that exist but cannot be used here to what to do about it. ``refit`` says whether its
-    engines can be made refittable or stripped of their weights: here, with a GPU, or never.
+    engines can be made refittable or stripped of their weights: here, with a GPU, or never. ``any_size`` says that they
+    take batches and pictures of any size, whatever their profile.
     """
 
     backend: str
@@ -57,6 +58,7 @@ class Capabilities:
     optimizations: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     refit: Literal["here", "with a GPU", "never"] = "never"
+    any_size: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,15 @@ class Backend(Protocol):
 
     def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
         """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
+
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Writes a floating-point network, not the denoiser, in the backend's form to ``folder``, the model first.
+
+        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile.
+        """
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
+        """Loads a network that :meth:`write_network` wrote from verified bytes, the model first."""
 
     def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
         """Compiles a small prepared model in memory, as ``compile`` does, and loads it here."""

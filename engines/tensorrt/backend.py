@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
+    from s2p_deploy.engines.options import Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
     from s2p_deploy.records import Engine
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
 _GPU = "CUDA GPU"
-_SUBGRAPH_TIMEOUT_S = 600.0
+_NETWORK_TIMEOUT_S = 1800.0
 _SUBGRAPH_TIMESTEPS = 50  # what a subgraph's profile is tuned for
 _NOT_ON_RTX = (9, 0)  # H100 and H200
 _MISSING = {
@@ -75,7 +76,7 @@ class TensorRtBackend:
         executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
-        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits)
+        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, any_size=False)
 
     def environment(self, execution: Execution | None = None) -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
@@ -91,9 +92,7 @@ class TensorRtBackend:
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the plan; with a GPU here, asks the engine inspector what each layer computes in."""
-        capability = compute_capability()
-        if self.name != RTX and capability is None:
-            raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
+        capability = self._builder_capability()
         # where the scale table's timesteps are open, the plan is tuned for those of the graph's own table
         timesteps = len(request.example[BOUND]) if BOUND in request.example else 1
         shapes = profile_shapes(request.inputs, request.options.profile, timesteps)
@@ -131,6 +130,21 @@ class TensorRtBackend:
                 refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Builds the network's plan in a child process; TensorRT on a GPU, TensorRT-RTX anywhere."""
+        plan = folder / f"{onnx_file.stem}.plan"
+        options = asdict(self._plan_options(BuildOptions(), self._builder_capability()))
+        self._build_in_child(onnx_file, shapes, plan, options)
+        return Compiled((plan.name,), self.environment(execution) | {"device": _GPU}, {})
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
+        """Opens a context on the GPU."""
+        from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
+
+        ((name, plan),) = files.items()
+        self._require_gpu(name)
+        return TensorRtRunner(open_plan(self.name, plan), {})
+
     def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
         """Builds a small model in a child process and runs it here; batch sizes 1 to 32."""
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
@@ -141,12 +155,22 @@ class TensorRtBackend:
             onnx_path.write_bytes(model.SerializeToString())
             specs = [spec_of(value) for value in model.graph.input]
             shapes = profile_shapes(specs, ShapeProfile(), _SUBGRAPH_TIMESTEPS)
-            message = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
-            call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_SUBGRAPH_TIMEOUT_S))
+            self._build_in_child(onnx_path, shapes, plan, {})
             return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
+
+    def _build_in_child(self, onnx_path: Path, shapes: Shapes, plan: Path, options: dict[str, Any]) -> None:
+        message = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan), "options": options}
+        call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_NETWORK_TIMEOUT_S))
+
+    def _builder_capability(self) -> tuple[int, int] | None:
+        """Returns the compute capability of the GPU here; None where there is none and none is needed to build."""
+        capability = compute_capability()
+        if self.name != RTX and capability is None:
+            raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
+        return capability
 
     def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
         timings = None

@@ -18,7 +18,7 @@ from s2p_deploy.engines.backend import call_in_child
 from s2p_deploy.engines.options import profile_shapes, spec_of
 from s2p_deploy.engines.tensorrt.backend import refusal
 from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan
-from s2p_deploy.engines.tensorrt.runner import TensorRtRunner, check_shape
+from s2p_deploy.engines.tensorrt.runner import OutputShapes, TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
@@ -292,17 +292,43 @@ def test_a_plan_that_does_not_open_here_is_not_inspected() -> None:
     assert inspect_plan(unopened_library(), b"plan", {}) is None
 
 
+def test_outputs_have_the_shapes_that_the_plan_infers() -> None:
+    """As for networks whose outputs have other sizes than their inputs, an autoencoder's say; asked once per shapes."""
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    context = SimpleNamespace(
+        set_input_shape=lambda name, shape: asked.append((name, shape)),
+        get_tensor_shape=lambda _name: [asked[-1][1][0], 3, 8 * asked[-1][1][2], 8 * asked[-1][1][3]],
+    )
+    plan = SimpleNamespace(
+        library=SimpleNamespace(
+            __name__="tensorrt", ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2)
+        ),
+        engine=SimpleNamespace(create_execution_context=lambda strategy: context if strategy == 2 else None),
+    )
+    shapes = OutputShapes(plan, ("image",))
+    assert shapes.at({"latents": (2, 4, 8, 16)}) == {"image": (2, 3, 64, 128)}
+    assert shapes.at({"latents": (2, 4, 8, 16)}) == {"image": (2, 3, 64, 128)}
+    assert len(asked) == 1
+    assert shapes.at({"latents": (1, 4, 8, 8)}) == {"image": (1, 3, 64, 64)}
+    plan.engine.create_execution_context = lambda _strategy: None
+    with pytest.raises(EngineBuildError, match="tensorrt made no execution context"):
+        OutputShapes(plan, ("image",))
+
+
 def test_a_closed_runner_holds_no_engine() -> None:
     """The launcher refers to the plan too: the GPU's memory is free only when both are gone."""
     closed: list[str] = []
     runner = TensorRtRunner.__new__(TensorRtRunner)
     runner.__dict__.update(
-        _plan=object(), _launcher=SimpleNamespace(close=lambda: closed.append("launcher")), _buffers={"x": 1}
+        _plan=object(),
+        _launcher=SimpleNamespace(close=lambda: closed.append("launcher")),
+        _buffers={"x": 1},
+        _output_shapes=object(),
     )
     runner.close()
     runner.close()
     assert closed == ["launcher"]
-    assert (runner.__dict__["_plan"], runner.__dict__["_launcher"], runner.__dict__["_buffers"]) == (None, None, {})
+    assert runner.__dict__ == {"_plan": None, "_launcher": None, "_buffers": {}, "_output_shapes": None}
     with pytest.raises(ValueError, match="closed"):
         runner.infer_tensors({})
 
