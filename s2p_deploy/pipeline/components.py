@@ -224,7 +224,7 @@ class EngineDenoiser(EngineComponent):
         sample = inputs["sample"]
         if sample.device.type != "cpu" and isinstance(self.runner, TensorRunner):
             output = self.runner.infer_tensors(inputs | {"timestep_index": torch.from_numpy(indices)})[OUTPUT]
-            return output.to(sample.dtype, copy=True)  # the runner writes its memory again in the next call
+            return output.to(sample.device, sample.dtype, copy=True)  # the runner writes there again in the next call
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in inputs.items()}
         outputs = self.runner.infer(arrays | {"timestep_index": indices})
         return torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
