@@ -37,11 +37,17 @@ from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.calib.trajectories import call_with_zeros, in_parts, load_float_pipeline, seconds_of_call
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import ShiftedLayer, apply_transforms, module_of_type, text_tokens
+from s2p_deploy.families import ShiftedLayer, apply_transforms, load_scheduler, module_of_type, text_tokens
 from s2p_deploy.records import CalibratedModel, PromptSet, ScaleTable, TransformSpec, write_artifact
 from s2p_deploy.records.files import claimed, link_or_copy, link_or_copy_files, write_tensors
 from s2p_deploy.records.precision_plan import read_plan, write_plan
-from s2p_deploy.timesteps import interpolate_scales, scales_for_schedule, timestep_indices, with_schedules
+from s2p_deploy.timesteps import (
+    interpolate_scales,
+    scales_for_schedule,
+    timestep_indices,
+    timestep_table_of,
+    with_schedules,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,6 +118,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     resolved = recipe.with_guidance(base.default_guidance)
     if context.seed is not None:
         resolved = resolved.with_seed(context.seed)
+    _check_pipeline(base, resolved)
     streamed = streams(resolved, plan)
     if initial is not None and not streamed:
         _check_initial(initial, base, plan)
@@ -152,6 +159,13 @@ def dataset_name(recipe: Recipe) -> str:
     """Makes a short name that recipes share whose datasets are the same for one pipeline and one prompt file."""
     sections = {"sampling": recipe.sampling.model_dump(), "dataset": recipe.dataset.model_dump()}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_pipeline(base: BasePipeline, recipe: Recipe) -> None:
+    """Raises InputError where an engine cannot compute the network or follow the scheduler; reads no weight."""
+    config, family = base.denoiser_config(), base.family
+    family.check(config)
+    timestep_table_of(load_scheduler(base), recipe.sampling.steps, fractional=bool(family.added_width(config)))
 
 
 def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: PrecisionPlan | None) -> None:

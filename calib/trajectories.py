@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import inspect
 import random
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from s2p_deploy.families import (
     time_table_of,
     zero_inputs,
 )
+from s2p_deploy.schedulers import denoiser_input, first_latents, stepped
 from s2p_deploy.timesteps import timestep_indices, timestep_table_of
 
 if TYPE_CHECKING:
@@ -198,26 +198,18 @@ class Sampler:
         return Sampler(copy.deepcopy(self.scheduler), self.indices)
 
     def start(self, noise: Tensor) -> Tensor:
-        """Scales standard normal noise to the first latents; flow matching starts from the noise itself."""
-        latents: Tensor = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        return latents
+        """Scales standard normal noise to the first latents."""
+        return first_latents(self.scheduler, noise)
 
     def net_input(self, latents: Tensor, call: int) -> Tensor:
-        """Scales latents to the denoiser's input of a call; flow matching passes them unchanged."""
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return latents
-        scaled: Tensor = self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
-        return scaled
+        """Scales latents to the denoiser's input of a call."""
+        return denoiser_input(self.scheduler, latents, self.scheduler.timesteps[call])
 
     def step(
         self, output: Tensor, call: int, latents: Tensor, generator: torch.Generator | list[torch.Generator]
     ) -> Tensor:
         """Computes the next latents; ``generator`` draws the noise of schedulers that add some."""
-        draws = "generator" in inspect.signature(self.scheduler.step).parameters
-        drawing: dict[str, Any] = {"generator": generator} if draws else {}
-        timestep = self.scheduler.timesteps[call]
-        stepped: Tensor = self.scheduler.step(output, timestep, latents, return_dict=False, **drawing)[0]
-        return stepped
+        return stepped(self.scheduler, output, self.scheduler.timesteps[call], latents, generator)
 
 
 def call_indices(scheduler: Any, table: TimestepTable) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base

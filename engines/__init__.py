@@ -10,7 +10,7 @@ from s2p_deploy.engines.backend import (
     usable_backend,
 )
 from s2p_deploy.engines.build import build_engine
-from s2p_deploy.engines.load import check_scales, load_engine
+from s2p_deploy.engines.load import bound_timesteps, check_scales, load_engine
 from s2p_deploy.engines.lowerings import Lowerings, layers_not_int8, recorded_lowerings
 from s2p_deploy.engines.options import BuildOptions
 from s2p_deploy.engines.runner import BoundRunner, Runner, TorchRunner
@@ -39,6 +39,7 @@ __all__ = [
     "TorchRunner",
     "backend_by_name",
     "backend_names",
+    "bound_timesteps",
     "build_engine",
     "check_scales",
     "engine_subgraphs",

@@ -57,18 +57,16 @@ def timestep_table_of(
         fractional: allows fractional timesteps, each of which gets an index of its own.
 
     Raises:
-        InputError: it has no such number of steps, no known kind of noise schedule, or fractional timesteps that are
-            not allowed.
+        InputError: as :func:`s2p_deploy.schedulers.with_steps`; it has no known kind of noise schedule, or fractional
+            timesteps that are not allowed.
     """
-    name, copied = type(scheduler).__name__, type(scheduler).from_config(scheduler.config)
-    try:
-        copied.set_timesteps(steps)
-    except ValueError as error:
-        raise InputError(f"{name} has no {steps} steps: {error}") from error
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    flow = not hasattr(scheduler, "alphas_cumprod")
-    if flow and not hasattr(scheduler, "scale_noise"):
+    from s2p_deploy.schedulers import is_flow_matching, with_steps  # and with them diffusers
+
+    name, flow = type(scheduler).__name__, is_flow_matching(scheduler)
+    if not (flow or hasattr(scheduler, "alphas_cumprod")):
         raise InputError(f"{name} is neither variance preserving (alphas_cumprod) nor flow matching (scale_noise)")
+    copied = with_steps(scheduler, steps)
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     training = config["num_train_timesteps"]
     levels = np.arange(training + 1) / training if flow else angles_from_alphas(scheduler.alphas_cumprod.numpy())
     schedule = np.unique(_flat(copied.timesteps.double().numpy()))

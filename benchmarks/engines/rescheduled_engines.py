@@ -106,7 +106,7 @@ class Bench:
         out = self.folder / "pipelines" / str(schedule.scheduler)
         if not out.exists():
             source = resolve_base("shapes").folder
-            scheduler = scheduler_by_name(str(schedule.scheduler), self.pipe.scheduler.config)
+            scheduler = scheduler_by_name(str(schedule.scheduler), self.pipe.scheduler)
             partial = out.with_name(f"{out.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial, ignore=shutil.ignore_patterns("scheduler"))

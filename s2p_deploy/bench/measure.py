@@ -67,7 +67,7 @@ def bench(
         context: progress, told about every engine loaded, round and picture.
 
     Raises:
-        InputError: ``against`` does not fit, or the engines do not take that batch.
+        InputError: ``against`` does not fit, or the engines do not take that batch or so many steps.
         MissingEnvironmentError: the engines cannot run here.
         S2PError: a process crashed.
     """
@@ -75,7 +75,7 @@ def bench(
     every = (against, *engines)
     recipe = _recipe(engines[0])
     steps = load.steps or recipe.sampling.steps
-    generation = _generation(base, recipe, steps) if base is not None and load.pictures else None
+    generation = _generation(base, recipe, steps, every) if base is not None and load.pictures else None
     samples = _measured(every, load, generation, context.progress)
     baseline = (against, samples[0])
     return BenchResult(
@@ -129,9 +129,17 @@ def _recipe(engine: Engine) -> Recipe:
     return recipe_from_data(engine.manifest.recipe, str(engine.folder))
 
 
-def _generation(base: BasePipeline, recipe: Recipe, steps: int) -> dict[str, Any]:
-    """Describes how a child generates pictures; the same for all engines."""
+def _generation(base: BasePipeline, recipe: Recipe, steps: int, engines: Sequence[Engine]) -> dict[str, Any]:
+    """Describes how a child generates pictures; the same for all engines.
+
+    Raises:
+        InputError: the scheduler has no such schedule, or an engine does not run it.
+    """
+    from s2p_deploy.pipeline import Schedule, schedules_to_bind  # and with them diffusers
+
+    (timesteps,) = {tuple(schedules_to_bind(engine, base, [Schedule(steps)])[0].tolist()) for engine in engines}
     return {
+        "timesteps": timesteps,
         "folder": str(base.folder),
         "source": base.base.source,
         "digest": base.base.digest,

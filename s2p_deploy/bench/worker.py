@@ -190,7 +190,8 @@ def _opened(request: dict[str, Any]) -> EngineWorkload:
     engine = Engine.open(Path(request["engine"]))
     if engine.manifest.digest != request["digest"]:
         raise IntegrityError("it was changed while it was opened")
-    runner = load_engine(engine, tried=True)  # this process may crash: its parent lives on
+    schedules = [request["generation"]["timesteps"]] if request["generation"] else []
+    runner = load_engine(engine, schedules=schedules, tried=True)  # this process may crash: its parent lives on
     return EngineWorkload(engine, runner, request["batch"], request["generation"], context_of(engine))
 
 

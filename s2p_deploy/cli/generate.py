@@ -36,8 +36,8 @@ def generate(  # noqa: PLR0913 - its options
         str | None,
         typer.Option(
             metavar="NAME",
-            help="pndm, ddim, euler, euler-linspace, euler-karras, heun, dpm++2m, dpm++2m-karras, unipc or lcm; the "
-            "pipeline's own if omitted. Fractional timesteps need an engine of the input form.",
+            help="pndm, ddim, euler, euler-linspace, euler-karras, heun, dpm++2m, dpm++2m-karras, unipc, lcm or "
+            "flow-euler; the pipeline's own if omitted. Fractional timesteps need an engine of the input form.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; the recipe's if omitted.")] = None,

@@ -24,6 +24,7 @@ from s2p_deploy.families.layers import (
     zero_inputs,
 )
 from s2p_deploy.families.model_family import Block, Config, ModelFamily, Tap
+from s2p_deploy.families.own_scheduler import load_scheduler
 from s2p_deploy.families.pipelines import (
     BasePipeline,
     base_of,
@@ -78,6 +79,7 @@ __all__ = [
     "latent_shape",
     "latent_shape_of",
     "load_pipeline",
+    "load_scheduler",
     "load_time_path",
     "module_of_type",
     "network_config",

@@ -31,6 +31,7 @@ class MMDiTFamily:
     component = "transformer"
     distilled = re.compile(r"transformer_blocks\.\d+")
     image_output = 1  # 0 is the text's activation
+    flow_matching = True
 
     def check(self, config: Config) -> None:
         """Refuses a network that writes other channels than it reads."""

@@ -70,11 +70,13 @@ class ModelFamily(Protocol):
         component: name of the network among a pipeline's components.
         distilled: matches the paths of modules whose outputs inter-layer distillation compares.
         image_output: index of the image's activation in the output of such a module, where that is a tuple.
+        flow_matching: whether its pipelines draw with schedulers of flow matching alone.
     """
 
     component: str
     distilled: re.Pattern[str]
     image_output: int
+    flow_matching: bool
 
     def check(self, config: Config) -> None:
         """Checks that an engine can compute such a network.

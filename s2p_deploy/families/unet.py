@@ -42,6 +42,7 @@ class UNetFamily:
     component = "unet"
     distilled = re.compile(r"(?:down|up)_blocks\.\d+|mid_block")
     image_output = 0  # the others are the shortcuts to the up blocks
+    flow_matching = False
 
     def check(self, config: Config) -> None:
         """Refuses image conditions, class labels, guidance embeddings and inpainting, each by name."""
@@ -50,6 +51,10 @@ class UNetFamily:
         for name in _UNSUPPORTED:
             if config.get(name) is not None:
                 raise InputError(f"a UNet with {name}={config[name]!r} is not supported")
+        if config.get("center_input_sample"):
+            raise InputError(
+                "a UNet with center_input_sample is not supported: what its first layer reads is not the sample"
+            )
         if config["in_channels"] != config["out_channels"]:
             raise InputError(
                 f"a UNet that reads {config['in_channels']} channels and writes {config['out_channels']} (inpainting,"

@@ -18,6 +18,7 @@ from s2p_deploy.pipeline.engine_pipeline import (
     open_pipeline,
     pipeline_with_engine,
     save_engine_pipeline,
+    schedules_to_bind,
 )
 from s2p_deploy.pipeline.generation import (
     Schedule,
@@ -52,6 +53,7 @@ __all__ = [
     "picture_size",
     "pipeline_with_engine",
     "save_engine_pipeline",
+    "schedules_to_bind",
     "timesteps_of",
     "with_schedule",
 ]

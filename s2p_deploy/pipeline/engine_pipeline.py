@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import diffusers
 
 from s2p_deploy.context import Context
-from s2p_deploy.engines import load_engine
+from s2p_deploy.engines import bound_timesteps, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import base_of, check_base, denoiser_of, load_pipeline, with_components, with_denoiser
 from s2p_deploy.families.pipelines import PIPELINES, absent_components, check_no_code, denoiser_name, read_json
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    import numpy as np
     from diffusers import DiffusionPipeline
+    from numpy.typing import NDArray
 
     from s2p_deploy.engines import BoundRunner
     from s2p_deploy.families import BasePipeline
@@ -100,11 +102,23 @@ def open_pipeline(
     if base is None:
         base = base_of(engine.manifest)
     check_base(base, engine.manifest)
+    timesteps = schedules_to_bind(engine, base, schedules)  # what is refused is, before networks are read
     loaded = _load_components(engine, components)
     stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
     if runner is None:
-        runner = load_engine(engine, schedules=[timesteps_of(stock, schedule) for schedule in schedules])
+        runner = load_engine(engine, schedules=timesteps)
     return _with_engine(stock, engine, runner, loaded, context)
+
+
+def schedules_to_bind(engine: Engine, base: BasePipeline, schedules: Sequence[Schedule]) -> list[NDArray[np.float64]]:
+    """Lists the timesteps of each schedule that an engine is to run; of the pipeline only the scheduler is read.
+
+    Raises:
+        InputError: as :func:`timesteps_of`, or the engine does not run one of them.
+    """
+    timesteps = [timesteps_of(base, schedule) for schedule in schedules]
+    bound_timesteps(engine, timesteps)
+    return timesteps
 
 
 def pipeline_with_engine(base: DiffusionPipeline, engine: Engine, runner: BoundRunner) -> DiffusionPipeline:

@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import denoiser_of, latent_shape_of, with_denoiser
-from s2p_deploy.schedulers import on_host, scheduler_by_name
+from s2p_deploy.families import BasePipeline, denoiser_of, latent_shape_of, load_scheduler, with_denoiser
+from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,27 +56,27 @@ def with_schedule(pipe: DiffusionPipeline, schedule: Schedule) -> DiffusionPipel
     """Makes a pipeline with a fresh scheduler of the schedule, which has the noise schedule of ``pipe``'s own.
 
     Raises:
-        InputError: there is no scheduler of that name.
+        InputError: there is no scheduler of that name, or it is not for such a pipeline.
     """
     other = with_denoiser(pipe, denoiser_of(pipe))
     if schedule.scheduler is not None:
-        other.scheduler = scheduler_by_name(schedule.scheduler, pipe.scheduler.config)
+        other.scheduler = scheduler_by_name(schedule.scheduler, pipe.scheduler)
     other.scheduler = on_host(other.scheduler)
     return other
 
 
-def timesteps_of(pipe: DiffusionPipeline, schedule: Schedule) -> NDArray[np.float64]:
-    """Lists the timesteps of every denoiser call that ``pipe`` makes on a schedule, float64 [calls], in order.
+def timesteps_of(source: DiffusionPipeline | BasePipeline, schedule: Schedule) -> NDArray[np.float64]:
+    """Lists the timesteps of every denoiser call that a pipeline makes on a schedule, float64 [calls], in order.
+
+    Of a pipeline on disk nothing but the scheduler is read.
 
     Raises:
-        InputError: there is no scheduler of that name, or it has no such number of steps.
+        InputError: there is no scheduler of that name, it is not for such a pipeline, or as
+            :func:`s2p_deploy.schedulers.with_steps`.
     """
-    scheduler = with_schedule(pipe, schedule).scheduler
-    try:
-        scheduler.set_timesteps(schedule.steps)
-    except ValueError as error:
-        raise InputError(f"{type(scheduler).__name__} has no {schedule.steps} steps: {error}") from error
-    timesteps: NDArray[np.float64] = scheduler.timesteps.double().numpy()
+    own = load_scheduler(source) if isinstance(source, BasePipeline) else source.scheduler
+    scheduler = own if schedule.scheduler is None else scheduler_by_name(schedule.scheduler, own)
+    timesteps: NDArray[np.float64] = with_steps(scheduler, schedule.steps).timesteps.double().numpy()
     return timesteps
 
 

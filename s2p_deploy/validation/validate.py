@@ -17,7 +17,7 @@ from s2p_deploy.context import Context
 from s2p_deploy.engines import backend_by_name, engine_subgraphs, load_engine
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
+from s2p_deploy.pipeline import Schedule, pipeline_with_engine, schedules_to_bind, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Skipped
 from s2p_deploy.records.artifacts import check_vacant
@@ -99,6 +99,7 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         bench_rows(bench, chain.engine.manifest.digest)
     if floor is not None:
         _check_floor(floor, chain)
+    schedules_to_bind(chain.engine, chain.base, (Schedule.of(chain.recipe.sampling), *schedules))
     context.set_threads()
     request = ValidationRequest(prompts.first(pictures or chain.recipe.validation.pictures), schedules, floor, weights)
     partial, device = partial_of(out), reference_device(chain.engine, context)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families import load_pipeline, resolve_base
-from s2p_deploy.pipeline import Schedule, timesteps_of
+from s2p_deploy.families import resolve_base
+from s2p_deploy.pipeline import Schedule, schedules_to_bind
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Manifest, check_vacant, write_artifact
 from s2p_deploy.records.artifacts import copy_artifact
@@ -156,11 +156,10 @@ def check_native(engine: Engine) -> None:
 
 def _schedules(engine: Engine, base: BasePipeline, options: RepositoryOptions) -> list[list[float]]:
     """Computes the timesteps of all step counts, where the engine must know them when it is loaded."""
-    if not engine.takes_time_projections:
-        return []
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
-    pipe = load_pipeline(base)
-    return [timesteps_of(pipe, Schedule(steps)).tolist() for steps in sorted({sampling.steps, *options.steps})]
+    schedules = [Schedule(steps) for steps in sorted({sampling.steps, *options.steps})]
+    timesteps = schedules_to_bind(engine, base, schedules)
+    return [values.tolist() for values in timesteps] if engine.takes_time_projections else []
 
 
 def _place_native(engine: Engine, folder: Path) -> None:
