@@ -5,27 +5,41 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import TimePath, indexed_denoiser, load_pipeline, with_denoiser
-from s2p_deploy.pipeline import EngineUNet, Schedule, initial_noise, timesteps_of
-from s2p_deploy.records import TimestepTable, TimeTable
-from s2p_deploy.schedulers import on_host, scheduler_by_name, scheduler_names
-from s2p_deploy.timesteps import angles_from_alphas, scale_origins, timestep_indices, with_schedules
-from tests.small_pipelines import tiny_base
+from s2p_deploy.pipeline import EngineUNet, Schedule, generate, initial_noise, timesteps_of
+from s2p_deploy.records import Prompt, TimestepTable, TimeTable
+from s2p_deploy.schedulers import on_host, scheduler_by_name, scheduler_names, with_steps
+from s2p_deploy.timesteps import (
+    angles_from_alphas,
+    scale_origins,
+    timestep_indices,
+    timestep_table_of,
+    with_schedules,
+)
+from tests.small_pipelines import sibling, tiny_base
 
 PROMPT = "a small red circle at the top left, white background"
 TOLERANCE = 1e-4  # of the latents' norm, at the end of the loop: float32 in another order
@@ -226,3 +240,154 @@ def test_timesteps_stay_on_the_host(name: str) -> None:
     configs = [{key: value for key, value in one.config.items() if key[0] != "_"} for one in (kept, original)]
     assert configs[0] == configs[1]
     assert inspect.signature(kept.set_timesteps) == inspect.signature(original.set_timesteps)
+
+
+FLOWS = {"dpm++2m", "dpm++2m-karras", "unipc"}  # solvers that run flow matching where their options say so
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+SOLVERS = (EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+SPACED = [(one, option) for one in SOLVERS for option in SPACINGS if option in inspect.signature(one).parameters]
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("own", [FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler()])
+@pytest.mark.parametrize("name", PRESERVING)
+def test_flow_matching_takes_no_scheduler_of_another_kind(own: SchedulerMixin, name: str) -> None:
+    with pytest.raises(InputError) as refused:
+        scheduler_by_name(name, own)
+    assert str(refused.value) == (
+        f"scheduler {name!r} is for networks that predict noise, v or x0, this pipeline for flow matching: use"
+        f" flow-euler, or name none, for the pipeline's own {type(own).__name__}"
+    )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", [PNDMScheduler, DDIMScheduler, *SOLVERS])
+def test_other_networks_take_no_scheduler_of_flow_matching(kind: type, prediction: str) -> None:
+    own = kind(**SD, prediction_type=prediction)
+    with pytest.raises(
+        InputError, match=rf"is for flow matching.*use pndm, ddim, .*the pipeline's own {kind.__name__}"
+    ):
+        scheduler_by_name("flow-euler", own)
+    assert {scheduler_by_name(name, own).config.prediction_type for name in PRESERVING} == {prediction}
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_solvers_of_flow_matching_are_taken_where_the_own_one_is_such(kind: type) -> None:
+    own = kind(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for name in PRESERVING:
+        if name in FLOWS:
+            config = scheduler_by_name(name, own).config
+            assert (config.use_flow_sigmas, config.prediction_type, config.flow_shift) == (True, "flow_prediction", 3.0)
+        else:
+            with pytest.raises(InputError, match="this pipeline for flow matching: use dpm"):
+                scheduler_by_name(name, own)
+
+
+@pytest.mark.parametrize(("kind", "option"), SPACED)
+@pytest.mark.parametrize("name", PRESERVING)
+def test_of_spacings_that_exclude_each_other_the_name_decides(name: str, kind: type, option: str) -> None:
+    config = scheduler_by_name(name, kind(**SD, **{option: True})).config
+    known = inspect.signature(type(scheduler_by_name(name, kind(**SD))).__init__).parameters
+    on = [one for one in SPACINGS if one in known and config[one]]
+    assert on == (["use_karras_sigmas"] if name.endswith("karras") else [])
+
+
+@pytest.mark.parametrize(
+    "own", [PNDMScheduler(), DDIMScheduler(beta_schedule="squaredcos_cap_v2"), DDIMScheduler(**SD)]
+)
+@pytest.mark.parametrize("name", PRESERVING)
+def test_a_noise_schedule_by_default_is_not_the_default_of_another_class(own: SchedulerMixin, name: str) -> None:
+    assert torch.equal(scheduler_by_name(name, own).alphas_cumprod, own.alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_zero_terminal_snr_stays_or_is_refused(name: str) -> None:
+    own = DDIMScheduler(**SD, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    if name in {"pndm", "heun"}:
+        with pytest.raises(InputError, match=r"noise schedule \(rescale_betas_zero_snr\): use ddim, euler, "):
+            scheduler_by_name(name, own)
+        return
+    made = with_steps(scheduler_by_name(name, own), 20)
+    assert torch.allclose(made.alphas_cumprod, own.alphas_cumprod, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+        (UniPCMultistepScheduler(use_dynamic_shifting=True, use_flow_sigmas=True), "use_dynamic_shifting"),
+        (EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"), "continuous is not supp"),
+        (PNDMScheduler(prediction_type="sample"), "prediction_type given as sample"),
+        (HeunDiscreteScheduler(prediction_type="magic"), "prediction_type given as magic"),
+        (EulerDiscreteScheduler(prediction_type="flow_prediction"), "prediction_type given as flow_prediction"),
+        (DDIMScheduler(timestep_spacing="magic"), "magic is not supported"),
+        (DPMSolverMultistepScheduler(final_sigmas_type="magic"), "final_sigmas_type"),
+        (DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "no numbers.*zero_snr True"),
+        (DPMSolverMultistepScheduler(variance_type="learned_range"), "must match the size"),
+        (FlowMatchEulerDiscreteScheduler(shift=float("nan")), "asks for timestep nan"),
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 20])
+def test_what_would_fail_on_the_way_is_refused_before(scheduler: SchedulerMixin, said: str, steps: int) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        with_steps(scheduler, steps)
+    assert type(scheduler).__name__ in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# Options of the pipeline's own scheduler, for networks that predict v: each class with those that it has.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trailing": {"timestep_spacing": "trailing"},
+    "zero terminal SNR": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "karras": {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+    "lu": {"use_lu_lambdas": True},
+    "log linear": {"interpolation_type": "log_linear", "timestep_spacing": "linspace"},
+    "continuous": {"timestep_type": "continuous", "use_karras_sigmas": True, "sigma_max": 120.0, "sigma_min": 0.002},
+}
+CLASSES = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+EVERY = [
+    (name, kind)
+    for name in CLASSES
+    for kind, options in OPTIONS.items()
+    if set(options) <= set(inspect.signature(getattr(diffusers, name).__init__).parameters) | {"final_sigmas_type"}
+]
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_options_of_the_own_scheduler_draw_as_diffusers_or_are_refused(
+    base: StableDiffusionPipeline, name: str, kind: str, steps: int
+) -> None:
+    own = of_class(name, **OPTIONS[kind], prediction_type="v_prediction", skip_prk_steps=True)
+    if kind == "continuous":
+        with pytest.raises(InputError, match="timestep_type continuous is not supported"):
+            with_steps(own(base.scheduler), steps)
+        return
+    asked = with_steps(own(base.scheduler), steps).timesteps.double().numpy()
+    table = timestep_table_of(own(base.scheduler), steps, fractional=True)
+    assert_same_loop(base, with_schedules(table, [asked]), own, num_inference_steps=steps)
+
+
+def test_flow_euler_is_the_own_scheduler_on_any_number_of_steps() -> None:
+    pipe, prompt = load_pipeline(sibling("sd3")), Prompt("one", PROMPT)
+    for steps in (2, 5):
+        assert (
+            timesteps_of(pipe, Schedule(steps, "flow-euler")).tolist() == timesteps_of(pipe, Schedule(steps)).tolist()
+        )
+        pictures = [
+            np.asarray(generate(pipe, prompt, schedule=Schedule(steps, name), guidance_scale=2.0))
+            for name in (None, "flow-euler")
+        ]
+        np.testing.assert_array_equal(*pictures)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_beta_sigmas=True)
+    assert timesteps_of(pipe, Schedule(5, "flow-euler")).tolist() != timesteps_of(pipe, Schedule(5)).tolist()

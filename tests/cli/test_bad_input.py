@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.records import read_manifest, write_artifact
 from tests.cli.commands import Chain, Finished, Run, quick_settings
+from tests.small_pipelines import sibling
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
@@ -288,3 +289,59 @@ def test_an_interrupt_is_130(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("s2p_deploy.records.read_manifest", interrupt)
     assert_refused(run("inspect", tmp_path), 130, "interrupted")
+
+
+def model_with(name: str, folder: Path, file: str, **values: object) -> Path:
+    """A copy of a small pipeline of a family, one of its configurations changed."""
+    shutil.copytree(sibling(name).folder, folder)
+    config = json.loads((folder / file).read_text(encoding="utf-8")) | values
+    (folder / file).write_text(json.dumps(config), encoding="utf-8")
+    if "_class_name" in values:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index |= {"scheduler": ["diffusers", values["_class_name"]]}
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "ptq", "fp", "ptq-stream"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("sd3", SCHEDULER, {"use_dynamic_shifting": True}), "dynamic shifting"),
+        (("sd3", SCHEDULER, EULER), "flow matching alone"),
+        (("sdxl", SCHEDULER, EULER | CONTINUOUS), "timestep_type continuous is not supported"),
+        (("sdxl", SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}), "which a StableDiffusionXLPipeline"),
+        (("sd2", UNET, {"center_input_sample": True}), "center_input_sample"),
+        (("sd2", SCHEDULER, {"prediction_type": "magic"}), "prediction_type given as magic"),
+    ],
+)
+def test_what_no_calibration_can_follow_is_said_before_any_work(
+    run: Run, tmp_path: Path, prompts_file: Path, recipe: str, changed: tuple[str, str, dict[str, object]], said: str
+) -> None:
+    family, file, values = changed
+    model = model_with(family, tmp_path / "model", file, **values)
+    assert_refused(calibrate(run, tmp_path / "x", prompts_file, model=model, recipe=recipe), 2, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("command", ["generate", "validate", "serve"])
+def test_a_scheduler_of_another_kind_is_refused_before_any_work(
+    run: Run, chain: Chain, prompts_file: Path, tmp_path: Path, command: str
+) -> None:
+    out, schedule = tmp_path / "x", ["--schedule", "flow-euler:5"]
+    arguments: dict[str, list[object]] = {
+        "generate": ["--prompt", "p", "--scheduler", "flow-euler", "--out", tmp_path / "x.png"],
+        "validate": ["--prompts", prompts_file, "--out", out, *schedule],
+        "serve": ["--port", 0, *schedule],
+    }
+    before = sorted(tmp_path.iterdir())
+    done = run(command, chain.engine, *arguments[command])
+    assert done.code == 2
+    line = done.err.splitlines()[-1]
+    assert all(word in line for word in ("s2p-deploy: ", "'flow-euler' is for flow matching", "use pndm, ddim"))
+    assert sorted(tmp_path.iterdir()) == before

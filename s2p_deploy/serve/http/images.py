@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from s2p_deploy.errors import S2PError
@@ -62,7 +62,7 @@ class HttpLimits:
 class ImageForm(BaseModel):
     """The body of ``POST /v1/images/generations`` as far as OpenAI's is supported, and fields beyond it.
 
-    What is left out comes from the model.
+    What is left out or null comes from the model: OpenAI's clients send null for what nobody set.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -78,6 +78,14 @@ class ImageForm(BaseModel):
     negative_prompt: str | None = None
     scheduler: Annotated[str | None, Field(max_length=64)] = None
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, form: object) -> object:
+        if not isinstance(form, dict):
+            return form
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in form.items() if value is not None or name in required}
 
     def requests(self, info: ModelInfo, limits: HttpLimits) -> list[ImageRequest]:
         """Makes one request per picture.

@@ -12,9 +12,11 @@ import threading
 import numpy as np
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from s2p_deploy.serve.http.images import progress
+from s2p_deploy.serve.http.images import ImageForm, progress
 from s2p_deploy.serve.http.metrics import Metrics
 from s2p_deploy.serve.request import ImageRequest, RequestFuture
 from s2p_deploy.serve.service import ServiceSettings
@@ -72,6 +74,45 @@ def test_what_is_left_out_comes_from_the_model_and_a_seed_by_chance(server: Live
     assert answers[0].headers["cache-control"] == "no-store"
 
 
+OPTIONAL = tuple(name for name, field in ImageForm.model_fields.items() if not field.is_required())
+OPENAIS_OWN = ("background", "moderation", "output_compression", "output_format", "quality", "style", "user")
+
+
+@given(nulls=st.sets(st.sampled_from(OPTIONAL + OPENAIS_OWN)), prompt=st.text(min_size=1))
+def test_null_is_what_was_left_out(nulls: set[str], prompt: str) -> None:
+    form = ImageForm.model_validate_json(json.dumps({"prompt": prompt} | dict.fromkeys(nulls)))
+    assert form == ImageForm(prompt=prompt)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_null_field_beside_others_leaves_them_as_they_are(name: str) -> None:
+    every = {"model": "small", "n": 2, "size": "64x64", "response_format": "b64_json", "seed": 3, "stream": True}
+    every |= {"num_inference_steps": 4, "guidance_scale": 2.0, "negative_prompt": "x", "scheduler": "ddim"}
+    assert set(every) == set(OPTIONAL)
+    found = ImageForm.model_validate({"prompt": PROMPT} | every | {name: None})
+    assert found.model_dump() == ImageForm(prompt=PROMPT).model_dump() | every | {
+        name: ImageForm.model_fields[name].default
+    }
+
+
+def test_a_form_of_nulls_draws_what_the_model_draws(server: LiveServer) -> None:
+    nulls = dict.fromkeys(set(OPTIONAL + OPENAIS_OWN) - {"seed", "num_inference_steps"})
+    found, plain = server.draw(**nulls), server.draw()
+    assert (found.status, plain.status) == (200, 200)
+    assert len(found.data["data"]) == 1
+    pictures = [pixels_of(answer.data["data"][0]["b64_json"]).astype(int) for answer in (found, plain)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert server.draw(num_inference_steps=None, seed=None, **nulls).status == 200
+
+
+def test_openais_client_may_send_null(client: openai.OpenAI) -> None:
+    asked = {"seed": 7, "num_inference_steps": STEPS, "negative_prompt": None, "scheduler": None}
+    found = client.images.generate(
+        prompt=PROMPT, model=None, n=None, size=None, quality=None, response_format=None, style=None, extra_body=asked
+    )
+    assert pixels_of((found.data or [])[0].b64_json or "").shape == (64, 64, 3)
+
+
 @pytest.mark.parametrize(
     ("form", "param", "said"),
     [
@@ -97,6 +138,7 @@ def test_what_is_left_out_comes_from_the_model_and_a_seed_by_chance(server: Live
         ({"guidance_scale": 1e9}, "guidance_scale", "0 to 50"),
         ({"guidance_scale": float("nan")}, "guidance_scale", ""),
         ({"scheduler": "magic"}, None, "unknown scheduler"),
+        ({"scheduler": "flow-euler"}, None, "'flow-euler' is for flow matching"),
         ({"line\nbreak": 1}, "line break", "not supported"),
         ({"half of a character: \ud800": 1}, None, "unicode"),
     ],
