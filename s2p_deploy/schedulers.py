@@ -48,6 +48,7 @@ _SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigm
 # the other class.
 _TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 _ZERO_SNR = "rescale_betas_zero_snr"
+_FEW_STEPS = 4  # that every scheduler takes
 _SAME_ALPHAS = 1e-6  # where it is zero, some schedulers take 2**-24
 
 
@@ -97,8 +98,8 @@ def with_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("use_dynamic_shifting"):
         raise InputError(
-            f"{name} has use_dynamic_shifting (dynamic shifting), which is not supported, because the timesteps of"
-            " calibration would be those of one picture size: set it to false and give shift a number"
+            f"{name} has dynamic shifting (use_dynamic_shifting), which is not supported, because its timesteps depend"
+            " on the picture's size: set it to false and give shift a number"
         )
     # any exception: whatever a third party's code raises on a third party's configuration is the configuration's fault
     try:
@@ -199,7 +200,7 @@ def _replacement(name: str, own: SchedulerMixin) -> SchedulerMixin:
 
 def _replaces(name: str, own: SchedulerMixin) -> bool:
     try:
-        _replacement(name, own)
+        with_steps(_replacement(name, own), _FEW_STEPS)
     except InputError:
         return False
     return True

@@ -67,6 +67,11 @@ def timestep_table_of(
         raise InputError(f"{name} is neither variance preserving (alphas_cumprod) nor flow matching (scale_noise)")
     copied = with_steps(scheduler, steps)
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    if flow and not fractional:
+        raise InputError(
+            f"{name} is of flow matching, which is supported where time features depend on the prompt too (SDXL, SD3):"
+            " with SD 1 and 2 use a variance-preserving scheduler"
+        )
     training = config["num_train_timesteps"]
     levels = np.arange(training + 1) / training if flow else angles_from_alphas(scheduler.alphas_cumprod.numpy())
     schedule = np.unique(_flat(copied.timesteps.double().numpy()))

@@ -39,7 +39,7 @@ from s2p_deploy.timesteps import (
     timestep_table_of,
     with_schedules,
 )
-from tests.small_pipelines import sibling, tiny_base
+from tests.small_pipelines import sibling, tiny_base, whole_denoiser
 
 PROMPT = "a small red circle at the top left, white background"
 TOLERANCE = 1e-4  # of the latents' norm, at the end of the loop: float32 in another order
@@ -391,3 +391,32 @@ def test_flow_euler_is_the_own_scheduler_on_any_number_of_steps() -> None:
         np.testing.assert_array_equal(*pictures)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_beta_sigmas=True)
     assert timesteps_of(pipe, Schedule(5, "flow-euler")).tolist() != timesteps_of(pipe, Schedule(5)).tolist()
+
+
+def test_karras_sigmas_of_flow_matching_are_refused_where_diffusers_ends_in_nan() -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    own = DPMSolverMultistepScheduler(**flow)
+    with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler ends 6 steps with values that are no numbers"):
+        with_steps(scheduler_by_name("dpm++2m-karras", own), 6)
+    with pytest.raises(InputError, match=r"use dpm\+\+2m, unipc, or name none"):
+        scheduler_by_name("ddim", own)
+
+
+@pytest.mark.parametrize(
+    ("name", "karras"),
+    [("DPMSolverMultistepScheduler", False), ("UniPCMultistepScheduler", False), ("UniPCMultistepScheduler", True)],
+)
+def test_solvers_of_flow_matching_draw_as_diffusers(name: str, karras: bool) -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    for family in ("sd3", "sdxl"):
+        pipe = load_pipeline(sibling(family))
+        pipe.scheduler = of_class(name, **flow, use_karras_sigmas=karras)(pipe.scheduler)
+        denoiser = whole_denoiser(pipe, 6)
+        assert denoiser.timesteps.flow_matching
+        pictures = [
+            np.asarray(generate(one, Prompt("one", PROMPT), schedule=Schedule(6), guidance_scale=2.0))
+            for one in (pipe, with_denoiser(pipe, denoiser))
+        ]
+        np.testing.assert_array_equal(*pictures)
+    with pytest.raises(InputError, match=f"{name} is of flow matching, which is supported where"):
+        timestep_table_of(pipe.scheduler, 6, fractional=False)

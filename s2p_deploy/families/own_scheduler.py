@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from diffusers.utils import logging
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.pipelines import load_pipeline, read_json
 from s2p_deploy.schedulers import is_flow_matching
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import SchedulerMixin
 
     from s2p_deploy.families.pipelines import BasePipeline
@@ -23,7 +28,8 @@ def load_scheduler(base: BasePipeline) -> SchedulerMixin:
     index = read_json(base.folder / "model_index.json")
     others = [name for name, entry in index.items() if isinstance(entry, list) and name != "scheduler"]
     try:
-        scheduler: SchedulerMixin = load_pipeline(base, without=others).scheduler
+        with _without_warnings():
+            scheduler: SchedulerMixin = load_pipeline(base, without=others).scheduler
     except InputError:
         raise
     except Exception as error:  # whatever diffusers raises on a configuration is the configuration's fault
@@ -31,6 +37,17 @@ def load_scheduler(base: BasePipeline) -> SchedulerMixin:
         raise InputError(f"the scheduler of {base.base.source} cannot be loaded by diffusers: {reason}") from error
     _check_kind(scheduler, base)
     return scheduler
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silences what diffusers says of networks that are left out, such as of a safety checker."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_kind(scheduler: SchedulerMixin, base: BasePipeline) -> None:

@@ -41,6 +41,17 @@ def test_no_weights_are_read_and_the_pipeline_corrects_the_options(tmp_path: Pat
     assert (config.clip_sample, config.steps_offset) == (False, 1)  # as diffusers does with old configurations
 
 
+def test_nothing_is_said_of_the_networks_that_are_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_with(sibling("sd2"), tmp_path / "base", "DDIMScheduler")
+    index = json.loads((base.folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (base.folder / "model_index.json").write_text(json.dumps(index))
+    load_scheduler(base)
+    assert "safety checker" not in capfd.readouterr().err + caplog.text
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", EULER, "UniPCMultistepScheduler", "LCMScheduler"])
 def test_sd3_takes_flow_matching_alone(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"has {name}, but a StableDiffusion3Pipeline takes flow matching alone"):
