@@ -42,11 +42,11 @@ _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "lcm": (LCMScheduler, {"clip_sample": False}),
     "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
 }
-# Exclude each other, and from_config would keep those of the pipeline's scheduler: the name alone says which it is.
+# Exclude each other, and the own scheduler may have another one: the name alone says which it is.
 _SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-# What the network was trained with. from_config would replace what the own scheduler has by default by the default of
-# the other class.
-_TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+# What the network was trained with: taken from the own scheduler also where it has that by default, because other
+# classes have other defaults.
+_TRAINED_WITH = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
 _ZERO_SNR = "rescale_betas_zero_snr"
 _FEW_STEPS = 4  # that every scheduler takes
 _SAME_ALPHAS = 1e-6  # where it is zero, some schedulers take 2**-24
@@ -101,6 +101,8 @@ def with_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
             f"{name} has dynamic shifting (use_dynamic_shifting), which is not supported, because its timesteps depend"
             " on the picture's size: set it to false and give shift a number"
         )
+    if steps > config.num_train_timesteps and not is_flow_matching(scheduler):
+        raise InputError(f"{name} cannot do {steps} steps: there are {config.num_train_timesteps} training timesteps")
     # any exception: whatever a third party's code raises on a third party's configuration is the configuration's fault
     try:
         fresh = type(scheduler).from_config(config)
@@ -179,16 +181,19 @@ def _replacement(name: str, own: SchedulerMixin) -> SchedulerMixin:
     """
     scheduler_class, options = _SCHEDULERS[name]
     known = _options(scheduler_class)
+    by_default = set(own.config.get("_use_default_values", ())) - _TRAINED_WITH
+    kept = {option: own.config[option] for option in known if option in own.config and option not in by_default}
     spacings = {option: False for option in _SIGMA_SPACINGS if option in known}
-    trained = {option: own.config[option] for option in _TRAINED_WITH if option in known and option in own.config}
     try:
-        scheduler: SchedulerMixin = scheduler_class.from_config(own.config, **trained | spacings | options)  # type: ignore[attr-defined]  # diffusers is not typed
+        scheduler: SchedulerMixin = scheduler_class(**kept | spacings | options)
     except Exception as error:  # as in with_steps
         raise InputError(f"does not take this pipeline's noise schedule ({_one_line(error)})") from error
     flow, own_flow = is_flow_matching(scheduler), is_flow_matching(own)
     if flow != own_flow:
         kinds = {True: "flow matching", False: "networks that predict noise, v or x0"}
         raise InputError(f"is for {kinds[flow]}, this pipeline for {kinds[own_flow]}")
+    if hasattr(own, "init_noise_sigma") and not hasattr(scheduler, "init_noise_sigma"):
+        raise InputError("scales no noise, which this pipeline's scheduler does")
     alphas, own_alphas = (getattr(one, "alphas_cumprod", None) for one in (scheduler, own))
     if alphas is None or own_alphas is None:
         return scheduler
@@ -207,7 +212,7 @@ def _replaces(name: str, own: SchedulerMixin) -> bool:
 
 
 def _options(scheduler_class: type) -> Collection[str]:
-    """Lists the options of a scheduler's class; from_config carries those of other classes along."""
+    """Lists the options of a scheduler's class; a configuration may hold those of other classes too."""
     return inspect.signature(scheduler_class.__init__).parameters  # type: ignore[misc]  # of the class itself
 
 

@@ -283,6 +283,17 @@ def test_solvers_of_flow_matching_are_taken_where_the_own_one_is_such(kind: type
                 scheduler_by_name(name, own)
 
 
+def test_what_is_refused_is_said_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing beside it of options that a class does not know."""
+    for own in (FlowMatchEulerDiscreteScheduler(shift=3.0), DPMSolverMultistepScheduler(use_flow_sigmas=True)):
+        for name in ("lcm", "ddim", "euler-karras"):
+            with pytest.raises(InputError, match=f"scheduler '{name}' is for networks"):
+                scheduler_by_name(name, own)
+    with pytest.raises(InputError, match="scales no noise, which this pipeline's scheduler does: use dpm"):
+        scheduler_by_name("flow-euler", own)
+    assert "config attributes" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "option"), SPACED)
 @pytest.mark.parametrize("name", PRESERVING)
 def test_of_spacings_that_exclude_each_other_the_name_decides(name: str, kind: type, option: str) -> None:
@@ -420,3 +431,10 @@ def test_solvers_of_flow_matching_draw_as_diffusers(name: str, karras: bool) -> 
         np.testing.assert_array_equal(*pictures)
     with pytest.raises(InputError, match=f"{name} is of flow matching, which is supported where"):
         timestep_table_of(pipe.scheduler, 6, fractional=False)
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_there_are_no_more_steps_than_training_timesteps(base: StableDiffusionPipeline, name: str) -> None:
+    """diffusers would denoise at one timestep over and over."""
+    with pytest.raises(InputError, match=r"cannot do 1001 steps: there are 1000 training timesteps"):
+        timesteps_of(base, Schedule(1001, name))

@@ -338,7 +338,7 @@ def test_a_timestep_of_flow_matching_without_a_row() -> None:
 
 
 def test_schedulers_that_have_no_such_schedule() -> None:
-    with pytest.raises(InputError, match="DDIMScheduler, as it is configured, cannot do 2000 steps"):
+    with pytest.raises(InputError, match="DDIMScheduler cannot do 2000 steps"):
         timestep_table_of(DDIMScheduler(**SD), 2000, fractional=False)
     with pytest.raises(InputError, match="KarrasVeScheduler is neither variance preserving"):
         timestep_table_of(KarrasVeScheduler(), 4, fractional=True)

@@ -168,3 +168,14 @@ def test_limits_of_options_leave_the_recipes_others(engine_of: NamedEngines) -> 
     own = replace(engine, manifest=replace(engine.manifest, recipe=recipe))
     assert gain_limits(own, Bench(speedup=3.0)) == Bench(speedup=3.0, int8_share=0.5)
     assert gain_limits(own, Bench()) == Bench(speedup=2.0, int8_share=0.5)
+
+
+def test_steps_that_no_engine_runs_are_refused_before_any_is_loaded(
+    drawing_engine: Engine, drawing_base: BasePipeline
+) -> None:
+    told: list[str] = []
+    context = Context(progress=lambda stage, _done, _total: told.append(stage))
+    load = replace(QUICK, batch=2, pictures=1, steps=2000)
+    with pytest.raises(InputError, match="cannot do 2000 steps"):
+        bench([drawing_engine], drawing_engine, load, base=drawing_base, context=context)
+    assert told == []
