@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -44,7 +43,8 @@ class Capabilities:
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
     first of ``precisions`` and of ``providers`` is the default; without precisions, it computes in the graph's own.
     ``unavailable`` maps providers that exist but cannot be used here to what to do about it. ``refit`` says whether its
-    engines can be made refittable or stripped of their weights: here, with a GPU, or never.
+    engines can be made refittable or stripped of their weights: here, with a GPU, or never. ``targets`` tells whether a
+    build can be told which compute capabilities it is for.
     """
 
     backend: str
@@ -57,6 +57,7 @@ class Capabilities:
     optimizations: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     refit: Literal["here", "with a GPU", "never"] = "never"
+    targets: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,23 @@ class Backend(Protocol):
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the engine's files. May crash: :func:`s2p_deploy.engines.build_engine` calls it in a child process."""
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Describes what must equal the record of an engine that runs so (None: by default) for it to be loaded."""
 
-    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
-        """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
+    def load(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
+    ) -> Runner:
+        """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``.
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Compiles a small prepared model in memory, as ``compile`` does, and loads it here."""
+        ``device`` is a context's; an engine for a GPU runs on the one that :func:`.machine.gpu_index` says.
+        """
+
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Compiles a prepared model, such as a block, as ``compile`` does, and loads it here."""
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs | None:
         """Opens an engine's own files, verified, to cut subgraphs out of them; None where they cannot be cut.
@@ -230,6 +240,15 @@ def check_refit(backend: Backend, options: BuildOptions) -> None:
     if can == "with a GPU":
         raise MissingEnvironmentError(
             f"{backend.name} builds refittable and stripped engines only beside a GPU's driver, and there is none here"
+        )
+
+
+def check_targets(backend: Backend, options: BuildOptions) -> None:
+    """Refuses compute capabilities to build for where the backend has no such choice. Raises InputError."""
+    if options.compute_capabilities and not backend.capabilities().targets:
+        raise InputError(
+            f"{backend.name} engines are not built for compute capabilities that are named, TensorRT-RTX's are: leave "
+            "--compute-capability out"
         )
 
 

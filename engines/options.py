@@ -31,7 +31,8 @@ class BuildOptions:
     become operators (``auto``: what the backend takes, ``rescale`` where it takes several). Columns of the scale table
     that vary by no more than the fraction ``static_tolerance`` over the timesteps become constants. ``refit`` makes a
     TensorRT plan whose weights can be put in again, the same ones; ``stripped`` leaves them out of the plan: they come
-    from the graph when the engine is loaded.
+    from the graph when the engine is loaded. ``compute_capabilities``, such as ``7.5``, are what a TensorRT-RTX engine
+    is for (empty: the library's default, which leaves out Turing's 7.5).
 
     Example:
         >>> BuildOptions(precision="bf16", profile=ShapeProfile(2, 4, 16), static_tolerance=0.02).execution
@@ -46,6 +47,7 @@ class BuildOptions:
     static_tolerance: float = 0.0
     refit: bool = False
     stripped: bool = False
+    compute_capabilities: tuple[str, ...] = ()
 
     @property
     def execution(self) -> Execution:
@@ -55,7 +57,9 @@ class BuildOptions:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BuildOptions:
         """Reads the options that ``dataclasses.asdict`` made a mapping of."""
-        return BuildOptions(**{**data, "profile": read_value(ShapeProfile, data["profile"], Path("options"))})
+        profile = read_value(ShapeProfile, data["profile"], Path("options"))
+        named = tuple(data.get("compute_capabilities", ()))
+        return BuildOptions(**{**data, "profile": profile, "compute_capabilities": named})
 
 
 MOST_TIMESTEPS = 4096  # in a scale table whose size is open: dozens of schedules bound at once

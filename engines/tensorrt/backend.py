@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from s2p_deploy.engines.lowerings import (
     weight_only,
     weight_only_or_matmul,
 )
-from s2p_deploy.engines.machine import compute_capability, installed_version, platform_name
+from s2p_deploy.engines.machine import compute_capability, gpu_index, installed_version, platform_name
 from s2p_deploy.engines.onnx_files import write_onnx
 from s2p_deploy.engines.options import BuildOptions, profile_shapes, spec_of
 from s2p_deploy.engines.runner import BOUND
@@ -32,6 +32,14 @@ from s2p_deploy.engines.support import support_of
 from s2p_deploy.engines.tensorrt.builder import PlanOptions, build_plan
 from s2p_deploy.engines.tensorrt.launchers import timing_cache
 from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan, refit
+from s2p_deploy.engines.tensorrt.targets import (
+    Capability,
+    capability_name,
+    chosen_capabilities,
+    described_targets,
+    named_capabilities,
+    runs_on,
+)
 from s2p_deploy.errors import MissingEnvironmentError
 from s2p_deploy.records import Execution, ExportedGraph, ShapeProfile
 from s2p_deploy.records.artifacts import parent_folder
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
 
     import onnx
     import onnx_ir as ir
+    import torch
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
@@ -51,10 +60,10 @@ if TYPE_CHECKING:
 
 PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
+GPU_MEMORY = "gpu_memory"  # among a manifest's notes: the fields of PlanMemory
 _GPU = "CUDA GPU"
 _SUBGRAPH_TIMEOUT_S = 600.0
 _SUBGRAPH_TIMESTEPS = 50  # what a subgraph's profile is tuned for
-_NOT_ON_RTX = (9, 0)  # H100 and H200
 _MISSING = {
     RTX: "TensorRT-RTX is not installed: pip install 's2p-deploy[rtx]'",
     "tensorrt": "TensorRT is not installed: pip install 's2p-deploy[tensorrt]' on a machine with an NVIDIA GPU "
@@ -69,17 +78,17 @@ class TensorRtBackend:
     name: str
 
     def capabilities(self) -> Capabilities:
-        """Executes where there is a CUDA GPU (for TensorRT-RTX: not of compute capability 9.0)."""
+        """Executes where there is a CUDA GPU (for TensorRT-RTX: one that the library names, or a later one)."""
         version = installed_version(self.name, f"{self.name}_cu13", f"{self.name}_cu12")
         capability = compute_capability() if version else None
         executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
-        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits)
+        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, targets=self.name == RTX)
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
-        capability = compute_capability()
+        capability = compute_capability(device)
         here = {self.name: str(self.capabilities().version), "device": _GPU if capability else "no GPU"}
         return here | self._bound_to(capability)
 
@@ -100,18 +109,32 @@ class TensorRtBackend:
         onnx_path, plan = request.scratch / "denoiser.onnx", request.folder / PLAN
         write_onnx(request.model, onnx_path)
         build_plan(self.name, onnx_path, shapes, plan, self._plan_options(request.options, capability))
+        library = importlib.import_module(self.name)
+        notes: dict[str, Any] = {}
+        if self.name == RTX:
+            chosen = chosen_capabilities(library, request.options.compute_capabilities)
+            notes["target"] = described_targets(library, chosen)
         compute = {}
         if self.capabilities().executes and not request.options.stripped:  # one without weights cannot be opened
-            information = inspect_plan(importlib.import_module(self.name), plan.read_bytes(), shapes)
-            if information is not None:
-                compute = compute_types(information)
-                table = json.dumps({"layers": layer_table(information)}, indent=1) + "\n"
+            try:
+                inspection = inspect_plan(library, plan.read_bytes(), shapes)
+            except MissingEnvironmentError as error:  # a plan for other GPUs is no failed build
+                notes["not inspected"] = str(error)
+            else:
+                compute = compute_types(inspection.information)
+                table = json.dumps({"layers": layer_table(inspection.information)}, indent=1) + "\n"
                 (request.folder / LAYERS).write_text(table, encoding="utf-8")
+                notes[GPU_MEMORY] = asdict(inspection.memory)
         environment = self.environment() | {"device": _GPU}
-        notes = {"target": "ahead of time: compute capability 8.6, 8.9, 12.0 and later"} if self.name == RTX else {}
         return Compiled((PLAN,), environment, compute, notes)
 
-    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> TensorRtRunner:
+    def load(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
+    ) -> TensorRtRunner:
         """Opens a context on the GPU; the weights of a stripped engine come from the graph that it was built from.
 
         Raises:
@@ -120,8 +143,8 @@ class TensorRtBackend:
         """
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
-        self._require_gpu(str(engine.folder))
-        plan = open_plan(self.name, files[PLAN])
+        self._require_gpu(str(engine.folder), device)
+        plan = open_plan(self.name, files[PLAN], _cuda(device))
         options = BuildOptions.from_json(engine.manifest.content["options"])
         if options.stripped:
             graph = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph"))
@@ -148,32 +171,45 @@ class TensorRtBackend:
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
 
-    def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
+    def _plan_options(self, options: BuildOptions, capability: Capability | None) -> PlanOptions:
         timings = None
         if self.name != RTX and capability is not None:
             import torch
 
             timings = str(timing_cache(str(self.capabilities().version), torch.cuda.get_device_name(), capability))
-        return PlanOptions(options.refit, options.stripped, timings)
+        return PlanOptions(options.refit, options.stripped, timings, options.compute_capabilities)
 
-    def _bound_to(self, capability: tuple[int, int] | None) -> dict[str, str]:
+    def _bound_to(self, capability: Capability | None) -> dict[str, str]:
         if self.name == RTX:
             return {}  # portable between GPUs and between Linux and Windows, not between releases
         return {
-            "compute_capability": f"{capability[0]}.{capability[1]}" if capability else "none",
+            "compute_capability": capability_name(capability) if capability else "none",
             "platform": platform_name(),
         }
 
-    def _require_gpu(self, what: str) -> None:
-        reason = refusal(self.name, compute_capability())
+    def _require_gpu(self, what: str, device: str = "auto") -> None:
+        reason = refusal(self.name, compute_capability(device))
         if reason is not None:
             raise MissingEnvironmentError(f"{what} {reason}")
 
 
-def refusal(library: str, capability: tuple[int, int] | None) -> str | None:
-    """Why a GPU of this compute capability (None: no GPU) runs no engine of the library; None where it does."""
+def _cuda(device: str) -> torch.device:
+    import torch
+
+    return torch.device("cuda", gpu_index(device))
+
+
+def refusal(name: str, capability: Capability | None) -> str | None:
+    """Why a GPU of this compute capability (None: no GPU) runs no engine of a library; None where it does."""
     if capability is None:
         return "needs a CUDA GPU to run, and there is none here: load it on a machine with one"
-    if library == RTX and capability == _NOT_ON_RTX:
-        return "cannot run here: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
-    return None
+    if name != RTX:
+        return None
+    library = importlib.import_module(name)
+    if runs_on(library, capability):
+        return None
+    on = ", ".join(map(capability_name, named_capabilities(library)))
+    return (
+        f"cannot run here: TensorRT-RTX {library.__version__} runs on compute capability {on} and later, not on "
+        f"{capability_name(capability)}: build with --backend tensorrt"
+    )

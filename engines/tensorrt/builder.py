@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2p_deploy.engines.tensorrt.targets import chosen_capabilities, set_capabilities
 from s2p_deploy.errors import MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of a plan: refittable, without weights, and the file of timings to read and extend."""
+    """Options of a plan.
+
+    Refittable, without weights, the file of timings to read and extend, and compute capabilities such as ``7.5`` that
+    it is for (empty: the library's default).
+    """
 
     refit: bool = False
     stripped: bool = False
     timing_cache: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
 
 
 def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options: PlanOptions | None = None) -> None:
@@ -38,9 +44,10 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
         onnx_path: the prepared graph, its external data beside it.
         shapes: smallest, tuned-for and largest shape of every input.
         out: file to write.
-        options: refitting and timings (None: neither).
+        options: refitting, timings and targets (None: none of them).
 
     Raises:
+        InputError: the library does not build for a compute capability that ``options`` name.
         MissingEnvironmentError: this version of the library cannot do what ``options`` ask for.
         PolygraphyException: the parser or the builder refused the graph; its log says why.
     """
@@ -57,6 +64,7 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
     module = importlib.import_module(library)
     chosen = options or PlanOptions()
     flags = build_flags(module, refit=chosen.refit, stripped=chosen.stripped)
+    targets = chosen_capabilities(module, chosen.compute_capabilities)
     profile = Profile()
     for name, (smallest, tuned, largest) in shapes.items():
         profile.add(name, min=smallest, opt=tuned, max=largest)
@@ -69,14 +77,14 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
     )
     # strongly typed: every precision is the graph's, none is chosen by the builder
     network = NetworkFromOnnxPath(str(onnx_path), strongly_typed=flags.request_strongly_typed)
-    flagged = PostprocessConfig(config, lambda _builder, _network, made: _set_flags(module, made, flags.builder))
-    build = EngineBytesFromNetwork(network, flagged, save_timing_cache=timings)
+
+    def complete(_builder: trt.Builder, _network: trt.INetworkDefinition, made: trt.IBuilderConfig) -> None:
+        for name in flags.builder:
+            made.set_flag(getattr(module.BuilderFlag, name))
+        set_capabilities(module, made, targets)
+
+    build = EngineBytesFromNetwork(network, PostprocessConfig(config, complete), save_timing_cache=timings)
     out.write_bytes(build())
-
-
-def _set_flags(library: ModuleType, config: trt.IBuilderConfig, names: tuple[str, ...]) -> None:
-    for name in names:
-        config.set_flag(getattr(library.BuilderFlag, name))
 
 
 def build_in_child(message: dict[str, Any]) -> dict[str, Any]:
