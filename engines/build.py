@@ -15,13 +15,14 @@ from s2p_deploy.engines.backend import (
     CompileRequest,
     call_in_child,
     check_refit,
+    check_targets,
     example_inputs,
     resolve_execution,
     usable_backend,
 )
 from s2p_deploy.engines.load import remember_trial
 from s2p_deploy.engines.lowerings import MIXED_TIMESTEPS, RECORDED, layer_precisions, lowered_model, storage_bits
-from s2p_deploy.engines.machine import peak_rss
+from s2p_deploy.engines.machine import free_gpu_memory, peak_rss, use_gpu
 from s2p_deploy.engines.model_card import CARD, engine_card
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.engines.options import BuildOptions, profile_for
@@ -56,7 +57,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
         options: precision, provider, optimization, batch sizes, lowering (None: the defaults).
         limits: of the build's child process: seconds of wall time (None: an hour) and bytes of private memory.
         replace: replaces an artifact at ``out``; it stays until the new one is whole.
-        context: its ``progress`` is told when the build starts and ends.
+        context: its ``progress`` is told when the build starts and ends; a GPU's builder works on its ``device``.
 
     Raises:
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
@@ -76,6 +77,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
                 "options": dataclasses.asdict(resolved),
                 "folder": str(folder.resolve()),
                 "scratch": scratch,
+                "device": context.device,
             }
             compiled = call_in_child("s2p_deploy.engines.build:compile_in_child", message, limits)
         for name in graph.manifest.files:
@@ -130,6 +132,7 @@ def check_build(
     execution = resolve_execution(chosen, options.execution, graph.dtype)
     resolved = dataclasses.replace(options, **dataclasses.asdict(execution), profile=profile)
     check_refit(chosen, resolved)
+    check_targets(chosen, resolved)
     check_resources(estimate(graph, backend), out.parent, limits.memory)
     return resolved
 
@@ -137,6 +140,7 @@ def check_build(
 def compile_in_child(message: dict[str, Any]) -> dict[str, Any]:
     """Lowers and compiles in the build's child process: writes the backend's files, returns content of the manifest."""
     started = time.monotonic()
+    use_gpu(message["device"])
     backend = usable_backend(message["backend"])
     graph = ExportedGraph.open(Path(message["graph"]))
     options = BuildOptions.from_json(message["options"])

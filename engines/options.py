@@ -13,7 +13,7 @@ from s2p_deploy.records.typed_json import read_value
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import onnx
+    import onnx_ir as ir
 
     from s2p_deploy.records import ExportedGraph
 
@@ -120,7 +120,7 @@ def _span_for(requested: Span | None, trained: int, step: int, largest: int | No
     return Span(trained, trained, trained, step) if requested is None else replace(requested, step=step)
 
 
-def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
-    """Returns name and shape of an ONNX graph's input (its type is not read); a size without a name is ``?``."""
-    sizes = value.type.tensor_type.shape.dim
-    return TensorSpec(value.name, "", tuple(size.dim_param or size.dim_value or "?" for size in sizes))
+def spec_of(value: ir.Value) -> TensorSpec:
+    """Returns name and shape of a graph's input (its type is not read); a size without a name is ``?``."""
+    sizes = () if value.shape is None else value.shape
+    return TensorSpec(str(value.name), "", tuple(s if isinstance(s, int) else s.value or "?" for s in sizes))

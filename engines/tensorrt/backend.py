@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.child_process import Limits
-from s2p_deploy.engines.backend import Capabilities, Compiled, call_in_child
+from s2p_deploy.engines.backend import Capabilities, Compiled
 from s2p_deploy.engines.lowerings import (
     any_use,
     apply_passes,
@@ -26,7 +25,7 @@ from s2p_deploy.engines.lowerings import (
 )
 from s2p_deploy.engines.machine import compute_capability, gpu_index, installed_version, platform_name
 from s2p_deploy.engines.onnx_files import write_onnx
-from s2p_deploy.engines.options import BuildOptions, profile_shapes, spec_of
+from s2p_deploy.engines.options import BuildOptions, profile_shapes
 from s2p_deploy.engines.runner import BOUND
 from s2p_deploy.engines.support import support_of
 from s2p_deploy.engines.tensorrt.builder import PlanOptions, build_plan
@@ -41,13 +40,12 @@ from s2p_deploy.engines.tensorrt.targets import (
     runs_on,
 )
 from s2p_deploy.errors import MissingEnvironmentError
-from s2p_deploy.records import Execution, ExportedGraph, ShapeProfile
+from s2p_deploy.records import Execution, ExportedGraph
 from s2p_deploy.records.artifacts import parent_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import onnx
     import onnx_ir as ir
     import torch
     from numpy.typing import NDArray
@@ -62,8 +60,6 @@ PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
 GPU_MEMORY = "gpu_memory"  # among a manifest's notes: the fields of PlanMemory
 _GPU = "CUDA GPU"
-_SUBGRAPH_TIMEOUT_S = 600.0
-_SUBGRAPH_TIMESTEPS = 50  # what a subgraph's profile is tuned for
 _MISSING = {
     RTX: "TensorRT-RTX is not installed: pip install 's2p-deploy[rtx]'",
     "tensorrt": "TensorRT is not installed: pip install 's2p-deploy[tensorrt]' on a machine with an NVIDIA GPU "
@@ -154,19 +150,12 @@ class TensorRtBackend:
                 refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Builds a small model in a child process and runs it here; batch sizes 1 to 32."""
-        from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Makes a runner that builds the model in a child process for the sizes that it is called with."""
+        from s2p_deploy.engines.tensorrt.subgraph import SubgraphRunner
 
         self._require_gpu("a subgraph")
-        with tempfile.TemporaryDirectory() as folder:
-            onnx_path, plan = Path(folder) / "subgraph.onnx", Path(folder) / PLAN
-            onnx_path.write_bytes(model.SerializeToString())
-            specs = [spec_of(value) for value in model.graph.input]
-            shapes = profile_shapes(specs, ShapeProfile(), _SUBGRAPH_TIMESTEPS)
-            message = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
-            call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_SUBGRAPH_TIMEOUT_S))
-            return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
+        return SubgraphRunner(self.name, model, _cuda("auto"))
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
