@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ class BuildOptions:
     """Options of a build; they travel to the child process as JSON and are recorded in the engine.
 
     ``precision``, ``provider`` and ``optimization`` are those of :class:`s2p_deploy.records.Execution` (None: the
-    backend's default). ``lowering`` says how timestep-dependent scales
+    backend's default). ``profile`` None stands for the batch sizes of :mod:`s2p_deploy.engines.profile`. ``lowering`` says how timestep-dependent scales
     become operators (``auto``: what the backend takes, ``rescale`` where it takes several). Columns of the scale table
     that vary by no more than the fraction ``static_tolerance`` over the timesteps become constants. ``refit`` makes a
     TensorRT plan whose weights can be put in again, the same ones; ``stripped`` leaves them out of the plan: they come
@@ -42,7 +42,7 @@ class BuildOptions:
     precision: str | None = None
     provider: str | None = None
     optimization: str | None = None
-    profile: ShapeProfile = field(default_factory=ShapeProfile)
+    profile: ShapeProfile | None = None
     lowering: Lowering = "auto"
     static_tolerance: float = 0.0
     refit: bool = False
@@ -53,6 +53,13 @@ class BuildOptions:
     def execution(self) -> Execution:
         """Precision, provider and optimization in one record."""
         return Execution(self.precision, self.provider, self.optimization)
+
+    @property
+    def resolved_profile(self) -> ShapeProfile:
+        """Returns the profile of options whose defaults were filled in."""
+        if self.profile is None:
+            raise ValueError("the options were not resolved")
+        return self.profile
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BuildOptions:

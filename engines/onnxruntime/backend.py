@@ -116,7 +116,7 @@ class OnnxRuntimeBackend:
         if execution.provider in PROVIDERS:
             quantized = any(node.op_type == "QuantizeLinear" for node in request.model.graph)
             digest = _joint_digest(file_digest(request.folder / name) for name in files)
-            traits = graph_traits(request.inputs, request.options.profile, quantized=quantized, digest=digest)
+            traits = graph_traits(request.inputs, request.options.resolved_profile, quantized=quantized, digest=digest)
             session = gpu_session(str(model), options, execution.provider, traits, gpu_index())
         else:
             session = _session(str(model), options)

@@ -101,7 +101,7 @@ class TensorRtBackend:
             raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
         # where the scale table's timesteps are open, the plan is tuned for those of the graph's own table
         timesteps = len(request.example[BOUND]) if BOUND in request.example else 1
-        shapes = profile_shapes(request.inputs, request.options.profile, timesteps)
+        shapes = profile_shapes(request.inputs, request.options.resolved_profile, timesteps)
         onnx_path, plan = request.scratch / "denoiser.onnx", request.folder / PLAN
         write_onnx(request.model, onnx_path)
         build_plan(self.name, onnx_path, shapes, plan, self._plan_options(request.options, capability))

@@ -75,7 +75,7 @@ class PlanMemory:
     largest: int
 
     def __str__(self) -> str:
-        steps = (("a step of the size tuned for", self.tuned), ("one of the largest", self.largest))
+        steps = (("a step of the size tuned for", self.tuned), ("a step of the largest", self.largest))
         named = (("weights", self.weights), *steps)
         return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in named if size is not None)
 

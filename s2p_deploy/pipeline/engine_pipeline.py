@@ -244,7 +244,7 @@ def _with_engine(
     components: dict[str, AuxiliaryComponent],
     context: Context,
 ) -> EnginePipeline:
-    runner = load_engine(engine, schedules=timesteps)
+    runner = load_engine(engine, schedules=timesteps, device=context.device)
     engines: dict[str, EngineComponent] = {**components, denoiser_name(stock): denoiser_from_engine(engine, runner)}
     for component in engines.values():
         component.place(context.torch_device, context.torch_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
@@ -105,7 +106,7 @@ def test_quantized_layers_are_computed_in_float_where_int8_products_overflow(
     graph_of: GraphOf, backend: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"s2p_deploy.engines.{backend}.backend.int8_products_overflow", lambda: True)
-    model = small_model()
+    model = ir.from_proto(small_model())
     with runner_for_subgraph(model, backend, build_options(mode).execution) as runner:
         output = runner.infer(small_inputs() | {"act_scales": small_scales()})["noise_pred"]
     assert sqnr(plain_onnxruntime("int8"), output) > 60
@@ -133,7 +134,7 @@ def test_compute_is_the_type_of_a_kernels_first_input() -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_fp16_graph_runs_too(graph_of: GraphOf, backend: str) -> None:
     inputs = small_inputs(dtype="fp16") | {"act_scales": small_scales()}
-    with runner_for_subgraph(small_model("fp16"), backend) as runner:
+    with runner_for_subgraph(ir.from_proto(small_model("fp16")), backend) as runner:
         output = runner.infer(inputs)["noise_pred"]
     assert output.dtype == np.float16
     assert sqnr(plain_onnxruntime("int8"), output) > 20
@@ -143,21 +144,21 @@ def test_an_fp16_graph_runs_too(graph_of: GraphOf, backend: str) -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_subgraph_takes_the_engines_way(engine_of: EngineOf, backend: str, weights: str) -> None:
     mode = "reference" if backend == "onnxruntime" else "f32"
-    model = small_model(weights=weights)
-    before = model.SerializeToString()
+    model = ir.from_proto(small_model(weights=weights))
+    before = ir.to_proto(model).SerializeToString()
     with runner_for_subgraph(model, backend) as part, load_engine(engine_of(backend, mode, weights)) as whole:
         gc.collect()
         expected = whole.infer(small_inputs())["noise_pred"]
         found = part.infer(small_inputs() | {"act_scales": small_scales()})["noise_pred"]
     assert np.array_equal(expected, found)
-    assert model.SerializeToString() == before
+    assert ir.to_proto(model).SerializeToString() == before
 
 
 def test_a_subgraph_needs_a_known_backend() -> None:
     with pytest.raises(InputError, match="unknown backend"):
-        runner_for_subgraph(small_model(), "nonsense")
+        runner_for_subgraph(ir.from_proto(small_model()), "nonsense")
     with pytest.raises(InputError, match="no precision"):
-        runner_for_subgraph(small_model(), "openvino", Execution("f8"))
+        runner_for_subgraph(ir.from_proto(small_model()), "openvino", Execution("f8"))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -175,5 +176,5 @@ def test_a_missing_library_is_a_missing_environment(graph_of: GraphOf) -> None:
     missing = [name for name in ("tensorrt", "tensorrt_rtx") if backend_by_name(name).capabilities().missing]
     for name in missing:
         with pytest.raises(MissingEnvironmentError, match="pip install") as caught:
-            runner_for_subgraph(small_model("fp16"), name)
+            runner_for_subgraph(ir.from_proto(small_model("fp16")), name)
         assert caught.value.exit_code == 4

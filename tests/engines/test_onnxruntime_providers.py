@@ -32,7 +32,7 @@ def open_session() -> onnxruntime.InferenceSession:
 
 
 def test_tensorrts_options_name_precisions_shapes_and_caches() -> None:
-    options = provider_options("tensorrt", TRAITS, "/cache")
+    options = provider_options("tensorrt", 0, TRAITS, "/cache")
     assert options["trt_profile_min_shapes"] == "sample:1x4x8x8,timestep_index:1,act_scales:1x2"
     assert options["trt_profile_opt_shapes"] == "sample:2x4x8x8,timestep_index:2,act_scales:1000x2"
     assert options["trt_profile_max_shapes"] == "sample:8x4x8x8,timestep_index:8,act_scales:4096x2"
@@ -42,12 +42,12 @@ def test_tensorrts_options_name_precisions_shapes_and_caches() -> None:
 
 
 def test_precisions_follow_the_graph() -> None:
-    floating = provider_options("tensorrt", replace(TRAITS, fp16=False, quantized=False), "/cache")
+    floating = provider_options("tensorrt", 0, replace(TRAITS, fp16=False, quantized=False), "/cache")
     assert (floating["trt_fp16_enable"], floating["trt_int8_enable"]) == ("0", "0")
 
 
 def test_rtx_has_shapes_graphs_and_a_runtime_cache() -> None:
-    options = provider_options("nv_tensorrt_rtx", TRAITS, "/cache")
+    options = provider_options("nv_tensorrt_rtx", 0, TRAITS, "/cache")
     assert options["nv_profile_max_shapes"] == "sample:8x4x8x8,timestep_index:8,act_scales:4096x2"
     assert (options["enable_cuda_graph"], options["nv_runtime_cache_path"]) == ("1", "/cache")
 
@@ -97,7 +97,7 @@ def test_an_engine_on_the_cpu_takes_no_tensors(engine_of: EngineOf) -> None:
 def test_bound_buffers_compute_what_a_plain_run_does() -> None:
     """On the CPU: the same calls that bind buffers on a GPU."""
     bound = {"act_scales": small_scales()}
-    plain, device = OnnxRuntimeRunner(open_session(), bound), DeviceRunner(open_session(), bound, "cpu")
+    plain, device = OnnxRuntimeRunner(open_session(), bound), DeviceRunner(open_session(), bound, None)
     for batch, seed in ((1, 1), (3, 2), (3, 3), (1, 4)):  # again a size that was bound before
         inputs = small_inputs(batch, seed)
         expected = plain.infer(inputs)["noise_pred"]
@@ -110,7 +110,7 @@ def test_bound_buffers_compute_what_a_plain_run_does() -> None:
 
 
 def test_old_sizes_make_room() -> None:
-    device = DeviceRunner(open_session(), {"act_scales": small_scales()}, "cpu")
+    device = DeviceRunner(open_session(), {"act_scales": small_scales()}, None)
     for batch in range(1, 11):
         assert len(device.infer(small_inputs(batch))["noise_pred"]) == batch
     assert len(device.infer(small_inputs(1))["noise_pred"]) == 1

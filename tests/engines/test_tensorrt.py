@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from s2p_deploy.child_process import Limits
@@ -116,7 +117,7 @@ def test_rtx_builds_for_any_number_of_rows(tmp_path: Path) -> None:
     model = small_model("fp16", "int8")
     scales = next(value for value in model.graph.input if value.name == "act_scales")
     scales.type.tensor_type.shape.dim[0].dim_param = "timesteps"
-    specs = [spec_of(value) for value in model.graph.input]
+    specs = [spec_of(value) for value in ir.from_proto(model).graph.inputs]
     request = child_request(tmp_path, model) | {"shapes": profile_shapes(specs, ShapeProfile(1, 2, 8), timesteps=1000)}
     call_in_child(BUILDER, request, Limits(240))
     assert (tmp_path / "plan").stat().st_size > 100_000
