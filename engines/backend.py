@@ -43,8 +43,7 @@ class Capabilities:
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
     first of ``precisions`` and of ``providers`` is the default; without precisions, it computes in the graph's own.
     ``unavailable`` maps providers that exist but cannot be used here to what to do about it. ``refit`` says whether its
-    engines can be made refittable or stripped of their weights: here, with a GPU, or never. ``targets`` tells whether a
-    build can be told which compute capabilities it is for.
+    engines can be made refittable or stripped of their weights: here, with a GPU, or never.
     """
 
     backend: str
@@ -57,7 +56,6 @@ class Capabilities:
     optimizations: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     refit: Literal["here", "with a GPU", "never"] = "never"
-    targets: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,9 @@ class Backend(Protocol):
 
     def capabilities(self) -> Capabilities:
         """Describes what it can do on this machine; never raises for a missing library."""
+
+    def targets(self) -> tuple[str, ...]:
+        """Lists compute capabilities, such as ``8.6``, that a build can be told to be for; empty: no choice."""
 
     def prepare_model(self, model: ir.Model, lowerings: Lowerings, execution: Execution) -> None:
         """Gives a canonical graph, or a subgraph of one, the backend's form, in place."""
@@ -244,12 +245,18 @@ def check_refit(backend: Backend, options: BuildOptions) -> None:
 
 
 def check_targets(backend: Backend, options: BuildOptions) -> None:
-    """Refuses compute capabilities to build for where the backend has no such choice. Raises InputError."""
-    if options.compute_capabilities and not backend.capabilities().targets:
+    """Refuses compute capabilities that the backend does not build for. Raises InputError, naming those it does."""
+    if not options.compute_capabilities:
+        return
+    known = backend.targets()
+    unknown = [name for name in options.compute_capabilities if name not in known]
+    if not known:
         raise InputError(
-            f"{backend.name} engines are not built for compute capabilities that are named, TensorRT-RTX's are: leave "
+            f"{backend.name} engines are not built for a compute capability that is named, TensorRT-RTX's are: leave "
             "--compute-capability out"
         )
+    if unknown:
+        raise InputError(f"{backend.name} does not build for compute capability {unknown[0]!r}: use {', '.join(known)}")
 
 
 def example_inputs(graph: ExportedGraph, profile: ShapeProfile) -> dict[str, NDArray[Any]]:

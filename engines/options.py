@@ -27,12 +27,12 @@ class BuildOptions:
     """Options of a build; they travel to the child process as JSON and are recorded in the engine.
 
     ``precision``, ``provider`` and ``optimization`` are those of :class:`s2p_deploy.records.Execution` (None: the
-    backend's default). ``profile`` None stands for the batch sizes of :mod:`s2p_deploy.engines.profile`. ``lowering`` says how timestep-dependent scales
-    become operators (``auto``: what the backend takes, ``rescale`` where it takes several). Columns of the scale table
-    that vary by no more than the fraction ``static_tolerance`` over the timesteps become constants. ``refit`` makes a
-    TensorRT plan whose weights can be put in again, the same ones; ``stripped`` leaves them out of the plan: they come
-    from the graph when the engine is loaded. ``compute_capabilities``, such as ``7.5``, are what a TensorRT-RTX engine
-    is for (empty: the library's default, which leaves out Turing's 7.5).
+    backend's default). ``profile`` None stands for the batch sizes of :mod:`s2p_deploy.engines.profile`. ``lowering``
+    says how timestep-dependent scales become operators (``auto``: what the backend takes, ``rescale`` where it takes
+    several). Columns of the scale table that vary by no more than the fraction ``static_tolerance`` over the timesteps
+    become constants. ``refit`` makes a TensorRT plan whose weights can be put in again, the same ones; ``stripped``
+    leaves them out of the plan: they come from the graph when the engine is loaded. ``compute_capabilities``, such as
+    ``7.5``, are what a TensorRT-RTX engine is for (empty: the library's default, which leaves out Turing's 7.5).
 
     Example:
         >>> BuildOptions(precision="bf16", profile=ShapeProfile(2, 4, 16), static_tolerance=0.02).execution

@@ -83,6 +83,10 @@ class OnnxRuntimeBackend:
             unavailable=lacking,
         )
 
+    def targets(self) -> tuple[str, ...]:
+        """There is no choice."""
+        return ()
+
     def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version, device and platform; on a GPU the execution provider too."""
         version = installed_version("onnxruntime", "onnxruntime-gpu")

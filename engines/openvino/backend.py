@@ -59,6 +59,10 @@ class OpenVinoBackend:
             self.name, version, missing, version is not None, ("fp32", "fp16"), precisions=("f32", "bf16")
         )
 
+    def targets(self) -> tuple[str, ...]:
+        """There is no choice."""
+        return ()
+
     def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version, device and platform."""
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}

@@ -34,7 +34,6 @@ from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_
 from s2p_deploy.engines.tensorrt.targets import (
     Capability,
     capability_name,
-    chosen_capabilities,
     described_targets,
     named_capabilities,
     runs_on,
@@ -80,7 +79,13 @@ class TensorRtBackend:
         executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
-        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, targets=self.name == RTX)
+        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits)
+
+    def targets(self) -> tuple[str, ...]:
+        """Those that TensorRT-RTX names; TensorRT builds for the GPU that it is on."""
+        if self.name != RTX:
+            return ()
+        return tuple(map(capability_name, named_capabilities(importlib.import_module(self.name))))
 
     def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
@@ -108,8 +113,7 @@ class TensorRtBackend:
         library = importlib.import_module(self.name)
         notes: dict[str, Any] = {}
         if self.name == RTX:
-            chosen = chosen_capabilities(library, request.options.compute_capabilities)
-            notes["target"] = described_targets(library, chosen)
+            notes["target"] = described_targets(library, request.options.compute_capabilities)
         compute = {}
         if self.capabilities().executes and not request.options.stripped:  # one without weights cannot be opened
             try:

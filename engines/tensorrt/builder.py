@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.engines.tensorrt.targets import chosen_capabilities, set_capabilities
+from s2p_deploy.engines.tensorrt.targets import set_capabilities
 from s2p_deploy.errors import MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
         options: refitting, timings and targets (None: none of them).
 
     Raises:
-        InputError: the library does not build for a compute capability that ``options`` name.
         MissingEnvironmentError: this version of the library cannot do what ``options`` ask for.
         PolygraphyException: the parser or the builder refused the graph; its log says why.
     """
@@ -64,7 +63,6 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
     module = importlib.import_module(library)
     chosen = options or PlanOptions()
     flags = build_flags(module, refit=chosen.refit, stripped=chosen.stripped)
-    targets = chosen_capabilities(module, chosen.compute_capabilities)
     profile = Profile()
     for name, (smallest, tuned, largest) in shapes.items():
         profile.add(name, min=smallest, opt=tuned, max=largest)
@@ -81,7 +79,7 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
     def complete(_builder: trt.Builder, _network: trt.INetworkDefinition, made: trt.IBuilderConfig) -> None:
         for name in flags.builder:
             made.set_flag(getattr(module.BuilderFlag, name))
-        set_capabilities(module, made, targets)
+        set_capabilities(module, made, chosen.compute_capabilities)
 
     build = EngineBytesFromNetwork(network, PostprocessConfig(config, complete), save_timing_cache=timings)
     out.write_bytes(build())

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from s2p_deploy.errors import InputError
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
@@ -18,15 +16,15 @@ if TYPE_CHECKING:
 
 Capability = tuple[int, int]
 
-# Turing costs the others speed, says NVIDIA: it is built for only where it is named. The support matrices leave 8.0 out,
-# while "CPU-Only AOT and TensorRT-RTX Engines" says that default engines run on 8.0, 8.6, 8.9, 12.0 and later, and the
-# library names it: it is taken at its word, and says more of each engine once it is loaded beside a driver. 9.0 (H100)
-# and 10.0 (B200) are in none of these lists.
-_WHERE_NAMED = ((7, 5),)
+# Turing is built for only where it is named, because that costs the others speed, says NVIDIA. 8.0 is missing in its
+# support matrices; its page "CPU-Only AOT and TensorRT-RTX Engines" says that default engines run on 8.0, 8.6, 8.9,
+# 12.0 and later, and the library names it: it is taken at its word, and asked once more about each engine beside a
+# driver. 9.0 (H100) and 10.0 (B200) are in none of these lists.
+_WHERE_NAMED = ("7.5",)
 
 
 def named_capabilities(library: ModuleType) -> tuple[Capability, ...]:
-    """Lists the compute capabilities that a library can be told to build for, ascending; none where it has no choice."""
+    """Lists the compute capabilities that a library can be told to build for, ascending; none: it has no choice."""
     names = getattr(getattr(library, "ComputeCapability", None), "__members__", {})
     found = (re.fullmatch(r"SM(\d+)(\d)", name) for name in names)
     return tuple(sorted((int(match[1]), int(match[2])) for match in found if match))
@@ -38,36 +36,20 @@ def runs_on(library: ModuleType, capability: Capability) -> bool:
     return capability in named or capability > max(named, default=capability)
 
 
-def chosen_capabilities(library: ModuleType, names: Sequence[str]) -> tuple[Capability, ...]:
-    """Reads compute capabilities such as ``7.5``.
-
-    Raises:
-        InputError: the library does not build for one of them.
-    """
-    known = {capability_name(capability): capability for capability in named_capabilities(library)}
-    for name in names:
-        if name not in known:
-            raise InputError(
-                f"{library.__name__} {library.__version__} does not build for compute capability {name!r}: use "
-                + ", ".join(known)
-            )
-    return tuple(known[name] for name in names)
-
-
-def set_capabilities(library: ModuleType, config: trt.IBuilderConfig, chosen: Sequence[Capability]) -> None:
-    """Sets what a build is for; nothing chosen leaves it to the library."""
+def set_capabilities(library: ModuleType, config: trt.IBuilderConfig, chosen: Sequence[str]) -> None:
+    """Sets what a build is for, such as ``7.5``; nothing chosen leaves it to the library."""
     if not chosen:
         return
     config.num_compute_capabilities = len(chosen)
-    for at, (major, minor) in enumerate(chosen):
-        config.set_compute_capability(library.ComputeCapability.__members__[f"SM{major}{minor}"], at)
+    for at, name in enumerate(chosen):
+        config.set_compute_capability(library.ComputeCapability.__members__[f"SM{name.replace('.', '')}"], at)
 
 
-def described_targets(library: ModuleType, chosen: Sequence[Capability]) -> str:
+def described_targets(library: ModuleType, chosen: Sequence[str]) -> str:
     """Says in words which GPUs an engine built for ``chosen`` runs on; nothing chosen is the library's default."""
-    default = [capability for capability in named_capabilities(library) if capability not in _WHERE_NAMED]
-    names = ", ".join(map(capability_name, chosen or default))
-    return f"compute capability {names}" + ("" if chosen else " and later")
+    named = map(capability_name, named_capabilities(library))
+    default = [name for name in named if name not in _WHERE_NAMED]
+    return f"compute capability {', '.join(chosen or default)}" + ("" if chosen else " and later")
 
 
 def capability_name(capability: Capability) -> str:

@@ -113,10 +113,10 @@ def build(  # noqa: PLR0913 - its options
         stripped=stripped,
         compute_capabilities=tuple(compute_capability or ()),
     )
-    derived = None if batch is not None else default_profile_of(opened, backend, options, device)
-    profile = profile_from_option(batch) if derived is None else derived.profile
-    spans = {"height": span_from_option("--height", height), "width": span_from_option("--width", width)}
-    options = replace(options, profile=replace(profile, **spans))
+    derived = default_profile_of(opened, backend, options, device) if batch is None else None
+    profile = derived.profile if derived is not None else profile_from_option(str(batch))
+    tall, wide = span_from_option("--height", height), span_from_option("--width", width)
+    options = replace(options, profile=replace(profile, height=tall, width=wide))
     limits = Limits(seconds_from_option(timeout), None if memory_limit is None else bytes_from_option(memory_limit))
     options = check_build(opened, backend, out, options, limits, replace=force, device=device)
     needed = estimate(opened, backend)

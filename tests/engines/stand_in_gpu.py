@@ -85,7 +85,7 @@ def stand_in_gpus(patch: pytest.MonkeyPatch) -> StandInGpus:
         "mem_get_info": lambda device: (FREE[index_of(device)], 80 * 10**9),
         "synchronize": index_of,
         "Stream": gpus.stream,
-        "current_stream": lambda device: gpus.stream(device),
+        "current_stream": gpus.stream,
         "stream": lambda stream: gpus.device(stream.device),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: gpus.note("replay")),
         "graph": lambda _graph, stream, capture_error_mode: gpus.device(stream.device),
@@ -195,7 +195,12 @@ def stand_in_library(name: str, gpus: StandInGpus, **runtime: Any) -> ModuleType
         EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0),
         EngineValidity=SimpleNamespace(VALID="valid", SUBOPTIMAL="suboptimal", INVALID="invalid"),
         EngineInvalidityDiagnostics=SimpleNamespace(
-            __members__={"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "INSUFFICIENT_GPU_MEMORY": 16}
+            __members__={
+                "VERSION_MISMATCH": 1,
+                "UNSUPPORTED_CC": 2,
+                "OLD_CUDA_DRIVER": 4,
+                "INSUFFICIENT_GPU_MEMORY": 16,
+            }
         ),
         nptype=lambda _dtype: np.float16,
     )

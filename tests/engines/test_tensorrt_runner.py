@@ -89,7 +89,7 @@ def test_a_step_for_which_there_is_no_memory_says_so(
     runner = opened(name, gpus, monkeypatch)
     step(runner, 2)
     gpus.room = 4 * BYTES_PER_SAMPLE
-    with pytest.raises(MissingEnvironmentError, match="needs 0.00 GiB of memory on cuda:1.*run smaller batches"):
+    with pytest.raises(MissingEnvironmentError, match=r"needs 0\.00 GiB of memory on cuda:1.*run smaller batches"):
         step(runner, 8)
     assert step(runner, 2).shape == (2, 4)
 
