@@ -157,18 +157,19 @@ class EngineDenoiser(EngineComponent):
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @classmethod
-    def load(cls, folder: Path, schedules: Sequence[Timesteps] = ()) -> EngineDenoiser:
+    def load(cls, folder: Path, schedules: Sequence[Timesteps] = (), device: str = "auto") -> EngineDenoiser:
         """Loads the denoiser of an engine on disk, verified and with its scales bound.
 
         Args:
             folder: the engine.
             schedules: timesteps of every schedule that will be run; fractional ones must be named here.
+            device: ``cuda:1`` and the like: the GPU of an engine that runs on one.
 
         Raises:
             InputError, IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.load_engine`.
         """
         engine = Engine.open(folder)
-        return denoiser_from_engine(engine, load_engine(engine, schedules=schedules))
+        return denoiser_from_engine(engine, load_engine(engine, schedules=schedules, device=device))
 
     def save(self, folder: Path) -> None:
         """Copies the engine to ``folder``, which must not exist, byte by byte: digest and signature stay valid.
