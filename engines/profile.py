@@ -46,7 +46,7 @@ _MOST_POSITIONS = 2**18
 
 @dataclass(frozen=True)
 class DefaultProfile:
-    """A profile that was derived, and of what, for people."""
+    """A profile that was derived, and of what, for people; nothing to say of it where any batch is taken."""
 
     profile: ShapeProfile
     reason: str
@@ -63,7 +63,7 @@ def default_profile(graph: ExportedGraph, backend: Backend, execution: Execution
         IntegrityError: the graph is not what its artifact says.
     """
     if backend.environment(execution, device)["device"] == "cpu":
-        return DefaultProfile(ShapeProfile(), "as it takes any on a CPU")
+        return DefaultProfile(ShapeProfile(), "")
     free = free_gpu_memory(device)
     weights = sum(path.stat().st_size for path in graph.folder.glob("denoiser.onnx*"))
     model = read_onnx(graph.folder, graph.onnx_file.name, graph.manifest.files)

@@ -121,7 +121,7 @@ def build(  # noqa: PLR0913 - its options
     options = check_build(opened, backend, out, options, limits, replace=force, device=device)
     needed = estimate(opened, backend)
     sys.stderr.write(f"build: {needed}\n")
-    if derived is not None:
+    if derived is not None and derived.reason:
         sys.stderr.write(f"build: {derived}\n")
     with context_from_options(device) as context:
         made = api.build_engine(
