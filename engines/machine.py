@@ -103,12 +103,14 @@ def free_gpu_memory(device: str = "auto") -> int | None:
 def use_gpu(device: str) -> None:
     """Makes the GPU of a context's device PyTorch's current one in this process: for a child process of its own.
 
-    Native builders and ONNX Runtime take the current one. A device without an index changes nothing.
+    Native builders and ONNX Runtime take the current one. Nothing changes for a device without an index, and where
+    PyTorch sees no GPU: what needs one says so itself.
     """
     if device.startswith("cuda:"):
         import torch
 
-        torch.cuda.set_device(gpu_index(device))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(gpu_index(device))
 
 
 def has_nvidia_driver() -> bool:

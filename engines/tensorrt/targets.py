@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from s2p_deploy.errors import EngineBuildError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
@@ -37,12 +39,18 @@ def runs_on(library: ModuleType, capability: Capability) -> bool:
 
 
 def set_capabilities(library: ModuleType, config: trt.IBuilderConfig, chosen: Sequence[str]) -> None:
-    """Sets what a build is for, such as ``7.5``; nothing chosen leaves it to the library."""
+    """Sets what a build is for, such as ``7.5``; nothing chosen leaves it to the library.
+
+    Raises:
+        EngineBuildError: the library refuses one.
+    """
     if not chosen:
         return
     config.num_compute_capabilities = len(chosen)
     for at, name in enumerate(chosen):
-        config.set_compute_capability(library.ComputeCapability.__members__[f"SM{name.replace('.', '')}"], at)
+        kind = library.ComputeCapability.__members__[f"SM{name.replace('.', '')}"]
+        if not config.set_compute_capability(kind, at):
+            raise EngineBuildError(f"{library.__name__} refuses compute capability {name}: see its log")
 
 
 def described_targets(library: ModuleType, chosen: Sequence[str]) -> str:

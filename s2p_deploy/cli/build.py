@@ -111,7 +111,7 @@ def build(  # noqa: PLR0913 - its options
         static_tolerance=tolerance_from_option(static_tolerance),
         refit=refit,
         stripped=stripped,
-        compute_capabilities=tuple(compute_capability or ()),
+        compute_capabilities=tuple(dict.fromkeys(compute_capability or ())),
     )
     derived = default_profile_of(opened, backend, options, device) if batch is None else None
     profile = derived.profile if derived is not None else profile_from_option(str(batch))

@@ -89,7 +89,7 @@ def open_pipeline(
         base: the floating-point pipeline that it was made from (None: where it was then).
         schedules: every schedule that will be run; those with fractional timesteps must be named here.
         components: engines of text encoders and autoencoder (None: PyTorch's networks).
-        context: device and dtype of PyTorch's networks.
+        context: device and dtype of PyTorch's networks; an engine for a GPU runs on the device's.
 
     Raises:
         InputError: there is no such pipeline, or the engine does not run one of ``schedules``.
@@ -173,7 +173,7 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
 
     Args:
         folder: where it was saved.
-        context: device and dtype of PyTorch's networks.
+        context: device and dtype of PyTorch's networks; an engine for a GPU runs on the device's.
 
     Raises:
         InputError: there is no such pipeline in ``folder``.

@@ -97,3 +97,4 @@ def test_without_a_gpu_there_is_none_to_ask(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert (compute_capability("cuda:1"), free_gpu_memory()) == (None, None)
     assert (gpu_index("cuda:1"), gpu_index("auto")) == (1, 0)
+    use_gpu("cuda:1")  # a builder for the CPU takes no notice
