@@ -94,22 +94,28 @@ def latent_sizes(graph: ExportedGraph) -> dict[str, int]:
 def largest_tensor(model: ir.Model, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the largest tensor that a sample of a batch has in a graph, with open sizes by name.
 
-    An inner size of a graph of open sizes has no name. In an attention's scores it counts as if every latent position
-    were a token; other tensors with such a size do not count.
+    Graphs leave sizes without a name open: some of an attention's scores, and inner ones where the picture's size is
+    open. In scores there are as many queries as latent positions then, and as many keys as queries; other tensors with
+    such a size do not count.
     """
-    positions = math.prod(sizes.values())
-    largest = 0
-    for node in model.graph:
-        for value in node.outputs:
-            if value.shape is None or value.dtype is None or not value.shape:
-                continue
-            batch, *inner = (size if isinstance(size, int) else size.value for size in value.shape)
-            if batch != "batch":
-                continue
-            fallback = positions if node.op_type == "Softmax" else 0
-            known = (size if isinstance(size, int) else sizes.get(str(size), fallback) for size in inner)
-            largest = max(largest, math.prod(known) * value.dtype.bitwidth // 8)
-    return largest
+    tensors = (
+        (math.prod(_sizes_of_a_sample(node.op_type, value.shape, sizes)), value.dtype.bitwidth)
+        for node in model.graph
+        for value in node.outputs
+        if value.shape and value.dtype is not None
+    )
+    return max((count * bits // 8 for count, bits in tensors), default=0)
+
+
+def _sizes_of_a_sample(op: str, shape: ir.Shape, sizes: Mapping[str, int]) -> list[int]:
+    """Returns the sizes of a tensor but the batch; 0 for one that is not known, and for a tensor without a batch."""
+    batch, *inner = (size if isinstance(size, int) else size.value for size in shape)
+    known = [size if isinstance(size, int) else sizes.get(str(size), 0) for size in inner]
+    if op == "Softmax" and len(known) > 1:  # an attention's scores: batch, heads, queries, keys
+        *heads, queries, keys = known
+        queries = queries or math.prod(sizes.values())
+        return [*heads, queries, keys or queries]
+    return known if batch == "batch" else [0]
 
 
 def _power_of_two(size: int) -> int:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from benchmarks.full_size.pipeline import ORIGINALS
 from s2p_deploy.child_process import Limits
 from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name
 from s2p_deploy.engines.build import check_build, default_profile_of
 from s2p_deploy.engines.profile import largest_batch, largest_tensor
+from s2p_deploy.export.passes.fold_constants import FoldConstants
+from s2p_deploy.export.tracing import trace_denoiser
+from s2p_deploy.families import TimePath, network_config
+from s2p_deploy.records import TimestepTable
+from s2p_deploy.records.calibrated_model import TimeTable, TransformSpec
 from tests.engines.stand_in_gpu import FREE, stand_in_gpus
 
 if TYPE_CHECKING:
@@ -67,10 +75,38 @@ def test_the_largest_tensor_is_a_samples_not_the_weights() -> None:
     assert largest_tensor(model, {"height": 80, "width": 80}) == 8 * 80 * 80 * 2
 
 
-def test_open_inner_sizes_count_in_an_attentions_scores_alone() -> None:
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ([None, 2, 64, None], 2 * 64 * 64),  # as full-size graphs say it: keys went through a computed shape
+        (["batch", 2, 64, 24], 2 * 64 * 24),
+        (["batch", 2, None, None], 2 * 32 * 32),  # open picture sizes: every latent position counts as a token
+        (["batch", 2, None, 24], 2 * 32 * 24),
+    ],
+)
+def test_scores_of_an_attention_count_where_their_sizes_are_open(shape: list[int | str | None], count: int) -> None:
     half = ir.DataType.FLOAT16
-    model = graph(("Conv", ["batch", 512, None, None], half), ("Softmax", ["batch", 2, None, None], half))
-    assert largest_tensor(model, {"height": 8, "width": 4}) == 2 * 32 * 32 * 2
+    model = graph(("Conv", ["batch", 5120, None, None], half), ("Softmax", shape, half))
+    assert largest_tensor(model, {"height": 8, "width": 4}) == 2 * count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model"), [("sd14", "SD v1-4"), ("sdxl", "SDXL")])
+def test_the_scores_of_full_size_graphs_are_found(name: str, model: str) -> None:
+    """Traced as an export does it, on the meta device."""
+    original = ORIGINALS[name]
+    with torch.device("meta"):
+        network = original.denoiser(**original.config)
+    timesteps = TimestepTable("none", {}, 1, (0.0,), np.zeros(1))
+    slices = TimePath(network).slices
+    table = TimeTable(np.zeros((1, max(stop for _, stop in slices.values())), np.float32), slices)
+    time = timesteps if name == "sdxl" else table  # whose features depend on the prompt too
+    traced = trace_denoiser(network_config(network), time, TransformSpec(), tokens=77, dtype=torch.float16)
+    FoldConstants()(traced.model)
+    side = original.config["sample_size"]
+    positions, scores = SIZES[model]
+    assert positions == side * side
+    assert largest_tensor(traced.model, {"height": side, "width": side}) == scores
 
 
 def test_a_cpu_takes_any_batch(graph_of: GraphOf) -> None:
