@@ -32,9 +32,9 @@ from s2p_deploy.calib.sensitivity import layer_sensitivities
 from s2p_deploy.calib.shifts import input_ranges, middle
 from s2p_deploy.calib.streaming import resolve_layout, stream_model, streams
 from s2p_deploy.calib.training import LOG, TrainingSetting, held_out_trajectories, train
-from s2p_deploy.calib.training_memory import Fit, Network, TrainingAccount, fit_training
+from s2p_deploy.calib.training_memory import Division, Fit, Network, TrainingAccount, TrainingTime, fit_training
 from s2p_deploy.calib.training_state import TrainingState
-from s2p_deploy.calib.trajectories import call_with_zeros, in_parts, load_float_pipeline
+from s2p_deploy.calib.trajectories import call_with_zeros, in_parts, load_float_pipeline, seconds_of_call
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import ShiftedLayer, apply_transforms, module_of_type, text_tokens
@@ -72,7 +72,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     initial: CalibratedModel | None = None,
     dataset: Path | None = None,
     replace: bool = False,
-    on_estimate: Callable[[Estimate | Fit], None] | None = None,
+    on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None = None,
     hooks: Hooks = PRODUCT,
     context: Context = Context(),
 ) -> CalibratedModel:
@@ -96,8 +96,8 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         dataset: the LatentDataset of this pipeline, these prompts and the recipe's sections, made there where there is
             none; recipes that agree in :func:`dataset_name` can share it. None: made for this calibration alone.
         replace: drops an artifact and unfinished work of another request.
-        on_estimate: called with how the training is divided to fit into memory, and with the size and time of a dataset
-            that has to be made, before either begins.
+        on_estimate: called with how the training is divided to fit into memory, what time it will take, and with the
+            size and time of a dataset that has to be made, before either begins.
         hooks: parts of other methods, for comparisons.
         context: where dataset and training are computed, and whom to report to.
 
@@ -175,7 +175,9 @@ def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, Prom
     return prompts.first(first), PromptSet(prompts.prompts[first : first + count])
 
 
-def _calibrate_from_dataset(request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit], None] | None) -> None:
+def _calibrate_from_dataset(
+    request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None
+) -> None:
     recipe = request.recipe
     if recipe.transforms.shift != "none" and recipe.scales.calibrator != "own":
         raise InputError(
@@ -203,6 +205,8 @@ def _calibrate_from_dataset(request: CalibrationRequest, on_estimate: Callable[[
     request = _measured(request, source, 0 if fit is None else fit.resting)
     context = request.context
     claim_unfinished(request.partial, request.conditions(), replace=request.replace)
+    if on_estimate is not None and recipe.training.iterations:
+        on_estimate(_training_time(request, source))
     if dataset is None:
         dataset = generate_dataset(of_dataset, source, on_estimate=on_estimate, context=context)
     teacher = _teacher(request, source)
@@ -249,6 +253,15 @@ def _measured(request: CalibrationRequest, source: FloatPipeline, beside: int) -
     tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
     found = samples_that_fit(lambda samples: call_with_zeros(source.denoiser, tokens, samples), memory, beside=beside)
     return replaced(request, context=replaced(request.context, samples_per_call=found))
+
+
+def _training_time(request: CalibrationRequest, source: FloatPipeline) -> TrainingTime:
+    """Estimates the time of the training from one forward pass on the device."""
+    training, per_call = request.recipe.training, request.context.samples_per_call
+    tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
+    samples = min(training.batch, per_call or training.batch)
+    seconds = seconds_of_call(source.denoiser, tokens, samples) * training.batch * training.accumulate / samples
+    return TrainingTime(Division.of(training), training.iterations, seconds)
 
 
 def _looks_at_a_teacher(recipe: Recipe, hooks: Hooks) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,11 +26,12 @@ from s2p_deploy.calib.trajectories import (
     encode_prompts,
     load_float_pipeline,
     sampler_of,
+    seconds_of_call,
     slot_queues,
     uniform_calls,
     walk_trajectories,
 )
-from s2p_deploy.context import Context
+from s2p_deploy.context import Context, duration
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import EncodedText, latent_shape, text_tokens
 from s2p_deploy.records import LatentDataset, read_manifest, write_artifact
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 KIND = "LatentDataset"
 _REQUEST = "request.json"
 _LESS_ROOM = "make room, choose another --out, or lower dataset.prompts or dataset.samples_per_prompt"
-_LONG = 5.0  # seconds of a call after which its first one is measure enough
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"{self.samples} samples, {self.bytes / 1e6:.3g} MB on disk;"
-            f" {self.calls} denoiser calls at batch {self.batch}, about {_duration(self.seconds)}"
+            f" {self.calls} denoiser calls at batch {self.batch}, about {duration(self.seconds)}"
         )
 
 
@@ -324,7 +323,7 @@ def _estimate(
     width = request.recipe.dataset.width
     count = sum(len(chosen[prompt]) for queue in queues for prompt in queue)
     size = _bytes(request, denoiser, tokens, count)
-    seconds = calls * _seconds_per_call(denoiser, width, tokens, samples_per_call)
+    seconds = calls * seconds_of_call(denoiser, tokens, 2 * width, samples_per_call)
     return Estimate(count, size, calls, 2 * width, seconds)
 
 
@@ -345,25 +344,6 @@ def text_bytes(prompts: PromptSet, denoiser: IndexedDenoiser, tokens: int) -> in
     texts = len({prompt.text for prompt in prompts.prompts}) + len({prompt.negative for prompt in prompts.prompts})
     each = 2 * tokens * denoiser.family.text_width(denoiser.config) + 4 * denoiser.added_width
     return texts * each + 2 * 8 * len(prompts.prompts)
-
-
-def _seconds_per_call(denoiser: IndexedDenoiser, width: int, tokens: int, samples_per_call: int | None) -> float:
-    """Measures 2 * ``width`` samples on the denoiser's device, in calls of ``samples_per_call``."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        call_with_zeros(denoiser, tokens, 2 * width, samples_per_call).cpu()  # the copy waits for the device
-        return time.perf_counter() - started
-
-    first = timed()
-    return first if first > _LONG else min(timed(), timed())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _samples_per_call(request: DatasetRequest, source: FloatPipeline, tokens: int, context: Context) -> int | None:

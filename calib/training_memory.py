@@ -23,6 +23,7 @@ from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, weight_format
 from s2p_deploy.calib.samples import Batch
 from s2p_deploy.calib.training import TrainingSetting
 from s2p_deploy.calib.training_state import ActScales, TrainingState
+from s2p_deploy.context import duration
 from s2p_deploy.errors import MissingEnvironmentError
 from s2p_deploy.families import latent_shape
 from s2p_deploy.numerics import INT4, INT8, fake_quantize, weight_scale_shape
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from s2p_deploy.recipe import Training
     from s2p_deploy.records import PrecisionPlan
 
+_PASSES = 6  # forward passes that an iteration takes as long as; one more where activations are computed again
 _TIMESTEPS = 50
 _MOMENTS = 2  # of Adam
 _LEAST = 8  # samples; fewer at once cost a GPU more than recomputing activations does. A judgement, not measured
@@ -273,3 +275,21 @@ def _advice(account: TrainingAccount, room: int) -> list[str]:
     if account.weights + account.call(1) <= room:
         found.append("--recipe w8a8, which trains nothing")
     return found or [_ELSEWHERE]
+
+
+@dataclass(frozen=True)
+class TrainingTime:
+    """The seconds that a training will take, from those of a forward pass of one update's samples."""
+
+    division: Division
+    iterations: int
+    forward_s: float
+    stage: ClassVar[str] = "training"
+
+    @property
+    def seconds(self) -> float:
+        """Returns the estimate; on processors iterations took 4 to 7 forward passes of the floating-point denoiser."""
+        return self.iterations * self.forward_s * (_PASSES + self.division.checkpointing)
+
+    def __str__(self) -> str:
+        return f"{self.iterations} iterations of {self.division}, about {duration(self.seconds)}"

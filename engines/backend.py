@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.child_process import Limits
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import BuildOptions
+    from s2p_deploy.engines.options import BuildOptions, Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.subgraphs import Subgraphs
     from s2p_deploy.records import Engine, ExportedGraph, ShapeProfile, TensorSpec
@@ -43,7 +43,8 @@ class Capabilities:
     ``missing`` says why it cannot be used (None: it can); ``executes`` whether it can also run what it builds. The
     first of ``precisions`` and of ``providers`` is the default; without precisions, it computes in the graph's own.
     ``unavailable`` maps providers that exist but cannot be used here to what to do about it. ``refit`` says whether its
-    engines can be made refittable or stripped of their weights: here, with a GPU, or never.
+    engines can be made refittable or stripped of their weights: here, with a GPU, or never. ``any_size`` says that they
+    take batches and pictures of any size, whatever their profile.
     """
 
     backend: str
@@ -56,6 +57,7 @@ class Capabilities:
     optimizations: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
     refit: Literal["here", "with a GPU", "never"] = "never"
+    any_size: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,15 @@ class Backend(Protocol):
 
         ``device`` is a context's; an engine for a GPU runs on the one that :func:`.machine.gpu_index` says.
         """
+
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Writes a floating-point network, not the denoiser, in the backend's form to ``folder``, the model first.
+
+        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile.
+        """
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
+        """Loads a network that :meth:`write_network` wrote from verified bytes, the model first; as :meth:`load`."""
 
     def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
         """Compiles a prepared model, such as a block, as ``compile`` does, and loads it here."""

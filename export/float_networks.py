@@ -54,7 +54,9 @@ def conditioning_model(calibrated: CalibratedModel, config: Config, *, half: boo
 
 
 def component_model(component: ComponentNetwork, name: str) -> ir.Model:
-    """Traces a text encoder or half of an autoencoder, float32; its weights are those in memory, not copies of them.
+    """Traces a text encoder or half of an autoencoder in the types that its modules have.
+
+    Its weights are those in memory, not copies of them.
 
     Args:
         component: what to trace.
@@ -67,13 +69,13 @@ def component_model(component: ComponentNetwork, name: str) -> ir.Model:
     def read(key: str) -> NDArray[np.float32]:
         tensor = weights[key]
         assert tensor is not None, "traced with its data"
-        return tensor.numpy()
+        return tensor.numpy()  # float16 where the module is
 
     for node in model.graph:
         if _NO_MODULE in node.metadata_props.get(NAME_SCOPES, ""):
             del node.metadata_props[NAME_SCOPES]  # folding gives it that of its first reader
     FoldConstants()(model)
-    _store(model, read)
+    _store(model, read, None)
     ReadableNames()(model)
     StripMetadata()(model)
     model.graph.name = name
@@ -111,12 +113,12 @@ def _time_path(
     on_meta = tuple(example.to("meta") for example in examples)
     model = trace(path.to("meta"), on_meta, names, [TIME_PROJECTIONS], ({0: "timesteps"},) * len(names))
     FoldConstants()(model)
-    _store(model, read)
+    _store(model, read, ir.DataType.FLOAT)
     StripMetadata()(model)
     return model
 
 
-def _store(model: ir.Model, read: Callable[[str], NDArray[np.float32]]) -> None:
+def _store(model: ir.Model, read: Callable[[str], NDArray[np.float32]], dtype: ir.DataType | None) -> None:
     direct = DirectWeights()
     direct(model)
-    StoredWeights(direct.keys, read, ir.DataType.FLOAT)(model)
+    StoredWeights(direct.keys, read, dtype)(model)

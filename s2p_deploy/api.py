@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.calib.dataset import Estimate
-    from s2p_deploy.calib.training_memory import Fit
+    from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.pipeline import EnginePipeline, Schedule
@@ -52,7 +52,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     dataset: str | Path | None = None,
     force: bool = False,
     context: Context = Context(),
-    on_estimate: Callable[[Estimate | Fit], None] | None = None,
+    on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None = None,
 ) -> CalibratedModel:
     """Trains weights and timestep-indexed scales of a pipeline from prompts alone.
 
@@ -72,7 +72,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
         dataset: folder of a latent dataset that other calibrations share; made there where there is none.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: device, threads, progress.
-        on_estimate: called with how the training fits into memory, and with the size and time of a dataset, before
+        on_estimate: called with how the training fits into memory, its time, and the size and time of a dataset, before
             either begins.
 
     Raises:

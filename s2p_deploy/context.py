@@ -134,3 +134,11 @@ class Context:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return torch.get_num_threads()
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds in the unit that reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

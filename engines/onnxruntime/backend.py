@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
+    from s2p_deploy.engines.options import Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.subgraphs import Subgraphs
     from s2p_deploy.records import Engine, ExportedGraph
@@ -151,6 +153,27 @@ class OnnxRuntimeBackend:
             return DeviceRunner(gpu_session(bytes(files[model]), options, engine.provider, traits, gpu), bound, gpu)
         return OnnxRuntimeRunner(_session(bytes(files[model]), options), bound)
 
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Moves the ONNX file and its data, if it has any, to the folder."""
+        files = [path for path in (onnx_file, Path(f"{onnx_file}.data")) if path.exists()]
+        for path in files:
+            shutil.move(path, folder / path.name)
+        return Compiled(tuple(path.name for path in files), self.environment(execution), {})
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
+        """Opens a session in memory."""
+        (_, model), *rest = files.items()
+        data = dict(rest)
+        check_external_bytes(model, {name: len(content) for name, content in data.items()})
+        options = _options(execution, quantized=False)
+        if data:
+            options.add_external_initializers_from_files_in_memory(
+                list(data), list(data.values()), [len(content) for content in data.values()]
+            )
+        if execution.provider in PROVIDERS:
+            return OnnxRuntimeRunner(gpu_session(bytes(model), options, execution.provider, gpu=gpu_index(device)), {})
+        return OnnxRuntimeRunner(_session(bytes(model), options), {})
+
     def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
         """Opens a session of a model; it may have more than the 2 GB of one message, so it goes through files."""
         options = _options(execution)
@@ -192,7 +215,7 @@ def compute_types(trace: list[dict[str, Any]]) -> dict[str, str]:
     return types
 
 
-def _options(execution: Execution) -> onnxruntime.SessionOptions:
+def _options(execution: Execution, *, quantized: bool = True) -> onnxruntime.SessionOptions:
     import onnxruntime
 
     levels = onnxruntime.GraphOptimizationLevel
@@ -200,7 +223,7 @@ def _options(execution: Execution) -> onnxruntime.SessionOptions:
     if execution.optimization != "reference":
         # above ENABLE_BASIC quantized layers become integer kernels
         options.graph_optimization_level = (
-            levels.ORT_ENABLE_BASIC if int8_products_overflow() else levels.ORT_ENABLE_ALL
+            levels.ORT_ENABLE_BASIC if quantized and int8_products_overflow() else levels.ORT_ENABLE_ALL
         )
         # else weight-only products code their activations as INT8 behind the graph's back
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

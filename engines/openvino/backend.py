@@ -25,6 +25,7 @@ from s2p_deploy.engines.passes.scaled_queries import ScaledQueries
 from s2p_deploy.engines.passes.split_linears import SplitLinears
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.support import support_of
+from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Execution
 from s2p_deploy.records.artifacts import verified_files
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
-    from s2p_deploy.engines.options import Shape
+    from s2p_deploy.engines.options import Shape, Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.subgraphs import Subgraphs
     from s2p_deploy.records import Engine, ExportedGraph
@@ -103,10 +104,26 @@ class OpenVinoBackend:
         device: str = "auto",
     ) -> OpenVinoRunner:
         """Reads the verified bytes: OpenVINO opens no file."""
-        model, weights = _model_of(files)
+        model, weights = _model_of(files[XML], files[BIN])
         sizes = engine.profile.sizes("optimum")
         tuned = {spec.name: shape_at(spec, sizes) for spec in engine.inputs if spec.name not in bound}
         return OpenVinoRunner(model, engine.execution, bound, tuned, weights)
+
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Writes the network's IR."""
+        import openvino
+
+        names = (f"{onnx_file.stem}.xml", f"{onnx_file.stem}.bin")
+        # serialize, not save_model: that one rounds float32 weights to float16
+        openvino.serialize(openvino.Core().read_model(onnx_file), *(folder / name for name in names))
+        return Compiled(names, self.environment(execution), {})
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
+        """Reads the verified bytes; the weights lie in one file."""
+        if len(files) != 2:
+            raise IntegrityError("an OpenVINO network needs its weights in one file: build the component engines again")
+        model, weights = _model_of(*files.values())
+        return OpenVinoRunner(model, execution, {}, weights=weights)
 
     def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
         """Opens a model; OpenVINO reads large ones from files alone."""
@@ -119,7 +136,8 @@ class OpenVinoBackend:
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs:
         """Opens the engine's IR."""
-        model, weights = _model_of(verified_files(engine))
+        files = verified_files(engine)
+        model, weights = _model_of(files[XML], files[BIN])
 
         def running(subgraph: openvino.Model) -> Runner:
             return OpenVinoRunner(subgraph, engine.execution, {}, weights=weights)
@@ -191,13 +209,13 @@ class OpenVinoRunner(ClosingRunner):
         return request
 
 
-def _model_of(files: Mapping[str, bytearray]) -> tuple[openvino.Model, NDArray[np.uint8]]:
+def _model_of(xml: bytearray, data: bytearray) -> tuple[openvino.Model, NDArray[np.uint8]]:
     """Reads the model of verified bytes; returns it with the memory that its constants point into."""
     import openvino
 
-    weights = np.frombuffer(files[BIN], np.uint8)
+    weights = np.frombuffer(data, np.uint8)
     shared = openvino.Tensor(weights, shared_memory=True)
-    return openvino.Core().read_model(model=bytes(files[XML]), weights=shared), weights
+    return openvino.Core().read_model(model=bytes(xml), weights=shared), weights
 
 
 def _for_inputs(model: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> openvino.Model:

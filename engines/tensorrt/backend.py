@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from s2p_deploy.engines.backend import Capabilities, Compiled
+from s2p_deploy.child_process import Limits
+from s2p_deploy.engines.backend import Capabilities, Compiled, call_in_child
 from s2p_deploy.engines.lowerings import (
     any_use,
     apply_passes,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.backend import CompileRequest
     from s2p_deploy.engines.lowerings import Lowerings
+    from s2p_deploy.engines.options import Shapes
     from s2p_deploy.engines.runner import Runner
     from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
     from s2p_deploy.records import Engine
@@ -59,6 +61,7 @@ PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
 GPU_MEMORY = "gpu_memory"  # among a manifest's notes: the fields of PlanMemory
 _GPU = "CUDA GPU"
+_NETWORK_TIMEOUT_S = 1800.0
 _MISSING = {
     RTX: "TensorRT-RTX is not installed: pip install 's2p-deploy[rtx]'",
     "tensorrt": "TensorRT is not installed: pip install 's2p-deploy[tensorrt]' on a machine with an NVIDIA GPU "
@@ -79,7 +82,7 @@ class TensorRtBackend:
         executes = version is not None and refusal(self.name, capability) is None
         missing = None if version else _MISSING[self.name]
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
-        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits)
+        return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, any_size=False)
 
     def targets(self) -> tuple[str, ...]:
         """Those that TensorRT-RTX names; TensorRT builds for the GPU that it is on."""
@@ -101,9 +104,7 @@ class TensorRtBackend:
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the plan; with a GPU here, asks the engine inspector what each layer computes in."""
-        capability = compute_capability()
-        if self.name != RTX and capability is None:
-            raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
+        capability = self._builder_capability()
         # where the scale table's timesteps are open, the plan is tuned for those of the graph's own table
         timesteps = len(request.example[BOUND]) if BOUND in request.example else 1
         shapes = profile_shapes(request.inputs, request.options.resolved_profile, timesteps)
@@ -154,6 +155,22 @@ class TensorRtBackend:
                 refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
+    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+        """Builds the network's plan in a child process; TensorRT on a GPU, TensorRT-RTX anywhere."""
+        plan = folder / f"{onnx_file.stem}.plan"
+        options = asdict(self._plan_options(BuildOptions(), self._builder_capability()))
+        message = {"library": self.name, "onnx": str(onnx_file), "shapes": shapes, "out": str(plan), "options": options}
+        call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_NETWORK_TIMEOUT_S))
+        return Compiled((plan.name,), self.environment(execution) | {"device": _GPU}, {})
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
+        """Opens a context on the GPU."""
+        from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
+
+        ((name, plan),) = files.items()
+        self._require_gpu(name, device)
+        return TensorRtRunner(open_plan(self.name, plan, _cuda(device)), {})
+
     def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
         """Makes a runner that builds the model in a child process for the sizes that it is called with."""
         from s2p_deploy.engines.tensorrt.subgraph import SubgraphRunner
@@ -163,6 +180,13 @@ class TensorRtBackend:
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
+
+    def _builder_capability(self) -> Capability | None:
+        """Returns the compute capability of the GPU here; None where there is none and none is needed to build."""
+        capability = compute_capability()
+        if self.name != RTX and capability is None:
+            raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
+        return capability
 
     def _plan_options(self, options: BuildOptions, capability: Capability | None) -> PlanOptions:
         timings = None

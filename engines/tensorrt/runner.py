@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from s2p_deploy.engines.runner import BOUND, ClosingRunner
+from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.tensorrt.launchers import GraphLauncher, Launcher, ManagedLauncher, runtime_cache
 from s2p_deploy.engines.tensorrt.plan import plan_memory
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import EngineBuildError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,9 @@ class TensorRtRunner(ClosingRunner):
         self._profile = {name: _profile(plan, name) for name in inputs}
         with torch.cuda.device(self._device):  # TensorRT works on the current one
             self._stream = torch.cuda.Stream(self._device)
-            self._buffers = _buffers(plan, {name: high for name, (_, high) in self._profile.items()}, self._outputs)
+            self._output_shapes: OutputShapes | None = OutputShapes(plan, self._outputs)
+            highest = {name: high for name, (_, high) in self._profile.items()}
+            self._buffers = _buffers(plan, highest | self._output_shapes.at(highest))
             self._bound = {name: value.shape for name, value in bound.items() if name in inputs}
             for name, shape in self._bound.items():
                 check_shape(name, shape, *self._profile[name])
@@ -70,7 +72,7 @@ class TensorRtRunner(ClosingRunner):
         """
         import torch
 
-        if self._plan is None or self._launcher is None:
+        if self._output_shapes is None or self._launcher is None:
             raise ValueError("the runner is closed")
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         for name, shape in shapes.items():
@@ -83,15 +85,15 @@ class TensorRtRunner(ClosingRunner):
             self._launcher.run(shapes | self._bound)
         caller.wait_stream(self._stream)
         # what is below the largest size fills the front of each buffer
-        return {name: self._front(name, _output_shape(self._plan, name, shapes)) for name in self._outputs}
+        return {name: self._front(name, shape) for name, shape in self._output_shapes.at(shapes | self._bound).items()}
 
     def close(self) -> None:
         """Frees contexts, graphs, the engine and the buffers."""
         if self._launcher is None:
             return
         self._launcher.close()
-        # with either alive, runtime and engine keep the GPU's memory
-        self._launcher = self._plan = None
+        # with any of them alive, runtime and engine keep the GPU's memory
+        self._launcher = self._plan = self._output_shapes = None
         self._buffers = {}
 
     def _front(self, name: str, shape: Shape) -> torch.Tensor:
@@ -122,21 +124,34 @@ def _profile(plan: OpenPlan, name: str) -> tuple[Shape, Shape]:
     return low, high
 
 
-def _buffers(plan: OpenPlan, inputs: Mapping[str, Shape], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _buffers(plan: OpenPlan, shapes: Mapping[str, Shape]) -> dict[str, torch.Tensor]:
     """Allocates every tensor at its largest."""
     import torch
 
-    shapes = dict(inputs) | {name: _output_shape(plan, name, inputs) for name in outputs}
     return {
         name: torch.zeros(shape, dtype=_torch_type(plan, name), device=plan.device) for name, shape in shapes.items()
     }
 
 
-def _output_shape(plan: OpenPlan, name: str, inputs: Mapping[str, Shape]) -> Shape:
-    """Returns an output's shape: open sizes are the latents'; where these are no input, its batch is the inputs'."""
-    batch = next(shape[:1] for given, shape in inputs.items() if given != BOUND)
-    like = inputs.get("sample", batch)
-    return tuple(like[at] if size < 0 else size for at, size in enumerate(plan.engine.get_tensor_shape(name)))
+class OutputShapes:
+    """The shapes of a plan's outputs at given shapes of all its inputs, inferred by a context that has no memory."""
+
+    def __init__(self, plan: OpenPlan, outputs: tuple[str, ...]) -> None:
+        self._context = plan.engine.create_execution_context(
+            plan.library.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if self._context is None:
+            raise EngineBuildError(f"{plan.library.__name__} made no execution context: see its log")
+        self._outputs = outputs
+        self._known: tuple[Mapping[str, Shape], dict[str, Shape]] = {}, {}
+
+    def at(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Returns the shape of every output; those of the last call are kept, as a sampling loop asks for the same."""
+        if inputs != self._known[0]:
+            for name, shape in inputs.items():
+                self._context.set_input_shape(name, shape)
+            self._known = dict(inputs), {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        return self._known[1]
 
 
 def _torch_type(plan: OpenPlan, name: str) -> torch.dtype:

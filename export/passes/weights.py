@@ -81,7 +81,7 @@ class StoredWeights(ir.passes.InPlacePass):
         self,
         keys: Mapping[ir.Value, tuple[str, bool]],
         read: Callable[[str], NDArray[np.float32]],
-        dtype: ir.DataType,
+        dtype: ir.DataType | None,
         layers: Sequence[LayerNode] = (),
         scales: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class StoredWeights(ir.passes.InPlacePass):
         Args:
             keys: as :class:`DirectWeights` found them.
             read: gives a parameter's data by its name.
-            dtype: the graph's floating-point type.
+            dtype: the graph's floating-point type (None: every parameter keeps the type that it was traced with).
             layers: the planned layers.
             scales: float32 [out, 1, ...] weight scales by layer.
         """
@@ -105,7 +105,9 @@ class StoredWeights(ir.passes.InPlacePass):
         for value in model.graph.initializers.values():
             if value.const_value is None:
                 key, transposed = self.keys[value]
-                give_data(value, self.dtype, partial(self._parameter, key, transposed=transposed))
+                dtype = self.dtype or value.dtype
+                assert dtype is not None, "traced with its type"
+                give_data(value, dtype, partial(self._parameter, key, transposed=transposed))
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -125,6 +127,7 @@ class StoredWeights(ir.passes.InPlacePass):
         name, floating = layer.plan.name, layer.weight
         fmt = format_by_name(layer.plan.weights)
         assert fmt is not None  # the caller took the layers whose weights have a format
+        assert self.dtype is not None, "a graph with quantized layers has one floating-point type"
         assert floating.shape is not None  # parameters have shapes
         key, transposed = self.keys[floating]
         scale = usable_weight_scale(self.scales[name], self.dtype)

@@ -41,7 +41,7 @@ SpanOption = Annotated[
     str | None,
     typer.Option(
         metavar="MIN:OPT:MAX",
-        help="Latent sizes (an eighth of the picture's) of a graph with --sizes dynamic; the trained one if omitted.",
+        help="Latent sizes (an eighth of the picture's), where any may be had; the trained one if omitted.",
     ),
 ]
 

@@ -63,8 +63,11 @@ def component_of(network: str) -> str:
     return AUTOENCODER if network in {DECODER, ENCODER} else network
 
 
-def load_component(base: BasePipeline, name: str) -> ComponentNetwork:
-    """Loads one of :func:`component_networks` in float32 on the CPU.
+def load_component(base: BasePipeline, name: str, dtype: torch.dtype = torch.float32) -> ComponentNetwork:
+    """Loads one of :func:`component_networks` on the CPU.
+
+    In float16 the exceptions are those of a diffusers pipeline: T5 keeps the products that overflow in float32, and so
+    does, as a whole, an autoencoder whose configuration asks for it (SDXL's ``force_upcast``).
 
     Raises:
         InputError: its class is not supported, or it cannot be loaded.
@@ -77,9 +80,11 @@ def load_component(base: BasePipeline, name: str) -> ComponentNetwork:
             f"{component} of {base.base.source} is a {class_name}, which cannot be exported: {', '.join(known)} can"
         )
     network_class = getattr(diffusers if component == AUTOENCODER else transformers, class_name)
+    if component == AUTOENCODER and _upcasts(base):
+        dtype = torch.float32
     try:
         network = network_class.from_pretrained(
-            base.folder / component, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            base.folder / component, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -87,6 +92,13 @@ def load_component(base: BasePipeline, name: str) -> ComponentNetwork:
     if component != AUTOENCODER:
         return _text_encoder(network)
     return _encoder(network) if name == ENCODER else _decoder(network)
+
+
+def _upcasts(base: BasePipeline) -> bool:
+    """Tells whether the pipeline runs its autoencoder in float32 where everything else is in float16."""
+    config = read_json(base.folder / AUTOENCODER / "config.json")
+    # diffusers writes force_upcast for every autoencoder; pipelines that follow it have this method
+    return bool(config.get("force_upcast")) and hasattr(getattr(diffusers, base.pipeline_class), "upcast_vae")
 
 
 def _text_encoder(network: Any) -> ComponentNetwork:  # noqa: ANN401 - transformers is not typed
@@ -106,15 +118,20 @@ def _text_encoder(network: Any) -> ComponentNetwork:  # noqa: ANN401 - transform
 
 def _decoder(autoencoder: Any) -> ComponentNetwork:  # noqa: ANN401 - diffusers is not typed
     config = network_config(autoencoder)
-    example = torch.zeros(2, config["latent_channels"], 6, 8)
+    example = torch.zeros(2, config["latent_channels"], 6, 8, dtype=autoencoder.dtype)
     return ComponentNetwork(_Decoder(autoencoder), example, "latents", ("image",), _open(1), config)
 
 
 def _encoder(autoencoder: Any) -> ComponentNetwork:  # noqa: ANN401 - diffusers is not typed
     config = network_config(autoencoder)
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    example = torch.zeros(2, config["in_channels"], 6 * factor, 8 * factor)
+    factor = pixels_per_latent(config)
+    example = torch.zeros(2, config["in_channels"], 6 * factor, 8 * factor, dtype=autoencoder.dtype)
     return ComponentNetwork(_Encoder(autoencoder), example, "image", ("moments",), _open(factor), config)
+
+
+def pixels_per_latent(config: Mapping[str, Any]) -> int:
+    """Returns how many pixels a side of a latent stands for, of an autoencoder's configuration."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def _open(factor: int) -> dict[int, Any]:

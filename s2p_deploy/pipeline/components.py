@@ -20,7 +20,7 @@ from s2p_deploy.engines.component_engines import load_component_engines
 from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import family_of_config, latent_shape_of
-from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES
+from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
 from s2p_deploy.records import Engine
 from s2p_deploy.records.artifacts import copy_artifact
 from s2p_deploy.timesteps import timestep_indices
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
-    from s2p_deploy.records import ComponentEngines, TimestepTable
+    from s2p_deploy.records import ComponentEngines, TensorSpec, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
@@ -347,11 +347,34 @@ class AuxiliaryComponent(EngineComponent):
         return type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
 
     def _infer(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
-        """Runs a network; the outputs are on the device of ``value`` and in the dtype of the pipeline's tensors."""
-        host = value.detach().cpu()
-        array = np.ascontiguousarray((host.float() if host.is_floating_point() else host.long()).numpy())
-        outputs = self.runners[network].infer({name: array})
-        return {key: torch.from_numpy(output).to(value.device, self.dtype) for key, output in outputs.items()}
+        """Runs a network, in slices where the batch is above its engine's largest.
+
+        The outputs are on the device of ``value`` and in the dtype of the pipeline's tensors.
+        """
+        largest = len(value) if self.engines.profile is None else self.engines.profile.maximum
+        slices = [self._infer_slice(network, name, part) for part in value.detach().split(largest)]
+        if len(slices) == 1:
+            return slices[0]
+        specs = self.engines.networks[network].outputs
+        return {spec.name: torch.cat([one[spec.name] for one in slices], _batch_axis(spec)) for spec in specs}
+
+    def _infer_slice(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
+        runner = self.runners[network]
+        if value.device.type != "cpu" and isinstance(runner, TensorRunner):
+            # copied: the runner writes its memory again in the next call
+            outputs = runner.infer_tensors({name: value})
+            return {key: output.to(value.device, self.dtype, copy=True) for key, output in outputs.items()}
+        host = value.cpu()
+        dtype = self.engines.networks[network].input.dtype
+        array = np.ascontiguousarray((host.float() if host.is_floating_point() else host.long()).numpy(), dtype)
+        return {
+            key: torch.from_numpy(output).to(value.device, self.dtype)
+            for key, output in runner.infer({name: array}).items()
+        }
+
+
+def _batch_axis(spec: TensorSpec) -> int:
+    return spec.shape.index("batch")
 
 
 class EngineTextEncoder(AuxiliaryComponent):
@@ -410,7 +433,13 @@ class EngineAutoencoder(AuxiliaryComponent):
         super().__init__(runners, dict(config) | {"force_upcast": False}, engines)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401 - as AutoencoderKL's
-        """Encodes pictures [batch, 3, factor * H, factor * W] to the distribution of their latents [batch, C, H, W]."""
+        """Encodes pictures [batch, 3, factor * H, factor * W] to the distribution of their latents [batch, C, H, W].
+
+        Raises:
+            InputError: the engine does not take pictures of that size.
+        """
+        factor = pixels_per_latent(self.config)
+        self._check_latents(x.shape[2] // factor, x.shape[3] // factor)
         distribution = DiagonalGaussianDistribution(self._infer(ENCODER, "image", x)["moments"])
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
@@ -418,9 +447,17 @@ class EngineAutoencoder(AuxiliaryComponent):
         """Decodes latents [batch, C, H, W] to pictures [batch, 3, factor * H, factor * W].
 
         ``generator`` is not used: an ``AutoencoderKL`` takes one and does not use it either.
+
+        Raises:
+            InputError: the engine does not take latents of that size.
         """
+        self._check_latents(*z.shape[2:])
         picture = self._infer(DECODER, "latents", z)["image"]
         return DecoderOutput(sample=picture) if return_dict else (picture,)
+
+    def _check_latents(self, height: int, width: int) -> None:
+        if self.engines.profile is not None:
+            self.engines.profile.check_latents(height, width)
 
 
 def auxiliary_components(engines: ComponentEngines) -> dict[str, AuxiliaryComponent]:

@@ -234,6 +234,9 @@ def _load_components(engine: Engine, components: ComponentEngines | None) -> dic
         raise IntegrityError(
             f"{components.folder} and {engine.folder} are of two pipelines: export the components of this one"
         )
+    if components.profile is not None:
+        sizes = components.profile.sizes("optimum") | engine.profile.sizes("optimum")
+        components.profile.check_latents(sizes["height"], sizes["width"])
     return auxiliary_components(components)
 
 

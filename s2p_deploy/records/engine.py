@@ -281,7 +281,7 @@ class ComponentsContent:
 
     ``networks`` are text encoders by their component's name, ``vae_decoder`` and ``vae_encoder``. ``precision``,
     ``provider`` and ``optimization`` are those of their :class:`Execution`; ``environment`` is what must match to load
-    them (library version, device).
+    them (library version, device); ``profile`` is that of engines which do not take any size.
     """
 
     backend: Name
@@ -291,6 +291,7 @@ class ComponentsContent:
     environment: dict[str, str]
     networks: Annotated[dict[Name, ComponentEngine], Field(min_length=1, max_length=8)]
     sizes: dict[str, Bytes]
+    profile: ShapeProfile | None = None
 
     @model_validator(mode="after")
     def _check_files(self) -> ComponentsContent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from s2p_deploy.calib import calibrate, dataset_request, generate_dataset, training_fit
 from s2p_deploy.calib.memory import SHARE
-from s2p_deploy.calib.training_memory import Division, Fit
+from s2p_deploy.calib.training_memory import Division, Fit, TrainingTime
 from s2p_deploy.calib.trajectories import call_with_zeros, load_float_pipeline
 from s2p_deploy.context import Context, Progress, silent
 from s2p_deploy.errors import InputError, MissingEnvironmentError
@@ -47,6 +48,10 @@ def test_a_training_is_divided_to_fit_and_said_so_before_it_starts(
     fit = estimates[0]
     assert isinstance(fit, Fit)
     assert (fit.division, str(fit).partition(":")[0]) == (CHECKPOINTING, "6 iterations of 4 x 1 with checkpointing")
+    time = estimates[1]
+    assert isinstance(time, TrainingTime)
+    assert re.fullmatch(r"6 iterations of 4 x 1 with checkpointing, about \d+ s", str(time))
+    assert time.seconds == pytest.approx(6 * 7 * time.forward_s)
     assert model.manifest.recipe["training"]["checkpointing"] is True
     stated = recipe.with_division(4, 1, checkpointing=True)
     assert calibrate(base, stated, prompts, tmp_path / "b").manifest.files == model.manifest.files

@@ -98,7 +98,19 @@ def test_parts_of_another_pipeline_are_refused(run: Run, engine: Path, tmp_path:
     assert run(*draw, "--components", engine).code == 2
 
 
-def test_a_backend_that_runs_no_such_networks_is_refused(run: Run, base: BasePipeline, tmp_path: Path) -> None:
-    refused = run("components", base.folder, "--backend", "tensorrt", "--out", tmp_path / "p")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--backend", "magic"), "unknown backend 'magic'"),
+        (("--backend", "onnxruntime", "--batch", "1:1:4"), "takes batches and pictures of any size: leave --batch"),
+        (("--backend", "onnxruntime", "--height", "64"), "--height '64' must be MIN:OPT:MAX"),
+        (("--backend", "onnxruntime", "--precision", "f16"), "export the graph in another type"),
+    ],
+)
+def test_wrong_options_are_refused(
+    run: Run, base: BasePipeline, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    refused = run("components", base.folder, *options, "--out", tmp_path / "p")
     assert refused.code == 2
-    assert "use one of onnxruntime, openvino" in refused.err
+    assert said in refused.err
+    assert not list(tmp_path.iterdir())

@@ -113,6 +113,9 @@ class Context:
             self.batch = shape[0]
         return True
 
+    def get_tensor_shape(self, _name: str) -> tuple[int, ...]:
+        return (self.batch, 4)
+
     def update_device_memory_size_for_shapes(self) -> int:
         return BYTES_PER_SAMPLE * self.batch
 
@@ -144,9 +147,6 @@ class Engine:
 
     def get_tensor_profile_shape(self, name: str, _profile: int) -> tuple[tuple[int, ...], ...]:
         return _SHAPES[name]
-
-    def get_tensor_shape(self, _name: str) -> tuple[int, ...]:
-        return (-1, 4)
 
     def get_tensor_dtype(self, _name: str) -> str:
         return "half"

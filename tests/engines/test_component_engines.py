@@ -7,17 +7,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
 from s2p_deploy.engines.component_engines import build_component_engines, load_component_engines
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
-from s2p_deploy.families import BasePipeline
+from s2p_deploy.export.float_networks import component_model
+from s2p_deploy.export.tensors import write_model
+from s2p_deploy.families import BasePipeline, resolve_base
 from s2p_deploy.families.components import load_component
-from s2p_deploy.records import Execution, read_manifest, write_artifact
+from s2p_deploy.records import Execution, ShapeProfile, Span, read_manifest, write_artifact
 from s2p_deploy.records.engine import ComponentEngines
 from tests.shared_folder import SharedFolder
-from tests.small_pipelines import shared_small_base, shared_small_components
+from tests.small_pipelines import PIPELINES, shared_small_base, shared_small_components, small_base, t5_base
 
 NETWORKS = ("text_encoder", "vae_decoder", "vae_encoder")
 SIZES = {"text_encoder": (24,), "vae_decoder": (4, 10, 6), "vae_encoder": (3, 20, 12)}
@@ -102,8 +106,8 @@ def test_another_environment_is_refused(made: ComponentEngines, tmp_path: Path) 
 
 def test_what_cannot_be_made_is_refused_before_work(base: BasePipeline, tmp_path: Path) -> None:
     out = tmp_path / "parts"
-    with pytest.raises(InputError, match="tensorrt runs no text encoders"):
-        build_component_engines(base, out, backend="tensorrt")
+    with pytest.raises(InputError, match="onnxruntime takes batches and pictures of any size"):
+        build_component_engines(base, out, backend="onnxruntime", profile=ShapeProfile())
     with pytest.raises(InputError, match="knows no optimization 'magic'"):
         build_component_engines(base, out, backend="onnxruntime", execution=Execution(optimization="magic"))
     out.mkdir()
@@ -112,11 +116,78 @@ def test_what_cannot_be_made_is_refused_before_work(base: BasePipeline, tmp_path
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_half_text_encoder_computes_in_half(base: BasePipeline, tmp_path: Path) -> None:
+    """What TensorRT's plans are built from; ONNX Runtime computes it here."""
+    component = load_component(base, "text_encoder", torch.float16)
+    model = component_model(component, "text_encoder")
+    kinds = {value.dtype for value in (*model.graph.initializers.values(), *model.graph.outputs)}
+    assert onnx_ir.DataType.FLOAT16 in kinds
+    assert onnx_ir.DataType.FLOAT not in kinds
+    ids = torch.randint(0, 270, (3, 24))
+    states = answers(model, tmp_path / "text.onnx", {"input_ids": ids.numpy()})[0]
+    with torch.no_grad():
+        expected = load_component(base, "text_encoder").network(ids)[0].numpy()
+    assert states.dtype == np.float16
+    np.testing.assert_allclose(states.astype(np.float32), expected, atol=2e-2)
+
+
+def test_a_half_t5_keeps_the_products_that_overflow(tmp_path: Path) -> None:
+    """As transformers does; its own network in float16 is the reference."""
+    component = load_component(t5_base(tmp_path / "pipeline"), "text_encoder_3", torch.float16)
+    model = component_model(component, "text_encoder_3")
+    kept = {str(value.name) for value in model.graph.initializers.values() if value.dtype == onnx_ir.DataType.FLOAT}
+    assert {name for name in kept if name.endswith(".weight")} == {
+        f"encoder.block.{layer}.layer.1.DenseReluDense.wo.weight" for layer in (0, 1)
+    }
+    ids = torch.randint(0, 270, (2, 9))
+    states = answers(model, tmp_path / "t5.onnx", {"input_ids": ids.numpy()})[0]
+    with torch.no_grad():
+        expected = component.network(ids).float().numpy()
+    np.testing.assert_allclose(states.astype(np.float32), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "upcast"), [("shapes-sdxl", True), ("shapes-sd2", False), ("shapes-sd3", False)])
+def test_an_autoencoder_stays_float32_where_its_pipeline_would_upcast_it(name: str, upcast: bool) -> None:
+    """All three configurations say ``force_upcast``, as diffusers writes it; SDXL's pipeline alone follows it."""
+    decoder = load_component(resolve_base(str(PIPELINES / name)), "vae_decoder", torch.float16)
+    assert decoder.example.dtype == (torch.float32 if upcast else torch.float16)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_tensorrt_rtx_builds_every_network_without_a_gpu(tmp_path: Path) -> None:
+    """Text encoders of both kinds and both halves of the autoencoder, with a profile of their own."""
+    pytest.importorskip("tensorrt_rtx")
+    profile = ShapeProfile(1, 2, 4, height=Span(8, 8, 16), width=Span(8, 8, 8))
+    made = build_component_engines(
+        t5_base(tmp_path / "pipeline"), tmp_path / "plans", backend="tensorrt_rtx", profile=profile
+    )
+    assert set(made.networks) == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae_decoder", "vae_encoder"}
+    assert all(network.files == (f"{name}.plan",) for name, network in made.networks.items())
+    assert made.profile == profile
+    assert made.environment["device"] == "CUDA GPU"
+    assert made.networks["text_encoder_3"].outputs[0].dtype == "float16"
+    with pytest.raises(MissingEnvironmentError, match="needs device CUDA GPU"):
+        load_component_engines(made)
+    floating = build_component_engines(
+        small_base(tmp_path / "small"), tmp_path / "f32", backend="tensorrt_rtx", execution=Execution(precision="f32")
+    )
+    assert floating.networks["text_encoder"].outputs[0].dtype == "float32"
+    assert floating.profile is not None
+    assert floating.profile.sizes("optimum") == {"batch": 1, "height": 8, "width": 8}
+
+
 def test_another_kind_of_artifact_is_refused(tmp_path: Path, made: ComponentEngines) -> None:
     write_artifact(tmp_path / "x", kind="Engine", base=made.manifest.base, recipe={}, fill=lambda _folder: {})
     assert read_manifest(tmp_path / "x").kind == "Engine"
     with pytest.raises(InputError, match="is of kind Engine, expected ComponentEngines"):
         ComponentEngines.open(tmp_path / "x")
+
+
+def answers(model: onnx_ir.Model, file: Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Runs a graph in ONNX Runtime."""
+    write_model(model, file)
+    return onnxruntime.InferenceSession(str(file)).run(None, inputs)
 
 
 def _no_sizes(content: dict[str, dict[str, object]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from s2p_deploy.engines.backend import call_in_child
 from s2p_deploy.engines.options import profile_shapes, spec_of
 from s2p_deploy.engines.tensorrt.backend import refusal
 from s2p_deploy.engines.tensorrt.plan import compute_types, layer_table, open_plan
-from s2p_deploy.engines.tensorrt.runner import TensorRtRunner, check_shape
+from s2p_deploy.engines.tensorrt.runner import OutputShapes, TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
@@ -285,6 +286,29 @@ def test_types_are_read_in_the_words_of_every_version() -> None:
     (row,) = layer_table(json.dumps({"Layers": [layer, "a name alone"]}))
     assert row["inputs"] == ["int8", "fp16", "fp32", "bf16", None]
     assert (row["name"], row["kind"], row["nodes"], row["outputs"]) == ("x", "kgen", ["a/Conv"], [])
+
+
+def test_outputs_have_the_shapes_that_the_plan_infers() -> None:
+    """As for networks whose outputs have other sizes than their inputs, an autoencoder's say; asked once per shapes."""
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    context = SimpleNamespace(
+        set_input_shape=lambda name, shape: asked.append((name, shape)),
+        get_tensor_shape=lambda _name: [asked[-1][1][0], 3, 8 * asked[-1][1][2], 8 * asked[-1][1][3]],
+    )
+    plan = SimpleNamespace(
+        library=SimpleNamespace(
+            __name__="tensorrt", ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2)
+        ),
+        engine=SimpleNamespace(create_execution_context=lambda strategy: context if strategy == 2 else None),
+    )
+    shapes = OutputShapes(plan, ("image",))
+    assert shapes.at({"latents": (2, 4, 8, 16)}) == {"image": (2, 3, 64, 128)}
+    assert shapes.at({"latents": (2, 4, 8, 16)}) == {"image": (2, 3, 64, 128)}
+    assert len(asked) == 1
+    assert shapes.at({"latents": (1, 4, 8, 8)}) == {"image": (1, 3, 64, 64)}
+    plan.engine.create_execution_context = lambda _strategy: None
+    with pytest.raises(EngineBuildError, match="tensorrt made no execution context"):
+        OutputShapes(plan, ("image",))
 
 
 def test_the_inspector_speaks_only_for_layers_with_one_product() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from s2p_deploy.engines.component_engines import build_component_engines
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline, with_components
 from s2p_deploy.pipeline import EngineAutoencoder, EngineTextEncoder, auxiliary_components
+from s2p_deploy.records import ShapeProfile, Span
 from tests.small_pipelines import FACTOR, WIDTH, shared_small_base, shared_small_components, t5_base, whole_denoiser
 
 if TYPE_CHECKING:
@@ -120,6 +122,25 @@ def test_parts_follow_the_pipelines_dtype_and_are_copied_with_it(pipe: StableDif
     assert autoencoder.runners == pipe.vae.runners
     assert autoencoder.to(torch.bfloat16).decode(torch.randn(1, 4, 8, 8).bfloat16()).sample.dtype == torch.bfloat16
     assert autoencoder.config.force_upcast is False
+
+
+def test_a_batch_above_an_engines_largest_is_computed_in_slices(
+    pipe: StableDiffusionPipeline, parts: ComponentEngines
+) -> None:
+    """Both outputs whose batch comes first and states of all layers, whose batch is second."""
+    sized = replace(parts, profile=ShapeProfile(1, 1, 2, height=Span(8, 8, 8), width=Span(8, 8, 8)))
+    encoder = EngineTextEncoder(pipe.text_encoder.runners, pipe.text_encoder.config, sized)
+    autoencoder = EngineAutoencoder(pipe.vae.runners, pipe.vae.config, sized)
+    ids, latents = IDS.repeat(3, 1)[:5], torch.randn(5, 4, 8, 8)
+    whole = pipe.text_encoder(ids, output_hidden_states=True)
+    sliced = encoder(ids, output_hidden_states=True)
+    for one, other in zip((*sliced.hidden_states, sliced[0]), (*whole.hidden_states, whole[0]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.decode(latents).sample, pipe.vae.decode(latents).sample, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="takes latents of height 8 and width 8, got 8x16"):
+        autoencoder.decode(torch.randn(1, 4, 8, 16))
+    with pytest.raises(InputError, match="takes latents of height 8 and width 8, got 16x8"):
+        autoencoder.encode(torch.randn(1, 3, 16 * FACTOR, 8 * FACTOR))
 
 
 @pytest.mark.parametrize("name", ["enable_tiling", "enable_slicing"])

@@ -243,7 +243,8 @@ class TestReplicas:
             time.sleep(0.3)
             os.kill(victim, signal.SIGKILL)
             answers = [one.result() for one in pending]
-        assert {answer.status for answer in answers} <= {200, 500, 503}
+        # 429: the replica that is left may have no room for what the other one had
+        assert {answer.status for answer in answers} <= {200, 429, 500, 503}
         assert victim not in processes(without=victim)
         for seed, answer in enumerate(answers):
             again = answer if answer.status == 200 else server.draw(seed=seed, n=2)
