@@ -459,16 +459,18 @@ class EngineAutoencoder(AuxiliaryComponent):
             self.engines.profile.check_latents(height, width)
 
 
-def auxiliary_components(engines: ComponentEngines) -> dict[str, AuxiliaryComponent]:
-    """Loads component engines; returns the components by their names in a pipeline.
+def auxiliary_components(
+    engines: ComponentEngines, runners: Mapping[str, Runner] | None = None
+) -> dict[str, AuxiliaryComponent]:
+    """Loads component engines, unless their ``runners`` are loaded; returns components by their names in a pipeline.
 
     Raises:
         IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
     """
-    runners = load_component_engines(engines)
-    halves = {name: runners.pop(name) for name in (DECODER, ENCODER)}
+    loaded = load_component_engines(engines) if runners is None else dict(runners)
+    halves = {name: loaded.pop(name) for name in (DECODER, ENCODER)}
     components: dict[str, AuxiliaryComponent] = {
         name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)
-        for name, runner in runners.items()
+        for name, runner in loaded.items()
     }
     return components | {AUTOENCODER: EngineAutoencoder(halves, engines.networks[DECODER].config, engines)}
