@@ -213,12 +213,12 @@ def _predicted(name: str) -> dict[str, Any]:
 
 def sd_memory(setting: Setting) -> dict[str, Any]:
     """Step 4: memory and time of training at SD v1-4's size."""
-    return _training(setting, "sd14", ((1, False), (2, False), (8, False), (1, True), (2, True), (8, True)))
+    return _training(setting, "sd14", ((1, False), (8, False), (1, True), (8, True)))
 
 
 def sdxl_memory(setting: Setting) -> dict[str, Any]:
     """Step 5: memory and time of training at SDXL's size."""
-    return _training(setting, "sdxl", ((1, True), (2, True)))
+    return _training(setting, "sdxl", ((1, True), (8, True)))
 
 
 def walk(setting: Setting) -> dict[str, Any]:

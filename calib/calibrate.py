@@ -291,6 +291,7 @@ def _starting_state(
         S2PError: an activation is not finite.
     """
     denoiser, recipe, progress = source.denoiser, request.recipe, request.context.progress
+    per_call = request.context.samples_per_call
     calibrated = calibrated_indices(dataset)
     if source.deployed_time_table is not None:
         denoiser.set_time_table(source.deployed_time_table)
@@ -302,7 +303,9 @@ def _starting_state(
         transforms.apply(denoiser)
         transforms.fit(denoiser, dataset, progress)
         _fit_shifts(request, denoiser, transforms.spec.shifted, dataset)
-        peaks = None if calibrator == "own" else modelopt_scales(denoiser, plan, dataset, calibrator, progress)
+        peaks = (
+            None if calibrator == "own" else modelopt_scales(denoiser, plan, dataset, calibrator, progress, per_call)
+        )
         if peaks is not None and peaks.smoothing:
             if request.plan is not None:
                 raise InputError("scales.calibrator: modelopt_smoothquant rewrites layers: give no plan file")
@@ -324,7 +327,7 @@ def _starting_state(
         input_quantizer=request.hooks.input_quantizer,
     )
     scales = request.hooks.act_scales(recipe, plan, act_scales)
-    state = TrainingState(quantized, scales, torch.tensor(calibrated), request.context.samples_per_call)
+    state = TrainingState(quantized, scales, torch.tensor(calibrated), per_call)
     state.modules().to(source.device)  # the scales, which come from files
     return state, transforms
 
@@ -335,7 +338,8 @@ def _fit_shifts(
     """Finds the shifts once and keeps them in the work folder."""
     file = request.partial / _SHIFTS
     if paths and not file.exists():
-        ranges = input_ranges(denoiser, paths, dataset, request.recipe.scales.latents, request.context.progress)
+        latents, context = request.recipe.scales.latents, request.context
+        ranges = input_ranges(denoiser, paths, dataset, latents, context.progress, context.samples_per_call)
         write_tensors(file, {path: middle(*ends) for path, ends in ranges.items()})
     for path, shift in (load_file(file) if paths else {}).items():
         module_of_type(denoiser, path, ShiftedLayer).set_shift(shift.to(denoiser.device))
@@ -376,6 +380,7 @@ def _final_plan(
                 recipe.mixed,
                 seed=recipe.training.seed,
                 progress=request.context.progress,
+                samples_per_call=request.context.samples_per_call,
             )
             plan = mixed_plan(plan, layers, scores, recipe.mixed)
         write_plan(request.hooks.refined_plan(request, source.denoiser, plan, dataset), file)

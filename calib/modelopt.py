@@ -96,8 +96,11 @@ def modelopt_scales(
     dataset: LatentDataset,
     calibrator: Literal["modelopt", "modelopt_smoothquant"],
     progress: Progress,
+    samples_per_call: int | None = None,
 ) -> ModeloptScales:
     """Runs nvidia-modelopt's INT8 default or SmoothQuant configuration over all stored latents, both CFG branches.
+
+    In calls of ``samples_per_call`` (None: of a few).
 
     It works on a copy: ``denoiser``, the floating-point denoiser before smoothing, stays as it is. Quantizers of
     exactly the plan's layers are on; modelopt's own list of layers to leave out is made for language models and would
@@ -114,7 +117,7 @@ def modelopt_scales(
         stock = mtq.INT8_DEFAULT_CFG if calibrator == "modelopt" else mtq.INT8_SMOOTHQUANT_CFG
         config = stock | {"quant_cfg": [*stock["quant_cfg"], *_switches(plan)]}
         try:
-            mtq.quantize(model, config, lambda copied: _show(copied, dataset, progress))
+            mtq.quantize(model, config, lambda copied: _show(copied, dataset, progress, samples_per_call))
         except AssertionError as error:
             raise S2PError(
                 f"nvidia-modelopt found an activation that is not finite ({error}): the pipeline's weights are broken"
@@ -133,10 +136,10 @@ def _switches(plan: PrecisionPlan) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _show(model: IndexedDenoiser, dataset: LatentDataset, progress: Progress) -> None:
+def _show(model: IndexedDenoiser, dataset: LatentDataset, progress: Progress, samples_per_call: int | None) -> None:
     pairs = samples_at(dataset, np.arange(len(dataset.timestep_indices)))
     done = 0
-    for which in pairs.batches():
+    for which in pairs.batches(samples_per_call):
         model(*(argument.to(model.device) for argument in pairs.inputs(which)))
         done += len(which)
         progress("modelopt", done, len(pairs.sample))

@@ -287,6 +287,11 @@ class FakeQuantDenoiser(nn.Module):
         self.denoiser = denoiser
         self.register_buffer("act_scales", act_scales, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Returns the device of the weights."""
+        return self.denoiser.inner.device
+
     def forward(
         self, sample: Tensor, timestep_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
     ) -> Tensor:

@@ -35,9 +35,9 @@ class SamplePairs:
     added_cond: Tensor
     output: Tensor
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yields indices int64 that together are all samples, as many at a time as fit into memory."""
-        return iter(torch.arange(len(self.sample)).split(max(1, _ELEMENTS // self.sample[0].numel())))
+    def batches(self, samples: int | None = None) -> Iterator[Tensor]:
+        """Yields indices int64 that together are all samples, so many at a time; None: as fit into a small memory."""
+        return iter(torch.arange(len(self.sample)).split(samples or max(1, _ELEMENTS // self.sample[0].numel())))
 
     def inputs(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the denoiser's arguments for some samples."""

@@ -30,11 +30,17 @@ def middle(low: Tensor, high: Tensor) -> Tensor:
 
 @torch.no_grad()
 def input_ranges(
-    denoiser: IndexedDenoiser, paths: Sequence[str], dataset: LatentDataset, latents: int, progress: Progress
+    denoiser: IndexedDenoiser,
+    paths: Sequence[str],
+    dataset: LatentDataset,
+    latents: int,
+    progress: Progress,
+    samples_per_call: int | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Finds the smallest and largest value of every channel of the inputs of modules, float32 [in] each, on the CPU.
 
-    Over up to ``latents`` samples of each timestep, both CFG branches.
+    Over up to ``latents`` samples of each timestep, both CFG branches, in calls of ``samples_per_call`` (None: of a
+    few).
 
     Raises:
         S2PError: an activation holds NaN or infinity.
@@ -59,7 +65,7 @@ def input_ranges(
     ]
     pairs, done = samples_at(dataset, np.concatenate(first)), 0
     try:
-        for which in pairs.batches():
+        for which in pairs.batches(samples_per_call):
             denoiser(*(argument.to(denoiser.device) for argument in pairs.inputs(which)))
             done += len(which)
             progress("ranges", done, len(pairs.sample))

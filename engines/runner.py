@@ -80,35 +80,49 @@ class TensorRunner(Runner, Protocol):
 
 
 class TorchRunner(ClosingRunner):
-    """A PyTorch denoiser, floating point or fake-quant.
+    """A PyTorch denoiser, floating point or fake-quant, which computes where its weights are (a function: on the CPU).
 
     It is called with ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch], ``encoder_hidden_states`` [batch,
     tokens, D] and, where it is given, ``added_cond`` [batch, A]. Floating-point inputs are cast to ``dtype`` (None:
-    float32); ``device`` is the module's (None: the CPU).
+    float32).
     """
 
-    def __init__(
-        self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
         import torch
 
         self._module = module
         self._dtype = dtype or torch.float32
-        self._device = device or torch.device("cpu")
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Predicts ``noise_pred`` as NumPy (float32 for types that NumPy lacks)."""
         import torch
 
-        def placed(name: str, dtype: torch.dtype) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device, dtype)
-
-        texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
-        with torch.no_grad():
-            output = self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        output = self.infer_tensors(tensors)[OUTPUT]
         if output.dtype == torch.bfloat16:
             output = output.float()
         return {OUTPUT: output.cpu().numpy()}
+
+    def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Predicts ``noise_pred`` on the denoiser's device, from tensors on any; nothing waits for a GPU."""
+        import torch
+
+        device = self._device
+
+        def placed(name: str, dtype: torch.dtype) -> torch.Tensor:
+            return inputs[name].to(device, dtype, non_blocking=True)
+
+        texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
+        with torch.no_grad():
+            return {OUTPUT: self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)}
+
+    @property
+    def _device(self) -> torch.device:
+        """Looked up in every call: a network may move between two."""
+        import torch
+
+        weights = self._module.parameters() if isinstance(self._module, torch.nn.Module) else iter(())
+        return next((weight.device for weight in weights), torch.device("cpu"))
 
     def close(self) -> None:
         """Does nothing: the module belongs to the caller."""

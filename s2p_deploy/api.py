@@ -242,7 +242,7 @@ def validate(  # noqa: PLR0913 - the command's options
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces a report at ``out``, once the new one is complete.
         command: a command line to name in the report.
-        context: progress.
+        context: where the references compute (``auto``: on the engine's device), threads and progress.
 
     Raises:
         InputError: an argument is wrong, a parent is missing, or ``out`` exists.

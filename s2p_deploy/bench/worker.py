@@ -6,23 +6,28 @@ It reports how long each takes and the memory that it holds.
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from s2p_deploy.bench.turns import answer_requests
+from s2p_deploy.context import Context
 from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.options import shape_at
+from s2p_deploy.engines.runner import OUTPUT, TensorRunner
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import Base, Engine, Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines import BoundRunner
     from s2p_deploy.records import TensorSpec
 
 _OF_THE_PROMPT = {"encoder_hidden_states", "added_cond"}
@@ -102,25 +107,59 @@ def random_inputs(
 
 
 class EngineWorkload:
-    """An engine, and the pipeline that it was made from. ``generation`` says where that is and how to sample."""
+    """A loaded engine, and the pipeline that it was made from. ``generation`` says where that is and how to sample.
 
-    def __init__(self, engine: Engine, batch: int, generation: dict[str, Any] | None) -> None:
-        self._engine = engine
-        self._runner = load_engine(self._engine, tried=True)  # this process may crash: its parent lives on
-        profile = engine.profile
-        self._sizes = profile.sizes("optimum") | {"batch": batch}
+    ``context`` has the device of the engine, for the networks around it and for inputs of an engine that takes tensors.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: BoundRunner,
+        batch: int,
+        generation: dict[str, Any] | None,
+        context: Context,
+    ) -> None:
+        self._engine, self._runner, self._context = engine, runner, context
+        self._sizes = engine.profile.sizes("optimum") | {"batch": batch}
         self._generation = generation or {}
         self._pipe: DiffusionPipeline | None = None
 
     def step(self, number: int) -> None:
         """Runs one call of the engine on random latents and text, on one calibrated timestep after the other."""
         indices = self._engine.timesteps.calibrated_indices
-        self._runner.infer(random_inputs(self._runner.inputs, self._sizes, indices[number % len(indices)], number))
+        index = indices[number % len(indices)]
+        if isinstance(self._runner, TensorRunner):
+            self._step_on_device(self._runner, index)
+        else:
+            self._runner.infer(random_inputs(self._runner.inputs, self._sizes, index, number))
+
+    def _step_on_device(self, runner: TensorRunner, timestep_index: int) -> None:
+        """Runs a step as a pipeline's loop there does: nothing but the timestep comes from the host."""
+        import torch
+
+        sample = torch.randn(self._sample_shape, device=self._context.torch_device)
+        index = torch.full((len(sample),), timestep_index)
+        output = runner.infer_tensors({"sample": sample, "timestep_index": index, **self._prompt})[OUTPUT]
+        output.flatten()[:1].cpu()  # waits for the step
+
+    @cached_property
+    def _sample_shape(self) -> tuple[int, ...]:
+        return next(shape_at(spec, self._sizes) for spec in self._runner.inputs if spec.name == "sample")
+
+    @cached_property
+    def _prompt(self) -> dict[str, torch.Tensor]:
+        """Returns what comes from the prompt, on the device once for all steps."""
+        import torch
+
+        specs = [spec for spec in self._runner.inputs if spec.name in _OF_THE_PROMPT]
+        values = random_inputs(specs, self._sizes, 0, 0)
+        return {name: torch.from_numpy(value).to(self._context.torch_device) for name, value in values.items()}
 
     def open_pipeline(self) -> None:
-        """Loads the stock pipeline with the engine as its denoiser."""
-        from s2p_deploy.families import BasePipeline, load_pipeline
-        from s2p_deploy.pipeline import pipeline_with_engine
+        """Opens the engine's pipeline, as users do."""
+        from s2p_deploy.families import BasePipeline
+        from s2p_deploy.pipeline import open_pipeline
 
         generation = self._generation
         base = BasePipeline(
@@ -129,7 +168,7 @@ class EngineWorkload:
             generation["guidance_scale"],
             generation["pipeline_class"],
         )
-        self._pipe = pipeline_with_engine(load_pipeline(base), self._engine, self._runner)
+        self._pipe = open_pipeline(self._engine, base, runner=self._runner, context=self._context).pipe
 
     def draw(self, number: int) -> None:
         """Generates one picture; ``number`` decides its noise."""
@@ -151,7 +190,14 @@ def _opened(request: dict[str, Any]) -> EngineWorkload:
     engine = Engine.open(Path(request["engine"]))
     if engine.manifest.digest != request["digest"]:
         raise IntegrityError("it was changed while it was opened")
-    return EngineWorkload(engine, request["batch"], request["generation"])
+    runner = load_engine(engine, tried=True)  # this process may crash: its parent lives on
+    return EngineWorkload(engine, runner, request["batch"], request["generation"], context_of(engine))
+
+
+def context_of(engine: Engine) -> Context:
+    """Puts the networks around an engine on its device, on a GPU in the graph's type."""
+    half = engine.on_gpu and engine.dtype == "fp16"
+    return Context(device="auto" if engine.on_gpu else "cpu", dtype="float16" if half else "float32")
 
 
 def _timed(run: Callable[[int], None], number: int) -> float:

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2p_deploy.cli.output import Outcome, progress_bars, show, table
+from s2p_deploy.cli.options import context_from_options
+from s2p_deploy.cli.output import Outcome, show, table
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ _LATENTS = 32
 _SHOWN = 12  # layers
 
 
-def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None, *, as_json: bool) -> int:
-    """Bisects the calibrated model at ``folder``, or the one that an engine at ``folder`` was made from.
+def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None, device: str, *, as_json: bool) -> int:
+    """Bisects the calibrated model at ``folder``, or the one that an engine at ``folder`` was made from, on a device.
 
     The changed plan is written to ``plan_out``, where given. Exits 0 whatever is found: no gate is asked.
 
@@ -35,7 +36,7 @@ def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None,
     from s2p_deploy.records.precision_plan import write_plan
     from s2p_deploy.validation.bisect import changed_plan
 
-    bisection = _bisected(calibrated)
+    bisection = _bisected(calibrated, device)
     plan = changed_plan(calibrated.plan, bisection.changes)
     text: list[Any] = [_table(bisection), *_lines(bisection)]
     if plan_out is not None:
@@ -62,7 +63,7 @@ def _calibrated(folder: Path, calib: Path | None) -> CalibratedModel:
     return CalibratedModel.open(parent_folder(graph.folder, graph.manifest, "calib"))
 
 
-def _bisected(calibrated: CalibratedModel) -> Bisection:
+def _bisected(calibrated: CalibratedModel, device: str) -> Bisection:
     from s2p_deploy.calib import fake_quant_denoiser
     from s2p_deploy.records import LatentDataset
     from s2p_deploy.records.artifacts import parent_folder
@@ -73,10 +74,10 @@ def _bisected(calibrated: CalibratedModel) -> Bisection:
         raise InputError(f"{calibrated.folder} was made without latents (streamed, or recipe fp): nothing to look at")
     dataset = LatentDataset.open(parent_folder(calibrated.folder, calibrated.manifest, "dataset"))
     latents, predictions = choose_latents(dataset, _LATENTS), stored_predictions(dataset, _LATENTS)
-    with progress_bars() as progress:
-        return bisect(
-            fake_quant_denoiser(calibrated), unquantized_denoiser(calibrated), latents, predictions, progress=progress
-        )
+    with context_from_options(device) as context, context.arithmetic():
+        fake_quant = fake_quant_denoiser(calibrated).to(context.torch_device)
+        unquantized = unquantized_denoiser(calibrated).to(context.torch_device)
+        return bisect(fake_quant, unquantized, latents, predictions, progress=context.progress)
 
 
 def _bits_of(calibrated: CalibratedModel, plan: PrecisionPlan) -> dict[str, float]:

@@ -9,6 +9,7 @@ import typer
 
 from s2p_deploy.api import as_prompts
 from s2p_deploy.cli.options import (
+    DeviceOption,
     ForceOption,
     JsonOption,
     OutFolder,
@@ -36,6 +37,7 @@ def compare(  # noqa: PLR0913 - its options
     out: OutFolder,
     settings: SettingsOption = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 64,
+    device: DeviceOption = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -49,7 +51,7 @@ def compare(  # noqa: PLR0913 - its options
     from s2p_deploy.validation.compare import COMPARISON
     from s2p_deploy.validation.compare import compare as compare_recipes
 
-    with context_from_options() as context:
+    with context_from_options(device) as context:
         results = compare_recipes(
             resolve_base(model), loaded, train, drawn.first(pictures), out, replace=force, context=context
         )

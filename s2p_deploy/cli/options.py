@@ -43,6 +43,15 @@ DeviceOption = Annotated[
         rich_help_panel=_COMMON,
     ),
 ]
+ReferenceDeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where the references compute: auto (on the engine's own device), cpu, cuda or cuda:N.",
+        rich_help_panel=_COMMON,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads; PyTorch's default if omitted.", rich_help_panel=_COMMON),

@@ -17,6 +17,7 @@ from s2p_deploy.cli.options import (
     JsonOption,
     ModelOption,
     PublicKeyOption,
+    ReferenceDeviceOption,
     SchedulesOption,
     SettingsOption,
     context_from_options,
@@ -72,6 +73,7 @@ def validate(  # noqa: PLR0913 - its options
     ] = None,
     model: ModelOption = None,
     public_key: PublicKeyOption = None,
+    device: ReferenceDeviceOption = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -85,9 +87,10 @@ def validate(  # noqa: PLR0913 - its options
     measuring |= {"--floor": floor, "--weights-dir": weights_dir, "--bench": bench}
     if bisect:
         _refuse(measuring | {"--out": out, "--recheck": recheck}, "--bisect looks at stored latents only")
-        return bisect_model(engine, calib, plan_out, as_json=as_json)
+        return bisect_model(engine, calib, plan_out, device, as_json=as_json)
     _refuse({"--plan-out": plan_out}, "only --bisect changes a plan")
     moved: dict[str, Any] = {"graph": graph, "calib": calib, "model": model}
+    measuring["--device"] = None if device == "auto" else device
     if recheck is not None:
         _refuse(measuring, "--recheck measures nothing")
         report, judgement = _rechecked(
@@ -109,7 +112,7 @@ def validate(  # noqa: PLR0913 - its options
     from s2p_deploy.signing import open_engine
 
     opened, opened_floor = open_engine(engine, public_key), open_engine(floor, public_key) if floor else None
-    with context_from_options() as context:
+    with context_from_options(device) as context:
         report = validate_engine(
             opened, prompts=given, out=out, floor=opened_floor, context=context, **moved, **options
         )

@@ -225,7 +225,7 @@ class EngineDenoiser(EngineComponent):
         sample = inputs["sample"]
         if sample.device.type != "cpu" and isinstance(self.runner, TensorRunner):
             output = self.runner.infer_tensors(inputs | {"timestep_index": torch.from_numpy(indices)})[OUTPUT]
-            return output.to(sample.dtype, copy=True)  # the runner writes its memory again in the next call
+            return output.to(sample.device, sample.dtype, copy=True)  # the runner writes there again in the next call
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in inputs.items()}
         outputs = self.runner.infer(arrays | {"timestep_index": indices})
         return torch.from_numpy(outputs[OUTPUT]).to(sample.device, sample.dtype)
@@ -460,16 +460,18 @@ class EngineAutoencoder(AuxiliaryComponent):
             self.engines.profile.check_latents(height, width)
 
 
-def auxiliary_components(engines: ComponentEngines) -> dict[str, AuxiliaryComponent]:
-    """Loads component engines; returns the components by their names in a pipeline.
+def auxiliary_components(
+    engines: ComponentEngines, runners: Mapping[str, Runner] | None = None
+) -> dict[str, AuxiliaryComponent]:
+    """Loads component engines, unless their ``runners`` are loaded; returns components by their names in a pipeline.
 
     Raises:
         IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
     """
-    runners = load_component_engines(engines)
-    halves = {name: runners.pop(name) for name in (DECODER, ENCODER)}
+    loaded = load_component_engines(engines) if runners is None else dict(runners)
+    halves = {name: loaded.pop(name) for name in (DECODER, ENCODER)}
     components: dict[str, AuxiliaryComponent] = {
         name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)
-        for name, runner in runners.items()
+        for name, runner in loaded.items()
     }
     return components | {AUTOENCODER: EngineAutoencoder(halves, engines.networks[DECODER].config, engines)}

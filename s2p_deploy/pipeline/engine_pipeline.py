@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.pipeline.generation import Schedule
     from s2p_deploy.records import Manifest
-    from s2p_deploy.timesteps import Timesteps
 
 KIND = "Pipeline"
 _ENGINE, _COMPONENTS = "engine", "components"
@@ -80,6 +79,7 @@ def open_pipeline(
     *,
     schedules: Sequence[Schedule] = (),
     components: ComponentEngines | None = None,
+    runner: BoundRunner | None = None,
     context: Context = Context(),
 ) -> EnginePipeline:
     """Opens the stock diffusers pipeline of an engine. Networks that engines replace are not read.
@@ -89,6 +89,7 @@ def open_pipeline(
         base: the floating-point pipeline that it was made from (None: where it was then).
         schedules: every schedule that will be run; those with fractional timesteps must be named here.
         components: engines of text encoders and autoencoder (None: PyTorch's networks).
+        runner: the engine, if it is loaded already, for all of ``schedules``.
         context: device and dtype of PyTorch's networks; an engine for a GPU runs on the device's.
 
     Raises:
@@ -101,19 +102,21 @@ def open_pipeline(
     check_base(base, engine.manifest)
     loaded = _load_components(engine, components)
     stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
-    timesteps = [timesteps_of(stock, schedule) for schedule in schedules]
-    return _with_engine(stock, engine, timesteps, loaded, context)
+    if runner is None:
+        timesteps = [timesteps_of(stock, schedule) for schedule in schedules]
+        runner = load_engine(engine, schedules=timesteps, device=context.device)
+    return _with_engine(stock, engine, runner, loaded, context)
 
 
 def pipeline_with_engine(base: DiffusionPipeline, engine: Engine, runner: BoundRunner) -> DiffusionPipeline:
-    """Makes a pipeline like ``base``, which stays as it is, with a loaded engine as its denoiser.
+    """Makes a pipeline like ``base``, on its device, with a loaded engine as its denoiser; ``base`` stays as it is.
 
     Schedules with fractional timesteps must have been named when the engine was loaded::
 
         timesteps = timesteps_of(base, Schedule(20, "euler-karras"))
         pipe = pipeline_with_engine(base, engine, load_engine(engine, schedules=[timesteps]))
     """
-    return with_denoiser(base, denoiser_from_engine(engine, runner))
+    return with_denoiser(base, denoiser_from_engine(engine, runner).place(base.device, base.dtype))
 
 
 def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace: bool = False) -> Manifest:
@@ -202,7 +205,8 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
         local_files_only=True,
         **absent_components(index),
     )
-    return _with_engine(stock, engine, [manifest.content.get("timesteps", [])], loaded, context)
+    runner = load_engine(engine, schedules=[manifest.content.get("timesteps", [])], device=context.device)
+    return _with_engine(stock, engine, runner, loaded, context)
 
 
 def _check_classes(folder: Path, name: str, index: dict[str, Any]) -> None:
@@ -243,11 +247,10 @@ def _load_components(engine: Engine, components: ComponentEngines | None) -> dic
 def _with_engine(
     stock: DiffusionPipeline,
     engine: Engine,
-    timesteps: Sequence[Timesteps],
+    runner: BoundRunner,
     components: dict[str, AuxiliaryComponent],
     context: Context,
 ) -> EnginePipeline:
-    runner = load_engine(engine, schedules=timesteps, device=context.device)
     engines: dict[str, EngineComponent] = {**components, denoiser_name(stock): denoiser_from_engine(engine, runner)}
     for component in engines.values():
         component.place(context.torch_device, context.torch_dtype)

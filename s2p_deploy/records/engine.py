@@ -226,6 +226,11 @@ class Engine(EngineContent):
         return Execution(self.precision, self.provider, self.optimization)
 
     @property
+    def on_gpu(self) -> bool:
+        """Returns whether it was built for a GPU."""
+        return self.environment.get("device", "cpu") != "cpu"
+
+    @property
     def takes_time_projections(self) -> bool:
         """Returns whether the projected time features are an input: timesteps of any schedule can be bound."""
         return any(spec.name == "time_projections" for spec in self.inputs)

@@ -19,6 +19,7 @@ from s2p_deploy.context import silent
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.validation.metrics import sqnr_db
+from s2p_deploy.validation.reference import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,7 +101,7 @@ def bisect(  # noqa: PLR0913 - what is looked at, and how far, by keyword
 
     Args:
         fake_quant: the model.
-        unquantized: the same before anything is quantized.
+        unquantized: the same before anything is quantized, on the same device.
         latents: what it is run on.
         expected: float32 [n, C, H, W] the FP denoiser's predictions.
         groups: how many blocks are looked into.
@@ -205,10 +206,8 @@ class _Trial:
             for name, part in switched.items():
                 hook = _switched(self._unquantized.network.get_submodule(name), part)
                 hooks.callback(self._fake_quant.layer(name).register_forward_hook(hook).remove)
-            outputs = [
-                self._fake_quant(*(torch.from_numpy(value) for value in few.inputs().values())).numpy()
-                for few in self._latents.parts()
-            ]
+            device = self._fake_quant.device
+            outputs = [to_numpy(self._fake_quant(*few.arguments(device))) for few in self._latents.parts()]
         self.passes.append(float(np.mean(sqnr_db(self._expected, np.concatenate(outputs)))))
         return self.passes[-1]
 

@@ -18,9 +18,10 @@ from s2p_deploy.numerics import format_by_name
 from s2p_deploy.pipeline import Schedule, engine_denoiser
 from s2p_deploy.records import Number
 from s2p_deploy.records.files import write_text
-from s2p_deploy.validation.end_to_end import outputs_of, whole_denoiser
+from s2p_deploy.validation.end_to_end import outputs_on, whole_denoiser
 from s2p_deploy.validation.metrics import mean_of, median_of, psnr_db, quantile_of, sqnr_db
 from s2p_deploy.validation.pictures import generate_pictures
+from s2p_deploy.validation.placement import onloaded
 from s2p_deploy.validation.reference import latents_of_pictures
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def compare(  # noqa: PLR0913 - what is compared, on what, to where, and options
     """
     check_comparable(recipes, prompts, held_out)
     context.set_threads()
-    sampling = recipes[0].sampling
+    sampling, device, progress = recipes[0].sampling, context.torch_device, context.progress
     schedule, guidance = Schedule.of(sampling), sampling.guidance_scale or base.default_guidance
     pipe = load_pipeline(base)
-    reference = generate_pictures(pipe, held_out, schedule, guidance, stage="pictures, FP", progress=context.progress)
+    with context.arithmetic(), onloaded(pipe, device):
+        reference = generate_pictures(pipe, held_out, schedule, guidance, stage="pictures, FP", progress=progress)
     results = []
     for recipe in recipes:
         calibrated = calibrate(
@@ -105,7 +107,8 @@ def compare(  # noqa: PLR0913 - what is compared, on what, to where, and options
             replace=replace,
             context=context,
         )
-        results.append(_compared(pipe, calibrated, recipe, held_out, reference, context))
+        with context.arithmetic():
+            results.append(_compared(pipe, calibrated, recipe, held_out, reference, context))
     write_text(out / COMPARISON, json.dumps([asdict(result) for result in results], indent=1) + "\n")
     return tuple(results)
 
@@ -157,24 +160,26 @@ def _compared(
     reference: GeneratedPictures,
     context: Context,
 ) -> ComparedRecipe:
-    fake_quant = TorchRunner(fake_quant_denoiser(calibrated))
-    denoiser = engine_denoiser(fake_quant, denoiser_of(pipe).config, calibrated.timesteps)
-    schedule = Schedule.of(recipe.sampling)
+    device, progress = context.torch_device, context.progress
+    fake_quant = fake_quant_denoiser(calibrated)
+    denoiser = engine_denoiser(TorchRunner(fake_quant), denoiser_of(pipe).config, calibrated.timesteps)
+    schedule, other = Schedule.of(recipe.sampling), with_denoiser(pipe, denoiser)
     guidance = calibrated.manifest.recipe["sampling"]["guidance_scale"]
     stage = f"pictures, {recipe.name}"
-    candidate = generate_pictures(
-        with_denoiser(pipe, denoiser), held_out, schedule, guidance, stage=stage, progress=context.progress
-    )
+    with onloaded(fake_quant, device), onloaded(other, device):
+        candidate = generate_pictures(other, held_out, schedule, guidance, stage=stage, progress=progress)
     psnr = psnr_db(reference.pictures, candidate.pictures)
-    latents = latents_of_pictures(pipe, held_out, reference, recipe.sampling, calibrated.timesteps, _LATENTS)
-    floating = TorchRunner(whole_denoiser(pipe, calibrated.timesteps))
+    timesteps = calibrated.timesteps
+    latents = latents_of_pictures(pipe, held_out, reference, recipe.sampling, timesteps, _LATENTS, device=device)
+    references = (whole_denoiser(pipe, timesteps), fake_quant)
+    floating, quantized = (outputs_on(device, network, latents) for network in references)
     bits = calibrated.manifest.content["average_bits"]
     return ComparedRecipe(
         name=recipe.name,
         psnr=median_of(psnr),
         psnr_tenth=quantile_of(psnr, 0.1),
         worst_psnr=float(np.min(psnr)),
-        sqnr=mean_of(sqnr_db(outputs_of(floating, latents), outputs_of(fake_quant, latents))),
+        sqnr=mean_of(sqnr_db(floating, quantized)),
         weight_bits=bits["parameters"]["weights"],
         activation_bits=bits["input_elements"]["activations"],
         size=quantized_bytes(calibrated),

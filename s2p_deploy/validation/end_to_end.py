@@ -20,11 +20,10 @@ from s2p_deploy.families import denoiser_of, family_of
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation.measurements import Agreement, EndToEnd, Floor
 from s2p_deploy.validation.metrics import cosine, sqnr_db
+from s2p_deploy.validation.placement import CPU, float64_device, onloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
@@ -34,16 +33,25 @@ if TYPE_CHECKING:
     from s2p_deploy.validation.reference import ValidationLatents
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_SLOWEST = 10.0  # times as long as in float32: a processor that only emulates a type takes hours at full size
+_SLOWEST = 10.0  # times as long as in float32: a device that only emulates a type takes hours at full size
 
 
 def measure_end_to_end(
-    floating: Callable[..., torch.Tensor], fake_quant: FakeQuantDenoiser, engine: Runner, latents: ValidationLatents
+    floating: WholeDenoiser,
+    fake_quant: FakeQuantDenoiser,
+    engine: Runner,
+    latents: ValidationLatents,
+    *,
+    device: torch.device = CPU,
 ) -> EndToEnd:
-    """Compares one call of each denoiser on every latent; ``floating`` is called as an indexed denoiser."""
-    reference = outputs_of(TorchRunner(floating), latents)
-    quantized = outputs_of(TorchRunner(fake_quant), latents)
-    double = outputs_of(TorchRunner(copy.deepcopy(fake_quant).double(), torch.float64), latents)
+    """Compares one call of each denoiser on every latent; the references compute on ``device``, one after the other.
+
+    The fake-quantized model in float64 computes on the CPU where a GPU is slow in that (:func:`float64_device`).
+    """
+    reference, quantized = (outputs_on(device, network, latents) for network in (floating, fake_quant))
+    exact = copy.deepcopy(fake_quant).double()
+    double = outputs_on(float64_device(device), exact, latents, torch.float64)
+    del exact
     found = outputs_of(engine, latents)
     to_fp = sqnr_db(reference, quantized)
     return EndToEnd(
@@ -58,25 +66,39 @@ def measure_end_to_end(
     )
 
 
+class WholeDenoiser(torch.nn.Module):
+    """A pipeline's own denoiser, time path included, called as an indexed one: with indices of ``timesteps``."""
+
+    timesteps: torch.Tensor
+
+    def __init__(self, network: ModelMixin, timesteps: TimestepTable) -> None:
+        super().__init__()
+        self.network, self._family = network, family_of(network)
+        values = torch.from_numpy(timesteps.timesteps).float().to(self.device)
+        self.register_buffer("timesteps", values, persistent=False)  # float32 beside a network in half precision
+
+    @property
+    def device(self) -> torch.device:
+        """Returns the device of the weights."""
+        device: torch.device = next(self.network.parameters()).device
+        return device
+
+    def forward(
+        self, sample: torch.Tensor, indices: torch.Tensor, text: torch.Tensor, added_cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predicts the network's raw output [batch, C, H, W]; arguments as :meth:`IndexedDenoiser.forward`."""
+        added = sample.new_zeros(len(sample), 0) if added_cond is None else added_cond
+        return self._family.predict(self.network, sample, self.timesteps[indices], text, added)
+
+
 def whole_denoiser(
     pipe: DiffusionPipeline, timesteps: TimestepTable, dtype: torch.dtype = torch.float32
-) -> Callable[..., torch.Tensor]:
-    """Wraps the pipeline's own denoiser, time path included, to be called as an indexed one.
-
-    Another ``dtype`` than float32 takes a copy of it.
-    """
+) -> WholeDenoiser:
+    """Wraps the pipeline's denoiser to be called as an indexed one. Another ``dtype`` than float32 takes a copy."""
     network = denoiser_of(pipe)
-    family, values = family_of(network), torch.from_numpy(timesteps.timesteps).float()
     if dtype != torch.float32:
         network = torch.nn.Module.to(copy.deepcopy(network), dtype)  # diffusers' own keeps some modules in float32
-
-    def predict(
-        sample: torch.Tensor, indices: torch.Tensor, text: torch.Tensor, added_cond: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        added = sample.new_zeros(len(sample), 0) if added_cond is None else added_cond
-        return family.predict(network, sample, values[indices], text, added)
-
-    return predict
+    return WholeDenoiser(network, timesteps)
 
 
 def measure_floors(
@@ -84,18 +106,22 @@ def measure_floors(
     timesteps: TimestepTable,
     latents: ValidationLatents,
     engine: BoundRunner | None,
+    *,
     progress: Progress = silent,
+    device: torch.device = CPU,
 ) -> tuple[Floor, ...]:
     """Compares the floating-point denoiser in half precision, and an ``engine`` of recipe ``fp``, with it in FP32.
 
-    One call on every latent each. A type that this processor is too slow in is skipped.
+    One call on every latent each, on ``device``. A type that this device is too slow in is skipped.
     """
-    plain = TorchRunner(whole_denoiser(pipe, timesteps))
-    expected = outputs_of(plain, latents)
+    whole = whole_denoiser(pipe, timesteps)
+    expected = outputs_on(device, whole, latents)
     floors = []
     for done, (name, dtype) in enumerate(_HALVES.items(), 1):
-        runner = TorchRunner(whole_denoiser(pipe, timesteps, dtype), dtype)
-        floors.append(Floor(f"FP pipeline in {name}", _compared(expected, runner, latents, plain)))
+        half = whole_denoiser(pipe, timesteps, dtype)
+        with onloaded(whole, device), onloaded(half, device):
+            compared = _compared(expected, TorchRunner(half, dtype), latents, TorchRunner(whole))
+        floors.append(Floor(f"FP pipeline in {name}", compared))
         progress("floors", done, len(_HALVES) + (engine is not None))
     if engine is not None:
         floors.append(Floor("FP engine", agreement(expected, outputs_of(engine, latents))))
@@ -113,11 +139,22 @@ def outputs_of(runner: Runner, latents: ValidationLatents) -> NDArray[Any]:
     return np.concatenate([runner.infer(part.inputs())[OUTPUT] for part in latents.parts()])
 
 
+def outputs_on(
+    device: torch.device,
+    network: WholeDenoiser | FakeQuantDenoiser,
+    latents: ValidationLatents,
+    dtype: torch.dtype = torch.float32,
+) -> NDArray[Any]:
+    """Runs all latents as :func:`outputs_of`, through a network that is on ``device`` meanwhile."""
+    with onloaded(network, device):
+        return outputs_of(TorchRunner(network, dtype), latents)
+
+
 def _compared(expected: NDArray[Any], half: Runner, latents: ValidationLatents, plain: Runner) -> Agreement | Skipped:
     few = latents.first(2)
     slower = _seconds(half, few) / _seconds(plain, few)
     if slower > _SLOWEST:
-        return Skipped(f"takes this processor {slower:.0f} times as long as float32")
+        return Skipped(f"takes this device {slower:.0f} times as long as float32")
     return agreement(expected, outputs_of(half, latents))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from s2p_deploy.records import Number, Skipped
+from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,20 +111,24 @@ def psnr_db(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> N
     return _decibel(np.ones_like(noise), noise, PSNR_CEILING)
 
 
-def ssim(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
+def ssim(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], device: torch.device = CPU
+) -> NDArray[np.float64]:
     """Computes structural similarity float64 [n] (torchmetrics: Gaussian window, sigma 1.5)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     scores = structural_similarity_index_measure(
-        _planes(candidate), _planes(reference), data_range=1.0, reduction="none"
+        _planes(candidate, device), _planes(reference, device), data_range=1.0, reduction="none"
     )
     assert isinstance(scores, torch.Tensor)  # a tuple comes only on request
-    return scores.double().numpy()
+    return scores.cpu().double().numpy()
 
 
-def haarpsi(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
+def haarpsi(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], device: torch.device = CPU
+) -> NDArray[np.float64]:
     """Computes Haar wavelet perceptual similarity float64 [n], 1 for equal pictures (arXiv 1607.06140, in colour)."""
-    first, second = (_halved_yiq(pictures) for pictures in (reference, candidate))
+    first, second = (_halved_yiq(_planes(pictures, device)) for pictures in (reference, candidate))
     sides = [_side_of(first[:, :1], second[:, :1], turned) for turned in (False, True)]
     chroma = _similarity(_averaged(first[:, 1:]).abs(), _averaged(second[:, 1:]).abs()).mean(1, keepdim=True)
     local = torch.cat([sides[0][0], sides[1][0], chroma], 1)
@@ -131,7 +136,7 @@ def haarpsi(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> N
     total = weight.sum((1, 2, 3))
     mean = (torch.sigmoid(_HAAR_ALPHA * local) * weight).sum((1, 2, 3)) / total.clamp_min(1e-12)
     score = (torch.logit(mean) / _HAAR_ALPHA) ** 2
-    return torch.where(total == 0, torch.ones_like(score), score).numpy()
+    return torch.where(total == 0, torch.ones_like(score), score).cpu().numpy()
 
 
 def shifted(pictures: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:
@@ -200,14 +205,14 @@ def _decibel(signal: NDArray[np.float64], noise: NDArray[np.float64], ceiling: f
     return np.where(noise == 0, ceiling, np.minimum(ratio, ceiling))
 
 
-def _planes(pictures: NDArray[np.float32]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+def _planes(pictures: NDArray[np.float32], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device)
 
 
-def _halved_yiq(pictures: NDArray[np.float32]) -> Tensor:
+def _halved_yiq(planes: Tensor) -> Tensor:
     """Computes YIQ planes float64 [n, 3, H/2, W/2] of 0..255."""
-    planes = torch.einsum("dc,nchw->ndhw", torch.tensor(_YIQ, dtype=torch.float64), _planes(pictures).double() * 255)
-    return _averaged(planes)[:, :, ::2, ::2]
+    weights = torch.tensor(_YIQ, dtype=torch.float64).to(planes.device)
+    return _averaged(torch.einsum("dc,nchw->ndhw", weights, planes.double() * 255))[:, :, ::2, ::2]
 
 
 def _averaged(planes: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ def _side_of(reference: Tensor, candidate: Tensor, turned: bool) -> tuple[Tensor
 def _haar(plane: Tensor, scale: int, turned: bool) -> Tensor:
     """Computes the magnitude of the Haar coefficients of one scale and orientation."""
     size = 2**scale
-    kernel = torch.full((size, size), 2.0**-scale, dtype=plane.dtype)
+    kernel = torch.full((size, size), 2.0**-scale, dtype=plane.dtype, device=plane.device)
     kernel[: size // 2] *= -1
     kernel = kernel.T if turned else kernel
     return F.conv2d(_padded(plane, size), kernel[None, None]).abs()

@@ -35,6 +35,8 @@ from s2p_deploy.validation.reference import (
     branch_of,
     forced_outputs,
     reference_calls,
+    time_features,
+    to_numpy,
     unquantized_denoiser,
 )
 
@@ -82,7 +84,7 @@ def measure_parity(  # noqa: PLR0913 - the engine, the reference and what is kep
 
     Args:
         chain: the engine and what it was made from.
-        fake_quant: its model.
+        fake_quant: its model; it computes where it is.
         latents: inputs of the reference.
         runner: the engine, loaded; or why it cannot run here.
         parts: cuts parts out of the engine's files; None where they cannot be cut, or the engine cannot run here.
@@ -93,7 +95,8 @@ def measure_parity(  # noqa: PLR0913 - the engine, the reference and what is kep
         Fields of :class:`Measurements`.
     """
     engine, graph = chain.engine, chain.graph
-    unquantized, reference = unquantized_denoiser(chain.calibrated), PreparedSubgraphs(graph, *REFERENCE)
+    unquantized = unquantized_denoiser(chain.calibrated).to(fake_quant.device)
+    reference = PreparedSubgraphs(graph, *REFERENCE)
 
     def engine_blocks() -> tuple[BlockAgreement, ...] | Skipped:
         if isinstance(runner, Skipped):
@@ -328,7 +331,7 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
                     twin = unquantized.network.get_submodule(layer.name)
                     hook = _beside(twin, own[layer.name])
                     hooks.callback(fake_quant.layer(layer.name).register_forward_hook(hook).remove)
-            fake_quant(*(torch.from_numpy(value) for value in part.inputs().values()))
+            fake_quant(*part.arguments(fake_quant.device))
         done += len(part)
         progress("layers", done, len(latents))
     return tuple(
@@ -339,16 +342,16 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
 
 def _comparing(layer: GraphLayer, part: Part, latents: ValidationLatents, powers: _Powers) -> _Hook:
     def compare(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        call = ReferenceCall(latents, _NO_FEATURES, {part.entering[layer.input]: args[0].numpy()})
+        call = ReferenceCall(latents, _NO_FEATURES, {part.entering[layer.input]: to_numpy(args[0])})
         found = part.infer(call)[layer.output]
-        powers.add(output.numpy()[..., : found.shape[-1]], found)
+        powers.add(to_numpy(output)[..., : found.shape[-1]], found)
 
     return compare
 
 
 def _beside(twin: torch.nn.Module, powers: _Powers) -> _Hook:
     def compare(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        powers.add(output.numpy(), twin(args[0]).numpy())
+        powers.add(to_numpy(output), to_numpy(twin(args[0])))
 
     return compare
 
@@ -377,11 +380,11 @@ def _reference_codes(
     indices: NDArray[np.int64],
 ) -> NDArray[np.int16]:
     layer = quantizer.layers[0]
-    scale = fake_quant.layer_scale(layer, torch.from_numpy(indices))
+    scale = fake_quant.layer_scale(layer, torch.from_numpy(indices).to(fake_quant.device))
     module = fake_quant.layer(layer).get_submodule("input_quantizer")
     assert isinstance(module, InputQuantizer)  # a layer of an activation quantizer has one,
     assert scale is not None  # and its scales
-    return module.codes(torch.from_numpy(activation), scale).numpy().astype(np.int16)
+    return to_numpy(module.codes(torch.from_numpy(activation).to(scale.device), scale)).astype(np.int16)
 
 
 def scale_gap(name: str, table: ScaleTable, expected: ScaleTable) -> TableGap:
@@ -410,9 +413,7 @@ def given_time_gap(
     """Compares the time features that an engine takes as an input, at the latents' timesteps; None if it has none."""
     if engine.features is None:
         return None
-    indices, added = torch.from_numpy(latents.timestep_indices), torch.from_numpy(latents.added_cond)
-    with torch.no_grad():
-        expected = fake_quant.denoiser.inner.time(indices, added).numpy()
+    expected = time_features(fake_quant, latents)
     found = engine.features.of(latents.timestep_indices, latents.added_cond if latents.added_cond.shape[1] else None)
     return _time_gap(name, found, expected, half=half, indices=latents.timestep_indices)
 

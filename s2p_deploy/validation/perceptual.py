@@ -24,6 +24,7 @@ from s2p_deploy.records.files import is_plain_name, read_plain
 from s2p_deploy.records.typed_json import reading_tensors
 from s2p_deploy.validation.measurements import Perceptual
 from s2p_deploy.validation.metrics import distance_of
+from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,17 +134,19 @@ def _checked(folder: Path, name: str, pinned: dict[str, str]) -> str:
     return pinned[name]
 
 
-def measure_perceptual(pairs: PicturePairs, weights: MetricWeights, progress: Progress = silent) -> Perceptual:
-    """Computes every metric whose weights are there; the others are skipped.
+def measure_perceptual(
+    pairs: PicturePairs, weights: MetricWeights, progress: Progress = silent, device: torch.device = CPU
+) -> Perceptual:
+    """Computes every metric whose weights are there, its network on ``device``; the others are skipped.
 
     Raises:
         IntegrityError: a file of weights is damaged, or of another network.
     """
     lpips, inception, clip = (weights.place(name) for name in (LPIPS, INCEPTION, CLIP))
-    fid, sfid = (inception,) * 2 if isinstance(inception, Skipped) else _inception(pairs, inception, progress)
-    fid_clip, score = (clip,) * 2 if isinstance(clip, Skipped) else _clip(pairs, clip, progress)
+    fid, sfid = (inception,) * 2 if isinstance(inception, Skipped) else _inception(pairs, inception, progress, device)
+    fid_clip, score = (clip,) * 2 if isinstance(clip, Skipped) else _clip(pairs, clip, progress, device)
     return Perceptual(
-        lpips=lpips if isinstance(lpips, Skipped) else _lpips(pairs, lpips, progress),
+        lpips=lpips if isinstance(lpips, Skipped) else _lpips(pairs, lpips, progress, device),
         fid=fid,
         sfid=sfid,
         fid_clip=fid_clip,
@@ -151,34 +154,38 @@ def measure_perceptual(pairs: PicturePairs, weights: MetricWeights, progress: Pr
     )
 
 
-def _lpips(pairs: PicturePairs, file: Path, progress: Progress) -> NDArray[np.float64] | Skipped:
+def _lpips(pairs: PicturePairs, file: Path, progress: Progress, device: torch.device) -> NDArray[np.float64] | Skipped:
     if min(pairs.reference.shape[1:3]) < SMALLEST:
         return Skipped(f"LPIPS needs pictures of {SMALLEST} pixels or more")
-    network = load_weights(Lpips(), file)
+    network = load_weights(Lpips(), file).to(device)
 
     def distances(some: slice) -> tuple[NDArray[Any], ...]:
-        first, second = (_byte_planes(pictures[some]) / 127.5 - 1 for pictures in (pairs.reference, pairs.candidate))
-        return (network(first, second).numpy(),)
+        both = (_byte_planes(pictures[some], device) / 127.5 - 1 for pictures in (pairs.reference, pairs.candidate))
+        return (network(*both).cpu().numpy(),)
 
     return _batched(distances, len(pairs.reference), "LPIPS", progress)[0]
 
 
-def _inception(pairs: PicturePairs, file: Path, progress: Progress) -> tuple[Number | Skipped, Number | Skipped]:
-    network = load_weights(InceptionFeatures(), file, unused=_CLASSES)
+def _inception(
+    pairs: PicturePairs, file: Path, progress: Progress, device: torch.device
+) -> tuple[Number | Skipped, Number | Skipped]:
+    network = load_weights(InceptionFeatures(), file, unused=_CLASSES).to(device)
 
     def features(some: slice) -> tuple[NDArray[Any], ...]:
-        both = (network(_byte_planes(pictures[some])) for pictures in (pairs.reference, pairs.candidate))
-        return tuple(found.numpy() for pair in both for found in pair)
+        both = (network(_byte_planes(pictures[some], device)) for pictures in (pairs.reference, pairs.candidate))
+        return tuple(found.cpu().numpy() for pair in both for found in pair)
 
     pooled, spatial, other_pooled, other_spatial = _batched(features, len(pairs.reference), "FID", progress)
     return distance_of(pooled, other_pooled), distance_of(spatial, other_spatial)
 
 
-def _clip(pairs: PicturePairs, folder: Path, progress: Progress) -> tuple[Number | Skipped, NDArray[np.float64]]:
+def _clip(
+    pairs: PicturePairs, folder: Path, progress: Progress, device: torch.device
+) -> tuple[Number | Skipped, NDArray[np.float64]]:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -186,12 +193,13 @@ def _clip(pairs: PicturePairs, folder: Path, progress: Progress) -> tuple[Number
 
     def embeddings(some: slice) -> tuple[NDArray[Any], ...]:
         read = processor(text=list(pairs.texts[some]), return_tensors="pt", padding=True, truncation=True)
-        words = network.get_text_features(**read).pooler_output
-        seen = [
-            network.get_image_features(**processor(images=list(pictures[some]), return_tensors="pt")).pooler_output
+        words = network.get_text_features(**read.to(device)).pooler_output
+        shown = (
+            processor(images=list(pictures[some]), return_tensors="pt").to(device)
             for pictures in (pairs.reference, pairs.candidate)
-        ]
-        return tuple(found.numpy() for found in (words, *seen))
+        )
+        seen = [network.get_image_features(**pictures).pooler_output for pictures in shown]
+        return tuple(found.cpu().numpy() for found in (words, *seen))
 
     words, first, second = _batched(embeddings, len(pairs.texts), "CLIP", progress)
     scores = [100 * np.clip((_units(words) * _units(seen)).sum(1), 0, None) for seen in (first, second)]
@@ -212,9 +220,9 @@ def _batched(
     return [np.concatenate(found).astype(np.float64) for found in zip(*parts(), strict=True)]
 
 
-def _byte_planes(pictures: NDArray[np.uint8]) -> torch.Tensor:
+def _byte_planes(pictures: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     """Converts pictures to float32 [n, 3, H, W] in 0..255."""
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device).float()
 
 
 def _units(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -251,9 +259,9 @@ class Lpips(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances float32 [n] of pictures float32 [n, 3, H, W] in [-1, 1]; H and W at least :data:`SMALLEST`."""
-        shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1).to(first.device) for values in (_SHIFT, _SCALE))
         both = torch.cat([first, second])
-        both, distance, start = (both - shift) / scale, torch.zeros(len(first)), 0
+        both, distance, start = (both - shift) / scale, first.new_zeros(len(first)), 0
         for place, end in enumerate(_LAYERS):
             both = self.features[start:end](both)
             one, two = (both / (both.square().sum(1, keepdim=True).sqrt() + _EPSILON)).chunk(2)
@@ -416,7 +424,7 @@ def _resized(x: Tensor) -> Tensor:
     """Resizes to 299 x 299 as TensorFlow 1 did: linear between pixels, with the first of both grids on each other."""
     for axis in (2, 3):
         size = x.shape[axis]
-        place = torch.arange(_SIDE, dtype=torch.float32) * (size / _SIDE)
+        place = torch.arange(_SIDE, dtype=torch.float32, device=x.device) * (size / _SIDE)
         low = place.long()
         part = (place - low).reshape([-1 if axis == other else 1 for other in range(4)])
         first, second = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp_max(size - 1))

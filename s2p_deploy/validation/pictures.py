@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.scenes import parse
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
 from s2p_deploy.validation.metrics import distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
+from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -139,27 +141,29 @@ def generate_batches(  # noqa: PLR0913 - what is drawn, how, and options by keyw
         progress(stage, first + len(some), total)  # behind what the caller does with the batch: it may keep it
 
 
-def compare_pictures(
+def compare_pictures(  # noqa: PLR0913 - what is compared, how it was drawn, and where
     reference: GeneratedPictures,
     candidate: GeneratedPictures,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
     classifier: Path | None = None,
+    *,
+    device: torch.device = CPU,
 ) -> PictureComparison:
-    """Compares two pipelines' pictures of the same prompts; ``classifier`` is the weight file of the features."""
+    """Compares two pipelines' pictures of the same prompts on ``device``; ``classifier`` is a file of weights."""
     pairs = list(zip(reference.trajectory, candidate.trajectory, strict=True))
     count = len(prompts.prompts)
     accuracy = accuracies(reference.pictures, candidate.pictures, prompts)
     if isinstance(accuracy, Skipped):
         distance: Number | Skipped = accuracy  # other pictures mean nothing to the classifier either
     else:
-        distance = feature_distance(reference.pictures, candidate.pictures, classifier)
+        distance = feature_distance(reference.pictures, candidate.pictures, classifier, device)
     return PictureComparison(
         schedule=schedule,
         guidance_scale=guidance_scale,
-        similarity=similarity(reference.pictures, candidate.pictures),
-        pixel_shift=pixel_shift(reference.pictures),
+        similarity=similarity(reference.pictures, candidate.pictures, device),
+        pixel_shift=pixel_shift(reference.pictures, device),
         timesteps=reference.timesteps,
         step_error=np.stack([relative_error(first, second) for first, second in pairs]),
         accuracy=accuracy,
@@ -182,14 +186,20 @@ def picture_psnr(
     return psnr_db(first, second)
 
 
-def similarity(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Similarity:
-    """Computes the picture metrics of [n, H, W, 3]."""
-    return Similarity(psnr_db(reference, candidate), ssim(reference, candidate), haarpsi(reference, candidate))
+def similarity(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], device: torch.device = CPU
+) -> Similarity:
+    """Computes the picture metrics of [n, H, W, 3] on ``device``, a batch at a time."""
+    batches = [slice(start, start + BATCH) for start in range(0, len(reference), BATCH)]
+    metrics = (psnr_db, partial(ssim, device=device), partial(haarpsi, device=device))
+    return Similarity(
+        *(np.concatenate([metric(reference[some], candidate[some]) for some in batches]) for metric in metrics)
+    )
 
 
-def pixel_shift(pictures: NDArray[np.float32]) -> Similarity:
+def pixel_shift(pictures: NDArray[np.float32], device: torch.device = CPU) -> Similarity:
     """Scores pictures against themselves moved by one pixel, mean of the four directions: a yardstick."""
-    found = [similarity(pictures, shifted(pictures, down, right)) for down, right in _DIRECTIONS]
+    found = [similarity(pictures, shifted(pictures, down, right), device) for down, right in _DIRECTIONS]
     return Similarity(*(np.mean([getattr(one, name) for one in found], axis=0) for name in ("psnr", "ssim", "haarpsi")))
 
 
@@ -221,21 +231,26 @@ def accuracy_of(scores: NDArray[np.int64]) -> Number:
 
 
 def feature_distance(
-    reference: NDArray[np.float32], candidate: NDArray[np.float32], classifier: Path | None
+    reference: NDArray[np.float32],
+    candidate: NDArray[np.float32],
+    classifier: Path | None,
+    device: torch.device = CPU,
 ) -> Number | Skipped:
     """Computes the Frechet distance in the features of the shapes classifier: the offline stand-in for FID."""
     if classifier is None or not classifier.is_file():
         return Skipped("no classifier of the shapes pictures is given")
-    return distance_of(*(picture_features(pictures, classifier) for pictures in (reference, candidate)))
+    return distance_of(*(picture_features(pictures, classifier, device) for pictures in (reference, candidate)))
 
 
-def picture_features(pictures: NDArray[np.float32], classifier: Path) -> NDArray[np.float64]:
+def picture_features(
+    pictures: NDArray[np.float32], classifier: Path, device: torch.device = CPU
+) -> NDArray[np.float64]:
     """Computes features float64 [n, 64] of pictures of 64x64 by the shapes classifier, whose weights are in a file."""
     from s2p_deploy.shapes.classifier import load_classifier
 
-    planes = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+    planes = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(device)
     with torch.no_grad():
-        found: NDArray[np.float64] = load_classifier(classifier).features(planes).double().numpy()
+        found: NDArray[np.float64] = load_classifier(classifier).to(device).features(planes).cpu().double().numpy()
     return found
 
 

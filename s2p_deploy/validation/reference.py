@@ -61,6 +61,10 @@ class ValidationLatents:
             given["added_cond"] = self.added_cond
         return given
 
+    def arguments(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Copies them to a device, as a denoiser's arguments."""
+        return tuple(torch.from_numpy(value).to(device, copy=True) for value in self.inputs().values())
+
     def parts(self) -> Iterator[ValidationLatents]:
         """Yields all of them in order, as many at a time as a full-size model's activations fit into memory."""
         size = max(1, min(_MOST_PER_CALL, _ELEMENTS_PER_CALL // self.sample[0].size))
@@ -114,16 +118,21 @@ def _chosen_samples(dataset: LatentDataset, count: int) -> NDArray[np.int64]:
     return order[np.linspace(0, len(order) - 1, samples).round().astype(np.int64)]
 
 
-def latents_of_pictures(
+def latents_of_pictures(  # noqa: PLR0913 - the pictures, how they were drawn, and which latents
     pipe: DiffusionPipeline,
     prompts: PromptSet,
     walk: GeneratedPictures,
     sampling: Sampling,
     timesteps: TimestepTable,
     count: int,
+    *,
+    device: torch.device | None = None,
 ) -> ValidationLatents:
-    """Chooses latents as :func:`choose_latents` does, from what ``pipe`` drew of ``prompts`` with its own scheduler."""
-    texts = encode_prompts(pipe, prompts, sampling.max_sequence_length)
+    """Chooses latents as :func:`choose_latents` does, from what ``pipe`` drew of ``prompts`` with its own scheduler.
+
+    ``device`` is where the text encoders encode (None: where they are).
+    """
+    texts = encode_prompts(pipe, prompts, sampling.max_sequence_length, device)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sampling.steps)
     sampler = Sampler(scheduler, call_indices(scheduler, timesteps))
@@ -194,13 +203,24 @@ def reference_calls(
     """Runs the reference over all latents, few at a time, and yields the activations at every tap."""
     wanted = tuple(dict.fromkeys(taps))
     for part in latents.parts():
-        indices, added = torch.from_numpy(part.timestep_indices), torch.from_numpy(part.added_cond)
         with ExitStack() as hooks, torch.no_grad():
-            call = ReferenceCall(part, fake_quant.denoiser.inner.time(indices, added).numpy())
+            call = ReferenceCall(part, time_features(fake_quant, part))
             for tap in wanted:
                 _watch(fake_quant, tap, call, hooks)
-            fake_quant(*(torch.from_numpy(value) for value in part.inputs().values()))
+            fake_quant(*part.arguments(fake_quant.device))
         yield call
+
+
+@torch.no_grad()
+def time_features(fake_quant: FakeQuantDenoiser, latents: ValidationLatents) -> NDArray[np.float32]:
+    """Computes the reference's projected time features of latents, float32 [n, P]."""
+    given = (torch.from_numpy(value).to(fake_quant.device) for value in (latents.timestep_indices, latents.added_cond))
+    return to_numpy(fake_quant.denoiser.inner.time(*given))
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """Copies a tensor on any device to an array of its own."""
+    return tensor.cpu().numpy().copy()
 
 
 def unquantized_denoiser(calibrated: CalibratedModel) -> IndexedDenoiser:
@@ -228,7 +248,7 @@ def forced_outputs(
     with ExitStack() as hooks, torch.no_grad():
         for tap in dict.fromkeys((*entering, *leaving)):
             _hook(denoiser.network.get_submodule(tap.module), tap, forced.into(tap, outputs), hooks)
-        denoiser(*(torch.from_numpy(value.copy()) for value in call.latents.inputs().values()))
+        denoiser(*call.latents.arguments(denoiser.device))
     return {tap: outputs[tap] for tap in leaving}
 
 
@@ -242,7 +262,7 @@ class _Forced:
     def into(self, tap: Tap, outputs: dict[Tap, NDArray[np.float32]]) -> Callable[[torch.Tensor], None]:
         def see(tensor: torch.Tensor) -> None:
             before = next((value for seen, value in self._before if seen is tensor), None)
-            outputs[tap] = tensor.numpy().copy() if before is None else before
+            outputs[tap] = to_numpy(tensor) if before is None else before
             if tap in self._entering and before is None:
                 self._before.append((tensor, outputs[tap]))
                 tensor.copy_(torch.from_numpy(self._call.seen[tap]))
@@ -252,7 +272,7 @@ class _Forced:
 
 def _watch(fake_quant: FakeQuantDenoiser, tap: Tap, call: ReferenceCall, hooks: ExitStack) -> None:
     def see(tensor: torch.Tensor) -> None:
-        call.seen[tap] = tensor.numpy().copy()
+        call.seen[tap] = to_numpy(tensor)
 
     _hook(fake_quant.layer(tap.module), tap, see, hooks)
 

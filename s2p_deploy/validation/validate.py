@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,21 +30,22 @@ from s2p_deploy.validation.measurements import NO_WEIGHTS, Measurements
 from s2p_deploy.validation.parity import measure_parity
 from s2p_deploy.validation.perceptual import measure_perceptual
 from s2p_deploy.validation.pictures import PicturePairs, compare_pictures
+from s2p_deploy.validation.placement import onloaded, reference_device
 from s2p_deploy.validation.reference import choose_latents, latents_of_pictures
 from s2p_deploy.validation.report import Validated, write_report
 from s2p_deploy.validation.report_page import bench_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.calib import FakeQuantDenoiser
+    from s2p_deploy.context import Progress
     from s2p_deploy.engines import BoundRunner
     from s2p_deploy.records import Engine, PromptSet, ValidationReport
-    from s2p_deploy.timesteps import Timesteps
-    from s2p_deploy.validation.measurements import Floor, PictureComparison
+    from s2p_deploy.validation.measurements import EndToEnd, Floor, PictureComparison
     from s2p_deploy.validation.perceptual import MetricWeights
     from s2p_deploy.validation.pictures import GeneratedPictures
     from s2p_deploy.validation.reference import ValidationLatents
@@ -81,7 +82,7 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         bench: output of ``s2p-deploy bench --json`` for this engine, for the report.
         replace: whether a report at ``out``, or unfinished work of another validation, may be replaced.
         command: the command line, for the report.
-        context: threads and progress.
+        context: where the references compute (``auto``: on the engine's device), threads and progress.
 
     Returns:
         The report. Its verdict is ``failed`` where a gate was not met and ``not verified`` where one could not be
@@ -100,11 +101,13 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         _check_floor(floor, chain)
     context.set_threads()
     request = ValidationRequest(prompts.first(pictures or chain.recipe.validation.pictures), schedules, floor, weights)
-    partial = partial_of(out)
-    with claimed(partial):
-        claim_unfinished(partial, request.to_json(chain), replace=replace)
+    partial, device = partial_of(out), reference_device(chain.engine, context)
+    with claimed(partial), context.arithmetic():
+        claim_unfinished(partial, request.to_json(chain, device), replace=replace)
         checkpoint = ValidationCheckpoint.begin(partial)
-        measurements, pairs = measure(chain, request, checkpoint, context)
+        run = ValidationRun(chain, request, checkpoint, load_pipeline(chain.base), device, context.progress)
+        with run.loaded_engine() as runner:
+            measurements, pairs = run.measure(runner)
         digests = weights.digests if weights else {}
         validated = Validated(request.prompts, measurements, pairs, digests, command, checkpoint.spent, bench)
         report = write_report(chain, validated, chain.recipe.validation.gates, out, replace=replace)
@@ -125,7 +128,7 @@ class ValidationRequest:
     floor: Engine | None = None
     weights: MetricWeights | None = None
 
-    def to_json(self, chain: Chain) -> dict[str, Any]:
+    def to_json(self, chain: Chain, device: torch.device) -> dict[str, Any]:
         """Lists everything that decides what is measured, as JSON values; gates do not."""
         return {
             "engine": chain.engine.manifest.digest,
@@ -134,61 +137,76 @@ class ValidationRequest:
             "schedules": [[one.scheduler, one.steps] for one in self.schedules],
             "floor engine": self.floor.manifest.digest if self.floor else None,
             "weights": self.weights.digests if self.weights else None,
+            "device of the references": str(device),
             "number of threads": torch.get_num_threads(),
             "version": f"{__version__}, torch {torch.__version__}",
         }
 
 
-def measure(
-    chain: Chain, request: ValidationRequest, checkpoint: ValidationCheckpoint, context: Context
-) -> tuple[Measurements, PicturePairs | None]:
-    """Measures everything, part by part; returns the pictures too, where the engine can run here.
-
-    Raises:
-        InputError: a schedule is not covered. MissingEnvironmentError: an engine cannot be loaded. IntegrityError: what
-            was kept, or a network's weights, are damaged.
-    """
-    pipe = load_pipeline(chain.base)
-    own = Schedule.of(chain.recipe.sampling)
-    schedules = (own, *(replace(other, max_sequence_length=own.max_sequence_length) for other in request.schedules))
-    run = _Run(chain, request, checkpoint, context, pipe)
-    with ExitStack() as stack:
-        runner = _runner(chain, stack, [timesteps_of(pipe, schedule) for schedule in schedules])
-        reference = run.generated(pipe, own, "pictures, FP")
-        latents = run.latents(reference)
-        parity = run.parity(latents, runner) | {"floors": checkpoint.measure("floors", lambda: run.floors(latents))}
-        if isinstance(runner, Skipped):
-            return Measurements(**parity, end_to_end=runner, pictures=runner), None
-        candidate_pipe = pipeline_with_engine(pipe, chain.engine, runner)
-        candidate = run.generated(candidate_pipe, own, "pictures, engine")
-        pairs = PicturePairs.of(request.prompts, reference, candidate)
-        weights = request.weights
-        measurements = Measurements(
-            **parity,
-            end_to_end=checkpoint.measure(
-                "end_to_end",
-                lambda: measure_end_to_end(
-                    whole_denoiser(pipe, chain.calibrated.timesteps), run.fake_quant, runner, latents
-                ),
-            ),
-            pictures=checkpoint.measure("pictures", lambda: run.compared(reference, candidate, own)),
-            perceptual=NO_WEIGHTS
-            if weights is None
-            else checkpoint.measure("perceptual", lambda: measure_perceptual(pairs, weights, context.progress)),
-            other_schedules=tuple(run.on_schedule(candidate_pipe, schedule) for schedule in schedules[1:]),
-        )
-    return measurements, pairs
-
-
 @dataclass(frozen=True)
-class _Run:
-    """A validation that is under way; ``pipe`` is in floating point."""
+class ValidationRun:
+    """A validation that is under way: finished parts come from ``checkpoint``.
+
+    ``pipe`` is in floating point. References compute on ``device``, each while it is measured: between parts, ``pipe``
+    and the fake-quantized model are where they were loaded.
+    """
 
     chain: Chain
     request: ValidationRequest
     checkpoint: ValidationCheckpoint
-    context: Context
     pipe: DiffusionPipeline
+    device: torch.device
+    progress: Progress
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Lists the schedules to draw, the recipe's own first."""
+        own = Schedule.of(self.chain.recipe.sampling)
+        others = (replace(one, max_sequence_length=own.max_sequence_length) for one in self.request.schedules)
+        return (own, *others)
+
+    @contextmanager
+    def loaded_engine(self) -> Iterator[BoundRunner | Skipped]:
+        """Loads the engine for all schedules while the context lasts; yields why, where it cannot run here.
+
+        Raises:
+            InputError: a schedule is not covered. MissingEnvironmentError: the engine cannot be loaded.
+        """
+        chain, timesteps = self.chain, [timesteps_of(self.pipe, schedule) for schedule in self.schedules]
+        able = backend_by_name(chain.engine.backend).capabilities()
+        if not able.executes:
+            yield Skipped(able.missing or f"{chain.engine.backend} cannot execute here: it needs a GPU")
+            return
+        with load_engine(chain.engine, chain.graph, schedules=timesteps) as runner:
+            yield runner
+
+    def measure(self, runner: BoundRunner | Skipped) -> tuple[Measurements, PicturePairs | None]:
+        """Measures everything, part by part; returns the pictures too, where the engine can run here.
+
+        Raises:
+            MissingEnvironmentError: the floor's engine cannot be loaded. IntegrityError: what was kept, or a network's
+            weights, are damaged.
+        """
+        own, *others = self.schedules
+        measure, weights = self.checkpoint.measure, self.request.weights
+        reference = self.generated(self.pipe, own, "pictures, FP")
+        latents = self.latents(reference)
+        parity = self.parity(latents, runner) | {"floors": measure("floors", lambda: self.floors(latents))}
+        if isinstance(runner, Skipped):
+            return Measurements(**parity, end_to_end=runner, pictures=runner), None
+        candidate_pipe = pipeline_with_engine(self.pipe, self.chain.engine, runner)
+        candidate = self.generated(candidate_pipe, own, "pictures, engine")
+        pairs = PicturePairs.of(self.request.prompts, reference, candidate)
+        measurements = Measurements(
+            **parity,
+            end_to_end=measure("end_to_end", lambda: self.end_to_end(latents, runner)),
+            pictures=measure("pictures", lambda: self.compared(reference, candidate, own)),
+            perceptual=NO_WEIGHTS
+            if weights is None
+            else measure("perceptual", lambda: measure_perceptual(pairs, weights, self.progress, self.device)),
+            other_schedules=tuple(self.on_schedule(candidate_pipe, schedule) for schedule in others),
+        )
+        return measurements, pairs
 
     @cached_property
     def fake_quant(self) -> FakeQuantDenoiser:
@@ -197,8 +215,9 @@ class _Run:
 
     def generated(self, pipe: DiffusionPipeline, schedule: Schedule, stage: str) -> GeneratedPictures:
         """Generates the prompts' pictures with ``pipe``."""
-        guidance, progress = self.chain.guidance_scale, self.context.progress
-        return self.checkpoint.pictures(stage, pipe, self.request.prompts, schedule, guidance, progress)
+        guidance = self.chain.guidance_scale
+        with onloaded(pipe, self.device):
+            return self.checkpoint.pictures(stage, pipe, self.request.prompts, schedule, guidance, self.progress)
 
     def latents(self, reference: GeneratedPictures) -> ValidationLatents:
         """Chooses latents of the calibration's dataset, or of the FP pictures where there was none."""
@@ -206,30 +225,40 @@ class _Run:
         if chain.dataset is not None:
             return choose_latents(chain.dataset, count)
         sampling, timesteps = chain.recipe.sampling, chain.calibrated.timesteps
-        return latents_of_pictures(self.pipe, self.request.prompts, reference, sampling, timesteps, count)
+        return latents_of_pictures(
+            self.pipe, self.request.prompts, reference, sampling, timesteps, count, device=self.device
+        )
 
     def parity(self, latents: ValidationLatents, runner: BoundRunner | Skipped) -> dict[str, Any]:
         """Measures graph and engine on the reference's own inputs."""
         with ExitStack() as stack:
             can_run = not isinstance(runner, Skipped)
             parts = stack.enter_context(engine_subgraphs(self.chain.engine, self.chain.graph)) if can_run else None
-            kept: dict[str, Any] = {"measure": self.checkpoint.measure, "progress": self.context.progress}
+            stack.enter_context(onloaded(self.fake_quant, self.device))
+            kept: dict[str, Any] = {"measure": self.checkpoint.measure, "progress": self.progress}
             return measure_parity(self.chain, self.fake_quant, latents, runner, parts, **kept)
 
     def floors(self, latents: ValidationLatents) -> tuple[Floor, ...]:
         """Measures what half precision alone changes."""
-        timesteps, progress = self.chain.calibrated.timesteps, self.context.progress
-        if self.request.floor is None:
-            return measure_floors(self.pipe, timesteps, latents, None, progress)
-        with load_engine(self.request.floor) as engine:
-            return measure_floors(self.pipe, timesteps, latents, engine, progress)
+        with ExitStack() as stack:
+            floor = self.request.floor
+            engine = None if floor is None else stack.enter_context(load_engine(floor))
+            timesteps = self.chain.calibrated.timesteps
+            return measure_floors(self.pipe, timesteps, latents, engine, progress=self.progress, device=self.device)
+
+    def end_to_end(self, latents: ValidationLatents, runner: BoundRunner) -> EndToEnd:
+        """Compares one call of the engine with those of the references."""
+        floating = whole_denoiser(self.pipe, self.chain.calibrated.timesteps)
+        return measure_end_to_end(floating, self.fake_quant, runner, latents, device=self.device)
 
     def compared(
         self, reference: GeneratedPictures, candidate: GeneratedPictures, schedule: Schedule
     ) -> PictureComparison:
         """Compares the engine's pictures with the FP pipeline's."""
         guidance = self.chain.guidance_scale
-        return compare_pictures(reference, candidate, self.request.prompts, schedule, guidance, CLASSIFIER)
+        return compare_pictures(
+            reference, candidate, self.request.prompts, schedule, guidance, CLASSIFIER, device=self.device
+        )
 
     def on_schedule(self, candidate: DiffusionPipeline, schedule: Schedule) -> PictureComparison:
         """Generates and compares on another schedule."""
@@ -244,10 +273,3 @@ def _check_floor(floor: Engine, chain: Chain) -> None:
         raise InputError(f"--floor {floor.folder} quantizes something: give an engine of recipe fp")
     if floor.manifest.base.digest != chain.engine.manifest.base.digest:
         raise InputError(f"--floor {floor.folder} is of another pipeline: give one of {chain.base.base.source}")
-
-
-def _runner(chain: Chain, stack: ExitStack, schedules: Sequence[Timesteps]) -> BoundRunner | Skipped:
-    able = backend_by_name(chain.engine.backend).capabilities()
-    if not able.executes:
-        return Skipped(able.missing or f"{chain.engine.backend} cannot execute here: it needs a GPU")
-    return stack.enter_context(load_engine(chain.engine, chain.graph, schedules=schedules))

@@ -134,7 +134,8 @@ def test_every_stored_point_is_reported(
     float_denoiser: IndexedDenoiser, plan: PrecisionPlan, dataset: LatentDataset
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    modelopt_scales(float_denoiser, plan, dataset, "modelopt", lambda *where: told.append(where))
+    modelopt_scales(float_denoiser, plan, dataset, "modelopt", lambda *where: told.append(where), samples_per_call=5)
+    assert told[0] == ("modelopt", 5, 2 * len(dataset.timestep_indices))
     assert told[-1] == ("modelopt", 2 * len(dataset.timestep_indices), 2 * len(dataset.timestep_indices))
 
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from s2p_deploy.calib import plan_from_recipe
 from s2p_deploy.calib.samples import SamplePairs, draw_samples, least_noisy, samples_at
 from s2p_deploy.calib.sensitivity import layer_sensitivities
-from s2p_deploy.context import silent
+from s2p_deploy.context import Progress, silent
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import IndexedDenoiser, discover_layers
 from s2p_deploy.numerics import INT4, INT8, fake_quantize, least_squares_weight_scale
@@ -34,10 +34,25 @@ Score = Callable[..., dict[str, float]]
 def score(
     float_denoiser: IndexedDenoiser, plan: PrecisionPlan, pipe: StableDiffusionPipeline, dataset: LatentDataset
 ) -> Score:
-    def scores(reading: str, seed: int = 3, latents: int = LATENTS) -> dict[str, float]:
+    def scores(
+        reading: str,
+        seed: int = 3,
+        latents: int = LATENTS,
+        samples_per_call: int | None = None,
+        progress: Progress = silent,
+    ) -> dict[str, float]:
         mixed = Mixed(sensitivity=reading, latents=latents)
         table = timestep_table_of(pipe.scheduler, 6, fractional=False)
-        return layer_sensitivities(float_denoiser, plan, table, dataset, mixed, seed=seed, progress=silent)
+        return layer_sensitivities(
+            float_denoiser,
+            plan,
+            table,
+            dataset,
+            mixed,
+            seed=seed,
+            progress=progress,
+            samples_per_call=samples_per_call,
+        )
 
     return scores
 
@@ -59,6 +74,16 @@ LAYERS = (
     "up_blocks.1.resnets.0.conv1",
     "conv_out",
 )
+
+
+def test_a_fraction_of_what_fits_into_a_forward_pass_is_scored_at_a_time(score: Score) -> None:
+    """The scores are those of any other batch; the backward pass keeps what a forward pass drops."""
+    told: list[tuple[str, int, int]] = []
+    found = score("fisher", samples_per_call=33, progress=lambda *where: told.append(where))
+    assert [done for _, done, _ in told] == list(range(2, 2 * LATENTS + 1, 2))
+    whole = score("fisher")
+    for name, value in found.items():
+        assert value == pytest.approx(whole[name], rel=1e-3)
 
 
 def test_probe_is_the_mean_square_of_every_samples_own_product(

@@ -57,6 +57,13 @@ def test_so_many_samples_of_a_timestep_decide(float_denoiser: IndexedDenoiser, d
     float_denoiser.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     input_ranges(float_denoiser, (CONV,), dataset, 1, silent)
     assert sum(seen) == 2 * len(np.unique(dataset.timestep_indices))
+    seen.clear()
+    whole = input_ranges(float_denoiser, (CONV,), dataset, 4, silent)
+    seen.clear()
+    parts = input_ranges(float_denoiser, (CONV,), dataset, 4, silent, samples_per_call=3)
+    assert max(seen) == 3
+    for one, other in zip(parts[CONV], whole[CONV], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_middle_is_exact_in_half_precision() -> None:

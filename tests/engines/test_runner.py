@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2p_deploy.engines.runner import BoundRunner, ClosingRunner, TorchRunner
+from s2p_deploy.engines.runner import BoundRunner, ClosingRunner, TensorRunner, TorchRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import TensorSpec, TimestepTable
 
@@ -108,6 +108,31 @@ def test_a_torch_denoiser_runs_behind_the_same_call() -> None:
 def test_a_bfloat16_result_becomes_float32() -> None:
     runner = TorchRunner(lambda sample, _rows, _text: sample, torch.bfloat16)
     assert runner.infer(given())["noise_pred"].dtype == np.float32
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.seen: list[tuple[torch.device, torch.dtype]] = []
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.seen = [(tensor.device, tensor.dtype) for tensor in inputs]
+        return inputs[0] * self.weight
+
+
+def test_a_torch_denoiser_takes_tensors_and_is_fed_where_its_weights_are() -> None:
+    """On the device without memory, which is another one for every operator; it may go there between two calls."""
+    tensors = {name: torch.from_numpy(value) for name, value in given().items()}
+    denoiser = Denoiser()
+    runner = TorchRunner(denoiser)
+    assert isinstance(runner, TensorRunner)
+    assert torch.equal(runner.infer_tensors(tensors)["noise_pred"], tensors["sample"])
+    denoiser.to("meta")
+    output = runner.infer_tensors(tensors)["noise_pred"]
+    meta = torch.device("meta")
+    assert (output.device, output.shape) == (meta, tensors["sample"].shape)
+    assert denoiser.seen == [(meta, torch.float32), (meta, torch.int64), (meta, torch.float32)]
 
 
 class Shaped(Echo):

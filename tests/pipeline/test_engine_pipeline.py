@@ -13,7 +13,7 @@ import torch
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.context import Context
-from s2p_deploy.engines import BoundRunner, build_engine
+from s2p_deploy.engines import BoundRunner, build_engine, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, load_pipeline, resolve_base, with_denoiser
@@ -26,6 +26,7 @@ from s2p_deploy.pipeline import (
     generate,
     load_engine_pipeline,
     open_pipeline,
+    pipeline_with_engine,
     save_engine_pipeline,
 )
 from s2p_deploy.recipe import Recipe
@@ -105,6 +106,21 @@ def test_networks_are_opened_in_the_dtype_of_the_context(engine: Engine) -> None
     with open_pipeline(engine, context=Context(device="cpu", dtype="bfloat16")) as opened:
         assert {opened.pipe.vae.dtype, opened.pipe.unet.dtype, opened.pipe.dtype} == {torch.bfloat16}
         assert opened.pipe.device.type == "cpu"
+
+
+def test_a_loaded_engine_is_not_loaded_again(engine: Engine) -> None:
+    with load_engine(engine) as runner:
+        opened = open_pipeline(engine, runner=runner)
+        assert opened.runner is runner
+        assert opened.pipe.unet.runner is runner
+
+
+def test_an_engine_takes_the_place_and_dtype_of_the_denoiser_that_it_replaces(
+    engine: Engine, origin: BasePipeline
+) -> None:
+    with load_engine(engine) as runner:
+        pipe = pipeline_with_engine(load_pipeline(origin, torch.bfloat16), engine, runner)
+        assert pipe.unet.dtype == torch.bfloat16
 
 
 def test_another_pipeline_is_refused(engine: Engine) -> None:

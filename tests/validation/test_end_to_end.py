@@ -4,13 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from s2p_deploy.calib import FakeQuantDenoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation import Chain, end_to_end
-from s2p_deploy.validation.end_to_end import measure_floors, outputs_of, whole_denoiser
+from s2p_deploy.validation.end_to_end import (
+    WholeDenoiser,
+    measure_end_to_end,
+    measure_floors,
+    outputs_of,
+    whole_denoiser,
+)
 from s2p_deploy.validation.measurements import Agreement, Floor
 from s2p_deploy.validation.metrics import cosine
+from s2p_deploy.validation.placement import CPU
 from s2p_deploy.validation.reference import ValidationLatents
 
 
@@ -47,6 +55,34 @@ def test_a_type_that_is_only_emulated_is_skipped(
     monkeypatch.setattr(end_to_end, "_SLOWEST", 0.0)
     found = measure_floors(load_pipeline(chain.base), chain.calibrated.timesteps, latents, None)
     assert all(isinstance(floor.agreement, Skipped) and "as long" in floor.agreement.reason for floor in found)
+
+
+def test_one_reference_at_a_time_is_on_the_device(
+    chain: Chain, fake_quant: FakeQuantDenoiser, latents: ValidationLatents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU under another name is another device, which gives the same bits."""
+    device, moves = torch.device("cpu", 0), []
+    move = torch.nn.Module.to
+
+    def noted(module: torch.nn.Module, *target: torch.device) -> torch.nn.Module:
+        moves.append((type(module), *target))
+        return move(module, *target)
+
+    whole, few = whole_denoiser(load_pipeline(chain.base), chain.calibrated.timesteps), latents.first(2)
+    expected = measure_end_to_end(whole, fake_quant, TorchRunner(fake_quant), few)
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    found = measure_end_to_end(whole, fake_quant, TorchRunner(fake_quant), few, device=device)
+    to_and_fro = [(kind, there) for kind in (WholeDenoiser, *[FakeQuantDenoiser] * 2) for there in (device, CPU)]
+    assert moves == to_and_fro
+    assert (found.floor == expected.floor).all()
+    assert (found.engine == expected.engine).all()
+
+
+def test_the_timesteps_of_a_whole_denoiser_keep_their_type_in_half_precision(chain: Chain) -> None:
+    half = whole_denoiser(load_pipeline(chain.base), chain.calibrated.timesteps, torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.timesteps.dtype == torch.float32
+    assert half.timesteps[981] == 981
 
 
 def test_cosine_is_of_each_sample() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from s2p_deploy.engines import PreparedSubgraphs, TorchRunner, engine_subgraphs
 from s2p_deploy.families import Tap, load_pipeline
 from s2p_deploy.records import ExportedGraph, ScaleTable
 from s2p_deploy.validation import Chain
-from s2p_deploy.validation.end_to_end import measure_end_to_end
+from s2p_deploy.validation.end_to_end import WholeDenoiser, measure_end_to_end, whole_denoiser
 from s2p_deploy.validation.metrics import SQNR_CEILING
 from s2p_deploy.validation.parity import (
     REFERENCE,
@@ -156,10 +155,8 @@ def test_the_reference_gives_what_enters_and_leaves_and_leaves_no_hook(
     assert not fake_quant.layer(layer)._forward_pre_hooks
 
 
-def floating(chain: Chain) -> Callable[..., torch.Tensor]:
-    """The pipeline's own UNet: its indices are timesteps."""
-    unet = load_pipeline(chain.base).unet
-    return lambda sample, indices, text: unet(sample, indices, text, return_dict=False)[0]
+def floating(chain: Chain) -> WholeDenoiser:
+    return whole_denoiser(load_pipeline(chain.base), chain.calibrated.timesteps)
 
 
 def test_fake_quant_against_itself_changes_nothing_end_to_end(

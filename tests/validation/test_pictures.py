@@ -116,3 +116,13 @@ def test_feature_distance_needs_weights_and_two_pictures(tmp_path: Path, prompts
     assert same.value == pytest.approx(0.0, abs=1e-6)
     assert other.value > same.value + 1e-4
     assert other.n == 3
+
+
+def test_pictures_are_compared_a_batch_at_a_time_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = np.random.default_rng(0).random((2, 5, 16, 16, 3), np.float32)
+    whole = pictures.similarity(first, second)
+    monkeypatch.setattr(pictures, "BATCH", 2)
+    parts = pictures.similarity(first, second)
+    for name, values in vars(whole).items():
+        assert values.shape == (5,)
+        np.testing.assert_array_equal(getattr(parts, name), values)
