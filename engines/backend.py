@@ -132,10 +132,13 @@ class Backend(Protocol):
         ``device`` is a context's; an engine for a GPU runs on the one that :func:`.machine.gpu_index` says.
         """
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Writes a floating-point network, not the denoiser, in the backend's form to ``folder``, the model first.
 
-        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile.
+        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile;
+        ``device`` the context's, for a backend that builds on the GPU.
         """
 
     def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2p_deploy.child_process import Limits
-from s2p_deploy.context import Context
+from s2p_deploy.context import Context, duration
 from s2p_deploy.engines.backend import (
     CompileRequest,
     call_in_child,
@@ -241,7 +241,7 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"about {self.likely_memory / 1e9:.2g} GB of memory (at least {self.memory / 1e9:.2g}),"
-            f" {self.disk / 1e9:.2g} GB of disk, {_duration(self.likely_seconds)}"
+            f" {self.disk / 1e9:.2g} GB of disk, {duration(self.likely_seconds)}"
         )
 
 
@@ -279,10 +279,6 @@ def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) ->
         raise MissingEnvironmentError(
             f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free"
         )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _size(count: int) -> str:

@@ -153,7 +153,9 @@ class OnnxRuntimeBackend:
             return DeviceRunner(gpu_session(bytes(files[model]), options, engine.provider, traits, gpu), bound, gpu)
         return OnnxRuntimeRunner(_session(bytes(files[model]), options), bound)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Moves the ONNX file and its data, if it has any, to the folder."""
         files = [path for path in (onnx_file, Path(f"{onnx_file}.data")) if path.exists()]
         for path in files:

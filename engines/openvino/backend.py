@@ -109,7 +109,9 @@ class OpenVinoBackend:
         tuned = {spec.name: shape_at(spec, sizes) for spec in engine.inputs if spec.name not in bound}
         return OpenVinoRunner(model, engine.execution, bound, tuned, weights)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Writes the network's IR."""
         import openvino
 

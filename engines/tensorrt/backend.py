@@ -155,13 +155,16 @@ class TensorRtBackend:
                 refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Builds the network's plan in a child process; TensorRT on a GPU, TensorRT-RTX anywhere."""
         plan = folder / f"{onnx_file.stem}.plan"
-        options = asdict(self._plan_options(BuildOptions(), self._builder_capability()))
-        message = {"library": self.name, "onnx": str(onnx_file), "shapes": shapes, "out": str(plan), "options": options}
+        options = asdict(self._plan_options(BuildOptions(), self._builder_capability(device), device))
+        message = {"library": self.name, "onnx": str(onnx_file), "shapes": shapes, "out": str(plan)}
+        message |= {"options": options, "device": device}
         call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_NETWORK_TIMEOUT_S))
-        return Compiled((plan.name,), self.environment(execution) | {"device": _GPU}, {})
+        return Compiled((plan.name,), self.environment(execution, device) | {"device": _GPU}, {})
 
     def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
         """Opens a context on the GPU."""
@@ -181,19 +184,20 @@ class TensorRtBackend:
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
 
-    def _builder_capability(self) -> Capability | None:
+    def _builder_capability(self, device: str = "auto") -> Capability | None:
         """Returns the compute capability of the GPU here; None where there is none and none is needed to build."""
-        capability = compute_capability()
+        capability = compute_capability(device)
         if self.name != RTX and capability is None:
             raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
         return capability
 
-    def _plan_options(self, options: BuildOptions, capability: Capability | None) -> PlanOptions:
+    def _plan_options(self, options: BuildOptions, capability: Capability | None, device: str = "auto") -> PlanOptions:
         timings = None
         if self.name != RTX and capability is not None:
             import torch
 
-            timings = str(timing_cache(str(self.capabilities().version), torch.cuda.get_device_name(), capability))
+            name = torch.cuda.get_device_name(gpu_index(device))
+            timings = str(timing_cache(str(self.capabilities().version), name, capability))
         return PlanOptions(options.refit, options.stripped, timings, options.compute_capabilities)
 
     def _bound_to(self, capability: Capability | None) -> dict[str, str]:

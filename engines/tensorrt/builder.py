@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2p_deploy.engines.machine import use_gpu
 from s2p_deploy.engines.tensorrt.targets import set_capabilities
 from s2p_deploy.errors import MissingEnvironmentError
 
@@ -86,7 +87,8 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
 
 
 def build_in_child(message: dict[str, Any]) -> dict[str, Any]:
-    """Builds the plan of a message in a child process; the result is the file."""
+    """Builds the plan of a message in a child process, on its device; the result is the file."""
+    use_gpu(message.get("device", "auto"))
     shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in message["shapes"].items()}
     options = PlanOptions(**message.get("options", {}))
     build_plan(message["library"], Path(message["onnx"]), shapes, Path(message["out"]), options)

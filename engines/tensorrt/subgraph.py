@@ -70,6 +70,7 @@ class SubgraphRunner(ClosingRunner):
             onnx_path, plan = Path(folder) / "subgraph.onnx", Path(folder) / "subgraph.plan"
             write_onnx(model, onnx_path)
             message = {"library": self._library, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan)}
+            message["device"] = str(self._device)
             call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_TIMEOUT_S))
             return TensorRtRunner(open_plan(self._library, plan.read_bytes(), self._device), {})
 

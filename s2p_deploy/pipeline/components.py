@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
-    from s2p_deploy.records import ComponentEngines, TensorSpec, TimestepTable
+    from s2p_deploy.records import ComponentEngines, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
@@ -356,7 +356,7 @@ class AuxiliaryComponent(EngineComponent):
         if len(slices) == 1:
             return slices[0]
         specs = self.engines.networks[network].outputs
-        return {spec.name: torch.cat([one[spec.name] for one in slices], _batch_axis(spec)) for spec in specs}
+        return {spec.name: torch.cat([one[spec.name] for one in slices], spec.shape.index("batch")) for spec in specs}
 
     def _infer_slice(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
         runner = self.runners[network]
@@ -371,10 +371,6 @@ class AuxiliaryComponent(EngineComponent):
             key: torch.from_numpy(output).to(value.device, self.dtype)
             for key, output in runner.infer({name: array}).items()
         }
-
-
-def _batch_axis(spec: TensorSpec) -> int:
-    return spec.shape.index("batch")
 
 
 class EngineTextEncoder(AuxiliaryComponent):
@@ -461,14 +457,16 @@ class EngineAutoencoder(AuxiliaryComponent):
 
 
 def auxiliary_components(
-    engines: ComponentEngines, runners: Mapping[str, Runner] | None = None
+    engines: ComponentEngines, runners: Mapping[str, Runner] | None = None, *, device: str = "auto"
 ) -> dict[str, AuxiliaryComponent]:
     """Loads component engines, unless their ``runners`` are loaded; returns components by their names in a pipeline.
+
+    ``device`` is a context's, as for :func:`s2p_deploy.engines.load_engine`.
 
     Raises:
         IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
     """
-    loaded = load_component_engines(engines) if runners is None else dict(runners)
+    loaded = load_component_engines(engines, device) if runners is None else dict(runners)
     halves = {name: loaded.pop(name) for name in (DECODER, ENCODER)}
     components: dict[str, AuxiliaryComponent] = {
         name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)

@@ -100,7 +100,7 @@ def open_pipeline(
     if base is None:
         base = base_of(engine.manifest)
     check_base(base, engine.manifest)
-    loaded = _load_components(engine, components)
+    loaded = _load_components(engine, components, context.device)
     stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
     if runner is None:
         timesteps = [timesteps_of(stock, schedule) for schedule in schedules]
@@ -195,7 +195,7 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
     engine = Engine.open(parent_folder(folder, manifest, _ENGINE))
     saved = _COMPONENTS in manifest.parents
     components = ComponentEngines.open(parent_folder(folder, manifest, _COMPONENTS)) if saved else None
-    loaded = _load_components(engine, components)
+    loaded = _load_components(engine, components, context.device)
     if sorted(loaded) != sorted(manifest.content.get("components", [])):
         raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
     stock = getattr(diffusers, name).from_pretrained(
@@ -231,7 +231,7 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_components(engine: Engine, components: ComponentEngines | None) -> dict[str, AuxiliaryComponent]:
+def _load_components(engine: Engine, components: ComponentEngines | None, device: str) -> dict[str, AuxiliaryComponent]:
     if components is None:
         return {}
     if components.manifest.base.digest != engine.manifest.base.digest:
@@ -241,7 +241,7 @@ def _load_components(engine: Engine, components: ComponentEngines | None) -> dic
     if components.profile is not None:
         sizes = components.profile.sizes("optimum") | engine.profile.sizes("optimum")
         components.profile.check_latents(sizes["height"], sizes["width"])
-    return auxiliary_components(components)
+    return auxiliary_components(components, device=device)
 
 
 def _with_engine(

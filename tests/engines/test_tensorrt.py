@@ -22,6 +22,7 @@ from s2p_deploy.engines.tensorrt.backend import refusal
 from s2p_deploy.engines.tensorrt.plan import compute_types, layer_table, open_plan
 from s2p_deploy.engines.tensorrt.runner import OutputShapes, TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
+from s2p_deploy.records import Execution
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
 
@@ -286,6 +287,18 @@ def test_types_are_read_in_the_words_of_every_version() -> None:
     (row,) = layer_table(json.dumps({"Layers": [layer, "a name alone"]}))
     assert row["inputs"] == ["int8", "fp16", "fp32", "bf16", None]
     assert (row["name"], row["kind"], row["nodes"], row["outputs"]) == ("x", "kgen", ["a/Conv"], [])
+
+
+def test_a_network_is_built_on_the_gpu_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "s2p_deploy.engines.tensorrt.backend.call_in_child", lambda _name, message, _limits: sent.append(message)
+    )
+    backend = backend_by_name("tensorrt_rtx")
+    made = backend.write_network(tmp_path / "vae_decoder.onnx", tmp_path, {}, Execution(), "cuda:1")
+    assert made.files == ("vae_decoder.plan",)
+    assert [message["device"] for message in sent] == ["cuda:1"]
 
 
 def test_outputs_have_the_shapes_that_the_plan_infers() -> None:
