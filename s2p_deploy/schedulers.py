@@ -101,10 +101,10 @@ def with_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
             f"{name} has dynamic shifting (use_dynamic_shifting), which is not supported, because its timesteps depend"
             " on the picture's size: set it to false and give shift a number"
         )
-    if steps > config.num_train_timesteps and not is_flow_matching(scheduler):
-        raise InputError(f"{name} cannot do {steps} steps: there are {config.num_train_timesteps} training timesteps")
     # any exception: whatever a third party's code raises on a third party's configuration is the configuration's fault
     try:
+        if steps > config.num_train_timesteps and not is_flow_matching(scheduler):
+            raise InputError(f"{name} cannot do {steps} steps: training had {config.num_train_timesteps} timesteps")
         fresh = type(scheduler).from_config(config)
         fresh.set_timesteps(steps)
         _check_timesteps(fresh)

@@ -145,7 +145,7 @@ def assert_diffusers_timesteps_or_refused(base: BasePipeline, config: dict[str, 
 
 NAMES = st.sampled_from((None, *scheduler_names()))
 STEPS = st.sampled_from((1, 2, 3, 4, 20, 50, 51))
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 @many

@@ -436,5 +436,5 @@ def test_solvers_of_flow_matching_draw_as_diffusers(name: str, karras: bool) -> 
 @pytest.mark.parametrize("name", PRESERVING)
 def test_there_are_no_more_steps_than_training_timesteps(base: StableDiffusionPipeline, name: str) -> None:
     """diffusers would denoise at one timestep over and over."""
-    with pytest.raises(InputError, match=r"cannot do 1001 steps: there are 1000 training timesteps"):
+    with pytest.raises(InputError, match=r"cannot do 1001 steps: training had 1000 timesteps"):
         timesteps_of(base, Schedule(1001, name))
