@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import torch
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
@@ -17,7 +16,6 @@ from tests.cli.commands import QUICK
 from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from s2p_deploy.families import BasePipeline
@@ -34,15 +32,6 @@ class Tiny(NamedTuple):
 
     engine: Engine
     base: BasePipeline
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Text encoder and autoencoder in PyTorch: on several threads its libraries take fewer where a machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
