@@ -20,6 +20,7 @@ from s2p_deploy.families.layers import (
     discover_layers,
     latent_shape,
     latent_shape_of,
+    layers_behind_norms,
     readers_by_tensor,
     zero_inputs,
 )
@@ -46,7 +47,9 @@ from s2p_deploy.families.transforms import (
     module_of_type,
     product_with_shift,
     put_module,
+    set_norm_shift,
     shiftable,
+    unpadded,
 )
 
 __all__ = [
@@ -78,6 +81,7 @@ __all__ = [
     "indexed_skeleton",
     "latent_shape",
     "latent_shape_of",
+    "layers_behind_norms",
     "load_pipeline",
     "load_scheduler",
     "load_time_path",
@@ -88,9 +92,11 @@ __all__ = [
     "put_module",
     "readers_by_tensor",
     "resolve_base",
+    "set_norm_shift",
     "shiftable",
     "text_tokens",
     "time_table_of",
+    "unpadded",
     "weight_destinations",
     "with_components",
     "with_denoiser",
