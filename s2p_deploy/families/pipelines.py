@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.network_files import absent_components, check_components, read_index, read_json
 from s2p_deploy.families.registry import family_of_config, network_config
 from s2p_deploy.records import Base, file_digest
 from s2p_deploy.records.files import check_room, claimed, writing
@@ -72,7 +72,7 @@ def resolve_base(source: str) -> BasePipeline:
             asks for code to be run.
     """
     folder = _locate(source)
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     pipeline_class = str(index.get("_class_name"))
     if pipeline_class not in _TEXT_TO_IMAGE:
         raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
@@ -131,21 +131,31 @@ def load_pipeline(
         without: components that are not read; they are None in the pipeline.
 
     Raises:
-        InputError: diffusers cannot load it.
+        InputError: a component's files are not whole, or not those of its configuration; diffusers cannot load it.
+    """
+    return load_folder(base.folder, base.pipeline_class, dtype, without=without)
+
+
+def load_folder(
+    folder: Path, pipeline_class: str, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
+) -> DiffusionPipeline:
+    """Loads a stock pipeline of any class from a folder: every one is loaded here. Arguments as :func:`load_pipeline`.
+
+    Raises:
+        InputError: as :func:`load_pipeline`.
     """
     import diffusers
     import torch
 
-    pipeline_class = getattr(diffusers, base.pipeline_class)
-    absent = absent_components(read_json(base.folder / "model_index.json")) | dict.fromkeys(without)
+    absent = absent_components(read_index(folder)) | dict.fromkeys(without)
+    check_components(folder, absent)
     try:
-        pipe = pipeline_class.from_pretrained(
-            base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
+        pipe: DiffusionPipeline = getattr(diffusers, pipeline_class).from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{base.base.source} cannot be loaded by diffusers: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:  # what a component's file holds reaches any code of three libraries
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be loaded by diffusers ({type(error).__name__}): {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -190,14 +200,6 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
     return saved
 
 
-def absent_components(index: Mapping[str, Any]) -> dict[str, None]:
-    """Lists a pipeline's components that ``model_index.json`` names as absent, such as SD3's third text encoder.
-
-    ``from_pretrained`` loads a pipeline without them only where they are passed as None.
-    """
-    return {name: None for name, entry in index.items() if entry == [None, None]}
-
-
 def denoiser_name(pipe: DiffusionPipeline) -> str:
     """Returns the name of the denoiser among the pipeline's components."""
     return "transformer" if "transformer" in pipe.components else "unet"
@@ -222,21 +224,6 @@ def with_components(pipe: DiffusionPipeline, others: Mapping[str, torch.nn.Modul
     result = type(pipe)(**components, **{name: pipe.config[name] for name in known})
     result.set_progress_bar_config(disable=True)
     return result
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file holds none.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{file} must hold a JSON object")
-    return data
 
 
 def _locate(source: str) -> Path:
