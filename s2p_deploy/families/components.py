@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.network_files import component_classes, load_network, read_index, read_json
+from s2p_deploy.families.network_files import component_classes, load_network, read_config, read_index
 from s2p_deploy.families.registry import network_config
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def load_component(base: BasePipeline, name: str, dtype: torch.dtype = torch.flo
 
 def _upcasts(base: BasePipeline) -> bool:
     """Tells whether the pipeline runs its autoencoder in float32 where everything else is in float16."""
-    config = read_json(base.folder / AUTOENCODER / "config.json")
-    # diffusers writes force_upcast for every autoencoder; pipelines that follow it have this method
+    config = read_config(base.folder / AUTOENCODER, diffusers.AutoencoderKL)
+    # every autoencoder has force_upcast; pipelines that follow it have this method
     return bool(config.get("force_upcast")) and hasattr(getattr(diffusers, base.pipeline_class), "upcast_vae")
 
 

@@ -22,6 +22,7 @@ from s2p_deploy.families.checkpoint import (
     Checkpoint,
     check_no_pointer,
 )
+from s2p_deploy.families.registry import network_config
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -100,7 +101,7 @@ def check_components(folder: Path, without: Collection[str] = ()) -> None:
 
 def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
     """Checks that the files of one network are whole and those of its configuration; arguments and errors as above."""
-    diffusers_has_it = network_class.__module__.startswith("diffusers.models.")
+    diffusers_has_it = _of_diffusers(network_class)
     checkpoint = Checkpoint(folder, DIFFUSERS_WEIGHTS if diffusers_has_it else TRANSFORMERS_WEIGHTS)
     integers = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_floating}
     given = {name: _on_meta(tensor) for name, tensor in checkpoint.tensors.items() if name not in integers}
@@ -120,6 +121,24 @@ def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
             f"{place} holds {_named(found.unexpected)}, which {what} of {_CONFIG} has no place for: they are of two"
             " models"
         )
+
+
+def read_config(folder: Path, component_class: Any) -> dict[str, Any]:  # noqa: ANN401 - not typed
+    """Reads a component's configuration as its library has it, with its defaults for what is absent.
+
+    A text encoder's has ``hidden_size``, whatever the encoder calls it; what is no network has none.
+
+    Raises:
+        InputError: it cannot be read, or is none of that class.
+    """
+    if not issubclass(component_class, torch.nn.Module):
+        return {}
+    if _of_diffusers(component_class):
+        return network_config(network_on_meta(folder, component_class))
+    read_json(folder / _CONFIG)
+    with _explained(folder, component_class):
+        config = component_class.config_class.from_pretrained(folder, local_files_only=True)
+        return {"hidden_size": config.hidden_size} | config.to_dict()
 
 
 def load_network(folder: Path, network_class: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - not typed
@@ -234,6 +253,11 @@ def _class(folder: Path, name: str, entry: list[Any]) -> type:
             f"{folder / _INDEX}: the {name} is a {class_name} of {library}, which the installed libraries do not have"
         )
     return found
+
+
+def _of_diffusers(network_class: type) -> bool:
+    """Tells networks of diffusers from those of transformers, as its safety checker is."""
+    return network_class.__module__.startswith("diffusers.models.")
 
 
 def _on_meta(tensor: StoredTensor) -> torch.Tensor:

@@ -6,13 +6,23 @@ import hashlib
 import inspect
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families.network_files import absent_components, check_components, read_index, read_json
+from s2p_deploy.families.network_files import (
+    absent_components,
+    check_components,
+    component_classes,
+    network_on_meta,
+    read_config,
+    read_index,
+    read_json,
+)
 from s2p_deploy.families.registry import family_of_config, network_config
+from s2p_deploy.families.text import encoded_widths
 from s2p_deploy.records import Base, file_digest
 from s2p_deploy.records.files import check_room, claimed, writing
 
@@ -30,11 +40,27 @@ BUNDLED = "shapes"
 PIPELINES = tuple(
     f"StableDiffusion{family}{task}Pipeline" for family in ("", "XL", "3") for task in ("", "Img2Img", "Inpaint")
 )
-# Pipelines that can be calibrated, and the name of the denoiser among their components.
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Components of a pipeline that can be calibrated, by name; of ``optional`` either all are there or none."""
+
+    denoiser: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
 _TEXT_TO_IMAGE = {
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusionXLPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
+    "StableDiffusionPipeline": _Parts("unet", ("text_encoder", "tokenizer")),
+    "StableDiffusionXLPipeline": _Parts(
+        "unet", ("text_encoder_2", "tokenizer_2"), optional=("text_encoder", "tokenizer")
+    ),
+    "StableDiffusion3Pipeline": _Parts(
+        "transformer",
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        optional=("text_encoder_3", "tokenizer_3"),
+    ),
 }
 _HASHED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
@@ -52,7 +78,7 @@ class BasePipeline:
     @property
     def denoiser_folder(self) -> Path:
         """Returns the folder of the denoiser's configuration and weights."""
-        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class]
+        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class].denoiser
 
     @property
     def family(self) -> ModelFamily:
@@ -60,8 +86,27 @@ class BasePipeline:
         return family_of_config(self.denoiser_config())
 
     def denoiser_config(self) -> Config:
-        """Reads the denoiser's diffusers configuration."""
-        return read_json(self.denoiser_folder / "config.json")
+        """Reads the denoiser's configuration as its pipeline has it.
+
+        diffusers fills in what is absent, and pipelines change what old versions wrote: ``sample_size`` 32 to 64.
+
+        Raises:
+            InputError: it cannot be read, or is no such network's.
+        """
+        return dict(self._denoiser_config)
+
+    @cached_property
+    def _denoiser_config(self) -> Config:
+        import diffusers
+
+        name, pipeline_class = self.denoiser_folder.name, getattr(diffusers, self.pipeline_class)
+        network = network_on_meta(self.denoiser_folder, component_classes(self.folder)[name])
+        arguments = inspect.signature(pipeline_class).parameters
+        # what has no default is a component: the denoiser alone is there
+        given = {key: None for key, argument in arguments.items() if argument.default is inspect.Parameter.empty}
+        if "requires_safety_checker" in arguments:
+            given["requires_safety_checker"] = False  # or a warning says that there is none
+        return network_config(denoiser_of(pipeline_class(**given | {name: network})))
 
 
 def resolve_base(source: str) -> BasePipeline:
@@ -80,8 +125,36 @@ def resolve_base(source: str) -> BasePipeline:
     sampling = folder / "sampling.json"
     guidance = float(read_json(sampling)["guidance_scale"]) if sampling.is_file() else 7.5
     base = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
-    family_of_config(base.denoiser_config())
+    _check_components_fit(base)
     return base
+
+
+def _check_components_fit(base: BasePipeline) -> None:
+    """Checks from configurations that a pipeline has the components that it runs with, and that their widths fit.
+
+    Raises:
+        InputError: one is missing, or the denoiser reads other text or latents than the others write.
+    """
+    classes, parts = component_classes(base.folder), _TEXT_TO_IMAGE[base.pipeline_class]
+    needed = ("vae", "scheduler", parts.denoiser, *parts.required)
+    if any(name in classes for name in parts.optional):
+        needed += parts.optional
+    missing = [name for name in needed if name not in classes]
+    if missing:
+        raise InputError(f"{base.folder} has no {missing[0]}, which its {base.pipeline_class} needs: give a whole one")
+    config, family = base.denoiser_config(), base.family
+    configs = {name: read_config(base.folder / name, kind) for name, kind in classes.items() if name in needed}
+    text, pooled = encoded_widths(base.pipeline_class, configs, family.text_width(config))
+    for what, written, read in (
+        ("channels of latents", configs["vae"]["latent_channels"], config["in_channels"]),
+        ("numbers per token", text, family.text_width(config)),
+        ("numbers of pooled text and sizes", pooled, family.added_width(config)),
+    ):
+        if written != read:
+            raise InputError(
+                f"{base.denoiser_folder} reads {read} {what} by its config.json, and the pipeline's other components"
+                f" give {written}: they are of two models"
+            )
 
 
 def check_no_code(folder: Path) -> None:
@@ -179,7 +252,7 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
             raise InputError(f"the {part} of this pipeline has adapters (LoRA): fuse and unload them first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise InputError(f"the {part} of this pipeline is offloaded: load the pipeline without offloading")
-    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name]]))
+    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name].denoiser]))
     size = sum(tensor.nbytes for module in modules.values() for tensor in module.state_dict().values())
     check_room(parent, size, "make room, or choose another folder")
     temporary = parent / ".pipeline.writing"

@@ -52,5 +52,5 @@ def test_a_network_of_another_class_is_refused(part: str, name: str, other: str,
 def test_missing_weights_are_said_to_be_missing(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "pipeline")
     (base.folder / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=rr"text_encoder/model\.safetensors is missing"):
+    with pytest.raises(InputError, match=r"text_encoder/model\.safetensors is missing"):
         load_component(base, "text_encoder")
