@@ -7,6 +7,7 @@ configurations before a library loads them. Networks are made on the meta device
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from contextlib import contextmanager
@@ -139,6 +140,30 @@ def read_config(folder: Path, component_class: Any) -> dict[str, Any]:  # noqa: 
     with _explained(folder, component_class):
         config = component_class.config_class.from_pretrained(folder, local_files_only=True)
         return {"hidden_size": config.hidden_size} | config.to_dict()
+
+
+def read_denoiser_config(folder: Path, pipeline_class: str, name: str) -> dict[str, Any]:
+    """Reads the configuration of a pipeline's denoiser as the pipeline has it: some change it when they are made.
+
+    Args:
+        folder: of the pipeline.
+        pipeline_class: name of its class in diffusers.
+        name: of the denoiser among its components.
+
+    Raises:
+        InputError: it cannot be read, or is none of the denoiser's class.
+    """
+    import diffusers
+
+    network_class, kind = component_classes(folder)[name], getattr(diffusers, pipeline_class)
+    network = network_on_meta(folder / name, network_class)
+    arguments = inspect.signature(kind).parameters
+    # what has no default is a component: the denoiser alone is there
+    given = {key: None for key, argument in arguments.items() if argument.default is inspect.Parameter.empty}
+    if "requires_safety_checker" in arguments:
+        given["requires_safety_checker"] = False  # or a warning says that there is none
+    with _explained(folder / name, network_class):
+        return network_config(kind(**given | {name: network}).components[name])
 
 
 def load_network(folder: Path, network_class: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - not typed

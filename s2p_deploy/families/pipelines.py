@@ -16,8 +16,8 @@ from s2p_deploy.families.network_files import (
     absent_components,
     check_components,
     component_classes,
-    network_on_meta,
     read_config,
+    read_denoiser_config,
     read_index,
     read_json,
 )
@@ -97,16 +97,7 @@ class BasePipeline:
 
     @cached_property
     def _denoiser_config(self) -> Config:
-        import diffusers
-
-        name, pipeline_class = self.denoiser_folder.name, getattr(diffusers, self.pipeline_class)
-        network = network_on_meta(self.denoiser_folder, component_classes(self.folder)[name])
-        arguments = inspect.signature(pipeline_class).parameters
-        # what has no default is a component: the denoiser alone is there
-        given = {key: None for key, argument in arguments.items() if argument.default is inspect.Parameter.empty}
-        if "requires_safety_checker" in arguments:
-            given["requires_safety_checker"] = False  # or a warning says that there is none
-        return network_config(denoiser_of(pipeline_class(**given | {name: network})))
+        return read_denoiser_config(self.folder, self.pipeline_class, self.denoiser_folder.name)
 
 
 def resolve_base(source: str) -> BasePipeline:
