@@ -174,7 +174,24 @@ def load_network(folder: Path, network_class: Any, dtype: torch.dtype) -> Any:  
     """
     check_network(folder, network_class)
     with _explained(folder, network_class):
-        return network_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        network = network_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    check_finite(folder, network)
+    return network
+
+
+def check_finite(folder: Path, network: torch.nn.Module) -> None:
+    """Checks that every weight of a network that was loaded from a folder is a number.
+
+    Raises:
+        InputError: one is NaN, or infinity.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{folder}: {name} of the {folder.name} ({type(network).__name__}) holds NaN or infinity as {dtype}:"
+                " the file is broken, or of numbers beyond that type"
+            )
 
 
 def network_on_meta(folder: Path, network_class: Any) -> Any:  # noqa: ANN401 - diffusers is not typed

@@ -15,6 +15,7 @@ from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.network_files import (
     absent_components,
     check_components,
+    check_finite,
     component_classes,
     read_config,
     read_denoiser_config,
@@ -220,6 +221,9 @@ def load_folder(
     except Exception as error:  # what a component's file holds reaches any code of three libraries
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder} cannot be loaded by diffusers ({type(error).__name__}): {reason}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite(folder / name, part)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -298,3 +298,18 @@ def test_a_class_that_no_library_has(pipeline: Callable[[str], Path], entry: lis
     index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": entry}))
     with pytest.raises(InputError, match="the vae is a"):
         component_classes(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("name", "component", "end"), COMPONENTS[::2])
+def test_a_weight_that_is_no_number(
+    pipeline: Callable[[str], Path], name: str, component: str, end: str, value: float
+) -> None:
+    folder = pipeline(name)
+    file = file_of(folder, component)
+    broken = name_of(file, end)
+    rewrite(file, lambda tensors: tensors[broken].view(-1)[:1].fill_(value))
+    with pytest.raises(InputError, match="holds NaN or infinity") as caught:
+        load_pipeline(resolve_base(str(folder)))
+    assert end in str(caught.value)
+    assert f"the {component} (" in str(caught.value)
