@@ -207,7 +207,7 @@ def checked(values: Tensor, plan: PrecisionPlan, index: int) -> Tensor:
     if broken:
         raise InputError(
             f"the activation {plan.activation_quantizers[broken[0]].name} is not finite at timestep index {index},"
-            " though every weight is: the scheduler's configuration (zero SNR, prediction type) does not suit the network"
+            " though every weight is: the scheduler's configuration (zero SNR, prediction type) does not suit it"
         )
     return values
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -109,29 +108,44 @@ class Backend(Protocol):
     def capabilities(self) -> Capabilities:
         """Describes what it can do on this machine; never raises for a missing library."""
 
+    def targets(self) -> tuple[str, ...]:
+        """Lists compute capabilities, such as ``8.6``, that a build can be told to be for; empty: no choice."""
+
     def prepare_model(self, model: ir.Model, lowerings: Lowerings, execution: Execution) -> None:
         """Gives a canonical graph, or a subgraph of one, the backend's form, in place."""
 
     def compile(self, request: CompileRequest) -> Compiled:
         """Builds the engine's files. May crash: :func:`s2p_deploy.engines.build_engine` calls it in a child process."""
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Describes what must equal the record of an engine that runs so (None: by default) for it to be loaded."""
 
-    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> Runner:
-        """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``."""
+    def load(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
+    ) -> Runner:
+        """Loads a runner from verified bytes; ``bound`` inputs are set once and never given to ``infer``.
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
-        """Writes a floating-point network, not the denoiser, in the backend's form to ``folder``, the model first.
-
-        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile.
+        ``device`` is a context's; an engine for a GPU runs on the one that :func:`.machine.gpu_index` says.
         """
 
-    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
-        """Loads a network that :meth:`write_network` wrote from verified bytes, the model first."""
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
+        """Writes a floating-point network, not the denoiser, in the backend's form to ``folder``, the model first.
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Compiles a small prepared model in memory, as ``compile`` does, and loads it here."""
+        ``shapes`` are the smallest, tuned-for and largest of its input, where the backend's engines have a profile;
+        ``device`` the context's, for a backend that builds on the GPU.
+        """
+
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
+        """Loads a network that :meth:`write_network` wrote from verified bytes, the model first; as :meth:`load`."""
+
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Compiles a prepared model, such as a block, as ``compile`` does, and loads it here."""
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs | None:
         """Opens an engine's own files, verified, to cut subgraphs out of them; None where they cannot be cut.
@@ -242,6 +256,21 @@ def check_refit(backend: Backend, options: BuildOptions) -> None:
         raise MissingEnvironmentError(
             f"{backend.name} builds refittable and stripped engines only beside a GPU's driver, and there is none here"
         )
+
+
+def check_targets(backend: Backend, options: BuildOptions) -> None:
+    """Refuses compute capabilities that the backend does not build for. Raises InputError, naming those it does."""
+    if not options.compute_capabilities:
+        return
+    known = backend.targets()
+    unknown = [name for name in options.compute_capabilities if name not in known]
+    if not known:
+        raise InputError(
+            f"{backend.name} engines are not built for a compute capability that is named, TensorRT-RTX's are: leave "
+            "--compute-capability out"
+        )
+    if unknown:
+        raise InputError(f"{backend.name} does not build for compute capability {unknown[0]!r}: use {', '.join(known)}")
 
 
 def example_inputs(graph: ExportedGraph, profile: ShapeProfile) -> dict[str, NDArray[Any]]:

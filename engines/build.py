@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from s2p_deploy.child_process import Limits
-from s2p_deploy.context import Context
+from s2p_deploy.context import Context, duration
 from s2p_deploy.engines.backend import (
     CompileRequest,
     call_in_child,
     check_refit,
+    check_targets,
     example_inputs,
     resolve_execution,
     usable_backend,
 )
 from s2p_deploy.engines.load import remember_trial
 from s2p_deploy.engines.lowerings import MIXED_TIMESTEPS, RECORDED, layer_precisions, lowered_model, storage_bits
-from s2p_deploy.engines.machine import peak_rss
+from s2p_deploy.engines.machine import peak_rss, use_gpu
 from s2p_deploy.engines.model_card import CARD, engine_card
 from s2p_deploy.engines.onnx_files import read_onnx
 from s2p_deploy.engines.options import BuildOptions, profile_for
+from s2p_deploy.engines.profile import DefaultProfile, default_profile
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 from s2p_deploy.records import Engine, ExportedGraph, check_vacant, write_artifact
 from s2p_deploy.records.artifacts import copy_verified
@@ -56,7 +58,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
         options: precision, provider, optimization, batch sizes, lowering (None: the defaults).
         limits: of the build's child process: seconds of wall time (None: an hour) and bytes of private memory.
         replace: replaces an artifact at ``out``; it stays until the new one is whole.
-        context: its ``progress`` is told when the build starts and ends.
+        context: its ``progress`` is told when the build starts and ends; a GPU's builder works on its ``device``.
 
     Raises:
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
@@ -64,7 +66,9 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
         EngineBuildError: the backend failed or crashed; the message ends with its log.
     """
     limits = limits or Limits(TIMEOUT_S)
-    resolved = check_build(graph, backend, out, options or BuildOptions(), limits, replace=replace)
+    resolved = check_build(
+        graph, backend, out, options or BuildOptions(), limits, replace=replace, device=context.device
+    )
 
     def fill(folder: Path) -> dict[str, Any]:
         context.progress("build", 0, 1)
@@ -76,6 +80,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
                 "options": dataclasses.asdict(resolved),
                 "folder": str(folder.resolve()),
                 "scratch": scratch,
+                "device": context.device,
             }
             compiled = call_in_child("s2p_deploy.engines.build:compile_in_child", message, limits)
         for name in graph.manifest.files:
@@ -89,7 +94,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
             **dataclasses.asdict(resolved.execution),
             "options": dataclasses.asdict(resolved),
             "dtype": graph.dtype,
-            "profile": resolved.profile.to_json(),
+            "profile": resolved.resolved_profile.to_json(),
             "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
             "quantizers": graph.manifest.content["quantizers"],
             "added_width": graph.added_width,
@@ -110,8 +115,15 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
     return remember_trial(Engine.open(out))
 
 
-def check_build(
-    graph: ExportedGraph, backend: str, out: Path, options: BuildOptions, limits: Limits, *, replace: bool
+def check_build(  # noqa: PLR0913 - a build has these arguments, two of them by keyword
+    graph: ExportedGraph,
+    backend: str,
+    out: Path,
+    options: BuildOptions,
+    limits: Limits,
+    *,
+    replace: bool,
+    device: str = "auto",
 ) -> BuildOptions:
     """Refuses what :func:`build_engine` would refuse before any work; returns the options with every default filled in.
 
@@ -126,17 +138,29 @@ def check_build(
             f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
         )
     check_vacant(out, replace=replace)
-    profile = profile_for(graph, options.profile)
     execution = resolve_execution(chosen, options.execution, graph.dtype)
+    profile = profile_for(graph, options.profile or default_profile(graph, chosen, execution, device).profile)
     resolved = dataclasses.replace(options, **dataclasses.asdict(execution), profile=profile)
     check_refit(chosen, resolved)
+    check_targets(chosen, resolved)
     check_resources(estimate(graph, backend), out.parent, limits.memory)
     return resolved
+
+
+def default_profile_of(graph: ExportedGraph, backend: str, options: BuildOptions, device: str) -> DefaultProfile:
+    """Derives the batch sizes of an engine for which ``options`` name none, and says of what.
+
+    Raises:
+        InputError: the backend cannot run as the options say. MissingEnvironmentError: its library is missing.
+    """
+    chosen = usable_backend(backend)
+    return default_profile(graph, chosen, resolve_execution(chosen, options.execution, graph.dtype), device)
 
 
 def compile_in_child(message: dict[str, Any]) -> dict[str, Any]:
     """Lowers and compiles in the build's child process: writes the backend's files, returns content of the manifest."""
     started = time.monotonic()
+    use_gpu(message["device"])
     backend = usable_backend(message["backend"])
     graph = ExportedGraph.open(Path(message["graph"]))
     options = BuildOptions.from_json(message["options"])
@@ -146,7 +170,7 @@ def compile_in_child(message: dict[str, Any]) -> dict[str, Any]:
         storage |= storage_bits(read_onnx(graph.folder, TEXT_FILE, graph.manifest.files))
     left = {value.name for value in model.graph.inputs}
     inputs = tuple(spec for spec in graph.inputs if spec.name in left)
-    example = example_inputs(graph, options.profile)
+    example = example_inputs(graph, options.resolved_profile)
     compiled = backend.compile(
         CompileRequest(
             model=model,
@@ -217,7 +241,7 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"about {self.likely_memory / 1e9:.2g} GB of memory (at least {self.memory / 1e9:.2g}),"
-            f" {self.disk / 1e9:.2g} GB of disk, {_duration(self.likely_seconds)}"
+            f" {self.disk / 1e9:.2g} GB of disk, {duration(self.likely_seconds)}"
         )
 
 
@@ -255,10 +279,6 @@ def check_resources(needed: Estimate, folder: Path, memory_limit: int | None) ->
         raise MissingEnvironmentError(
             f"the build needs {_size(needed.disk)} of disk at {folder}, {_size(disk)} are free"
         )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _size(count: int) -> str:

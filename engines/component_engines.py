@@ -86,7 +86,7 @@ def build_component_engines(  # noqa: PLR0913 - as build_engine's, all but two b
                 file = Path(scratch) / f"{name}.onnx"
                 described = _write_onnx(base, name, dtype, file, context.progress)
                 shapes = {} if spans is None else _shapes(described, spans)
-                written = chosen.write_network(file, folder, shapes, resolved)
+                written = chosen.write_network(file, folder, shapes, resolved, context.device)
             networks[name] = described | {"files": list(written.files)}
             environment = written.environment
         about: dict[str, Any] = {"backend": backend, **asdict(resolved), "environment": environment}
@@ -98,8 +98,10 @@ def build_component_engines(  # noqa: PLR0913 - as build_engine's, all but two b
     return ComponentEngines.open(out)
 
 
-def load_component_engines(engines: ComponentEngines) -> dict[str, Runner]:
-    """Loads a runner of every network, by name; the bytes that are loaded are those that were hashed.
+def load_component_engines(engines: ComponentEngines, device: str = "auto") -> dict[str, Runner]:
+    """Loads a runner of every network, by name, on the GPU of a context's ``device`` where they are for one.
+
+    The bytes that are loaded are those that were hashed.
 
     Raises:
         IntegrityError: a file was changed, or is none that the backend reads.
@@ -107,8 +109,8 @@ def load_component_engines(engines: ComponentEngines) -> dict[str, Runner]:
         InputError: there is no such backend.
     """
     backend = usable_backend(engines.backend)
-    check_environment(engines, backend)
-    return {name: _loaded(engines, backend, network) for name, network in engines.networks.items()}
+    check_environment(engines, backend, device)
+    return {name: _loaded(engines, backend, network, device) for name, network in engines.networks.items()}
 
 
 def _with_trained_size(base: BasePipeline, profile: ShapeProfile) -> ShapeProfile:
@@ -171,10 +173,10 @@ def _weight_bytes(base: BasePipeline) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
 
-def _loaded(engines: ComponentEngines, backend: Backend, network: ComponentEngine) -> Runner:
+def _loaded(engines: ComponentEngines, backend: Backend, network: ComponentEngine, device: str) -> Runner:
     files = {name: read_verified(engines, name) for name in network.files}
     try:
-        return backend.load_network(files, engines.execution)
+        return backend.load_network(files, engines.execution, device)
     except S2PError:
         raise
     except Exception as error:  # the runtimes' errors have no class of their own in common

@@ -54,6 +54,7 @@ def load_engine(
     scales: ScaleTable | None = None,
     schedules: Sequence[Timesteps] = (),
     *,
+    device: str = "auto",
     tried: bool = False,
 ) -> BoundRunner:
     """Loads an engine, with everything bound that has a value per timestep.
@@ -64,6 +65,7 @@ def load_engine(
         scales: the activation scales of the training timesteps; the engine's own where left out.
         schedules: timesteps of every schedule that will be run. Integer timesteps always have an index; fractional
             ones only where they are named here, on an engine that takes time projections as an input.
+        device: of a context. An engine for a GPU runs on the one of its index, else on PyTorch's current one.
         tried: load it here without a trial run in a child process, which the trial's own child does.
 
     Raises:
@@ -75,7 +77,7 @@ def load_engine(
     if expected_graph is not None:
         check_graph(engine, expected_graph)
     backend = usable_backend(engine.backend)
-    check_environment(engine, backend)
+    check_environment(engine, backend, device)
     timesteps = bound_timesteps(engine, schedules)
     table = scales or engine.scales
     check_scales(engine, table)
@@ -85,12 +87,12 @@ def load_engine(
         )
     table = scales_for_schedule(table, engine.timesteps, timesteps)
     if not tried:
-        require_trial(engine)
+        require_trial(engine, device)
     features = bound_features(engine, timesteps, schedules)
     texts = text_projections(engine) if engine.takes_text_projections else None
     files = verified_files(engine)
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
-    runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {})
+    runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {}, device)
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)
@@ -132,9 +134,9 @@ def check_graph(engine: Engine, graph: ExportedGraph) -> None:
         raise IntegrityError(f"{engine.folder} is an engine of another graph than {graph.folder}: build it again")
 
 
-def check_environment(engine: Engine | ComponentEngines, backend: Backend) -> None:
+def check_environment(engine: Engine | ComponentEngines, backend: Backend, device: str = "auto") -> None:
     """Raises MissingEnvironmentError naming the first thing here that differs from what the engine was built for."""
-    here = backend.environment(engine.execution)
+    here = backend.environment(engine.execution, device)
     for key, built in engine.environment.items():
         if here.get(key) != built:
             raise MissingEnvironmentError(
@@ -190,8 +192,8 @@ def _check_baked(engine: Engine, table: ScaleTable) -> None:
             )
 
 
-def require_trial(engine: Engine) -> None:
-    """Tries an engine in a child process, unless it was built or tried here before.
+def require_trial(engine: Engine, device: str = "auto") -> None:
+    """Tries an engine in a child process, on the GPU of a context's device, unless it was built or tried here before.
 
     Raises:
         IntegrityError: it crashed or failed there.
@@ -200,7 +202,7 @@ def require_trial(engine: Engine) -> None:
     with suppress(MissingEnvironmentError):  # without a usable cache folder, every load tries it again
         if (private_folder("tried") / engine.manifest.digest).is_file():
             return
-    message = {"engine": str(engine.folder.resolve()), "digest": engine.manifest.digest}
+    message = {"engine": str(engine.folder.resolve()), "digest": engine.manifest.digest, "device": device}
     limits = Limits(TRIAL_TIMEOUT_S)
     try:
         call("s2p_deploy.engines.load:try_in_child", message, limits)
@@ -231,7 +233,7 @@ def try_in_child(message: dict[str, Any]) -> dict[str, Any]:
     if engine.manifest.digest != message["digest"]:
         raise IntegrityError(f"{engine.folder} was changed while it was opened")
     index, profile = engine.timesteps.calibrated_indices[0], engine.profile
-    with load_engine(engine, tried=True) as runner:
+    with load_engine(engine, device=message["device"], tried=True) as runner:
         for batch in sorted({profile.minimum, profile.optimum}):
             shapes = {s.name: [batch if isinstance(size, str) else size for size in s.shape] for s in runner.inputs}
             inputs = {name: np.full(shape, index if name == "timestep_index" else 0) for name, shape in shapes.items()}

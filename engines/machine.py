@@ -66,11 +66,51 @@ def int8_products_overflow() -> bool:
     return bool(flags) and not flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
-def compute_capability() -> tuple[int, int] | None:
-    """Returns that of the current CUDA device; None where PyTorch finds none."""
+def gpu_index(device: str = "auto") -> int:
+    """Returns the index of the GPU that a context's device stands for: ``cuda:1`` is 1, all others PyTorch's current.
+
+    Without a GPU that PyTorch sees it is 0. An engine for a GPU runs on one, even where the networks around it are on
+    the CPU.
+
+    Raises:
+        MissingEnvironmentError: PyTorch sees GPUs, but not that one.
+    """
     import torch
 
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    _, _, index = device.partition("cuda:")
+    if not torch.cuda.is_available():
+        return int(index or 0)
+    count = torch.cuda.device_count()
+    if index and int(index) >= count:
+        raise MissingEnvironmentError(f"device {device}: PyTorch sees {count} CUDA devices here, from cuda:0 on")
+    return int(index) if index else int(torch.cuda.current_device())
+
+
+def compute_capability(device: str = "auto") -> tuple[int, int] | None:
+    """Returns that of the GPU that a context's device stands for; None where PyTorch finds none."""
+    import torch
+
+    return torch.cuda.get_device_capability(gpu_index(device)) if torch.cuda.is_available() else None
+
+
+def free_gpu_memory(device: str = "auto") -> int | None:
+    """Returns the bytes that are free on the GPU that a context's device stands for; None where PyTorch finds none."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(gpu_index(device))[0]) if torch.cuda.is_available() else None
+
+
+def use_gpu(device: str) -> None:
+    """Makes the GPU of a context's device PyTorch's current one in this process: for a child process of its own.
+
+    Native builders and ONNX Runtime take the current one. Nothing changes for a device without an index, and where
+    PyTorch sees no GPU: what needs one says so itself.
+    """
+    if device.startswith("cuda:"):
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(gpu_index(device))
 
 
 def has_nvidia_driver() -> bool:

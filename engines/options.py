@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from s2p_deploy.records.typed_json import read_value
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import onnx
+    import onnx_ir as ir
 
     from s2p_deploy.records import ExportedGraph
 
@@ -27,11 +27,12 @@ class BuildOptions:
     """Options of a build; they travel to the child process as JSON and are recorded in the engine.
 
     ``precision``, ``provider`` and ``optimization`` are those of :class:`s2p_deploy.records.Execution` (None: the
-    backend's default). ``lowering`` says how timestep-dependent scales
-    become operators (``auto``: what the backend takes, ``rescale`` where it takes several). Columns of the scale table
-    that vary by no more than the fraction ``static_tolerance`` over the timesteps become constants. ``refit`` makes a
-    TensorRT plan whose weights can be put in again, the same ones; ``stripped`` leaves them out of the plan: they come
-    from the graph when the engine is loaded.
+    backend's default). ``profile`` None stands for the batch sizes of :mod:`s2p_deploy.engines.profile`. ``lowering``
+    says how timestep-dependent scales become operators (``auto``: what the backend takes, ``rescale`` where it takes
+    several). Columns of the scale table that vary by no more than the fraction ``static_tolerance`` over the timesteps
+    become constants. ``refit`` makes a TensorRT plan whose weights can be put in again, the same ones; ``stripped``
+    leaves them out of the plan: they come from the graph when the engine is loaded. ``compute_capabilities``, such as
+    ``7.5``, are what a TensorRT-RTX engine is for (empty: the library's default, which leaves out Turing's 7.5).
 
     Example:
         >>> BuildOptions(precision="bf16", profile=ShapeProfile(2, 4, 16), static_tolerance=0.02).execution
@@ -41,21 +42,31 @@ class BuildOptions:
     precision: str | None = None
     provider: str | None = None
     optimization: str | None = None
-    profile: ShapeProfile = field(default_factory=ShapeProfile)
+    profile: ShapeProfile | None = None
     lowering: Lowering = "auto"
     static_tolerance: float = 0.0
     refit: bool = False
     stripped: bool = False
+    compute_capabilities: tuple[str, ...] = ()
 
     @property
     def execution(self) -> Execution:
         """Precision, provider and optimization in one record."""
         return Execution(self.precision, self.provider, self.optimization)
 
+    @property
+    def resolved_profile(self) -> ShapeProfile:
+        """Returns the profile of options whose defaults were filled in."""
+        if self.profile is None:
+            raise ValueError("the options were not resolved")
+        return self.profile
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BuildOptions:
         """Reads the options that ``dataclasses.asdict`` made a mapping of."""
-        return BuildOptions(**{**data, "profile": read_value(ShapeProfile, data["profile"], Path("options"))})
+        profile = read_value(ShapeProfile, data["profile"], Path("options"))
+        named = tuple(data.get("compute_capabilities", ()))
+        return BuildOptions(**{**data, "profile": profile, "compute_capabilities": named})
 
 
 MOST_TIMESTEPS = 4096  # in a scale table whose size is open: dozens of schedules bound at once
@@ -116,7 +127,7 @@ def _span_for(requested: Span | None, trained: int, step: int, largest: int | No
     return Span(trained, trained, trained, step) if requested is None else replace(requested, step=step)
 
 
-def spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
-    """Returns name and shape of an ONNX graph's input (its type is not read); a size without a name is ``?``."""
-    sizes = value.type.tensor_type.shape.dim
-    return TensorSpec(value.name, "", tuple(size.dim_param or size.dim_value or "?" for size in sizes))
+def spec_of(value: ir.Value) -> TensorSpec:
+    """Returns name and shape of a graph's input (its type is not read); a size without a name is ``?``."""
+    sizes = () if value.shape is None else value.shape
+    return TensorSpec(str(value.name), "", tuple(s if isinstance(s, int) else s.value or "?" for s in sizes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -262,6 +261,7 @@ class BoundTensorRunner(BoundRunner):
     """A bound engine whose runner takes tensors: what is bound is on the GPU, ``infer`` is as ever."""
 
     _seen: _SeenText | None = None
+    _table: torch.Tensor | None = None  # the stored time projections of all timesteps, where the samples are
 
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``noise_pred`` [batch, C, H, W] on the GPU, valid until the next call.
@@ -288,10 +288,12 @@ class BoundTensorRunner(BoundRunner):
         """Returns projections: of a stored table without a way through the host, of a prompt from there."""
         import torch
 
-        indices = inputs["timestep_index"]
-        if self._table is not None:
-            return self._table[indices.to(self._table.device, non_blocking=True)]
         assert self.features is not None, "the caller looked"
+        indices, device = inputs["timestep_index"], inputs["sample"].device
+        if self.features.table is not None:
+            if self._table is None or self._table.device != device:
+                self._table = torch.from_numpy(self.features.table).to(device)
+            return self._table[indices.to(device, non_blocking=True)]
         return torch.from_numpy(self.features.of(indices.numpy(), inputs[ADDED_COND].float().cpu().numpy()))
 
     def _text_projections(self, states: torch.Tensor) -> torch.Tensor:
@@ -309,18 +311,8 @@ class BoundTensorRunner(BoundRunner):
 
     def close(self) -> None:
         """Closes the engine."""
-        self._seen = None
+        self._seen = self._table = None
         super().close()
-
-    @cached_property
-    def _table(self) -> torch.Tensor | None:
-        """Returns the stored time projections of all timesteps, on the GPU where there is one."""
-        import torch
-
-        if self.features is None or self.features.table is None:
-            return None
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.from_numpy(self.features.table).to(device)
 
 
 class UniformTimestepRunner(ClosingRunner):

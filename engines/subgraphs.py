@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
-    import onnx
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.runner import Runner
@@ -106,15 +106,15 @@ def engine_subgraphs(engine: Engine, graph: ExportedGraph) -> Iterator[Subgraphs
 
 
 def runner_for_subgraph(
-    model: onnx.ModelProto,
+    model: ir.Model,
     backend: str,
     execution: Execution | None = None,
     lowerings: Lowerings | None = None,
 ) -> Runner:
-    """Compiles a small model cut from the canonical graph. All its inputs go to ``infer``; ``model`` is not changed.
+    """Compiles a model cut from the canonical graph. All its inputs go to ``infer``; ``model`` is not changed.
 
     Args:
-        model: the subgraph, with its weights inside.
+        model: the subgraph; its weights may lie in a file.
         backend: which backend runs it.
         execution: how it runs (None: the backend's defaults).
         lowerings: of the whole graph's activation quantizers (None: the subgraph keeps the canonical form).
@@ -123,22 +123,18 @@ def runner_for_subgraph(
         InputError: unknown backend, or one that cannot run so.
         MissingEnvironmentError: the backend's library is missing, or it cannot execute here.
     """
-    import onnx_ir as ir
-
     chosen = usable_backend(backend)
     resolved = resolve_execution(chosen, execution or Execution(), _dtype(model))
-    prepared = ir.from_proto(model)
+    prepared = model.clone()
     chosen.prepare_model(prepared, lowerings or Lowerings(), resolved)
     taken = frozenset(str(value.name) for value in prepared.graph.inputs)
-    return _SubgraphRunner(chosen.runner_from_model(ir.to_proto(prepared), resolved), taken)
+    return _SubgraphRunner(chosen.runner_from_model(prepared, resolved), taken)
 
 
-def _dtype(model: onnx.ModelProto) -> str:
+def _dtype(model: ir.Model) -> str:
     """``fp16`` where any tensor that goes in or out is, else ``fp32``."""
-    import onnx
-
-    types = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
-    return "fp16" if onnx.TensorProto.FLOAT16 in types else "fp32"
+    types = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    return "fp16" if any(kind is not None and kind.name == "FLOAT16" for kind in types) else "fp32"
 
 
 class _SubgraphRunner(ClosingRunner):
@@ -156,8 +152,6 @@ class _SubgraphRunner(ClosingRunner):
         self._runner.close()
 
 
-def input_types(model: onnx.ModelProto) -> dict[str, np.dtype[Any]]:
+def input_types(model: ir.Model) -> dict[str, np.dtype[Any]]:
     """NumPy types of a model's inputs."""
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    return {value.name: tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in model.graph.input}
+    return {str(value.name): value.dtype.numpy() for value in model.graph.inputs if value.dtype is not None}

@@ -46,7 +46,7 @@ class Subgraphs:
         if cut is None:
             names = ", ".join(item.block for item in self.graph.blocks)
             raise InputError(f"no block {block} in {self.graph.folder}: use one of {names}")
-        return self.between([tap.tensor for tap in cut.entering], [tap.tensor for tap in cut.leaving])
+        return _proto(self.between([tap.tensor for tap in cut.entering], [tap.tensor for tap in cut.leaving]))
 
     def layer(self, layer: str) -> onnx.ModelProto:
         """Cuts out a layer with its quantizers and weights, otherwise as :meth:`block`.
@@ -58,10 +58,10 @@ class Subgraphs:
         cut = next((item for item in self.graph.layers if item.name == layer), None)
         if cut is None:
             raise InputError(f"no layer {layer} in the plan of {self.graph.folder}")
-        return self.between([cut.input], [cut.output, cut.codes] if cut.codes else [cut.output])
+        return _proto(self.between([cut.input], [cut.output, cut.codes] if cut.codes else [cut.output]))
 
-    def between(self, entries: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-        """Cuts out the nodes between tensors ``entries`` (and graph inputs) and ``outputs``, their weights inside.
+    def between(self, entries: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+        """Cuts out the nodes between tensors ``entries`` (and graph inputs) and ``outputs``; weights stay in the file.
 
         Raises:
             GraphContractError: the file has no such tensor.
@@ -72,14 +72,18 @@ class Subgraphs:
         starts, ends = ([self._values[name] for name in names] for names in (entries, outputs))
         graph = self._model.graph
         inputs = [*starts, *(value for value in _reached_inputs(graph, starts, ends) if value not in starts)]
-        part = ir.Model(ir.convenience.extract(graph, inputs, ends), ir_version=self._model.ir_version)
-        ir.external_data.load_to_model(part)
-        return ir.to_proto(part)
+        return ir.Model(ir.convenience.extract(graph, inputs, ends), ir_version=self._model.ir_version)
 
     def constant(self, name: str) -> NDArray[Any] | None:
         """Returns the value of an initializer; None where there is none of that name."""
         value = self._model.graph.initializers.get(name)
         return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _proto(part: ir.Model) -> onnx.ModelProto:
+    """Puts the weights inside."""
+    ir.external_data.load_to_model(part)
+    return ir.to_proto(part)
 
 
 def _reached_inputs(graph: ir.Graph, starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> list[ir.Value]:

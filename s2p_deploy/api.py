@@ -180,7 +180,7 @@ def build_engine(  # noqa: PLR0913 - the command's options
         options: precision, batch sizes, picture sizes, lowering (None: the backend's defaults).
         limits: seconds and bytes of memory that the build may take.
         force: replaces an artifact at ``out``, once the new one is complete.
-        context: progress.
+        context: progress, and the GPU for builders that need one.
 
     Raises:
         InputError: an argument is wrong, ``out`` exists, or the graph's type is not the backend's.
@@ -324,6 +324,7 @@ def load_engine(
     scales: ScaleTable | None = None,
     timesteps: Sequence[Timesteps] = (),
     public_key: str | Path | None = None,
+    device: str = "auto",
 ) -> BoundRunner:
     """Loads an engine without a pipeline, for calls of the denoiser by itself.
 
@@ -333,6 +334,7 @@ def load_engine(
         scales: activation scales of the training timesteps in place of the engine's own.
         timesteps: those of every schedule that will be used, where they are fractional.
         public_key: a PEM file; an engine that was not signed with its private half is refused.
+        device: ``cuda:1`` and the like: the GPU of an engine that runs on one (otherwise PyTorch's current one).
 
     Returns:
         A context manager with ``infer(inputs) -> outputs`` over NumPy arrays; leaving it frees the engine.
@@ -350,7 +352,7 @@ def load_engine(
     from s2p_deploy.records import ExportedGraph
 
     expected = ExportedGraph.open(Path(graph)) if isinstance(graph, str | Path) else graph
-    return load_opened(as_engine(engine, public_key), expected, scales, timesteps)
+    return load_opened(as_engine(engine, public_key), expected, scales, timesteps, device=device)
 
 
 def new_folder(out: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("calib", "export", "engines")
@@ -85,6 +87,18 @@ def installed(tmp_path: Path) -> Path:
     (tmp_path / "s2p_research").mkdir()
     (tmp_path / "s2p_research" / "__init__.py").touch()
     return tmp_path
+
+
+def test_the_extras_for_onnxruntimes_tensorrt_provider_are_of_one_major() -> None:
+    """The provider is linked to libnvinfer.so.10; pip would take 11, which it cannot load."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (tensorrt,) = (Requirement(line) for line in extras["tensorrt"])
+    assert "10.16.1.11" in tensorrt.specifier
+    assert "11.0.0.114" not in tensorrt.specifier
+    linked = importlib.util.find_spec("onnxruntime")
+    library = Path(str(linked.origin)).parent / "capi" / "libonnxruntime_providers_tensorrt.so" if linked else Path()
+    if library.is_file():
+        assert b"libnvinfer.so.10" in library.read_bytes()
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:

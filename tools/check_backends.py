@@ -244,7 +244,7 @@ def attempt(backend: Backend, pattern: Pattern, dtype: str, execution: Execution
 def largest_error(backend: Backend, case: Case, execution: Execution) -> float:
     """Returns the largest error over both trials, relative to the largest value that is expected."""
     errors = []
-    with backend.runner_from_model(case.model, execution) as runner:
+    with backend.runner_from_model(ir.from_proto(case.model), execution) as runner:
         for trial in case.trials:
             output = runner.infer(trial.inputs)[OUTPUT].astype(np.float64)
             errors.append(np.abs(output - trial.expected).max() / np.abs(trial.expected).max())

@@ -14,13 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.engines.backend import Capabilities, Compiled
 from s2p_deploy.engines.lowerings import apply_passes, int4_rule, weight_only
-from s2p_deploy.engines.machine import has_nvidia_driver, installed_version, int8_products_overflow, platform_name
+from s2p_deploy.engines.machine import (
+    gpu_index,
+    has_nvidia_driver,
+    installed_version,
+    int8_products_overflow,
+    platform_name,
+)
 from s2p_deploy.engines.onnx_files import check_external_bytes, write_onnx
 from s2p_deploy.engines.onnxruntime.providers import PROVIDERS, gpu_session, graph_traits, unavailable
 from s2p_deploy.engines.onnxruntime.runners import DeviceRunner, OnnxRuntimeRunner
@@ -34,7 +41,6 @@ from s2p_deploy.records.artifacts import file_digest, verified_files
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    import onnx
     import onnx_ir as ir
     import onnxruntime
     from numpy.typing import NDArray
@@ -79,7 +85,11 @@ class OnnxRuntimeBackend:
             unavailable=lacking,
         )
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def targets(self) -> tuple[str, ...]:
+        """There is no choice."""
+        return ()
+
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version, device and platform; on a GPU the execution provider too."""
         version = installed_version("onnxruntime", "onnxruntime-gpu")
         here = {"onnxruntime": str(version), "device": "cpu", "platform": platform_name()}
@@ -112,8 +122,8 @@ class OnnxRuntimeBackend:
         if execution.provider in PROVIDERS:
             quantized = any(node.op_type == "QuantizeLinear" for node in request.model.graph)
             digest = _joint_digest(file_digest(request.folder / name) for name in files)
-            traits = graph_traits(request.inputs, request.options.profile, quantized=quantized, digest=digest)
-            session = gpu_session(str(model), options, execution.provider, traits)
+            traits = graph_traits(request.inputs, request.options.resolved_profile, quantized=quantized, digest=digest)
+            session = gpu_session(str(model), options, execution.provider, traits, gpu_index())
         else:
             session = _session(str(model), options)
         session.run(None, request.example)
@@ -121,7 +131,11 @@ class OnnxRuntimeBackend:
         return Compiled(files, self.environment(execution), compute_types(trace))
 
     def load(
-        self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
     ) -> OnnxRuntimeRunner | DeviceRunner:
         """Opens a session from the verified bytes: ONNX Runtime opens no file of the engine."""
         model = _model_file(engine, files)
@@ -135,17 +149,20 @@ class OnnxRuntimeBackend:
             quantized = any(layer.activation_bits == 8 for layer in engine.layers)
             digest = _joint_digest(engine.manifest.files[name] for name in engine.engine_files)
             traits = graph_traits(engine.inputs, profile, quantized=quantized, digest=digest)
-            return DeviceRunner(gpu_session(bytes(files[model]), options, engine.provider, traits), bound)
+            gpu = gpu_index(device)
+            return DeviceRunner(gpu_session(bytes(files[model]), options, engine.provider, traits, gpu), bound, gpu)
         return OnnxRuntimeRunner(_session(bytes(files[model]), options), bound)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Moves the ONNX file and its data, if it has any, to the folder."""
         files = [path for path in (onnx_file, Path(f"{onnx_file}.data")) if path.exists()]
         for path in files:
             shutil.move(path, folder / path.name)
         return Compiled(tuple(path.name for path in files), self.environment(execution), {})
 
-    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
         """Opens a session in memory."""
         (_, model), *rest = files.items()
         data = dict(rest)
@@ -156,15 +173,18 @@ class OnnxRuntimeBackend:
                 list(data), list(data.values()), [len(content) for content in data.values()]
             )
         if execution.provider in PROVIDERS:
-            return OnnxRuntimeRunner(gpu_session(bytes(model), options, execution.provider, None), {})
+            return OnnxRuntimeRunner(gpu_session(bytes(model), options, execution.provider, gpu=gpu_index(device)), {})
         return OnnxRuntimeRunner(_session(bytes(model), options), {})
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Opens a session of a model in memory."""
-        data, options = model.SerializeToString(), _options(execution)
-        if execution.provider in PROVIDERS:
-            return OnnxRuntimeRunner(gpu_session(data, options, execution.provider, None), {})
-        return OnnxRuntimeRunner(_session(data, options), {})
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Opens a session of a model; it may have more than the 2 GB of one message, so it goes through files."""
+        options = _options(execution)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / MODEL
+            write_onnx(model, path)
+            if execution.provider in PROVIDERS:
+                return OnnxRuntimeRunner(gpu_session(str(path), options, execution.provider, gpu=gpu_index()), {})
+            return OnnxRuntimeRunner(_session(str(path), options), {})
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs:
         """Opens the engine's ONNX file."""

@@ -80,13 +80,18 @@ def graph_traits(inputs: Iterable[TensorSpec], profile: ShapeProfile, *, quantiz
     return GraphTraits(profile_shapes(specs, profile, tuned), fp16, quantized, digest)
 
 
-def provider_options(provider: str, traits: GraphTraits, cache: str) -> dict[str, str]:
-    """Options of a provider; ``cache`` is the folder for what it compiles.
+def provider_options(provider: str, gpu: int, traits: GraphTraits | None = None, cache: str = "") -> dict[str, str]:
+    """Options of a provider on the GPU of that index; ``cache`` is the folder for what it compiles of a known graph.
 
-    No calibration: the graph quantizes explicitly, the INT8 flag only allows integer kernels.
+    No calibration: the graph quantizes explicitly, the INT8 flag only allows integer kernels. Weights stay outside of
+    the model that TensorRT's parser is given, which may have no more than 2 GB.
     """
+    device = {"device_id": str(gpu)}
     if provider == "cuda":
-        return {"device_id": "0", "use_tf32": "0"}  # TF32 would round products behind the graph's back
+        return device | {"use_tf32": "0"}  # TF32 would round products behind the graph's back
+    large = {"nv_use_external_data_initializer" if provider == "nv_tensorrt_rtx" else "trt_load_user_initializer": "1"}
+    if traits is None:
+        return device | large
     shapes = {
         f"profile_{kind}_shapes": ",".join(
             f"{name}:{'x'.join(map(str, three[at]))}" for name, three in traits.shapes.items()
@@ -95,7 +100,7 @@ def provider_options(provider: str, traits: GraphTraits, cache: str) -> dict[str
     }
     if provider == "nv_tensorrt_rtx":
         own = {"enable_cuda_graph": "1", "nv_runtime_cache_path": cache}
-        return {"device_id": "0"} | own | {f"nv_{name}": value for name, value in shapes.items()}
+        return device | large | own | {f"nv_{name}": value for name, value in shapes.items()}
     precisions = {
         "trt_fp16_enable": str(int(traits.fp16)),
         "trt_int8_enable": str(int(traits.quantized)),
@@ -106,13 +111,17 @@ def provider_options(provider: str, traits: GraphTraits, cache: str) -> dict[str
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": cache,
     }
-    return {"device_id": "0"} | precisions | caches | {f"trt_{name}": value for name, value in shapes.items()}
+    return device | large | precisions | caches | {f"trt_{name}": value for name, value in shapes.items()}
 
 
 def gpu_session(
-    model: str | bytes, options: onnxruntime.SessionOptions, name: str, traits: GraphTraits | None
+    model: str | bytes,
+    options: onnxruntime.SessionOptions,
+    name: str,
+    traits: GraphTraits | None = None,
+    gpu: int = 0,
 ) -> onnxruntime.InferenceSession:
-    """Opens a session on a provider; without ``traits`` it has that provider's default options.
+    """Opens a session on a provider, on the GPU of that index; without ``traits`` it keeps nothing that it compiles.
 
     Raises:
         MissingEnvironmentError: the provider cannot be used: ONNX Runtime would go on with the CPU.
@@ -120,36 +129,38 @@ def gpu_session(
     import onnxruntime
 
     onnxruntime.preload_dlls()  # CUDA's libraries, where they came as Python packages
-    provider = PROVIDERS[name]
-    chosen: dict[str, str] = {}
+    provider, cache = PROVIDERS[name].name, ""
     if traits is not None:
-        cache = private_folder(f"onnxruntime-{name}") / traits.digest
-        cache.mkdir(mode=0o700, exist_ok=True)
-        chosen = provider_options(name, traits, str(cache))
-    if provider.name in onnxruntime.get_available_providers():
-        providers = [(provider.name, chosen)]
+        folder = private_folder(f"onnxruntime-{name}") / traits.digest
+        folder.mkdir(mode=0o700, exist_ok=True)
+        cache = str(folder)
+    chosen = provider_options(name, gpu, traits, cache)
+    if provider in onnxruntime.get_available_providers():
+        providers = [(provider, chosen)]
         if name == "tensorrt":  # for what TensorRT leaves out
-            providers.append((PROVIDERS["cuda"].name, {"device_id": "0", "use_tf32": "0"}))
+            providers.append((PROVIDERS["cuda"].name, provider_options("cuda", gpu)))
         session = onnxruntime.InferenceSession(model, options, providers=[*providers, "CPUExecutionProvider"])
     else:
-        _plug_in(options, chosen)
+        provider = _plug_in(options, chosen)
         session = onnxruntime.InferenceSession(model, options)
-    if session.get_providers()[0] != provider.name:
-        raise MissingEnvironmentError(
-            f"ONNX Runtime could not start {provider.name} and would run on the CPU: see its log"
-        )
+    if session.get_providers()[0] != provider:
+        raise MissingEnvironmentError(f"ONNX Runtime could not start {provider} and would run on the CPU: see its log")
     return session
 
 
-def _plug_in(options: onnxruntime.SessionOptions, chosen: Mapping[str, str]) -> None:
-    """Adds the TensorRT-RTX plugin's device to a session's options."""
+def _plug_in(options: onnxruntime.SessionOptions, chosen: Mapping[str, str]) -> str:
+    """Adds the TensorRT-RTX plugin, on the GPU that is chosen, to a session's options; returns the plugin's name."""
     import onnxruntime
 
     plugin = importlib.import_module(_RTX_PLUGIN)
-    name = plugin.get_ep_name()
+    name: str = plugin.get_ep_name()
     if not any(device.ep_name == name for device in onnxruntime.get_ep_devices()):
         onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
-    if not devices:
-        raise MissingEnvironmentError(f"{name} finds no GPU that it runs on: it needs an RTX 30 series or later")
-    options.add_provider_for_devices(devices[:1], dict(chosen))
+    found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    # the plugin says of each of its devices which of CUDA's it is
+    gpu = chosen["device_id"]
+    usable = [device for at, device in enumerate(found) if device.ep_options.get("device_id", str(at)) == gpu]
+    if not usable:
+        raise MissingEnvironmentError(f"{name} does not run on GPU {gpu}: it needs an RTX 30 series or later")
+    options.add_provider_for_devices(usable[:1], dict(chosen))
+    return name

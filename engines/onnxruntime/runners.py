@@ -52,20 +52,22 @@ class _Binding:
 
 
 class DeviceRunner(ClosingRunner):
-    """Runner of an open session on ``device``, ``cuda`` or ``cpu``. ``bound`` inputs are uploaded here and stay there.
+    """Runner of an open session on a GPU, or on the CPU where ``gpu``, its index, is None.
 
-    An output's size that is not fixed has a name, and is that of the inputs' size of this name.
+    ``bound`` inputs are uploaded here and stay there. An output's size that is not fixed has a name, and is that of the
+    inputs' size of this name.
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, bound: Mapping[str, NDArray[Any]], device: str = "cuda"
+        self, session: onnxruntime.InferenceSession, bound: Mapping[str, NDArray[Any]], gpu: int | None
     ) -> None:
         import onnxruntime
 
         self._session: onnxruntime.InferenceSession | None = session
-        self._device = device
+        self._gpu = gpu
+        self._place = ("cpu", 0) if gpu is None else ("cuda", gpu)
         self._bound = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *self._place)
             for name, value in bound.items()
         }
         self._bindings: OrderedDict[tuple[object, ...], _Binding] = OrderedDict()
@@ -90,8 +92,8 @@ class DeviceRunner(ClosingRunner):
         binding = self._binding({n: (tuple(v.shape), self._input_type(n)) for n, v in inputs.items()})
         for name, value in inputs.items():
             from_dlpack(binding.inputs[name]).copy_(value)
-        if self._device == "cuda":
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+        if self._gpu is not None:
+            torch.cuda.current_stream(self._gpu).synchronize()  # ONNX Runtime has a stream of its own
         self._run(binding)
         return {name: from_dlpack(value) for name, value in binding.outputs.items()}
 
@@ -135,8 +137,8 @@ class DeviceRunner(ClosingRunner):
             for item in session.get_outputs()
         }
         buffer = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-        ins = {name: buffer(list(shape), kind.type, self._device, 0) for name, (shape, kind) in inputs.items()}
-        outs = {name: buffer(shape, kind, self._device, 0) for name, (shape, kind) in outputs.items()}
+        ins = {name: buffer(list(shape), kind.type, *self._place) for name, (shape, kind) in inputs.items()}
+        outs = {name: buffer(shape, kind, *self._place) for name, (shape, kind) in outputs.items()}
         bound = session.io_binding()
         for name, value in (ins | self._bound).items():
             bound.bind_ortvalue_input(name, value)

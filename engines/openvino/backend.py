@@ -6,6 +6,7 @@ bf16 instructions, and OpenVINO's own default there.
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from s2p_deploy.records.artifacts import verified_files
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import onnx
     import onnx_ir as ir
     import openvino
     from numpy.typing import NDArray
@@ -60,7 +60,11 @@ class OpenVinoBackend:
             self.name, version, missing, version is not None, ("fp32", "fp16"), precisions=("f32", "bf16")
         )
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def targets(self) -> tuple[str, ...]:
+        """There is no choice."""
+        return ()
+
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version, device and platform."""
         return {"openvino": str(self.capabilities().version), "device": "cpu", "platform": platform_name()}
 
@@ -92,14 +96,22 @@ class OpenVinoBackend:
         notes = {"processor": core.get_property("CPU", "FULL_DEVICE_NAME")}
         return Compiled((XML, BIN), self.environment(), compute_types(compiled.get_runtime_model(), names), notes)
 
-    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> OpenVinoRunner:
+    def load(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
+    ) -> OpenVinoRunner:
         """Reads the verified bytes: OpenVINO opens no file."""
         model, weights = _model_of(files[XML], files[BIN])
         sizes = engine.profile.sizes("optimum")
         tuned = {spec.name: shape_at(spec, sizes) for spec in engine.inputs if spec.name not in bound}
         return OpenVinoRunner(model, engine.execution, bound, tuned, weights)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Writes the network's IR."""
         import openvino
 
@@ -108,18 +120,21 @@ class OpenVinoBackend:
         openvino.serialize(openvino.Core().read_model(onnx_file), *(folder / name for name in names))
         return Compiled(names, self.environment(execution), {})
 
-    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
         """Reads the verified bytes; the weights lie in one file."""
         if len(files) != 2:
             raise IntegrityError("an OpenVINO network needs its weights in one file: build the component engines again")
         model, weights = _model_of(*files.values())
         return OpenVinoRunner(model, execution, {}, weights=weights)
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Opens a model in memory."""
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Opens a model; OpenVINO reads large ones from files alone."""
         import openvino
 
-        return OpenVinoRunner(openvino.Core().read_model(model=model.SerializeToString()), execution, {})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "subgraph.onnx"
+            write_onnx(model, path)
+            return OpenVinoRunner(openvino.Core().read_model(path), execution, {})
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs:
         """Opens the engine's IR."""

@@ -24,23 +24,30 @@ from s2p_deploy.engines.lowerings import (
     weight_only,
     weight_only_or_matmul,
 )
-from s2p_deploy.engines.machine import compute_capability, installed_version, platform_name
+from s2p_deploy.engines.machine import compute_capability, gpu_index, installed_version, platform_name
 from s2p_deploy.engines.onnx_files import write_onnx
-from s2p_deploy.engines.options import BuildOptions, profile_shapes, spec_of
+from s2p_deploy.engines.options import BuildOptions, profile_shapes
 from s2p_deploy.engines.runner import BOUND
 from s2p_deploy.engines.support import support_of
 from s2p_deploy.engines.tensorrt.builder import PlanOptions, build_plan
 from s2p_deploy.engines.tensorrt.launchers import timing_cache
 from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan, refit
+from s2p_deploy.engines.tensorrt.targets import (
+    Capability,
+    capability_name,
+    described_targets,
+    named_capabilities,
+    runs_on,
+)
 from s2p_deploy.errors import MissingEnvironmentError
-from s2p_deploy.records import Execution, ExportedGraph, ShapeProfile
+from s2p_deploy.records import Execution, ExportedGraph
 from s2p_deploy.records.artifacts import parent_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import onnx
     import onnx_ir as ir
+    import torch
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.backend import CompileRequest
@@ -52,10 +59,9 @@ if TYPE_CHECKING:
 
 PLAN, LAYERS = "denoiser.plan", "layers.json"
 RTX = "tensorrt_rtx"
+GPU_MEMORY = "gpu_memory"  # among a manifest's notes: the fields of PlanMemory
 _GPU = "CUDA GPU"
 _NETWORK_TIMEOUT_S = 1800.0
-_SUBGRAPH_TIMESTEPS = 50  # what a subgraph's profile is tuned for
-_NOT_ON_RTX = (9, 0)  # H100 and H200
 _MISSING = {
     RTX: "TensorRT-RTX is not installed: pip install 's2p-deploy[rtx]'",
     "tensorrt": "TensorRT is not installed: pip install 's2p-deploy[tensorrt]' on a machine with an NVIDIA GPU "
@@ -70,7 +76,7 @@ class TensorRtBackend:
     name: str
 
     def capabilities(self) -> Capabilities:
-        """Executes where there is a CUDA GPU (for TensorRT-RTX: not of compute capability 9.0)."""
+        """Executes where there is a CUDA GPU (for TensorRT-RTX: one that the library names, or a later one)."""
         version = installed_version(self.name, f"{self.name}_cu13", f"{self.name}_cu12")
         capability = compute_capability() if version else None
         executes = version is not None and refusal(self.name, capability) is None
@@ -78,9 +84,15 @@ class TensorRtBackend:
         refits: Literal["here", "with a GPU"] = "with a GPU" if capability is None else "here"
         return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, any_size=False)
 
-    def environment(self, execution: Execution | None = None) -> dict[str, str]:
+    def targets(self) -> tuple[str, ...]:
+        """Those that TensorRT-RTX names; TensorRT builds for the GPU that it is on."""
+        if self.name != RTX:
+            return ()
+        return tuple(map(capability_name, named_capabilities(importlib.import_module(self.name))))
+
+    def environment(self, execution: Execution | None = None, device: str = "auto") -> dict[str, str]:
         """Library version and device; data-centre engines also belong to a compute capability and a platform."""
-        capability = compute_capability()
+        capability = compute_capability(device)
         here = {self.name: str(self.capabilities().version), "device": _GPU if capability else "no GPU"}
         return here | self._bound_to(capability)
 
@@ -95,22 +107,35 @@ class TensorRtBackend:
         capability = self._builder_capability()
         # where the scale table's timesteps are open, the plan is tuned for those of the graph's own table
         timesteps = len(request.example[BOUND]) if BOUND in request.example else 1
-        shapes = profile_shapes(request.inputs, request.options.profile, timesteps)
+        shapes = profile_shapes(request.inputs, request.options.resolved_profile, timesteps)
         onnx_path, plan = request.scratch / "denoiser.onnx", request.folder / PLAN
         write_onnx(request.model, onnx_path)
         build_plan(self.name, onnx_path, shapes, plan, self._plan_options(request.options, capability))
+        library = importlib.import_module(self.name)
+        notes: dict[str, Any] = {}
+        if self.name == RTX:
+            notes["target"] = described_targets(library, request.options.compute_capabilities)
         compute = {}
         if self.capabilities().executes and not request.options.stripped:  # one without weights cannot be opened
-            information = inspect_plan(importlib.import_module(self.name), plan.read_bytes(), shapes)
-            if information is not None:
-                compute = compute_types(information)
-                table = json.dumps({"layers": layer_table(information)}, indent=1) + "\n"
+            try:
+                inspection = inspect_plan(library, plan.read_bytes(), shapes)
+            except MissingEnvironmentError as error:  # a plan for other GPUs is no failed build
+                notes["not inspected"] = str(error)
+            else:
+                compute = compute_types(inspection.information)
+                table = json.dumps({"layers": layer_table(inspection.information)}, indent=1) + "\n"
                 (request.folder / LAYERS).write_text(table, encoding="utf-8")
+                notes[GPU_MEMORY] = asdict(inspection.memory)
         environment = self.environment() | {"device": _GPU}
-        notes = {"target": "ahead of time: compute capability 8.6, 8.9, 12.0 and later"} if self.name == RTX else {}
         return Compiled((PLAN,), environment, compute, notes)
 
-    def load(self, engine: Engine, files: Mapping[str, bytearray], bound: Mapping[str, NDArray[Any]]) -> TensorRtRunner:
+    def load(
+        self,
+        engine: Engine,
+        files: Mapping[str, bytearray],
+        bound: Mapping[str, NDArray[Any]],
+        device: str = "auto",
+    ) -> TensorRtRunner:
         """Opens a context on the GPU; the weights of a stripped engine come from the graph that it was built from.
 
         Raises:
@@ -119,8 +144,8 @@ class TensorRtBackend:
         """
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
-        self._require_gpu(str(engine.folder))
-        plan = open_plan(self.name, files[PLAN])
+        self._require_gpu(str(engine.folder), device)
+        plan = open_plan(self.name, files[PLAN], _cuda(device))
         options = BuildOptions.from_json(engine.manifest.content["options"])
         if options.stripped:
             graph = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph"))
@@ -130,74 +155,82 @@ class TensorRtBackend:
                 refit(plan, onnx_path)
         return TensorRtRunner(plan, bound)
 
-    def write_network(self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution) -> Compiled:
+    def write_network(
+        self, onnx_file: Path, folder: Path, shapes: Shapes, execution: Execution, device: str = "auto"
+    ) -> Compiled:
         """Builds the network's plan in a child process; TensorRT on a GPU, TensorRT-RTX anywhere."""
         plan = folder / f"{onnx_file.stem}.plan"
-        options = asdict(self._plan_options(BuildOptions(), self._builder_capability()))
-        self._build_in_child(onnx_file, shapes, plan, options)
-        return Compiled((plan.name,), self.environment(execution) | {"device": _GPU}, {})
+        options = asdict(self._plan_options(BuildOptions(), self._builder_capability(device), device))
+        message = {"library": self.name, "onnx": str(onnx_file), "shapes": shapes, "out": str(plan)}
+        message |= {"options": options, "device": device}
+        call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_NETWORK_TIMEOUT_S))
+        return Compiled((plan.name,), self.environment(execution, device) | {"device": _GPU}, {})
 
-    def load_network(self, files: Mapping[str, bytearray], execution: Execution) -> Runner:
+    def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
         """Opens a context on the GPU."""
         from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
 
         ((name, plan),) = files.items()
-        self._require_gpu(name)
-        return TensorRtRunner(open_plan(self.name, plan), {})
+        self._require_gpu(name, device)
+        return TensorRtRunner(open_plan(self.name, plan, _cuda(device)), {})
 
-    def runner_from_model(self, model: onnx.ModelProto, execution: Execution) -> Runner:
-        """Builds a small model in a child process and runs it here; batch sizes 1 to 32."""
-        from s2p_deploy.engines.tensorrt.runner import TensorRtRunner
+    def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
+        """Makes a runner that builds the model in a child process for the sizes that it is called with."""
+        from s2p_deploy.engines.tensorrt.subgraph import SubgraphRunner
 
         self._require_gpu("a subgraph")
-        with tempfile.TemporaryDirectory() as folder:
-            onnx_path, plan = Path(folder) / "subgraph.onnx", Path(folder) / PLAN
-            onnx_path.write_bytes(model.SerializeToString())
-            specs = [spec_of(value) for value in model.graph.input]
-            shapes = profile_shapes(specs, ShapeProfile(), _SUBGRAPH_TIMESTEPS)
-            self._build_in_child(onnx_path, shapes, plan, {})
-            return TensorRtRunner(open_plan(self.name, plan.read_bytes()), {})
+        return SubgraphRunner(self.name, model, _cuda("auto"))
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> None:
         """Nothing can be cut out of a plan."""
 
-    def _build_in_child(self, onnx_path: Path, shapes: Shapes, plan: Path, options: dict[str, Any]) -> None:
-        message = {"library": self.name, "onnx": str(onnx_path), "shapes": shapes, "out": str(plan), "options": options}
-        call_in_child("s2p_deploy.engines.tensorrt.builder:build_in_child", message, Limits(_NETWORK_TIMEOUT_S))
-
-    def _builder_capability(self) -> tuple[int, int] | None:
+    def _builder_capability(self, device: str = "auto") -> Capability | None:
         """Returns the compute capability of the GPU here; None where there is none and none is needed to build."""
-        capability = compute_capability()
+        capability = compute_capability(device)
         if self.name != RTX and capability is None:
             raise MissingEnvironmentError("TensorRT builds on the GPU that the engine is for, and there is none here")
         return capability
 
-    def _plan_options(self, options: BuildOptions, capability: tuple[int, int] | None) -> PlanOptions:
+    def _plan_options(self, options: BuildOptions, capability: Capability | None, device: str = "auto") -> PlanOptions:
         timings = None
         if self.name != RTX and capability is not None:
             import torch
 
-            timings = str(timing_cache(str(self.capabilities().version), torch.cuda.get_device_name(), capability))
-        return PlanOptions(options.refit, options.stripped, timings)
+            name = torch.cuda.get_device_name(gpu_index(device))
+            timings = str(timing_cache(str(self.capabilities().version), name, capability))
+        return PlanOptions(options.refit, options.stripped, timings, options.compute_capabilities)
 
-    def _bound_to(self, capability: tuple[int, int] | None) -> dict[str, str]:
+    def _bound_to(self, capability: Capability | None) -> dict[str, str]:
         if self.name == RTX:
             return {}  # portable between GPUs and between Linux and Windows, not between releases
         return {
-            "compute_capability": f"{capability[0]}.{capability[1]}" if capability else "none",
+            "compute_capability": capability_name(capability) if capability else "none",
             "platform": platform_name(),
         }
 
-    def _require_gpu(self, what: str) -> None:
-        reason = refusal(self.name, compute_capability())
+    def _require_gpu(self, what: str, device: str = "auto") -> None:
+        reason = refusal(self.name, compute_capability(device))
         if reason is not None:
             raise MissingEnvironmentError(f"{what} {reason}")
 
 
-def refusal(library: str, capability: tuple[int, int] | None) -> str | None:
-    """Why a GPU of this compute capability (None: no GPU) runs no engine of the library; None where it does."""
+def _cuda(device: str) -> torch.device:
+    import torch
+
+    return torch.device("cuda", gpu_index(device))
+
+
+def refusal(name: str, capability: Capability | None) -> str | None:
+    """Why a GPU of this compute capability (None: no GPU) runs no engine of a library; None where it does."""
     if capability is None:
         return "needs a CUDA GPU to run, and there is none here: load it on a machine with one"
-    if library == RTX and capability == _NOT_ON_RTX:
-        return "cannot run here: TensorRT-RTX does not run on compute capability 9.0: build with --backend tensorrt"
-    return None
+    if name != RTX:
+        return None
+    library = importlib.import_module(name)
+    if runs_on(library, capability):
+        return None
+    on = ", ".join(map(capability_name, named_capabilities(library)))
+    return (
+        f"cannot run here: TensorRT-RTX {library.__version__} runs on compute capability {on} and later, not on "
+        f"{capability_name(capability)}: build with --backend tensorrt"
+    )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2p_deploy.engines.machine import use_gpu
+from s2p_deploy.engines.tensorrt.targets import set_capabilities
 from s2p_deploy.errors import MissingEnvironmentError
 
 if TYPE_CHECKING:
@@ -23,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of a plan: refittable, without weights, and the file of timings to read and extend."""
+    """Options of a plan.
+
+    Refittable, without weights, the file of timings to read and extend, and compute capabilities such as ``7.5`` that
+    it is for (empty: the library's default).
+    """
 
     refit: bool = False
     stripped: bool = False
     timing_cache: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
 
 
 def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options: PlanOptions | None = None) -> None:
@@ -38,7 +45,7 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
         onnx_path: the prepared graph, its external data beside it.
         shapes: smallest, tuned-for and largest shape of every input.
         out: file to write.
-        options: refitting and timings (None: neither).
+        options: refitting, timings and targets (None: none of them).
 
     Raises:
         MissingEnvironmentError: this version of the library cannot do what ``options`` ask for.
@@ -69,18 +76,19 @@ def build_plan(library: str, onnx_path: Path, shapes: Shapes, out: Path, options
     )
     # strongly typed: every precision is the graph's, none is chosen by the builder
     network = NetworkFromOnnxPath(str(onnx_path), strongly_typed=flags.request_strongly_typed)
-    flagged = PostprocessConfig(config, lambda _builder, _network, made: _set_flags(module, made, flags.builder))
-    build = EngineBytesFromNetwork(network, flagged, save_timing_cache=timings)
+
+    def complete(_builder: trt.Builder, _network: trt.INetworkDefinition, made: trt.IBuilderConfig) -> None:
+        for name in flags.builder:
+            made.set_flag(getattr(module.BuilderFlag, name))
+        set_capabilities(module, made, chosen.compute_capabilities)
+
+    build = EngineBytesFromNetwork(network, PostprocessConfig(config, complete), save_timing_cache=timings)
     out.write_bytes(build())
 
 
-def _set_flags(library: ModuleType, config: trt.IBuilderConfig, names: tuple[str, ...]) -> None:
-    for name in names:
-        config.set_flag(getattr(library.BuilderFlag, name))
-
-
 def build_in_child(message: dict[str, Any]) -> dict[str, Any]:
-    """Builds the plan of a message in a child process; the result is the file."""
+    """Builds the plan of a message in a child process, on its device; the result is the file."""
+    use_gpu(message.get("device", "auto"))
     shapes: Shapes = {n: (tuple(low), tuple(tuned), tuple(top)) for n, (low, tuned, top) in message["shapes"].items()}
     options = PlanOptions(**message.get("options", {}))
     build_plan(message["library"], Path(message["onnx"]), shapes, Path(message["out"]), options)

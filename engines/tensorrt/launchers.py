@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from filelock import FileLock
 
 from s2p_deploy.engines.machine import plain_name, private_folder
-from s2p_deploy.errors import EngineBuildError, InputError
+from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Launcher(Protocol):
         """Enqueues one step at the given input shapes. Raises InputError where the library refuses it."""
 
     def close(self) -> None:
-        """Frees contexts and graphs."""
+        """Frees contexts and graphs, what they compute in, and the engine."""
 
 
 @dataclass
@@ -50,25 +50,65 @@ class _Step:
     capturable: bool = True
 
 
+class ContextMemory:
+    """Memory that a plan's execution contexts compute in, one at a time: as much as the shapes run so far have needed.
+
+    So a profile's largest shapes cost nothing before they run. Contexts have to be made with the allocation strategy
+    ``USER_MANAGED``.
+    """
+
+    def __init__(self, plan: OpenPlan) -> None:
+        self._device = plan.device
+        self._memory: torch.Tensor | None = None
+
+    def holds(self, context: trt.IExecutionContext) -> bool:
+        """Gives a context, whose input shapes are set, this memory; False where it needs more than there is."""
+        needed = int(context.update_device_memory_size_for_shapes())
+        if self._memory is None or self._memory.numel() < needed:
+            return False
+        context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        return True
+
+    def grow(self, context: trt.IExecutionContext) -> None:
+        """Takes as much as a context needs, and gives it that; nothing may use the former memory any more.
+
+        Raises:
+            MissingEnvironmentError: the GPU has not so much.
+        """
+        import torch
+
+        needed = max(int(context.update_device_memory_size_for_shapes()), 1)
+        self._memory = None
+        try:
+            self._memory = torch.empty(needed, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise MissingEnvironmentError(
+                f"a step of this size needs {needed / 2**30:.2f} GiB of memory on {self._device}, which are not free: "
+                "end what else uses the GPU, or run smaller batches"
+            ) from error
+        context.set_device_memory(self._memory.data_ptr(), needed)
+
+    def free(self) -> None:
+        """Frees it."""
+        self._memory = None
+
+
 class GraphLauncher:
     """TensorRT: one context per set of shapes; the second run of each is captured, and replayed from then on.
 
-    A graph belongs to the state of its context, so contexts are not shared between shapes; their scratch memory is,
-    since one runs at a time. ``capture=False`` never captures.
+    A graph belongs to the state of its context, so contexts are not shared between shapes; their memory is, since one
+    runs at a time. ``capture=False`` never captures.
     """
 
     def __init__(
         self, plan: OpenPlan, addresses: Mapping[str, int], stream: torch.cuda.Stream, *, capture: bool = True
     ) -> None:
-        import torch
-
-        self._plan = plan
+        self._plan: OpenPlan | None = plan
         self._addresses = addresses
         self._stream = stream
         self._capture = capture
+        self._memory = ContextMemory(plan)
         self._steps: OrderedDict[tuple[tuple[str, Shape], ...], _Step] = OrderedDict()
-        size = max(plan.engine.device_memory_size_v2, 1)
-        self._scratch: torch.Tensor | None = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def run(self, shapes: Mapping[str, Shape]) -> None:
         """Enqueues one step, or replays its graph."""
@@ -83,10 +123,11 @@ class GraphLauncher:
         step.ran = True
 
     def close(self) -> None:
-        """Frees contexts, graphs and scratch memory."""
+        """Frees contexts, graphs, their memory and the engine."""
         self._stream.synchronize()
         self._steps.clear()
-        self._scratch = None
+        self._memory.free()
+        self._plan = None
 
     def _step(self, shapes: Mapping[str, Shape]) -> _Step:
         key = tuple(sorted(shapes.items()))
@@ -99,13 +140,14 @@ class GraphLauncher:
         return self._steps[key]
 
     def _context(self, shapes: Mapping[str, Shape]) -> trt.IExecutionContext:
+        if self._plan is None:
+            raise ValueError("the launcher is closed")
         strategy = self._plan.library.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._plan.engine.create_execution_context(strategy)
-        if context is None or self._scratch is None:
-            raise EngineBuildError("TensorRT made no execution context: see its log")
-        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
-        _bind(context, self._addresses)
-        _set_shapes(context, shapes)
+        context = _made(self._plan.engine.create_execution_context(strategy), self._addresses, shapes)
+        if not self._memory.holds(context):
+            self._stream.synchronize()
+            self._steps.clear()  # their graphs were captured in the memory that goes now
+            self._memory.grow(context)
         return context
 
 
@@ -124,34 +166,55 @@ class ManagedLauncher:
         *,
         capture: bool = True,
     ) -> None:
+        self._plan: OpenPlan | None = plan
+        self._addresses = addresses
         self._stream = stream
         self._cache_file = cache
         self._kept = b""
-        config = plan.engine.create_runtime_config()
+        self._config = plan.engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(
+            plan.library.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         strategies = getattr(plan.library, "CudaGraphStrategy", None)
         if strategies is not None:
-            config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if capture else strategies.DISABLED
-        self._kernels = self._kernel_cache(config)
-        self._context = plan.engine.create_execution_context(config)
-        if self._context is None:
-            raise EngineBuildError("TensorRT-RTX made no execution context: see its log")
-        _bind(self._context, addresses)
+            self._config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if capture else strategies.DISABLED
+        self._kernels = self._kernel_cache(self._config)
+        self._memory = ContextMemory(plan)
+        self._context: trt.IExecutionContext | None = None
+        self._shapes: dict[str, Shape] = {}
 
     def run(self, shapes: Mapping[str, Shape]) -> None:
         """Enqueues one step; TensorRT-RTX replays what it has captured."""
-        _set_shapes(self._context, shapes)
+        if self._context is None or shapes != self._shapes:
+            self._context = self._context_for(shapes)
+            self._shapes = dict(shapes)
         _enqueue(self._context, self._stream)
 
     def close(self) -> None:
-        """Writes the compiled kernels to the cache, then frees the context."""
-        if self._context is None:
+        """Writes the compiled kernels to the cache, then frees the context, its memory and the engine."""
+        if self._plan is None:
             return
         self._stream.synchronize()
         if self._kernels is not None:
             kernels = bytes(self._kernels.serialize())
             if kernels != self._kept and not write_locked(self._cache_file, kernels):
                 logging.getLogger(__name__).warning("%d bytes of compiled kernels are too many to keep", len(kernels))
-        self._context = self._kernels = None
+        self._memory.free()
+        self._context = self._kernels = self._config = self._plan = None
+
+    def _context_for(self, shapes: Mapping[str, Shape]) -> trt.IExecutionContext:
+        if self._plan is None:
+            raise ValueError("the launcher is closed")
+        if self._context is not None:
+            _set_shapes(self._context, shapes)
+            if self._memory.holds(self._context):
+                return self._context
+        self._stream.synchronize()
+        self._context = None  # the runtime captured its graphs in the memory that goes now
+        context = _made(self._plan.engine.create_execution_context(self._config), self._addresses, shapes)
+        if not self._memory.holds(context):
+            self._memory.grow(context)
+        return context
 
     def _kernel_cache(self, config: trt.IRuntimeConfig) -> trt.IRuntimeCache | None:
         if not hasattr(config, "create_runtime_cache"):
@@ -165,9 +228,16 @@ class ManagedLauncher:
         return cache
 
 
-def _bind(context: trt.IExecutionContext, addresses: Mapping[str, int]) -> None:
+def _made(
+    context: trt.IExecutionContext | None, addresses: Mapping[str, int], shapes: Mapping[str, Shape]
+) -> trt.IExecutionContext:
+    """Binds the buffers of a new context and sets its shapes."""
+    if context is None:
+        raise EngineBuildError("TensorRT made no execution context: see its log")
     for name, address in addresses.items():
         context.set_tensor_address(name, address)
+    _set_shapes(context, shapes)
+    return context
 
 
 def _set_shapes(context: trt.IExecutionContext, shapes: Mapping[str, Shape]) -> None:

@@ -1,4 +1,4 @@
-"""A plan opened on the current GPU: its weights put back where they were stripped, and what its layers compute in.
+"""A plan opened on a GPU: its validity there, its weights put back, its memory, and what its layers compute in.
 
 TensorRT 10 names a tensor's type under ``Format/Datatype``, TensorRT 11 apart from its format; both are read.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import tensorrt_rtx as trt
+    import torch
 
     from s2p_deploy.engines.options import Shapes
 
@@ -37,31 +39,97 @@ _TYPES = (
 )
 
 
+# what the library says of a plan that it cannot open, and what to do about it
+_INVALID = {
+    "MALFORMED_ENGINE": "it is no plan of this library: build it again",
+    "VERSION_MISMATCH": "another version of the library made it: build it again with this one",
+    "UNSUPPORTED_CC": "it is not for this GPU's compute capability: build it for that one",
+    "INSUFFICIENT_GPU_MEMORY": "it needs more memory than the GPU has: free some, or build with a smaller --batch",
+    "OLD_CUDA_DRIVER": "the GPU's driver is too old for it: install a newer one",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: install a newer one",
+    "CUDA_ERROR": "the CUDA driver or runtime does not work: install it again",
+}
+
+
 @dataclass(frozen=True)
 class OpenPlan:
-    """Deserialized engine, the runtime that it needs alive, its library's module, and the SHA-256 of its plan."""
+    """Deserialized engine, its library's module, the runtime that it needs alive, its plan's SHA-256, and its GPU."""
 
     library: ModuleType
     runtime: trt.Runtime
     engine: trt.ICudaEngine
     digest: str
+    device: torch.device
 
 
-def open_plan(library: str, plan: bytes | bytearray) -> OpenPlan:
-    """Opens a plan, which is read where it lies.
+@dataclass(frozen=True)
+class PlanMemory:
+    """Bytes of a GPU's memory that a plan takes, as the library says; None where its version does not.
+
+    ``weights`` as long as it is open; ``tuned`` and ``largest`` for a step of the shapes that it is tuned for, and of
+    its largest ones.
+    """
+
+    weights: int | None
+    tuned: int | None
+    largest: int
+
+    def __str__(self) -> str:
+        steps = (("a step of the size tuned for", self.tuned), ("a step of the largest", self.largest))
+        named = (("weights", self.weights), *steps)
+        return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in named if size is not None)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The engine inspector's JSON, and the memory that the plan takes."""
+
+    information: str
+    memory: PlanMemory
+
+
+def open_plan(library: str, plan: bytes | bytearray, device: torch.device) -> OpenPlan:
+    """Opens a plan on a GPU, a device with its index. The plan is read where it lies.
 
     Raises:
-        MissingEnvironmentError: the library refuses it on this GPU.
+        MissingEnvironmentError: the library refuses it there.
     """
     import torch
 
     module = importlib.import_module(library)
-    runtime = module.Runtime(module.Logger(module.Logger.ERROR))
+    with torch.cuda.device(device):
+        runtime = module.Runtime(module.Logger(module.Logger.ERROR))
+        return OpenPlan(module, runtime, _opened(module, runtime, plan), hashlib.sha256(plan).hexdigest(), device)
+
+
+def _opened(library: ModuleType, runtime: trt.Runtime, plan: bytes | bytearray) -> trt.ICudaEngine:
+    """Opens a plan on the current GPU. Raises MissingEnvironmentError where the library refuses it."""
+    check_validity(library, runtime, plan)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a machine without a CUDA GPU"
-        raise MissingEnvironmentError(f"{library} cannot open this engine on {device}: build it for this GPU")
-    return OpenPlan(module, runtime, engine, hashlib.sha256(plan).hexdigest())
+        raise MissingEnvironmentError(f"{library.__name__} cannot open this engine on this GPU: build it for this one")
+    return engine
+
+
+def check_validity(library: ModuleType, runtime: trt.Runtime, plan: bytes | bytearray) -> None:
+    """Asks the library, where its version can say, whether a plan runs on the current GPU; warns where it is slower.
+
+    To be asked beside a GPU's driver only: without one TensorRT-RTX calls every plan invalid, for no reason.
+
+    Raises:
+        MissingEnvironmentError: it does not, and why.
+    """
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, diagnostics = runtime.get_engine_validity(plan)
+    given = library.EngineInvalidityDiagnostics.__members__
+    bits = {name: int(getattr(value, "value", value)) for name, value in given.items()}
+    reasons = [text for name, text in _INVALID.items() if int(diagnostics) & bits.get(name, 0)]
+    if validity == library.EngineValidity.SUBOPTIMAL:
+        said = "; ".join(reasons) or "build it for this GPU to see whether that is faster"
+        logging.getLogger(__name__).warning("%s says that this engine may be slow here: %s", library.__name__, said)
+    elif validity == library.EngineValidity.INVALID and reasons:
+        raise MissingEnvironmentError(f"{library.__name__} cannot open this engine here: {'; '.join(reasons)}")
 
 
 def refit(plan: OpenPlan, onnx_path: Path) -> None:
@@ -82,22 +150,32 @@ def refit(plan: OpenPlan, onnx_path: Path) -> None:
         raise IntegrityError(f"the stripped engine cannot be refitted: {lacking}")
 
 
-def inspect_plan(library: ModuleType, plan: bytes, shapes: Shapes) -> str | None:
-    """Returns the inspector's JSON at the tuned-for shapes: with dynamic ones it knows no types.
+def inspect_plan(library: ModuleType, plan: bytes, shapes: Shapes) -> Inspection:
+    """Inspects a plan on the current GPU at the tuned-for shapes: with dynamic ones the inspector knows no types.
 
-    None where the library does not open the plan on this GPU, for which a plan built ahead of time need not be.
+    Raises:
+        MissingEnvironmentError: the library does not open it there: one built ahead of time may be for another GPU.
     """
     runtime = library.Runtime(library.Logger(library.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(plan)
-    context = None if engine is None else engine.create_execution_context()
+    engine = _opened(library, runtime, plan)
+    # no memory is taken for it: nothing runs
+    context = engine.create_execution_context(library.ExecutionContextAllocationStrategy.USER_MANAGED)
     if context is None:
-        return None
+        raise MissingEnvironmentError(f"{library.__name__} made no execution context: see its log")
     for name, (_, tuned, _) in shapes.items():
         context.set_input_shape(name, tuned)
+    tuned_for = context.update_device_memory_size_for_shapes()
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
     information: str = inspector.get_engine_information(library.LayerInformationFormat.JSON)
-    return information
+    return Inspection(information, plan_memory(library, engine, tuned_for))
+
+
+def plan_memory(library: ModuleType, engine: trt.ICudaEngine, tuned: int | None = None) -> PlanMemory:
+    """Asks the library for the memory that a plan takes; ``tuned`` is that of a step at the shapes tuned for."""
+    statistics = getattr(library, "EngineStat", None)
+    weights = None if statistics is None else engine.get_engine_stat(statistics.TOTAL_WEIGHTS_SIZE)
+    return PlanMemory(None if weights is None else int(weights), tuned, int(engine.device_memory_size_v2))
 
 
 def compute_types(information: str) -> dict[str, str]:

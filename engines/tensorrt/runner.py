@@ -1,13 +1,15 @@
-"""Runs a TensorRT engine: device buffers are allocated and bound once, at the profile's largest sizes."""
+"""Runs a TensorRT engine: buffers on its GPU are allocated and bound once, at the profile's largest sizes."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.engines.tensorrt.launchers import GraphLauncher, Launcher, ManagedLauncher, runtime_cache
+from s2p_deploy.engines.tensorrt.plan import plan_memory
 from s2p_deploy.errors import EngineBuildError, InputError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TensorRtRunner(ClosingRunner):
-    """Runner of a plan on the current CUDA device, with a stream of its own.
+    """Runner of a plan on the GPU that it was opened on, with a stream of its own.
 
     ``bound`` inputs are uploaded here and stay on the device; those that the plan does not read are left out.
     ``capture=False`` runs every step without a CUDA graph.
@@ -31,19 +33,22 @@ class TensorRtRunner(ClosingRunner):
         import torch
 
         self._plan: OpenPlan | None = plan
-        self._stream = torch.cuda.Stream()
+        self._device = plan.device
         inputs, self._outputs = _names(plan)
         self._profile = {name: _profile(plan, name) for name in inputs}
-        self._output_shapes: OutputShapes | None = OutputShapes(plan, self._outputs)
-        highest = {name: high for name, (_, high) in self._profile.items()}
-        self._buffers = _buffers(plan, highest | self._output_shapes.at(highest))
-        self._bound = {name: value.shape for name, value in bound.items() if name in inputs}
-        for name, shape in self._bound.items():
-            check_shape(name, shape, *self._profile[name])
-            self._front(name, shape).copy_(torch.from_numpy(np.ascontiguousarray(bound[name])))
-        torch.cuda.synchronize()
-        addresses = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
-        self._launcher: Launcher | None = _launcher(plan, addresses, self._stream, capture=capture)
+        with torch.cuda.device(self._device):  # TensorRT works on the current one
+            self._stream = torch.cuda.Stream(self._device)
+            self._output_shapes: OutputShapes | None = OutputShapes(plan, self._outputs)
+            highest = {name: high for name, (_, high) in self._profile.items()}
+            self._buffers = _buffers(plan, highest | self._output_shapes.at(highest))
+            self._bound = {name: value.shape for name, value in bound.items() if name in inputs}
+            for name, shape in self._bound.items():
+                check_shape(name, shape, *self._profile[name])
+                self._front(name, shape).copy_(torch.from_numpy(np.ascontiguousarray(bound[name])))
+            torch.cuda.synchronize(self._device)
+            addresses = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
+            self._launcher: Launcher | None = _launcher(plan, addresses, self._stream, capture=capture)
+        logging.getLogger(__name__).info("memory on %s: %s", self._device, plan_memory(plan.library, plan.engine))
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Returns all outputs, copied to the host.
@@ -59,8 +64,8 @@ class TensorRtRunner(ClosingRunner):
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs tensors on any device, in any floating-point type.
 
-        The results are on the GPU, ordered on PyTorch's current stream, and valid until the next call; nothing here
-        waits for the GPU.
+        The results are on the engine's GPU, ordered on PyTorch's current stream there, and valid until the next call;
+        nothing here waits for the GPU.
 
         Raises:
             InputError: an input's shape is outside the engine's profile.
@@ -72,9 +77,9 @@ class TensorRtRunner(ClosingRunner):
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         for name, shape in shapes.items():
             check_shape(name, shape, *self._profile[name])
-        caller = torch.cuda.current_stream()
+        caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for name, value in inputs.items():
                 self._front(name, shapes[name]).copy_(value, non_blocking=True)
             self._launcher.run(shapes | self._bound)
@@ -87,7 +92,7 @@ class TensorRtRunner(ClosingRunner):
         if self._launcher is None:
             return
         self._launcher.close()
-        # the launcher holds the plan too: with either alive, runtime and engine keep the GPU's memory
+        # with any of them alive, runtime and engine keep the GPU's memory
         self._launcher = self._plan = self._output_shapes = None
         self._buffers = {}
 
@@ -123,7 +128,9 @@ def _buffers(plan: OpenPlan, shapes: Mapping[str, Shape]) -> dict[str, torch.Ten
     """Allocates every tensor at its largest."""
     import torch
 
-    return {name: torch.zeros(shape, dtype=_torch_type(plan, name), device="cuda") for name, shape in shapes.items()}
+    return {
+        name: torch.zeros(shape, dtype=_torch_type(plan, name), device=plan.device) for name, shape in shapes.items()
+    }
 
 
 class OutputShapes:
@@ -160,5 +167,5 @@ def _launcher(plan: OpenPlan, addresses: Mapping[str, int], stream: torch.cuda.S
     if plan.library.__name__ != "tensorrt_rtx":
         return GraphLauncher(plan, addresses, stream, capture=capture)
     # kept between processes: they spare the first run of a plan most of its compilation
-    kernels = runtime_cache(plan.library.__version__, torch.cuda.get_device_capability(), plan.digest)
+    kernels = runtime_cache(plan.library.__version__, torch.cuda.get_device_capability(plan.device), plan.digest)
     return ManagedLauncher(plan, addresses, stream, kernels, capture=capture)

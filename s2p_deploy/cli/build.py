@@ -7,12 +7,13 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from s2p_deploy.cli.options import (
     BackendOption,
+    DeviceOption,
     ForceOption,
     JsonOption,
     OptimizationOption,
@@ -54,8 +55,12 @@ def build(  # noqa: PLR0913 - its options
     provider: ProviderOption = None,
     optimization: OptimizationOption = None,
     batch: Annotated[
-        str, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes: the smallest, the one to tune for, the largest.")
-    ] = "1:2:32",
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes: the smallest, the one to tune for, the largest; what the GPU has memory for if omitted.",
+        ),
+    ] = None,
     height: SpanOption = None,
     width: SpanOption = None,
     lowering: Annotated[
@@ -67,9 +72,18 @@ def build(  # noqa: PLR0913 - its options
     ] = 0.0,
     refit: Annotated[bool, typer.Option(help="TensorRT: the same weights can be loaded again.")] = False,
     stripped: Annotated[bool, typer.Option(help="TensorRT: store no weights; loading reads GRAPH's.")] = False,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X.Y",
+            help="TensorRT-RTX: a compute capability to build for, e.g. 7.5; may be given more than once. If omitted, "
+            "all that the library has but 7.5.",
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory limit of the build, e.g. 8G or 512MiB.")
     ] = None,
+    device: DeviceOption = "auto",
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the build.")] = 3600.0,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -79,42 +93,46 @@ def build(  # noqa: PLR0913 - its options
     The build runs in a child process with limits: a crash, too much memory or too much time is an error with the end of
     the backend's log (exit 1), and leaves nothing behind. One line on stderr says beforehand what memory, disk and time
     it is likely to take. The last line says in which type the backend, by its own report, computes the layers with
-    quantized activations. TensorRT engines refuse other batch sizes than --batch, the CPU backends take any.
+    quantized activations. TensorRT engines refuse other batch sizes than --batch, the CPU backends take any. Builders
+    that need a GPU use that of --device.
     """
     from s2p_deploy import api
     from s2p_deploy.records import ExportedGraph
 
     opened = ExportedGraph.open(graph)
     from s2p_deploy.engines import BuildOptions, Limits
-    from s2p_deploy.engines.build import check_build, estimate
+    from s2p_deploy.engines.build import check_build, default_profile_of, estimate
 
     options = BuildOptions(
         precision,
         provider,
         optimization,
-        profile=replace(
-            profile_from_option(batch),
-            height=span_from_option("--height", height),
-            width=span_from_option("--width", width),
-        ),
         lowering=lowering_from_option(lowering),
         static_tolerance=tolerance_from_option(static_tolerance),
         refit=refit,
         stripped=stripped,
+        compute_capabilities=tuple(dict.fromkeys(compute_capability or ())),
     )
+    derived = default_profile_of(opened, backend, options, device) if batch is None else None
+    profile = derived.profile if derived is not None else profile_from_option(str(batch))
+    tall, wide = span_from_option("--height", height), span_from_option("--width", width)
+    options = replace(options, profile=replace(profile, height=tall, width=wide))
     limits = Limits(seconds_from_option(timeout), None if memory_limit is None else bytes_from_option(memory_limit))
-    options = check_build(opened, backend, out, options, limits, replace=force)
+    options = check_build(opened, backend, out, options, limits, replace=force, device=device)
     needed = estimate(opened, backend)
     sys.stderr.write(f"build: {needed}\n")
-    with context_from_options() as context:
+    if derived is not None and derived.reason:
+        sys.stderr.write(f"build: {derived}\n")
+    with context_from_options(device) as context:
         made = api.build_engine(
             opened, backend=backend, out=out, options=options, limits=limits, force=force, context=context
         )
     took = {name: made.manifest.content[name] for name in ("build_seconds", "peak_rss_bytes")}
     outcome = artifact_outcome(made.folder, made.manifest)
     types = quantized_layers(made.layers)
-    text = (*outcome.text, precision_line(len(made.layers), types))
-    data = outcome.data | {"estimate": asdict(needed), "quantized_layers": types} | took
+    notes = made.manifest.content["notes"]
+    text = (*outcome.text, precision_line(len(made.layers), types), *gpu_lines(notes))
+    data = outcome.data | {"estimate": asdict(needed), "quantized_layers": types, "notes": notes} | took
     return show(replace(outcome, data=data, text=text), as_json=as_json)
 
 
@@ -129,6 +147,18 @@ def precision_line(layers: int, types: Mapping[str, int]) -> str:
         return f"none of {layers} layers has quantized activations"
     listed = ", ".join(f"{name} ({count})" for name, count in types.items())
     return f"{sum(types.values())} of {layers} layers have quantized activations, computed in {listed}"
+
+
+def gpu_lines(notes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Says what an engine's notes tell about GPUs: what it is for, the memory that it takes, why it was not opened."""
+    from s2p_deploy.engines.tensorrt.plan import PlanMemory
+
+    lines = [f"for {notes['target']}"] if "target" in notes else []
+    if "gpu_memory" in notes:
+        lines.append(f"GPU memory: {PlanMemory(**notes['gpu_memory'])}")
+    if "not inspected" in notes:
+        lines.append(f"its layers were not inspected: {notes['not inspected']}")
+    return tuple(lines)
 
 
 def profile_from_option(text: str) -> ShapeProfile:

@@ -11,6 +11,7 @@ import typer
 from s2p_deploy.cli.build import SpanOption, profile_from_option, span_from_option
 from s2p_deploy.cli.options import (
     BackendOption,
+    DeviceOption,
     ForceOption,
     JsonOption,
     ModelArgument,
@@ -46,6 +47,7 @@ def components(  # noqa: PLR0913 - its options
     ] = None,
     height: SpanOption = None,
     width: SpanOption = None,
+    device: DeviceOption = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -66,7 +68,7 @@ def components(  # noqa: PLR0913 - its options
             height=span_from_option("--height", height),
             width=span_from_option("--width", width),
         )
-    with context_from_options() as context:
+    with context_from_options(device) as context:
         written = build_component_engines(
             resolve_base(model),
             out,

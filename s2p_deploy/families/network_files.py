@@ -103,7 +103,7 @@ def check_components(folder: Path, without: Collection[str] = ()) -> None:
 def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
     """Checks that the files of one network are whole and those of its configuration; arguments and errors as above."""
     diffusers_has_it = _of_diffusers(network_class)
-    checkpoint = Checkpoint(folder, DIFFUSERS_WEIGHTS if diffusers_has_it else TRANSFORMERS_WEIGHTS)
+    checkpoint = _checkpoint(folder, network_class)
     integers = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_floating}
     given = {name: _on_meta(tensor) for name, tensor in checkpoint.tensors.items() if name not in integers}
     compare = _compare_with_diffusers if diffusers_has_it else _compare_with_transformers
@@ -189,7 +189,7 @@ def check_finite(folder: Path, network: torch.nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(
-                f"{folder}: {name} of the {folder.name} ({type(network).__name__}) holds NaN or infinity as {dtype}:"
+                f"{_checkpoint(folder, type(network)).place}: {name} of the {folder.name} ({type(network).__name__}) holds NaN or infinity as {dtype}:"
                 " the file is broken, or of numbers beyond that type"
             )
 
@@ -300,6 +300,10 @@ def _class(folder: Path, name: str, entry: list[Any]) -> type:
 def _of_diffusers(network_class: type) -> bool:
     """Tells networks of diffusers from those of transformers, as its safety checker is."""
     return network_class.__module__.startswith("diffusers.models.")
+
+
+def _checkpoint(folder: Path, network_class: type) -> Checkpoint:
+    return Checkpoint(folder, DIFFUSERS_WEIGHTS if _of_diffusers(network_class) else TRANSFORMERS_WEIGHTS)
 
 
 def _on_meta(tensor: StoredTensor) -> torch.Tensor:

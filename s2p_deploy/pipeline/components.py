@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
-    from s2p_deploy.records import ComponentEngines, TensorSpec, TimestepTable
+    from s2p_deploy.records import ComponentEngines, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
@@ -157,18 +157,19 @@ class EngineDenoiser(EngineComponent):
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @classmethod
-    def load(cls, folder: Path, schedules: Sequence[Timesteps] = ()) -> EngineDenoiser:
+    def load(cls, folder: Path, schedules: Sequence[Timesteps] = (), device: str = "auto") -> EngineDenoiser:
         """Loads the denoiser of an engine on disk, verified and with its scales bound.
 
         Args:
             folder: the engine.
             schedules: timesteps of every schedule that will be run; fractional ones must be named here.
+            device: ``cuda:1`` and the like: the GPU of an engine that runs on one.
 
         Raises:
             InputError, IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.load_engine`.
         """
         engine = Engine.open(folder)
-        return denoiser_from_engine(engine, load_engine(engine, schedules=schedules))
+        return denoiser_from_engine(engine, load_engine(engine, schedules=schedules, device=device))
 
     def save(self, folder: Path) -> None:
         """Copies the engine to ``folder``, which must not exist, byte by byte: digest and signature stay valid.
@@ -355,7 +356,7 @@ class AuxiliaryComponent(EngineComponent):
         if len(slices) == 1:
             return slices[0]
         specs = self.engines.networks[network].outputs
-        return {spec.name: torch.cat([one[spec.name] for one in slices], _batch_axis(spec)) for spec in specs}
+        return {spec.name: torch.cat([one[spec.name] for one in slices], spec.shape.index("batch")) for spec in specs}
 
     def _infer_slice(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
         runner = self.runners[network]
@@ -370,10 +371,6 @@ class AuxiliaryComponent(EngineComponent):
             key: torch.from_numpy(output).to(value.device, self.dtype)
             for key, output in runner.infer({name: array}).items()
         }
-
-
-def _batch_axis(spec: TensorSpec) -> int:
-    return spec.shape.index("batch")
 
 
 class EngineTextEncoder(AuxiliaryComponent):
@@ -459,16 +456,20 @@ class EngineAutoencoder(AuxiliaryComponent):
             self.engines.profile.check_latents(height, width)
 
 
-def auxiliary_components(engines: ComponentEngines) -> dict[str, AuxiliaryComponent]:
-    """Loads component engines; returns the components by their names in a pipeline.
+def auxiliary_components(
+    engines: ComponentEngines, runners: Mapping[str, Runner] | None = None, *, device: str = "auto"
+) -> dict[str, AuxiliaryComponent]:
+    """Loads component engines, unless their ``runners`` are loaded; returns components by their names in a pipeline.
+
+    ``device`` is a context's, as for :func:`s2p_deploy.engines.load_engine`.
 
     Raises:
         IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
     """
-    runners = load_component_engines(engines)
-    halves = {name: runners.pop(name) for name in (DECODER, ENCODER)}
+    loaded = load_component_engines(engines, device) if runners is None else dict(runners)
+    halves = {name: loaded.pop(name) for name in (DECODER, ENCODER)}
     components: dict[str, AuxiliaryComponent] = {
         name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)
-        for name, runner in runners.items()
+        for name, runner in loaded.items()
     }
     return components | {AUTOENCODER: EngineAutoencoder(halves, engines.networks[DECODER].config, engines)}

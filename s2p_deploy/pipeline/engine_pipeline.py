@@ -89,7 +89,7 @@ def open_pipeline(
         schedules: every schedule that will be run; those with fractional timesteps must be named here.
         components: engines of text encoders and autoencoder (None: PyTorch's networks).
         runner: the engine, if it is loaded already, for all of ``schedules``.
-        context: device and dtype of PyTorch's networks.
+        context: device and dtype of PyTorch's networks; an engine for a GPU runs on the device's.
 
     Raises:
         InputError: there is no such pipeline, or the engine does not run one of ``schedules``.
@@ -99,10 +99,11 @@ def open_pipeline(
     if base is None:
         base = base_of(engine.manifest)
     check_base(base, engine.manifest)
-    loaded = _load_components(engine, components)
+    loaded = _load_components(engine, components, context.device)
     stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
     if runner is None:
-        runner = load_engine(engine, schedules=[timesteps_of(stock, schedule) for schedule in schedules])
+        timesteps = [timesteps_of(stock, schedule) for schedule in schedules]
+        runner = load_engine(engine, schedules=timesteps, device=context.device)
     return _with_engine(stock, engine, runner, loaded, context)
 
 
@@ -174,7 +175,7 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
 
     Args:
         folder: where it was saved.
-        context: device and dtype of PyTorch's networks.
+        context: device and dtype of PyTorch's networks; an engine for a GPU runs on the device's.
 
     Raises:
         InputError: there is no such pipeline in ``folder``.
@@ -193,11 +194,11 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
     engine = Engine.open(parent_folder(folder, manifest, _ENGINE))
     saved = _COMPONENTS in manifest.parents
     components = ComponentEngines.open(parent_folder(folder, manifest, _COMPONENTS)) if saved else None
-    loaded = _load_components(engine, components)
+    loaded = _load_components(engine, components, context.device)
     if sorted(loaded) != sorted(manifest.content.get("components", [])):
         raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
     stock = load_folder(folder, name, context.torch_dtype)
-    runner = load_engine(engine, schedules=[manifest.content.get("timesteps", [])])
+    runner = load_engine(engine, schedules=[manifest.content.get("timesteps", [])], device=context.device)
     return _with_engine(stock, engine, runner, loaded, context)
 
 
@@ -223,7 +224,7 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_components(engine: Engine, components: ComponentEngines | None) -> dict[str, AuxiliaryComponent]:
+def _load_components(engine: Engine, components: ComponentEngines | None, device: str) -> dict[str, AuxiliaryComponent]:
     if components is None:
         return {}
     if components.manifest.base.digest != engine.manifest.base.digest:
@@ -233,7 +234,7 @@ def _load_components(engine: Engine, components: ComponentEngines | None) -> dic
     if components.profile is not None:
         sizes = components.profile.sizes("optimum") | engine.profile.sizes("optimum")
         components.profile.check_latents(sizes["height"], sizes["width"])
-    return auxiliary_components(components)
+    return auxiliary_components(components, device=device)
 
 
 def _with_engine(

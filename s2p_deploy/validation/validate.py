@@ -177,7 +177,7 @@ class ValidationRun:
         if not able.executes:
             yield Skipped(able.missing or f"{chain.engine.backend} cannot execute here: it needs a GPU")
             return
-        with load_engine(chain.engine, chain.graph, schedules=timesteps) as runner:
+        with load_engine(chain.engine, chain.graph, schedules=timesteps, device=str(self.device)) as runner:
             yield runner
 
     def measure(self, runner: BoundRunner | Skipped) -> tuple[Measurements, PicturePairs | None]:
@@ -242,7 +242,7 @@ class ValidationRun:
         """Measures what half precision alone changes."""
         with ExitStack() as stack:
             floor = self.request.floor
-            engine = None if floor is None else stack.enter_context(load_engine(floor))
+            engine = None if floor is None else stack.enter_context(load_engine(floor, device=str(self.device)))
             timesteps = self.chain.calibrated.timesteps
             return measure_floors(self.pipe, timesteps, latents, engine, progress=self.progress, device=self.device)
 

@@ -30,9 +30,8 @@ TEXTS = ("a large red circle", "a small blue square", "a large green triangle", 
 THREADS = 1  # kernels this small wait for each other longer than they compute
 
 
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(THREADS)
+def pytest_runtest_setup() -> None:
+    torch.set_num_threads(THREADS)  # after the same hook for all tests, before fixtures of any scope
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +79,6 @@ def dataset(
 ) -> LatentDataset:
     from s2p_deploy.calib import dataset_request, generate_dataset
 
-    torch.set_num_threads(THREADS)  # a part of the digest, and made before the fixture above runs
     return generate_dataset(dataset_request(base, recipe, prompts, tmp_path_factory.mktemp("latents") / "dataset"))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from s2p_deploy.calib.dataset import Estimate, _seconds_per_call, sample_bytes, text_bytes
+from s2p_deploy.calib.dataset import Estimate, sample_bytes, text_bytes
+from s2p_deploy.calib.trajectories import seconds_of_call
 from s2p_deploy.families import IndexedDenoiser
 from s2p_deploy.records import LatentDataset, PromptSet
 
@@ -20,7 +21,7 @@ def test_bytes_are_those_of_a_dataset(
 
 
 def test_a_call_takes_some_time(float_denoiser: IndexedDenoiser) -> None:
-    assert 0 < _seconds_per_call(float_denoiser, 2, 24, None) < 10
+    assert 0 < seconds_of_call(float_denoiser, 24, 4) < 10
 
 
 def test_an_estimate_is_one_line() -> None:

@@ -19,7 +19,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from s2p_deploy.cli.build import precision_line, profile_from_option, quantized_layers
+from s2p_deploy.cli.build import gpu_lines, precision_line, profile_from_option, quantized_layers
 from s2p_deploy.cli.options import bytes_from_option
 from s2p_deploy.engines import ShapeProfile
 from s2p_deploy.errors import InputError
@@ -109,6 +109,48 @@ def test_what_a_build_will_take_is_said_before_and_what_it_took_after(run: Run, 
     assert ended.data["build_seconds"] > 0
     content = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["content"]
     assert content["profile"] == {"minimum": 1, "optimum": 3, "maximum": 4}
+
+
+@pytest.fixture
+def fp16_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    return small_graph(tmp_path_factory.mktemp("graph") / "fp16", "fp16").folder
+
+
+def test_a_compute_capability_that_the_library_does_not_name_is_refused(
+    run: Run, fp16_graph: Path, tmp_path: Path
+) -> None:
+    options = ("--backend", "tensorrt_rtx", "--out", tmp_path / "engine", "--compute-capability", "9.0")
+    ended = run("build", fp16_graph, *options)
+    assert ended.code == 2
+    said = ended.err.splitlines()[-1]
+    assert "tensorrt_rtx does not build for compute capability '9.0': use 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+def test_a_build_for_turing_says_so_and_how_its_batches_were_chosen(run: Run, fp16_graph: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    options = ("--backend", "tensorrt_rtx", "--out", out, "--compute-capability", "7.5", "--compute-capability", "8.6")
+    ended = run("build", fp16_graph, *options)
+    assert ended.code == 0, ended.err
+    assert "for compute capability 7.5, 8.6" in ended.out
+    assert "build: batches of 1:2:32, for " in ended.err
+    assert "--batch sets others" in ended.err
+    content = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["content"]
+    assert content["options"]["compute_capabilities"] == ["7.5", "8.6"]
+    assert content["profile"] == {"minimum": 1, "optimum": 2, "maximum": 32}
+
+
+def test_what_an_engine_takes_on_a_gpu_is_said() -> None:
+    memory = {"weights": 3 * 2**30, "tuned": 2**29, "largest": 2**33}
+    assert gpu_lines({"target": "compute capability 7.5", "gpu_memory": memory}) == (
+        "for compute capability 7.5",
+        "GPU memory: weights 3.00 GiB, a step of the size tuned for 0.50 GiB, a step of the largest 8.00 GiB",
+    )
+    assert gpu_lines({"not inspected": "it is for others"}) == ("its layers were not inspected: it is for others",)
+    assert gpu_lines({"processor": "some CPU"}) == ()
 
 
 def changed_graph(folder: Path, change: Change) -> Path:

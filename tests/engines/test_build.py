@@ -9,9 +9,11 @@ import pytest
 
 from s2p_deploy.context import Context
 from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, backend_by_name, backend_names, build_engine
+from s2p_deploy.engines.build import compile_in_child
 from s2p_deploy.errors import EngineBuildError, InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Engine
 from tests.engines.conftest import EngineOf, GraphOf
+from tests.engines.stand_in_gpu import stand_in_gpus
 
 
 def test_an_engine_records_what_it_is(engine_of: EngineOf, graph_of: GraphOf) -> None:
@@ -44,6 +46,17 @@ def test_progress_is_told(graph_of: GraphOf, tmp_path: Path) -> None:
         context=Context(progress=lambda *step: reported.append(step)),
     )
     assert reported == [("build", 0, 1), ("build", 1, 1)]
+
+
+def test_the_child_that_builds_works_on_the_gpu_that_was_asked_for(
+    graph_of: GraphOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = stand_in_gpus(monkeypatch)
+    monkeypatch.setattr(
+        "s2p_deploy.engines.build.call_in_child", lambda _name, message, _limits: compile_in_child(message)
+    )
+    build_engine(graph_of("fp32", "int8"), tmp_path / "e", backend="onnxruntime", context=Context(device="cuda:1"))
+    assert gpus.current == 1
 
 
 @pytest.mark.parametrize(

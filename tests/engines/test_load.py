@@ -7,19 +7,23 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from s2p_deploy.child_process import Limits, call
-from s2p_deploy.engines import build_engine, check_scales, load_engine
+from s2p_deploy.engines import Runner, backend_by_name, build_engine, check_scales, load_engine
+from s2p_deploy.engines.load import check_environment, try_in_child
 from s2p_deploy.engines.onnx_files import read_onnx
+from s2p_deploy.engines.onnxruntime.backend import OnnxRuntimeBackend
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
 from s2p_deploy.records import Engine, ExportedGraph, ScaleTable
 from s2p_deploy.records.artifacts import verified_files
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CALIBRATED, POINTS, small_inputs, small_scales
+from tests.engines.stand_in_gpu import stand_in_gpus
 from tests.mutations.sealing import seal_anew
 
 
@@ -121,6 +125,37 @@ def test_an_engine_of_elsewhere_is_tried_once_in_a_child_process(
     assert [path.name for path in own_cache.iterdir()] == [engine.manifest.digest]
     monkeypatch.setattr(sys, "executable", "/nowhere/python")  # a second trial would need it
     load_engine(engine).close()
+
+
+def test_the_device_reaches_the_trial_and_the_backend(
+    engine: Engine, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def note(_: str, message: dict[str, str], limits: Limits) -> dict[str, object]:
+        tried.append(message["device"])
+        return try_in_child(message)
+
+    monkeypatch.setattr("s2p_deploy.engines.load.call", note)
+    loaded: list[str] = []
+    own = OnnxRuntimeBackend.load
+
+    def load(self: OnnxRuntimeBackend, *given: Any) -> Runner:  # noqa: ANN401 - as the backend's
+        loaded.append(given[-1])
+        return own(self, *given)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "load", load)
+    load_engine(engine, device="cuda:1").close()
+    assert (tried, loaded) == (["cuda:1"], ["cuda:1", "cuda:1"])
+
+
+def test_the_gpu_that_was_asked_for_must_be_the_engines_kind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_gpus(monkeypatch)
+    backend = backend_by_name("tensorrt")
+    built = replace(engine, backend="tensorrt", environment=backend.environment(device="cuda:1"))
+    check_environment(built, backend, "cuda:1")
+    with pytest.raises(MissingEnvironmentError, match=r"needs compute_capability 8\.9, here it is 8\.6"):
+        check_environment(built, backend, "cuda:0")
 
 
 def test_what_a_backend_cannot_load_is_refused_by_the_trial(engine: Engine, tmp_path: Path, own_cache: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 import pytest
 
 from s2p_deploy.engines import ShapeProfile, Span
@@ -94,6 +95,6 @@ def test_a_graph_of_open_sizes_is_built_for_the_trained_one_unless_asked_otherwi
 
 
 def test_a_graphs_inputs_are_read_from_its_onnx() -> None:
-    specs = {spec.name: spec.shape for spec in map(spec_of, small_model().graph.input)}
+    specs = {spec.name: spec.shape for spec in map(spec_of, ir.from_proto(small_model()).graph.inputs)}
     assert specs["sample"] == ("batch", 4, 8, 8)
     assert specs["act_scales"] == (1000, 2)

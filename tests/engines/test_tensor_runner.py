@@ -71,6 +71,15 @@ def test_the_rows_features_are_gathered() -> None:
     assert np.array_equal(runner.infer_tensors(given())["time_projections"].cpu(), table[[3, 981]])
 
 
+def test_the_table_of_features_lies_where_the_samples_are() -> None:
+    """A device without data stands for a second GPU."""
+    table = np.zeros((1000, 3), np.float16)
+    runner = BoundTensorRunner(TensorEcho(), (*INPUTS, PROJECTIONS), ROWS, StoredFeatures(table))
+    for device in ("cpu", "meta", "cpu"):
+        values = given() | {"sample": torch.full((2, 4, 8, 8), 0.1, device=device)}
+        assert runner.infer_tensors(values)["time_projections"].device.type == device
+
+
 def test_features_of_a_prompt_are_computed_on_the_way() -> None:
     def condition(timesteps: np.ndarray, added_cond: np.ndarray) -> np.ndarray:
         return (timesteps[:, None] + added_cond).astype(np.float16)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 
 from s2p_deploy.child_process import Limits
 from s2p_deploy.engines import BuildOptions, ShapeProfile, backend_by_name, build_engine, load_engine
 from s2p_deploy.engines.backend import call_in_child
 from s2p_deploy.engines.options import profile_shapes, spec_of
 from s2p_deploy.engines.tensorrt.backend import refusal
-from s2p_deploy.engines.tensorrt.plan import compute_types, inspect_plan, layer_table, open_plan
+from s2p_deploy.engines.tensorrt.plan import compute_types, layer_table, open_plan
 from s2p_deploy.engines.tensorrt.runner import OutputShapes, TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
+from s2p_deploy.records import Execution
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
 
@@ -116,7 +119,7 @@ def test_rtx_builds_for_any_number_of_rows(tmp_path: Path) -> None:
     model = small_model("fp16", "int8")
     scales = next(value for value in model.graph.input if value.name == "act_scales")
     scales.type.tensor_type.shape.dim[0].dim_param = "timesteps"
-    specs = [spec_of(value) for value in model.graph.input]
+    specs = [spec_of(value) for value in ir.from_proto(model).graph.inputs]
     request = child_request(tmp_path, model) | {"shapes": profile_shapes(specs, ShapeProfile(1, 2, 8), timesteps=1000)}
     call_in_child(BUILDER, request, Limits(240))
     assert (tmp_path / "plan").stat().st_size > 100_000
@@ -148,11 +151,18 @@ def test_refittable_engines_are_refused_where_they_cannot_be_built(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_that_cannot_run_the_library_is_named() -> None:
-    assert refusal("tensorrt_rtx", (8, 9)) is None
+@pytest.mark.usefixtures("rtx")
+def test_which_gpus_run_tensorrt_rtx_is_the_librarys_own_list() -> None:
+    for runs in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1), (13, 0)):
+        assert refusal("tensorrt_rtx", runs) is None
+    for capability in ((7, 0), (8, 7), (9, 0), (10, 0)):
+        said = str(refusal("tensorrt_rtx", capability))
+        assert "runs on compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1 and later" in said
+        assert said.endswith("not on {}.{}: build with --backend tensorrt".format(*capability))
+
+
+def test_tensorrt_runs_on_any_gpu_but_needs_one() -> None:
     assert refusal("tensorrt", (9, 0)) is None
-    assert "TensorRT-RTX does not run on compute capability 9.0" in str(refusal("tensorrt_rtx", (9, 0)))
-    assert "--backend tensorrt" in str(refusal("tensorrt_rtx", (9, 0)))
     assert "needs a CUDA GPU" in str(refusal("tensorrt", None))
 
 
@@ -218,7 +228,7 @@ def test_captured_steps_equal_plain_ones_on_the_gpu(graph_of: GraphOf, tmp_path:
     built = build_engine(
         graph, tmp_path / backend, backend=backend, options=BuildOptions(profile=ShapeProfile(1, 2, 8))
     )
-    plan = open_plan(backend, (built.folder / "denoiser.plan").read_bytes())
+    plan = open_plan(backend, (built.folder / "denoiser.plan").read_bytes(), torch.device("cuda", 0))
     bound = {"act_scales": built.scales.scales}
     with TensorRtRunner(plan, bound, capture=False) as plain, TensorRtRunner(plan, bound) as captured:
         for batch, seed in ((1, 1), (3, 2), (1, 3), (3, 4), (1, 5), (3, 6)):
@@ -279,17 +289,16 @@ def test_types_are_read_in_the_words_of_every_version() -> None:
     assert (row["name"], row["kind"], row["nodes"], row["outputs"]) == ("x", "kgen", ["a/Conv"], [])
 
 
-def unopened_library() -> ModuleType:
-    """A library that opens no plan on this GPU, as TensorRT-RTX on one that it does not run on."""
-    library = ModuleType("tensorrt_rtx")
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _plan: None)
-    library.__dict__.update(Logger=SimpleNamespace, Runtime=lambda _logger: runtime)
-    library.__dict__["Logger"] = type("Logger", (), {"ERROR": 0, "__init__": lambda self, _level: None})
-    return library
-
-
-def test_a_plan_that_does_not_open_here_is_not_inspected() -> None:
-    assert inspect_plan(unopened_library(), b"plan", {}) is None
+def test_a_network_is_built_on_the_gpu_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "s2p_deploy.engines.tensorrt.backend.call_in_child", lambda _name, message, _limits: sent.append(message)
+    )
+    backend = backend_by_name("tensorrt_rtx")
+    made = backend.write_network(tmp_path / "vae_decoder.onnx", tmp_path, {}, Execution(), "cuda:1")
+    assert made.files == ("vae_decoder.plan",)
+    assert [message["device"] for message in sent] == ["cuda:1"]
 
 
 def test_outputs_have_the_shapes_that_the_plan_infers() -> None:
@@ -313,24 +322,6 @@ def test_outputs_have_the_shapes_that_the_plan_infers() -> None:
     plan.engine.create_execution_context = lambda _strategy: None
     with pytest.raises(EngineBuildError, match="tensorrt made no execution context"):
         OutputShapes(plan, ("image",))
-
-
-def test_a_closed_runner_holds_no_engine() -> None:
-    """The launcher refers to the plan too: the GPU's memory is free only when both are gone."""
-    closed: list[str] = []
-    runner = TensorRtRunner.__new__(TensorRtRunner)
-    runner.__dict__.update(
-        _plan=object(),
-        _launcher=SimpleNamespace(close=lambda: closed.append("launcher")),
-        _buffers={"x": 1},
-        _output_shapes=object(),
-    )
-    runner.close()
-    runner.close()
-    assert closed == ["launcher"]
-    assert runner.__dict__ == {"_plan": None, "_launcher": None, "_buffers": {}, "_output_shapes": None}
-    with pytest.raises(ValueError, match="closed"):
-        runner.infer_tensors({})
 
 
 def test_the_inspector_speaks_only_for_layers_with_one_product() -> None:

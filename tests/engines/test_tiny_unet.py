@@ -73,7 +73,7 @@ def test_w4a8_blocks_agree_when_fed_the_same(w4a8: ExportedGraph) -> None:
     fed = {value.name: inputs[value.name] for value in model.graph.input}
     outputs = []
     for backend in ("onnxruntime", "openvino"):
-        with runner_for_subgraph(model, backend) as runner:
+        with runner_for_subgraph(ir.from_proto(model), backend) as runner:
             outputs.append(next(iter(runner.infer(fed).values())))
     assert sqnr(*outputs) > 50
 

@@ -311,5 +311,5 @@ def test_a_weight_that_is_no_number(
     rewrite(file, lambda tensors: tensors[broken].view(-1)[:1].fill_(value))
     with pytest.raises(InputError, match="holds NaN or infinity") as caught:
         load_pipeline(resolve_base(str(folder)))
-    assert end in str(caught.value)
-    assert f"the {component} (" in str(caught.value)
+    assert f"{file}: " in str(caught.value)
+    assert f"{end} of the {component} (" in str(caught.value)

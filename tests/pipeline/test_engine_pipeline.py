@@ -13,7 +13,7 @@ import torch
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.context import Context
-from s2p_deploy.engines import build_engine, load_engine
+from s2p_deploy.engines import BoundRunner, build_engine, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, load_pipeline, resolve_base, with_denoiser
@@ -68,6 +68,29 @@ def test_an_engine_opens_as_a_pipeline_in_one_call(engine: Engine, origin: BaseP
             assert np.abs(drawn(opened, schedule).astype(int) - expected).max() <= 1
     with pytest.raises(ValueError, match="closed"):
         drawn(opened, KARRAS)
+
+
+class LoadedOnError(Exception):
+    """Ends loading with the device that it was asked for."""
+
+
+def test_the_engine_is_loaded_on_the_device_that_was_asked_for(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_engine: Engine, **options: object) -> BoundRunner:
+        raise LoadedOnError(options["device"])
+
+    with open_pipeline(engine) as opened:
+        save_engine_pipeline(opened.pipe, tmp_path / "saved")
+    for module in ("engine_pipeline", "components"):
+        monkeypatch.setattr(f"s2p_deploy.pipeline.{module}.load_engine", load)
+    context = Context(device="cuda:1")
+    with pytest.raises(LoadedOnError, match="cuda:1"):
+        open_pipeline(engine, context=context)
+    with pytest.raises(LoadedOnError, match="cuda:1"):
+        load_engine_pipeline(tmp_path / "saved", context=context)
+    with pytest.raises(LoadedOnError, match="cuda:1"):
+        EngineUNet.load(engine.folder, device="cuda:1")
 
 
 def test_the_pipelines_own_denoiser_is_not_read(engine: Engine, origin: BasePipeline, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,15 @@ from s2p_deploy.validation.pictures import PicturePairs
 from s2p_deploy.validation.reference import choose_latents, stored_predictions, unquantized_denoiser
 from s2p_deploy.validation.validate import ValidationRequest, ValidationRun
 from tests.placement.pretended_device import LEDGER, HostWork
-from tests.placement.stand_in import DEVICE, PROMPT, REAL, device_engine, difference_of_shared_batches, pipe_of
+from tests.placement.stand_in import (
+    DEVICE,
+    PROMPT,
+    REAL,
+    device_engine,
+    difference_of_shared_batches,
+    pipe_of,
+    with_component_engines,
+)
 from tests.validation.networks import write_weights
 
 if TYPE_CHECKING:
@@ -205,6 +214,20 @@ def test_a_picture_is_drawn_on_the_device_without_a_wait(
         counted.append(sum(LEDGER.waits("generate").values()))
     check(f"generate, {scheduler}", LEDGER)
     assert REAL or (counted[1] - counted[0]) / 2 <= waits, LEDGER.waits("generate")
+
+
+def test_a_pipeline_of_engines_alone_draws_without_the_host(pipe: DiffusionPipeline, check: Check) -> None:
+    """Text encoder and autoencoder are engines too: tokens and noise go in, a picture comes out."""
+    whole, pictures = with_component_engines(pipe), []
+    for one in (pipe, whole):
+        begin("generate")
+        with HostWork():
+            pictures.append(generate(one, PROMPT, schedule=Schedule(3, "ddim"), guidance_scale=3.0))
+    check("generate, all networks on engines", LEDGER)
+    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() <= 1
+    crossed = Counter(how for _, how, *_ in LEDGER.crossings.elements())
+    # tokens of both texts and the noise go in; the picture comes out; steps send the timestep index, and do not wait
+    assert REAL or crossed == {"h2d": 3, "h2d async": 3, "d2h": 1}
 
 
 def test_requests_share_batches_on_the_device(pipe: DiffusionPipeline, check: Check) -> None:

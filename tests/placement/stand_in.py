@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from s2p_deploy.calib import fake_quant_denoiser
 from s2p_deploy.engines import TorchRunner
-from s2p_deploy.engines.runner import BoundTensorRunner
+from s2p_deploy.engines.runner import BoundTensorRunner, ClosingRunner
 from s2p_deploy.families import denoiser_of, latent_shape_of, load_pipeline, resolve_base, with_components
-from s2p_deploy.pipeline import EnginePipeline, Schedule, engine_denoiser, generate
+from s2p_deploy.families.components import LAYERS, component_networks, load_component
+from s2p_deploy.pipeline import EnginePipeline, Schedule, auxiliary_components, engine_denoiser, generate
 from s2p_deploy.records import Execution, Prompt, ShapeProfile, TensorSpec
+from s2p_deploy.records.engine import ComponentEngine
 from s2p_deploy.serve.batching import BatchProfile
 from s2p_deploy.serve.generation_loop import Observer
 from s2p_deploy.serve.generation_task import pausing_pipeline
@@ -26,9 +29,14 @@ from s2p_deploy.serve.request import ImageRequest
 from s2p_deploy.serve.service import ImageService, ModelInfo, ServedEngine, ServiceSettings
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from collections.abc import Mapping
 
-    from s2p_deploy.records import CalibratedModel
+    from diffusers import DiffusionPipeline
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from s2p_deploy.families.components import ComponentNetwork
+    from s2p_deploy.records import CalibratedModel, ComponentEngines
 
 REAL = os.environ.get("PLACEMENT_DEVICE")
 if REAL:
@@ -68,6 +76,44 @@ def pipe_of(model: CalibratedModel) -> DiffusionPipeline:
     runner = device_engine(model)
     denoiser = engine_denoiser(runner, denoiser_config(model), runner.timesteps).place(DEVICE, torch.float32)
     return with_components(stock, {base.family.component: denoiser}).to(DEVICE)
+
+
+class DeviceNetwork(ClosingRunner):
+    """Stands in for the plan of a text encoder or of half of an autoencoder: takes and gives tensors on the device."""
+
+    def __init__(self, component: ComponentNetwork) -> None:
+        self.component, self.network = component, component.network.to(DEVICE)
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        raise AssertionError(f"{sorted(inputs)} went through the host")
+
+    @torch.no_grad()
+    def infer_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made = self.network(inputs[self.component.input])
+        return dict(zip(self.component.outputs, made if isinstance(made, tuple) else (made,), strict=True))
+
+    def close(self) -> None: ...
+
+
+def with_component_engines(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Replaces the other networks of :func:`pipe_of` too, by engines of batches of one."""
+    base = resolve_base("shapes")
+    loaded = {name: load_component(base, name) for name in component_networks(base)}
+    axes = {LAYERS: ("layers", "batch")}  # of outputs; sizes are not looked at
+    networks = {
+        name: ComponentEngine(
+            files=(f"{name}.plan",),
+            input=TensorSpec(one.input, "int64" if one.input == "input_ids" else "float32", ("batch", "tokens")),
+            outputs=tuple(TensorSpec(output, "float32", axes.get(output, ("batch",))) for output in one.outputs),
+            config=one.config,
+        )
+        for name, one in loaded.items()
+    }
+    engines = cast("ComponentEngines", SimpleNamespace(networks=networks, profile=ShapeProfile(1, 1, 1)))
+    components = auxiliary_components(engines, {name: DeviceNetwork(one) for name, one in loaded.items()})
+    for component in components.values():
+        component.place(DEVICE, torch.float32)
+    return with_components(pipe, components)
 
 
 def difference_of_shared_batches(pipe: DiffusionPipeline, steps: tuple[int, ...]) -> int:

@@ -45,7 +45,7 @@ class DenoiserModel:
         self._backend = backend
         self._names = [spec.name for spec in remote_inputs(engine)]
         self._padded = int(settings.parameters["padded_batch"])
-        self._runner = load_engine(engine, schedules=settings.schedules)
+        self._runner = load_engine(engine, schedules=settings.schedules, device=settings.device)
         if self._padded:
             self._runner.tune(self._padded)
 
