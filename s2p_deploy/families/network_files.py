@@ -187,10 +187,10 @@ def check_finite(folder: Path, network: torch.nn.Module) -> None:
     """
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            place, kind = _checkpoint(folder, type(network)).place, type(network).__name__
             raise InputError(
-                f"{_checkpoint(folder, type(network)).place}: {name} of the {folder.name} ({type(network).__name__}) holds NaN or infinity as {dtype}:"
-                " the file is broken, or of numbers beyond that type"
+                f"{place}: {name} of the {folder.name} ({kind}) holds NaN or infinity as"
+                f" {str(tensor.dtype).removeprefix('torch.')}: the file is broken, or of numbers beyond that type"
             )
 
 
