@@ -139,7 +139,8 @@ def read_config(folder: Path, component_class: Any) -> dict[str, Any]:  # noqa: 
     read_json(folder / _CONFIG)
     with _explained(folder, component_class):
         config = component_class.config_class.from_pretrained(folder, local_files_only=True)
-        return {"hidden_size": config.hidden_size} | config.to_dict()
+        read: dict[str, Any] = {"hidden_size": config.hidden_size} | config.to_dict()
+        return read
 
 
 def read_denoiser_config(folder: Path, pipeline_class: str, name: str) -> dict[str, Any]:
@@ -159,7 +160,9 @@ def read_denoiser_config(folder: Path, pipeline_class: str, name: str) -> dict[s
     network = network_on_meta(folder / name, network_class)
     arguments = inspect.signature(kind).parameters
     # what has no default is a component: the denoiser alone is there
-    given = {key: None for key, argument in arguments.items() if argument.default is inspect.Parameter.empty}
+    given: dict[str, Any] = {
+        key: None for key, argument in arguments.items() if argument.default is inspect.Parameter.empty
+    }
     if "requires_safety_checker" in arguments:
         given["requires_safety_checker"] = False  # or a warning says that there is none
     with _explained(folder / name, network_class):
@@ -214,7 +217,11 @@ class _Difference:
     mismatched: dict[str, tuple[list[int], list[int]]]
 
 
-def _compare_with_diffusers(network_class: type, checkpoint: Checkpoint, given: dict[str, torch.Tensor]) -> _Difference:
+def _compare_with_diffusers(
+    network_class: Any,  # noqa: ANN401 - diffusers is not typed
+    checkpoint: Checkpoint,
+    given: dict[str, torch.Tensor],
+) -> _Difference:
     network = network_on_meta(checkpoint.folder, network_class)
     if not checkpoint.is_sharded:  # as diffusers has it: shards are younger than the names of attention that it renames
         network._fix_state_dict_keys_on_load(given)
@@ -228,7 +235,9 @@ def _compare_with_diffusers(network_class: type, checkpoint: Checkpoint, given: 
 
 
 def _compare_with_transformers(
-    network_class: type, checkpoint: Checkpoint, given: dict[str, torch.Tensor]
+    network_class: Any,  # noqa: ANN401 - transformers is not typed
+    checkpoint: Checkpoint,
+    given: dict[str, torch.Tensor],
 ) -> _Difference:
     folder = checkpoint.folder
     read_json(folder / _CONFIG)
