@@ -37,14 +37,14 @@ from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.calib.trajectories import call_with_zeros, in_parts, load_float_pipeline, seconds_of_call
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import ShiftedLayer, apply_transforms, module_of_type, text_tokens
+from s2p_deploy.families import ShiftedLayer, apply_transforms, module_of_type, set_norm_shift, text_tokens
 from s2p_deploy.records import CalibratedModel, PromptSet, ScaleTable, TransformSpec, write_artifact
 from s2p_deploy.records.files import claimed, link_or_copy, link_or_copy_files, write_tensors
 from s2p_deploy.records.precision_plan import read_plan, write_plan
 from s2p_deploy.timesteps import interpolate_scales, scales_for_schedule, timestep_indices, with_schedules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -302,7 +302,7 @@ def _starting_state(
     else:
         transforms.apply(denoiser)
         transforms.fit(denoiser, dataset, progress)
-        _fit_shifts(request, denoiser, transforms.spec.shifted, dataset)
+        _fit_shifts(request, denoiser, transforms.spec, dataset)
         peaks = (
             None if calibrator == "own" else modelopt_scales(denoiser, plan, dataset, calibrator, progress, per_call)
         )
@@ -333,16 +333,24 @@ def _starting_state(
 
 
 def _fit_shifts(
-    request: CalibrationRequest, denoiser: IndexedDenoiser, paths: Sequence[str], dataset: LatentDataset
+    request: CalibrationRequest, denoiser: IndexedDenoiser, spec: TransformSpec, dataset: LatentDataset
 ) -> None:
     """Finds the shifts once and keeps them in the work folder."""
     file = request.partial / _SHIFTS
-    if paths and not file.exists():
+    if not spec.shifts:
+        return
+    if not file.exists():
         latents, context = request.recipe.scales.latents, request.context
-        ranges = input_ranges(denoiser, paths, dataset, latents, context.progress, context.samples_per_call)
-        write_tensors(file, {path: middle(*ends) for path, ends in ranges.items()})
-    for path, shift in (load_file(file) if paths else {}).items():
-        module_of_type(denoiser, path, ShiftedLayer).set_shift(shift.to(denoiser.device))
+        reading = {path: path for path in spec.shifted}
+        reading |= {norm: first for norm, (first, *_) in spec.shifted_norms.items()}
+        modules = tuple(reading.values())
+        ranges = input_ranges(denoiser, modules, dataset, latents, context.progress, context.samples_per_call)
+        write_tensors(file, {path: middle(*ranges[module]) for path, module in reading.items()})
+    for path, shift in load_file(file).items():
+        if path in spec.shifted_norms:
+            set_norm_shift(denoiser, path, spec.shifted_norms[path], shift.to(denoiser.device))
+        else:
+            module_of_type(denoiser, path, ShiftedLayer).set_shift(shift.to(denoiser.device))
 
 
 def _continued(

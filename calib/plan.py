@@ -8,7 +8,14 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import apply_transforms, discover_layers, indexed_skeleton, shiftable
+from s2p_deploy.families import (
+    apply_transforms,
+    discover_layers,
+    indexed_skeleton,
+    layers_behind_norms,
+    shiftable,
+    unpadded,
+)
 from s2p_deploy.records import ActivationQuantizer, LayerPlan, PrecisionPlan, TransformSpec
 
 if TYPE_CHECKING:
@@ -66,10 +73,12 @@ def planned_layers(
     transforms.apply(denoiser)
     layers = discover_layers(denoiser)
     ruled = recipe.model_copy(update={"rules": (*recipe.rules, *transforms.rules)})
-    if recipe.transforms.shift == "channel" and not transforms.spec.shifted:
-        shifted = _shifted_layers(denoiser, plan_from_recipe(ruled, layers), layers)
-        transforms = replace(transforms, spec=replace(transforms.spec, shifted=shifted))
-        apply_transforms(denoiser, TransformSpec(shifted=shifted))
+    if recipe.transforms.shift == "channel" and not transforms.spec.shifts:
+        shifts = _shifts(denoiser, plan_from_recipe(ruled, layers), layers)
+        transforms = replace(
+            transforms, spec=replace(transforms.spec, shifted=shifts.shifted, shifted_norms=shifts.shifted_norms)
+        )
+        apply_transforms(denoiser, shifts)
         layers = discover_layers(denoiser)
     if given is not None:
         check_plan(given, layers)
@@ -77,22 +86,28 @@ def planned_layers(
     return transforms, layers, plan_from_recipe(ruled, layers)
 
 
-def _shifted_layers(
-    denoiser: IndexedDenoiser, plan: PrecisionPlan, layers: Sequence[QuantizableLayer]
-) -> tuple[str, ...]:
-    """Lists the layers with quantized activations that nobody shares the tensor with.
+def _shifts(denoiser: IndexedDenoiser, plan: PrecisionPlan, layers: Sequence[QuantizableLayer]) -> TransformSpec:
+    """Finds the norms that can shift all that reads them, and the other layers that nobody shares the tensor with.
 
-    Attention's queries, keys and values share theirs, behind a norm that centers it; shifting them gives nothing.
+    All of them have quantized activations. A norm takes a shift for nothing, for queries, keys and values at once.
     """
-    readers = Counter(layer.tensor for layer in layers)
+    network = denoiser.network
     quantized = {name for quantizer in plan.activation_quantizers for name in quantizer.layers}
-    return tuple(
+    norms = {
+        norm: readers
+        for norm, readers in layers_behind_norms(denoiser).items()
+        if quantized.issuperset(readers) and all(unpadded(network.get_submodule(reader)) for reader in readers)
+    }
+    behind = {reader for readers in norms.values() for reader in readers}
+    readers_of = Counter(layer.tensor for layer in layers)
+    shifted = tuple(
         layer.name
         for layer in layers
-        if layer.name in quantized
-        and readers[layer.tensor] == 1
-        and shiftable(denoiser.network.get_submodule(layer.name))
+        if layer.name in quantized - behind
+        and readers_of[layer.tensor] == 1
+        and shiftable(network.get_submodule(layer.name))
     )
+    return TransformSpec(shifted=shifted, shifted_norms=norms)
 
 
 @dataclass(frozen=True)

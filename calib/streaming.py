@@ -59,7 +59,8 @@ def stream_model(request: CalibrationRequest) -> None:
     checkpoint = Checkpoint(request.base.denoiser_folder)
     layout = resolve_layout(request.base, recipe, request.plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.denoiser.state_dict().items()}
-    weights = DenoiserWeights(checkpoint, layout.sources, shapes, _shifts(layout, shapes, request.initial))
+    shifts, norms = _shifts(layout, shapes, request.initial), layout.transforms.spec.shifted_norms
+    weights = DenoiserWeights(checkpoint, layout.sources, shapes, shifts, norms)
     act_scales, timesteps = default_scales(layout.plan, layout.timesteps), layout.timesteps
     if request.initial is not None:
         act_scales, timesteps = given_scales(layout.plan, layout.timesteps, request.initial)
@@ -101,7 +102,7 @@ def _check_recipe(request: CalibrationRequest) -> None:
         remedy = "set it to given to take those of --from" if given else "name the model that has them with --from"
         raise InputError(f"recipe {recipe.name} has scales.activations: {recipe.scales.activations}: {remedy}")
     shift = recipe.transforms.shift
-    if request.initial is not None and (shift == "channel") != bool(request.initial.transforms.shifted):
+    if request.initial is not None and (shift == "channel") != bool(request.initial.transforms.shifts):
         other = "channel" if shift == "none" else "none"
         raise InputError(
             f"{request.initial.folder} was calibrated with transforms.shift: {other}, and its scales fit that alone:"
@@ -123,7 +124,7 @@ def _check_recipe(request: CalibrationRequest) -> None:
 
 def _shifts(layout: Layout, shapes: Mapping[str, tuple[int, ...]], given: CalibratedModel | None) -> dict[str, Tensor]:
     """Takes the shifts [in] of a model whose scales are taken, by path; placeholders, like the scales, are zero."""
-    names = {path: parameter_name(f"{path}.shift") for path in layout.transforms.spec.shifted}
+    names = {path: parameter_name(f"{path}.shift") for path in layout.transforms.spec.shifts}
     if given is None:
         return {path: torch.zeros(shapes[name]) for path, name in names.items()}
     shifts = {path: torch.from_numpy(given.tensor(name)) for path, name in names.items()}
@@ -215,18 +216,28 @@ class DenoiserWeights:
         sources: Mapping[str, TensorSource],
         shapes: Mapping[str, tuple[int, ...]],
         shifts: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Checks every tensor's presence, dtype and shape; reads none.
 
-        ``shapes`` are those of the indexed denoiser's state, ``shifts`` [in] by path those of its shifted layers.
+        ``shapes`` are those of the indexed denoiser's state, ``shifts`` [in] by path those of its shifted layers, and
+        of its norms, whose readers are in ``norms``.
 
         Raises:
             InputError: a tensor is missing, of another shape than the configuration's, or not in floating point.
         """
         self._checkpoint, self._sources = checkpoint, sources
+        norms = norms or {}
         self._shifts = {parameter_name(f"{path}.shift"): shift for path, shift in (shifts or {}).items()}
-        self._biases = {parameter_name(f"{path}.layer.bias"): path for path in shifts or {}}
-        made = self._shifts.keys() | self._biases.keys()
+        # biases that a shift went into: which, and for those of layers the weight that it is multiplied with
+        layers = {f"{path}.layer": path for path in shifts or {} if path not in norms}
+        layers |= {reader: norm for norm, readers in norms.items() for reader in readers}
+        self._biases = {
+            parameter_name(f"{layer}.bias"): (parameter_name(f"{path}.shift"), parameter_name(f"{layer}.weight"))
+            for layer, path in layers.items()
+        }
+        self._norms = {parameter_name(f"{norm}.bias"): parameter_name(f"{norm}.shift") for norm in norms}
+        made = self._shifts.keys() | self._biases.keys() | self._norms.keys()
         assert sources.keys() | made == shapes.keys(), "one source for every tensor of the state"
         found = {name: self._form(name, shapes[name]) for name in sources}
         self.forms = found | {name: TensorForm(torch.float32, shapes[name]) for name in sorted(made)}
@@ -235,10 +246,11 @@ class DenoiserWeights:
         """Reads or makes a contiguous tensor on the CPU. Raises InputError as :meth:`Checkpoint.read`."""
         if name in self._shifts:
             return self._shifts[name]
+        if name in self._norms:
+            return self._stored(name).float() - self._shifts[self._norms[name]]
         if name in self._biases:
-            path = self._biases[name]
-            weight = self._stored(parameter_name(f"{path}.layer.weight")).float()
-            product = product_with_shift(weight, self._shifts[parameter_name(f"{path}.shift")])
+            shift, weight = self._biases[name]
+            product = product_with_shift(self._stored(weight).float(), self._shifts[shift])
             return product + self._stored(name).float() if name in self._sources else product
         return self._stored(name)
 

@@ -69,8 +69,9 @@ class Transforms(Section):
 
     ``split_shortcut``: convolutions over cat(h, skip) become two, each with its own scale: ``shortcut`` those on the
     shortcut path, which read it as it is, ``all`` also those behind a norm (Q-Diffusion, arXiv 2302.04304).
-    ``shift: channel`` takes the middle of every input channel's range off before the grid of each layer that reads a
-    tensor of its own (convolutions behind SiLU, GEGLU products, shortcuts): ``W (x - k) + W k``.
+    ``shift: channel`` takes the middle of every input channel's range off before the grid: ``W (x - k) + W k``. In the
+    bias of a norm that layers alone read (queries, keys and values, say), and in front of each other layer that reads
+    a tensor of its own (convolutions behind SiLU, GEGLU products, shortcuts).
     """
 
     split_shortcut: Literal["none", "shortcut", "all"] = "none"

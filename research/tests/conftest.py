@@ -7,10 +7,10 @@ import pytest
 from s2p_research.app import main
 from tests.cli.commands import Finished, Run
 from tests.cli.conftest import prompts_file
-from tests.conftest import _few_threads, _traces_are_remembered, browser, shared
+from tests.conftest import _traces_are_remembered, browser, pytest_runtest_setup, shared
 from tests.validation.conftest import prompts
 
-__all__ = ["_few_threads", "_traces_are_remembered", "browser", "prompts", "prompts_file", "shared"]
+__all__ = ["_traces_are_remembered", "browser", "prompts", "prompts_file", "pytest_runtest_setup", "shared"]
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from s2p_deploy.families.layers import (
     discover_layers,
     latent_shape,
     latent_shape_of,
+    layers_behind_norms,
     readers_by_tensor,
     zero_inputs,
 )
@@ -45,7 +46,9 @@ from s2p_deploy.families.transforms import (
     module_of_type,
     product_with_shift,
     put_module,
+    set_norm_shift,
     shiftable,
+    unpadded,
 )
 
 __all__ = [
@@ -77,6 +80,7 @@ __all__ = [
     "indexed_skeleton",
     "latent_shape",
     "latent_shape_of",
+    "layers_behind_norms",
     "load_pipeline",
     "load_time_path",
     "module_of_type",
@@ -86,9 +90,11 @@ __all__ = [
     "put_module",
     "readers_by_tensor",
     "resolve_base",
+    "set_norm_shift",
     "shiftable",
     "text_tokens",
     "time_table_of",
+    "unpadded",
     "weight_destinations",
     "with_components",
     "with_denoiser",

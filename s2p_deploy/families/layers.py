@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear
+from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear, has_bias
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -119,6 +121,58 @@ def readers_by_tensor(denoiser: IndexedDenoiser, names: Sequence[str], tokens: i
     for reading in readings:
         groups.setdefault(id(reading.tensor), []).append(reading.name)
     return tuple(tuple(group) for group in groups.values())
+
+
+def layers_behind_norms(denoiser: IndexedDenoiser, tokens: int = 2) -> dict[str, tuple[str, ...]]:
+    """Finds norms with a bias whose output layers alone read; returns those layers by the norm's path."""
+    modules = dict(denoiser.network.named_modules())
+    uses = _UsesOfNorms()
+    hooks = [
+        module.register_forward_hook(lambda _, _args, output, path=path: uses.follow(path, output))
+        for path, module in modules.items()
+        if has_bias(module)
+    ]
+    readings: list[_Reading] = []
+    try:
+        with uses:
+            names = [name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+            readings = _watch(denoiser, names, zero_inputs(denoiser, tokens=tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers: dict[str, list[str]] = {}
+    for reading in readings:
+        norm = uses.norm_of(reading.tensor)
+        if norm is not None:
+            readers.setdefault(norm, []).append(reading.name)
+    return {norm: tuple(layers) for norm, layers in readers.items() if uses.counts[norm] == len(layers)}
+
+
+class _UsesOfNorms(TorchFunctionMode):
+    """Counts the operations that read the outputs of norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # kept alive, so that identities stay unique
+
+    def follow(self, norm: str, output: Tensor) -> None:
+        self._outputs[id(output)] = norm, output
+
+    def norm_of(self, tensor: object) -> str | None:
+        return self._outputs.get(id(tensor), (None,))[0]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        _types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):  # what asks for a shape reads nothing
+            self.counts.update({norm for value in (*args, *(kwargs or {}).values()) if (norm := self.norm_of(value))})
+        return result
 
 
 def _watch(denoiser: IndexedDenoiser, names: Sequence[str], inputs: DenoiserInputs) -> list[_Reading]:

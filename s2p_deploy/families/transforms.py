@@ -11,6 +11,8 @@ from torch import nn
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from s2p_deploy.families.indexed_denoiser import IndexedDenoiser
@@ -104,6 +106,18 @@ class ShiftedLayer(nn.Module):
         self.shift.copy_(shift)
 
 
+@torch.no_grad()
+def set_norm_shift(denoiser: IndexedDenoiser, path: str, readers: Sequence[str], shift: Tensor) -> None:
+    """Subtracts ``shift`` [channels] in a norm's bias, in place of the last one; its readers compute what they did."""
+    norm = denoiser.network.get_submodule(path)
+    change = shift - norm.shift
+    norm.bias.sub_(change)
+    norm.shift.copy_(shift)
+    for reader in readers:
+        layer = denoiser.network.get_submodule(reader)
+        layer.bias.add_(product_with_shift(layer.weight, change))
+
+
 def product_with_shift(weight: Tensor, shift: Tensor) -> Tensor:
     """Computes a layer's output [out] for an input that is ``shift`` [in] everywhere; ``weight`` [out, in, ...]."""
     return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
@@ -137,6 +151,30 @@ def apply_transforms(denoiser: IndexedDenoiser, spec: TransformSpec) -> None:
         if not shiftable(layer):
             raise InputError(f"transform: {path} cannot be shifted: the transforms are of another denoiser")
         put_module(denoiser, path, ShiftedLayer(layer))
+    for path, readers in spec.shifted_norms.items():
+        _prepare_norm(denoiser, path, readers)
+
+
+def _prepare_norm(denoiser: IndexedDenoiser, path: str, readers: Sequence[str]) -> None:
+    """Gives a norm a shift, of zero, and its readers the biases that keep their outputs."""
+    norm = module_of_type(denoiser, path, nn.Module)
+    layers = [module_of_type(denoiser, reader, nn.Module) for reader in readers]
+    if not has_bias(norm) or hasattr(norm, "shift") or not all(map(unpadded, layers)):
+        raise InputError(f"transform: {path} cannot be shifted: the transforms are of another denoiser")
+    norm.register_buffer("shift", torch.zeros_like(norm.bias, requires_grad=False))
+    for layer in layers:
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.detach().new_zeros(len(layer.weight)))
+
+
+def has_bias(module: nn.Module) -> TypeGuard[nn.LayerNorm | nn.GroupNorm]:
+    """Tells whether a module is a norm that ends with the addition of a bias per channel."""
+    return isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.bias is not None
+
+
+def unpadded(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Tells whether every output of a layer that :func:`shiftable` takes sees its input alone, and no border."""
+    return shiftable(layer) and not (isinstance(layer, nn.Conv2d) and any(layer.padding))
 
 
 def module_of_type(denoiser: IndexedDenoiser, path: str, kind: type[Kind]) -> Kind:

@@ -41,12 +41,19 @@ class TransformSpec:
 
     ``split`` maps a convolution to the number of its leading input channels: it becomes ``<path>.head`` and
     ``<path>.skip``. ``smoothed`` are linears that became ``<path>.layer`` behind a division by ``<path>.factor``;
-    ``shifted`` are layers that became ``<path>.layer`` behind a subtraction of ``<path>.shift``.
+    ``shifted`` are layers that became ``<path>.layer`` behind a subtraction of ``<path>.shift``; ``shifted_norms`` maps
+    norms, whose bias the same subtraction went into, to the layers that read them.
     """
 
     split: dict[str, PositiveInt] = field(default_factory=dict)
     smoothed: tuple[Name, ...] = ()
     shifted: tuple[Name, ...] = ()
+    shifted_norms: dict[Name, tuple[Name, ...]] = field(default_factory=dict)
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """Lists the paths that have a ``shift``: shifted layers, then norms."""
+        return (*self.shifted, *self.shifted_norms)
 
 
 @dataclass(frozen=True)

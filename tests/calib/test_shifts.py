@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from s2p_deploy.records import LatentDataset, PromptSet
 
 CONV = "mid_block.resnets.0.conv1"
-GEGLU = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+GEGLU = f"{BLOCK}.ff.net.2"
 
 
 @pytest.fixture
@@ -86,10 +87,14 @@ def test_layers_that_read_a_tensor_of_their_own_are_shifted(source: FloatPipelin
     transforms, layers, plan = planned_layers(shifting, given, config, source.time_source, None)
     shifted = transforms.spec.shifted
     assert {CONV, GEGLU, "up_blocks.1.resnets.0.conv_shortcut.head"} <= set(shifted)
-    assert not any(name.endswith((".to_q", ".to_k", ".to_v")) and ".attn1." in name for name in shifted)
+    norms = transforms.spec.shifted_norms
+    assert norms[f"{BLOCK}.norm1"] == tuple(f"{BLOCK}.attn1.to_{name}" for name in "qkv")
+    assert not {reader for readers in norms.values() for reader in readers} & set(shifted)
     assert "conv_in" not in shifted, "its activations are not quantized"
     names = {layer.name for layer in layers}
     assert {f"{name}.layer" for name in shifted} <= names
+    together = [quantizer.layers for quantizer in plan.activation_quantizers if len(quantizer.layers) == 3]
+    assert norms[f"{BLOCK}.norm1"] in together, "queries, keys and values still share a quantizer"
     assert {layer.name for layer in plan.layers} == names
     again = planned_layers(shifting, transforms, config, source.time_source, plan)
     assert again[0] == transforms
@@ -124,6 +129,7 @@ def test_shifts_are_found_once_and_stored_with_the_model(
     shift = model.weights()[f"network.{CONV}.shift"]
     assert np.abs(shift).max() > 0
     assert CONV in model.transforms.shifted
+    assert np.abs(model.weights()[f"network.{BLOCK}.norm1.shift"]).max() > 0
 
 
 def test_a_shift_makes_the_peak_of_a_silu_smaller(float_denoiser: IndexedDenoiser, dataset: LatentDataset) -> None:

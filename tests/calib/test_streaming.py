@@ -64,6 +64,7 @@ def test_weights_and_their_scales_are_those_of_a_calibration_in_memory(
     found = calibrate(shapes, given, None, tmp_path / "streamed", initial=expected)
     assert expected.transforms.split  # some tensors are slices
     assert expected.transforms.shifted  # some are made
+    assert expected.transforms.shifted_norms
     for one, other in ((found.weights(), expected.weights()), (found.weight_scales(), expected.weight_scales())):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -132,7 +133,10 @@ def test_weights_keep_the_dtype_of_their_source(
     model = streamed(resolve_base(str(tmp_path / "pipeline")), tmp_path / "model")
     with safe_open(model.folder / "weights.safetensors", "pt") as opened:
         stored = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 - no dictionary
-    made = {f"network.{path}.{part}" for path in model.transforms.shifted for part in ("shift", "layer.bias")}
+    spec = model.transforms
+    made = {f"network.{path}.{part}" for path in spec.shifted for part in ("shift", "layer.bias")}
+    made |= {f"network.{norm}.{part}" for norm in spec.shifted_norms for part in ("shift", "bias")}
+    made |= {f"network.{reader}.bias" for readers in spec.shifted_norms.values() for reader in readers}
     assert {stored[key] for key in stored.keys() - made} == {name}
     assert {stored[key] for key in made} == {"F32"}
     weights = model.weights()

@@ -20,7 +20,9 @@ from s2p_deploy.families import (
     TimePath,
     apply_transforms,
     discover_layers,
+    layers_behind_norms,
     module_of_type,
+    set_norm_shift,
 )
 from s2p_deploy.records import TransformSpec
 
@@ -44,9 +46,20 @@ def rewrite(float_denoiser: IndexedDenoiser) -> TransformSpec:
     convolutions = [layer.name for layer in discover_layers(float_denoiser) if layer.op == "conv"][1:-1]
     halves = (f"{path}.{half}" for path in splits for half in ("head", "skip"))
     shifted = (*(name for name in convolutions if name not in splits), *halves, "mid_block.attentions.0.proj_in")
-    spec = TransformSpec(splits, tuple(path for path in smoothed if path not in shifted), tuple(dict.fromkeys(shifted)))
+    norms = {
+        norm: readers
+        for norm, readers in layers_behind_norms(float_denoiser).items()
+        if not norm.startswith("mid_block") and not set(readers) & set(shifted)
+    }
+    assert any(reader.endswith("attn1.to_q") for readers in norms.values() for reader in readers)
+    spec = TransformSpec(
+        splits, tuple(path for path in smoothed if path not in shifted), tuple(dict.fromkeys(shifted)), norms
+    )
     apply_transforms(float_denoiser, spec)
     generator = torch.Generator().manual_seed(0)
+    for norm, readers in norms.items():
+        shift = float_denoiser.network.get_submodule(norm).shift
+        set_norm_shift(float_denoiser, norm, readers, torch.rand(shift.shape, generator=generator) - 0.5)
     for path in spec.shifted:
         module = module_of_type(float_denoiser, path, ShiftedLayer)
         module.set_shift(torch.rand(module.shift.shape, generator=generator) - 0.5)

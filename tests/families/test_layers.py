@@ -11,6 +11,7 @@ from s2p_deploy.families import (
     indexed_denoiser,
     latent_shape,
     latent_shape_of,
+    layers_behind_norms,
     network_config,
     zero_inputs,
 )
@@ -87,3 +88,20 @@ def test_zero_inputs_are_what_a_denoiser_takes(float_denoiser: IndexedDenoiser) 
 
 def test_latents_that_are_no_square(tiny_unet: UNet2DConditionModel) -> None:
     assert latent_shape_of(network_config(tiny_unet) | {"sample_size": [6, 10]}) == (4, 6, 10)
+
+
+def test_norms_that_layers_alone_read(tiny_unet: UNet2DConditionModel) -> None:
+    """None of those in front of an activation, or whose output goes elsewhere too."""
+    block, float_denoiser = "mid_block.attentions.0.transformer_blocks.0", indexed_denoiser(tiny_unet, TABLE)
+    norms = layers_behind_norms(float_denoiser)
+    assert norms[f"{block}.norm1"] == tuple(f"{block}.attn1.to_{name}" for name in "qkv")
+    assert norms[f"{block}.norm2"] == (f"{block}.attn2.to_q",)
+    assert norms[f"{block}.norm3"] == (f"{block}.ff.net.0.proj",)
+    assert not any(".resnets." in norm for norm in norms)
+    attention = float_denoiser.network.get_submodule(f"{block}.attn1")
+    attention.register_forward_pre_hook(lambda _, args: args[0].abs().sum() and None)
+    assert set(norms) - set(layers_behind_norms(float_denoiser)) == {f"{block}.norm1"}
+
+
+def test_adaptive_norms_have_no_bias_to_shift(mmdit: SD3Transformer2DModel) -> None:
+    assert layers_behind_norms(indexed_denoiser(mmdit, TABLE)) == {}

@@ -14,10 +14,12 @@ from s2p_deploy.families import (
     apply_transforms,
     discover_layers,
     indexed_denoiser,
+    layers_behind_norms,
     module_of_type,
     network_config,
     new_indexed_denoiser,
     readers_by_tensor,
+    set_norm_shift,
     time_table_of,
 )
 from s2p_deploy.records import TransformSpec
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 QUERY, KEY, VALUE = (f"{BLOCK}.attn1.to_{name}" for name in "qkv")
 TEXT_KEY, CONV = f"{BLOCK}.attn2.to_k", "up_blocks.0.resnets.0.conv1"
+NORM = f"{BLOCK}.norm1"
 PADDED, OUT = "mid_block.resnets.0.conv2", f"{BLOCK}.attn1.to_out.0"
 SPEC = TransformSpec({CONV: 16}, (QUERY, KEY, VALUE, TEXT_KEY), (PADDED, f"{CONV}.skip", OUT))
 
@@ -131,6 +134,39 @@ def test_a_shift_by_hand() -> None:
     assert shifted.layer.bias.tolist() == [5.0]
 
 
+def test_a_norms_shift_by_hand(float_denoiser: IndexedDenoiser) -> None:
+    norm, linear = torch.nn.LayerNorm(2), torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([1.0, 0.0]))
+        linear.weight.copy_(torch.tensor([[3.0, 5.0]]))
+    float_denoiser.network.register_module("norm", norm)
+    float_denoiser.network.register_module("linear", linear)
+    apply_transforms(float_denoiser, TransformSpec(shifted_norms={"norm": ("linear",)}))
+    assert linear.bias.tolist() == [0.0]
+    set_norm_shift(float_denoiser, "norm", ("linear",), torch.tensor([2.0, -1.0]))
+    assert norm.bias.tolist() == [-1.0, 1.0]
+    assert linear.bias.tolist() == [1.0]  # 3 * 2 - 5 * 1
+    set_norm_shift(float_denoiser, "norm", ("linear",), torch.tensor([0.0, 1.0]))  # from there, not on top
+    assert norm.bias.tolist() == [1.0, -1.0]
+    assert linear.bias.tolist() == [5.0]
+    assert norm.shift.tolist() == [0.0, 1.0]
+    x = torch.tensor([[1.0, -1.0]])
+    assert linear(norm(x)).item() == pytest.approx(3 * (float((x / (1 + 1e-5) ** 0.5)[0, 0]) + 1) - 5, abs=1e-4)
+
+
+def test_shifted_norms_leave_what_is_computed(float_denoiser: IndexedDenoiser) -> None:
+    expected, norms = draw(float_denoiser), layers_behind_norms(float_denoiser)
+    apply_transforms(float_denoiser, TransformSpec(shifted_norms=norms))
+    assert torch.equal(draw(float_denoiser), expected), "the shift is zero, and new biases are"
+    generator = torch.Generator().manual_seed(2)
+    for norm, readers in norms.items():
+        shift = float_denoiser.network.get_submodule(norm).shift
+        set_norm_shift(float_denoiser, norm, readers, torch.randn(shift.shape, generator=generator))
+    assert torch.allclose(draw(float_denoiser), expected, atol=1e-4)
+    with pytest.raises(InputError, match="cannot be shifted"):
+        apply_transforms(float_denoiser, TransformSpec(shifted_norms=norms))
+
+
 def test_a_padded_convolution_is_padded_before_its_shift() -> None:
     conv = torch.nn.Conv2d(1, 1, 3, padding=(1, 2), bias=False)
     torch.nn.init.ones_(conv.weight)
@@ -186,6 +222,10 @@ def test_a_stored_state_goes_into_a_fresh_rewrite(
         (TransformSpec(smoothed=("conv_in",)), "conv_in is a Conv2d, not a Linear"),
         (TransformSpec(shifted=("nowhere",)), "nowhere is not in this denoiser"),
         (TransformSpec(shifted=(OUT, OUT)), r"to_out\.0 cannot be shifted: the transforms are of another denoiser"),
+        (TransformSpec(shifted_norms={"nowhere": (QUERY,)}), "nowhere is not in this denoiser"),
+        (TransformSpec(shifted_norms={NORM: ("nowhere",)}), "nowhere is not in this denoiser"),
+        (TransformSpec(shifted_norms={OUT: (QUERY,)}), r"to_out\.0 cannot be shifted"),
+        (TransformSpec(shifted_norms={NORM: (PADDED,)}), r"norm1 cannot be shifted"),
         (TransformSpec(smoothed=(QUERY, QUERY)), r"attn1\.to_q is a SmoothedLinear, not a Linear: .* already there"),
     ],
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tests.calib.conftest import (
-    _few_threads,
     base,
     dataset,
     file_bytes,
     float_denoiser,
     pipe,
     prompts,
+    pytest_runtest_setup,
     recipe,
     source,
     state,
@@ -17,13 +17,13 @@ from tests.calib.conftest import (
 )
 
 __all__ = [
-    "_few_threads",
     "base",
     "dataset",
     "file_bytes",
     "float_denoiser",
     "pipe",
     "prompts",
+    "pytest_runtest_setup",
     "recipe",
     "source",
     "state",
