@@ -309,7 +309,7 @@ def _starting_state(
 
     Raises:
         InputError: the recipe does not fit the denoiser.
-        S2PError: an activation is not finite.
+        InputError: an activation is not finite.
     """
     denoiser, recipe, progress = source.denoiser, request.recipe, request.context.progress
     per_call = request.context.samples_per_call

@@ -382,7 +382,8 @@ def _texts_once(request: DatasetRequest, source: FloatPipeline) -> PromptTexts:
             states = made.distinct.states.half()
             if not states.isfinite().all():
                 raise InputError(
-                    f"{request.base.folder}: a text encoder's states are not finite in float16: its weights are broken"
+                    f"{request.base.folder}: a text encoder's states are not finite in float16, though its weights are:"
+                    " it overflows"
                 )
             named = {"texts": states, "added_cond": made.distinct.added_cond}
             write_tensors(path, named | {"cond_text": made.cond, "uncond_text": made.uncond})

@@ -17,7 +17,7 @@ import torch
 
 from s2p_deploy.calib.samples import samples_at
 from s2p_deploy.calib.starting_scales import activation_format
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.errors import InputError
 from s2p_deploy.families import SmoothedLinear, module_of_type
 from s2p_deploy.numerics import format_by_name, weight_scale_shape
 
@@ -108,7 +108,7 @@ def modelopt_scales(
     weights; the plan's formats decide what the peaks are divided by.
 
     Raises:
-        S2PError: modelopt refuses the activations, which are not finite then.
+        InputError: modelopt refuses the activations, which are not finite then.
     """
     model = copy.deepcopy(denoiser).requires_grad_(requires_grad=False)
     with _quiet():
@@ -119,8 +119,9 @@ def modelopt_scales(
         try:
             mtq.quantize(model, config, lambda copied: _show(copied, dataset, progress, samples_per_call))
         except AssertionError as error:
-            raise S2PError(
-                f"nvidia-modelopt found an activation that is not finite ({error}): the pipeline's weights are broken"
+            raise InputError(
+                f"nvidia-modelopt found an activation that is not finite ({error}), though every weight is: the"
+                " scheduler's configuration does not suit the network"
             ) from error
     return _read(model, plan)
 

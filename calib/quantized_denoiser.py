@@ -7,7 +7,6 @@ between calls.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -321,7 +320,7 @@ def fake_quant_denoiser(calibrated: CalibratedModel) -> FakeQuantDenoiser:
         InputError: the model is a comparison's, of a kind that no engine can run.
     """
     calibrated.require_deployable()
-    config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
+    config = calibrated.denoiser_config()
     inner = new_indexed_denoiser(config, calibrated.time_source())
     apply_transforms(inner, calibrated.transforms)
     inner.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})

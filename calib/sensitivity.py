@@ -106,7 +106,9 @@ def layer_sensitivities(  # noqa: PLR0913 - which scores, of what, from which sa
     scores = loss.score(_products(denoiser, names, loss, progress, samples)).tolist()
     bad = [name for name, score in zip(names, scores, strict=True) if not 0 <= score < float("inf")]
     if bad:
-        raise InputError(f"the sensitivity of {bad[0]} is not finite: the pipeline's weights are broken")
+        raise InputError(
+            f"the sensitivity of {bad[0]} is not finite, though every weight is: the scheduler does not suit it"
+        )
     return dict(zip(names, scores, strict=True))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from s2p_deploy.calib.samples import samples_at
-from s2p_deploy.errors import S2PError
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ def input_ranges(
     few).
 
     Raises:
-        S2PError: an activation holds NaN or infinity.
+        InputError: an activation holds NaN or infinity.
     """
     lows: dict[str, Tensor] = {}
     highs: dict[str, Tensor] = {}
@@ -75,5 +75,8 @@ def input_ranges(
     ranges = {path: (lows[path].cpu(), highs[path].cpu()) for path in paths}
     for path, (low, high) in ranges.items():
         if not (torch.isfinite(low) & torch.isfinite(high)).all():
-            raise S2PError(f"the activation {path} is not finite: the pipeline's weights are broken")
+            raise InputError(
+                f"the activation {path} is not finite, though every weight is: the scheduler's configuration does not"
+                " suit the network"
+            )
     return ranges

@@ -14,7 +14,7 @@ import torch
 
 from s2p_deploy.calib.quantized_denoiser import weight_format
 from s2p_deploy.calib.samples import calibrated_indices, samples_at
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.errors import InputError
 from s2p_deploy.numerics import (
     format_by_name,
     least_squares_weight_scale,
@@ -60,7 +60,7 @@ def closed_form_scales(
     [out, 1, ...] by layer and activation scales float32 [calibrated, quantizers].
 
     Raises:
-        S2PError: an activation holds NaN or infinity.
+        InputError: an activation holds NaN or infinity.
     """
     scales, context = request.recipe.scales, request.context
     return (
@@ -105,7 +105,7 @@ def starting_act_scales(
     not depend on the timestep has one scale: of the mean clip, to which a timestep contributes by its samples.
 
     Raises:
-        S2PError: an activation holds NaN or infinity.
+        InputError: an activation holds NaN or infinity.
     """
     clips, counts = [], []
     indices = calibrated_indices(dataset)
@@ -166,7 +166,7 @@ def observe_quantizers(
         measure: measures a quantizer's input.
 
     Raises:
-        S2PError: an activation holds NaN or infinity.
+        InputError: an activation holds NaN or infinity.
     """
     if not plan.activation_quantizers:
         return torch.zeros(0)
@@ -202,12 +202,12 @@ def watch_quantizers(
 
 
 def checked(values: Tensor, plan: PrecisionPlan, index: int) -> Tensor:
-    """Returns measurements [quantizers, ...] of a timestep index. Raises S2PError where one is NaN or infinity."""
+    """Returns measurements [quantizers, ...] of a timestep index. Raises InputError where one is NaN or infinity."""
     broken = (~torch.isfinite(values.reshape(len(values), -1)).all(1)).cpu().nonzero().flatten().tolist()
     if broken:
-        raise S2PError(
-            f"the activation {plan.activation_quantizers[broken[0]].name} is not finite at timestep index"
-            f" {index}: the pipeline's weights are broken"
+        raise InputError(
+            f"the activation {plan.activation_quantizers[broken[0]].name} is not finite at timestep index {index},"
+            " though every weight is: the scheduler's configuration (zero SNR, prediction type) does not suit it"
         )
     return values
 

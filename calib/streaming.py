@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 
 from s2p_deploy.calib.model_files import WEIGHTS, write_model_files
@@ -13,9 +12,11 @@ from s2p_deploy.calib.plan import Transforms, planned_layers, split_shortcuts
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, WeightQuantizer
 from s2p_deploy.calib.request import KIND
 from s2p_deploy.calib.starting_scales import default_scales, given_scales, weight_scale
-from s2p_deploy.calib.streamed_tensors import Checkpoint, TensorForm, write_tensor_file
+from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import indexed_skeleton, load_time_path, product_with_shift, text_tokens
+from s2p_deploy.families import indexed_skeleton, load_pipeline, load_time_path, product_with_shift, text_tokens
+from s2p_deploy.families.checkpoint import Checkpoint, TensorForm
+from s2p_deploy.families.network_files import check_components, component_classes
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import TimeTable, write_artifact
 from s2p_deploy.records.calibrated_model import parameter_name
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from s2p_deploy.records import CalibratedModel, PrecisionPlan, TimestepTable
 
 _SLACK = 16 * 2**20  # bytes; plans, timesteps and headers
-_LOADED = ("scheduler", "tokenizer")
 
 
 def streams(recipe: Recipe, plan: PrecisionPlan | None) -> bool:
@@ -55,6 +55,7 @@ def stream_model(request: CalibrationRequest) -> None:
     """
     recipe, progress = request.recipe, request.context.progress
     _check_recipe(request)
+    check_components(request.base.folder)
     checkpoint = Checkpoint(request.base.denoiser_folder)
     layout = resolve_layout(request.base, recipe, request.plan)
     shapes = {name: tuple(tensor.shape) for name, tensor in layout.denoiser.state_dict().items()}
@@ -316,14 +317,5 @@ def _time_table(base: BasePipeline, timesteps: int) -> TimeTable:
 
 
 def _pipeline_without_networks(base: BasePipeline) -> DiffusionPipeline:
-    """Loads the stock pipeline with its scheduler and its first tokenizer, and nothing else."""
-    index = diffusers.DiffusionPipeline.load_config(base.folder)
-    left_out = [name for name, part in index.items() if isinstance(part, list) and name not in _LOADED]
-    try:
-        pipe: DiffusionPipeline = getattr(diffusers, base.pipeline_class).from_pretrained(
-            base.folder, **dict.fromkeys(left_out), local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{base.base.source} cannot be loaded by diffusers: {reason}") from error
-    return pipe
+    """Loads the stock pipeline with its scheduler and its tokenizers, and nothing else."""
+    return load_pipeline(base, without=component_classes(base.folder, torch.nn.Module))

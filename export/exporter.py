@@ -7,7 +7,6 @@ from safetensors one at a time while the finished graph is written.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,7 +106,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     form: TimeTableForm = time_table or ("input" if calibrated.added_width else "constant")
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
-    config = denoiser_config(calibrated)
+    config = calibrated.denoiser_config()
     graph = _canonical_graph(calibrated, config, dtype, form, text_projections, sizes)
     conditioning = None
     if form == "input" and calibrated.added_width:
@@ -153,20 +152,6 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         replace=replace,
     )
     return ExportedGraph.open(out)
-
-
-def denoiser_config(calibrated: CalibratedModel) -> dict[str, Any]:
-    """Reads the denoiser's diffusers configuration.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    file = calibrated.folder / "denoiser_config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: make the calibrated model again") from error
-    return config
 
 
 def _check_exportable(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-import transformers
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.pipelines import read_json
+from s2p_deploy.families.network_files import component_classes, load_network, read_config, read_index
 from s2p_deploy.families.registry import network_config
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class ComponentNetwork:
 
 def component_networks(base: BasePipeline) -> tuple[str, ...]:
     """Lists a pipeline's networks that :func:`load_component` loads: text encoders and the autoencoder's halves."""
-    index = read_json(base.folder / "model_index.json")
+    index = read_index(base.folder)
     present = tuple(name for name in _TEXT_ENCODERS if index.get(name, [None, None])[1] is not None)
     return (*present, DECODER, ENCODER)
 
@@ -73,22 +72,19 @@ def load_component(base: BasePipeline, name: str, dtype: torch.dtype = torch.flo
         InputError: its class is not supported, or it cannot be loaded.
     """
     component = component_of(name)
-    library, class_name = read_json(base.folder / "model_index.json")[component]
+    kinds = component_classes(base.folder)
+    if component not in kinds:
+        raise InputError(f"{base.folder} has no {component}")
+    network_class: Any = kinds[component]
+    class_name = network_class.__name__
     known = _AUTOENCODERS if component == AUTOENCODER else (*_CLIP, _T5)
     if class_name not in known:
         raise InputError(
             f"{component} of {base.base.source} is a {class_name}, which cannot be exported: {', '.join(known)} can"
         )
-    network_class = getattr(diffusers if component == AUTOENCODER else transformers, class_name)
     if component == AUTOENCODER and _upcasts(base):
         dtype = torch.float32
-    try:
-        network = network_class.from_pretrained(
-            base.folder / component, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{component} of {base.base.source} cannot be loaded by {library}: {reason}") from error
+    network = load_network(base.folder / component, network_class, dtype)
     if component != AUTOENCODER:
         return _text_encoder(network)
     return _encoder(network) if name == ENCODER else _decoder(network)
@@ -96,8 +92,8 @@ def load_component(base: BasePipeline, name: str, dtype: torch.dtype = torch.flo
 
 def _upcasts(base: BasePipeline) -> bool:
     """Tells whether the pipeline runs its autoencoder in float32 where everything else is in float16."""
-    config = read_json(base.folder / AUTOENCODER / "config.json")
-    # diffusers writes force_upcast for every autoencoder; pipelines that follow it have this method
+    config = read_config(base.folder / AUTOENCODER, diffusers.AutoencoderKL)
+    # every autoencoder has force_upcast; pipelines that follow it have this method
     return bool(config.get("force_upcast")) and hasattr(getattr(diffusers, base.pipeline_class), "upcast_vae")
 
 

@@ -11,7 +11,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.model_family import Block, Columns, Config, Tap, TimeConsumer
+from s2p_deploy.families.model_family import Block, Columns, Config, Tap, TimeConsumer, check_sample_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,6 +35,7 @@ class MMDiTFamily:
 
     def check(self, config: Config) -> None:
         """Refuses a network that writes other channels than it reads."""
+        check_sample_size(config, one_number=True)
         if config["in_channels"] != (config["out_channels"] or config["in_channels"]):
             raise InputError(
                 f"a transformer that reads {config['in_channels']} channels and writes {config['out_channels']}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
+from s2p_deploy.errors import InputError
+
 if TYPE_CHECKING:
     import re
     from collections.abc import Iterator, Mapping
@@ -14,6 +16,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = dict[str, Any]
+
+
+def check_sample_size(config: Config, *, one_number: bool) -> None:
+    """Checks that a network says how large the latents are that it draws.
+
+    Raises:
+        InputError: ``sample_size`` is neither a number nor, where ``one_number`` is false, height and width.
+    """
+    size = config["sample_size"]
+    sizes = list(size) if isinstance(size, list | tuple) and len(size) == 2 and not one_number else [size]
+    if not all(type(side) is int and side > 0 for side in sizes):
+        forms = "a number" if one_number else "a number, or height and width"
+        raise InputError(f"the denoiser's config.json has sample_size={size!r}: set it to {forms} of the latents")
 
 
 @dataclass(frozen=True)

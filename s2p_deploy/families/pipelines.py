@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.network_files import (
+    absent_components,
+    check_components,
+    check_finite,
+    component_classes,
+    read_config,
+    read_denoiser_config,
+    read_index,
+    read_json,
+)
 from s2p_deploy.families.registry import family_of_config, network_config
+from s2p_deploy.families.text import encoded_widths
 from s2p_deploy.records import Base, file_digest
 from s2p_deploy.records.files import check_room, claimed, writing
 
@@ -30,11 +41,27 @@ BUNDLED = "shapes"
 PIPELINES = tuple(
     f"StableDiffusion{family}{task}Pipeline" for family in ("", "XL", "3") for task in ("", "Img2Img", "Inpaint")
 )
-# Pipelines that can be calibrated, and the name of the denoiser among their components.
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Components of a pipeline that can be calibrated, by name; of ``optional`` either all are there or none."""
+
+    denoiser: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
 _TEXT_TO_IMAGE = {
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusionXLPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
+    "StableDiffusionPipeline": _Parts("unet", ("text_encoder", "tokenizer")),
+    "StableDiffusionXLPipeline": _Parts(
+        "unet", ("text_encoder_2", "tokenizer_2"), optional=("text_encoder", "tokenizer")
+    ),
+    "StableDiffusion3Pipeline": _Parts(
+        "transformer",
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        optional=("text_encoder_3", "tokenizer_3"),
+    ),
 }
 _HASHED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
@@ -52,7 +79,7 @@ class BasePipeline:
     @property
     def denoiser_folder(self) -> Path:
         """Returns the folder of the denoiser's configuration and weights."""
-        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class]
+        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class].denoiser
 
     @property
     def family(self) -> ModelFamily:
@@ -60,8 +87,18 @@ class BasePipeline:
         return family_of_config(self.denoiser_config())
 
     def denoiser_config(self) -> Config:
-        """Reads the denoiser's diffusers configuration."""
-        return read_json(self.denoiser_folder / "config.json")
+        """Reads the denoiser's configuration as its pipeline has it.
+
+        diffusers fills in what is absent, and pipelines change what old versions wrote: ``sample_size`` 32 to 64.
+
+        Raises:
+            InputError: it cannot be read, or is no such network's.
+        """
+        return dict(self._denoiser_config)
+
+    @cached_property
+    def _denoiser_config(self) -> Config:
+        return read_denoiser_config(self.folder, self.pipeline_class, self.denoiser_folder.name)
 
 
 def resolve_base(source: str) -> BasePipeline:
@@ -72,7 +109,7 @@ def resolve_base(source: str) -> BasePipeline:
             asks for code to be run.
     """
     folder = _locate(source)
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     pipeline_class = str(index.get("_class_name"))
     if pipeline_class not in _TEXT_TO_IMAGE:
         raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
@@ -80,8 +117,36 @@ def resolve_base(source: str) -> BasePipeline:
     sampling = folder / "sampling.json"
     guidance = float(read_json(sampling)["guidance_scale"]) if sampling.is_file() else 7.5
     base = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
-    family_of_config(base.denoiser_config())
+    _check_components_fit(base)
     return base
+
+
+def _check_components_fit(base: BasePipeline) -> None:
+    """Checks from configurations that a pipeline has the components that it runs with, and that their widths fit.
+
+    Raises:
+        InputError: one is missing, or the denoiser reads other text or latents than the others write.
+    """
+    classes, parts = component_classes(base.folder), _TEXT_TO_IMAGE[base.pipeline_class]
+    needed = ("vae", "scheduler", parts.denoiser, *parts.required)
+    if any(name in classes for name in parts.optional):
+        needed += parts.optional
+    missing = [name for name in needed if name not in classes]
+    if missing:
+        raise InputError(f"{base.folder} has no {missing[0]}, which its {base.pipeline_class} needs: give a whole one")
+    config, family = base.denoiser_config(), base.family
+    configs = {name: read_config(base.folder / name, kind) for name, kind in classes.items() if name in needed}
+    text, pooled = encoded_widths(base.pipeline_class, configs, family.text_width(config))
+    for what, written, read in (
+        ("channels of latents", configs["vae"]["latent_channels"], config["in_channels"]),
+        ("numbers per token", text, family.text_width(config)),
+        ("numbers of pooled text and sizes", pooled, family.added_width(config)),
+    ):
+        if written != read:
+            raise InputError(
+                f"{base.denoiser_folder} reads {read} {what} by its config.json, and the pipeline's other components"
+                f" give {written}: they are of two models"
+            )
 
 
 def check_no_code(folder: Path) -> None:
@@ -131,21 +196,34 @@ def load_pipeline(
         without: components that are not read; they are None in the pipeline.
 
     Raises:
-        InputError: diffusers cannot load it.
+        InputError: a component's files are not whole, or not those of its configuration; diffusers cannot load it.
+    """
+    return load_folder(base.folder, base.pipeline_class, dtype, without=without)
+
+
+def load_folder(
+    folder: Path, pipeline_class: str, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
+) -> DiffusionPipeline:
+    """Loads a stock pipeline of any class from a folder: every one is loaded here. Arguments as :func:`load_pipeline`.
+
+    Raises:
+        InputError: as :func:`load_pipeline`.
     """
     import diffusers
     import torch
 
-    pipeline_class = getattr(diffusers, base.pipeline_class)
-    absent = absent_components(read_json(base.folder / "model_index.json")) | dict.fromkeys(without)
+    absent = absent_components(read_index(folder)) | dict.fromkeys(without)
+    check_components(folder, absent)
     try:
-        pipe = pipeline_class.from_pretrained(
-            base.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
+        pipe: DiffusionPipeline = getattr(diffusers, pipeline_class).from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **absent
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{base.base.source} cannot be loaded by diffusers: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:  # what a component's file holds reaches any code of three libraries
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be loaded by diffusers ({type(error).__name__}): {reason}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite(folder / name, part)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -169,7 +247,7 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
             raise InputError(f"the {part} of this pipeline has adapters (LoRA): fuse and unload them first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise InputError(f"the {part} of this pipeline is offloaded: load the pipeline without offloading")
-    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name]]))
+    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name].denoiser]))
     size = sum(tensor.nbytes for module in modules.values() for tensor in module.state_dict().values())
     check_room(parent, size, "make room, or choose another folder")
     temporary = parent / ".pipeline.writing"
@@ -188,14 +266,6 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
     if saved.base.digest != digest:
         raise IntegrityError(f"{folder} was changed since the pipeline was saved there: delete it")
     return saved
-
-
-def absent_components(index: Mapping[str, Any]) -> dict[str, None]:
-    """Lists a pipeline's components that ``model_index.json`` names as absent, such as SD3's third text encoder.
-
-    ``from_pretrained`` loads a pipeline without them only where they are passed as None.
-    """
-    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
@@ -222,21 +292,6 @@ def with_components(pipe: DiffusionPipeline, others: Mapping[str, torch.nn.Modul
     result = type(pipe)(**components, **{name: pipe.config[name] for name in known})
     result.set_progress_bar_config(disable=True)
     return result
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file holds none.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{file} must hold a JSON object")
-    return data
 
 
 def _locate(source: str) -> Path:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
+from s2p_deploy.families.unet import SIZE_IDS
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from diffusers import DiffusionPipeline
     from torch import Tensor
@@ -64,7 +66,7 @@ def encode_texts(
         The encoded prompts, on the CPU. SDXL's size ids are those of a picture of the model's own size.
     """
     options: dict[str, Any] = {
-        "device": pipe.text_encoder.device,
+        "device": _first(pipe, "text_encoder").device,
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
@@ -86,7 +88,36 @@ def encode_texts(
 def text_tokens(pipe: DiffusionPipeline, max_sequence_length: int) -> int:
     """Returns the number of tokens of a text state."""
     padded = max_sequence_length if isinstance(pipe, StableDiffusion3Pipeline) else 0
-    return int(pipe.tokenizer.model_max_length) + padded
+    return int(_first(pipe, "tokenizer").model_max_length) + padded
+
+
+def encoded_widths(
+    pipeline_class: str, configs: Mapping[str, Mapping[str, Any]], denoiser_width: int
+) -> tuple[int, int]:
+    """Computes the width of text states, and that of what :class:`EncodedText` adds to the time features.
+
+    Args:
+        pipeline_class: name of the pipeline's class.
+        configs: configurations of its text encoders, by their names; others are not read.
+        denoiser_width: of the text states that the denoiser reads: what is narrower, SD3 pads to it where the third
+            encoder is absent.
+    """
+    encoders = {name: config for name, config in configs.items() if name.startswith("text_encoder")}
+    clip = [config for name, config in encoders.items() if name != "text_encoder_3"]
+    states = sum(config["hidden_size"] for config in clip)
+    if pipeline_class == "StableDiffusion3Pipeline":
+        third = encoders.get("text_encoder_3")
+        padded = denoiser_width if third is None else third["hidden_size"]
+        return max(states, padded), sum(config["projection_dim"] for config in clip)
+    if pipeline_class == "StableDiffusionXLPipeline":
+        return states, encoders["text_encoder_2"]["projection_dim"] + SIZE_IDS
+    return states, 0
+
+
+def _first(pipe: DiffusionPipeline, kind: str) -> Any:  # noqa: ANN401 - transformers is not typed
+    """Returns the first text encoder or tokenizer: SDXL's pipeline may lack one of its two."""
+    parts = (pipe.components.get(name) for name in (kind, f"{kind}_2"))
+    return next(part for part in parts if part is not None)
 
 
 def _size_ids(pipe: StableDiffusionXLPipeline, like: Tensor) -> Tensor:

@@ -10,23 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from s2p_deploy.errors import InputError
+from s2p_deploy.families.checkpoint import Checkpoint
 from s2p_deploy.families.registry import family_of, network_config
 from s2p_deploy.records import TimeTable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
     from numpy.typing import NDArray
     from torch import Tensor
 
     from s2p_deploy.families.pipelines import BasePipeline
-
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 
 
 class TimePath(nn.Module):
@@ -133,18 +127,6 @@ def load_time_path(base: BasePipeline) -> TimePath:
         path = TimePath(network)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     wanted = {key: names[id(parameter)] for key, parameter in path.named_parameters()}
-    tensors = _read_tensors(base.denoiser_folder, set(wanted.values()))
-    missing = set(wanted.values()) - set(tensors)
-    if missing:
-        raise InputError(f"{base.denoiser_folder} lacks {min(missing)}: it is no whole pipeline")
-    path.load_state_dict({key: tensors[name].float() for key, name in wanted.items()}, assign=True)
+    checkpoint = Checkpoint(base.denoiser_folder)
+    path.load_state_dict({key: checkpoint.read(name).float() for key, name in wanted.items()}, assign=True)
     return path.eval()
-
-
-def _read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Reads some of a network's weights, from one file or from shards."""
-    tensors: dict[str, Tensor] = {}
-    for file in (file for pattern in _WEIGHT_FILES for file in sorted(folder.glob(pattern))):
-        with safe_open(file, "pt") as weights:
-            tensors |= {name: weights.get_tensor(name) for name in weights.keys() if name in names}  # noqa: SIM118 - no dictionary
-    return tensors

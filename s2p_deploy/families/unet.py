@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.model_family import Block, Columns, Config, TimeConsumer
+from s2p_deploy.families.model_family import Block, Columns, Config, TimeConsumer, check_sample_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _BLOCK = re.compile(
 )
 _TAIL = ("conv_norm_out", "conv_act", "conv_out")
 _ADDED = {"text_embeds", "time_ids"}
-_SIZE_IDS = 6  # original height and width, crop top and left, target height and width
+SIZE_IDS = 6  # original height and width, crop top and left, target height and width
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
@@ -55,6 +55,10 @@ class UNetFamily:
             raise InputError(
                 "a UNet with center_input_sample is not supported: what its first layer reads is not the sample"
             )
+        check_sample_size(config, one_number=config.get("addition_embed_type") is not None)
+        widths = config["cross_attention_dim"]
+        if not isinstance(widths, int) and len(set(widths or ())) != 1:
+            raise InputError(f"a UNet with cross_attention_dim={widths!r} is not supported: it reads one text")
         if config["in_channels"] != config["out_channels"]:
             raise InputError(
                 f"a UNet that reads {config['in_channels']} channels and writes {config['out_channels']} (inpainting,"
@@ -67,15 +71,16 @@ class UNetFamily:
         return unet
 
     def text_width(self, config: Config) -> int:
-        """Returns the width of cross-attention."""
-        return int(config["cross_attention_dim"])
+        """Returns the width of cross-attention, one for all blocks."""
+        width = config["cross_attention_dim"]
+        return int(width if isinstance(width, int) else width[0])
 
     def added_width(self, config: Config) -> int:
         """Returns the width of SDXL's pooled text and size ids."""
         if config.get("addition_embed_type") is None:
             return 0
-        pooled = config["projection_class_embeddings_input_dim"] - _SIZE_IDS * config["addition_time_embed_dim"]
-        return int(pooled + _SIZE_IDS)
+        pooled = config["projection_class_embeddings_input_dim"] - SIZE_IDS * config["addition_time_embed_dim"]
+        return int(pooled + SIZE_IDS)
 
     def embedding(self, network: nn.Module) -> nn.Module:
         """Returns the embedding of the timestep, and for SDXL of pooled text and size ids too."""
@@ -114,7 +119,7 @@ class UNetFamily:
         self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor
     ) -> Tensor:
         """Calls a whole UNet as its pipeline does."""
-        pooled, ids = added_cond[:, :-_SIZE_IDS], added_cond[:, -_SIZE_IDS:]
+        pooled, ids = added_cond[:, :-SIZE_IDS], added_cond[:, -SIZE_IDS:]
         conditions = {"text_embeds": pooled, "time_ids": ids} if added_cond.shape[1] else None
         output: Tensor = network(sample, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0]
         return output
@@ -206,7 +211,7 @@ class _AddedEmbedding(_Embedding):
     def forward(self, timesteps: Tensor, added_cond: Tensor | None = None) -> Tensor:
         assert added_cond is not None, "this network's time features depend on it"
         dtype = self.added_mlp.linear_1.weight.dtype
-        pooled, ids = added_cond.split((added_cond.shape[1] - _SIZE_IDS, _SIZE_IDS), 1)
+        pooled, ids = added_cond.split((added_cond.shape[1] - SIZE_IDS, SIZE_IDS), 1)
         sizes = self.id_features(ids.flatten()).view(len(ids), -1)
         added: Tensor = self.added_mlp(torch.cat([pooled.to(dtype), sizes.to(dtype)], 1))
         return super().forward(timesteps) + added

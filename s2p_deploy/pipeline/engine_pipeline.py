@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import diffusers
-
 from s2p_deploy.context import Context
 from s2p_deploy.engines import bound_timesteps, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import base_of, check_base, denoiser_of, load_pipeline, with_components, with_denoiser
-from s2p_deploy.families.pipelines import PIPELINES, absent_components, check_no_code, denoiser_name, read_json
+from s2p_deploy.families.network_files import read_index
+from s2p_deploy.families.pipelines import PIPELINES, check_no_code, denoiser_name, load_folder
 from s2p_deploy.pipeline.components import (
     AuxiliaryComponent,
     EngineComponent,
@@ -203,7 +202,7 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
     """
     folder = Path(folder)
     manifest = open_artifact(folder, KIND)
-    name, index = str(manifest.content.get("pipeline_class")), read_json(folder / "model_index.json")
+    name, index = str(manifest.content.get("pipeline_class")), read_index(folder)
     _check_classes(folder, name, index)
     engine = Engine.open(parent_folder(folder, manifest, _ENGINE))
     saved = _COMPONENTS in manifest.parents
@@ -211,13 +210,7 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
     loaded = _load_components(engine, components, context.device)
     if sorted(loaded) != sorted(manifest.content.get("components", [])):
         raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
-    stock = getattr(diffusers, name).from_pretrained(
-        folder,
-        dtype=context.torch_dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        **absent_components(index),
-    )
+    stock = load_folder(folder, name, context.torch_dtype)
     runner = load_engine(engine, schedules=[manifest.content.get("timesteps", [])], device=context.device)
     return _with_engine(stock, engine, runner, loaded, context)
 

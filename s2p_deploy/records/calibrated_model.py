@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt, with_config
@@ -156,6 +157,19 @@ class CalibratedModel(CalibratedContent):
         """Weight scales by layer."""
         with reading_tensors(self.folder / _WEIGHT_SCALES):
             return load_file(self.folder / _WEIGHT_SCALES)
+
+    def denoiser_config(self) -> dict[str, Any]:
+        """Reads the denoiser's diffusers configuration.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        file = self.folder / "denoiser_config.json"
+        try:
+            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read as JSON: make the calibrated model again") from error
+        return config
 
     def time_source(self) -> TimeTable | TimestepTable:
         """Returns the constant time table, or the timesteps where the time path is among the weights."""

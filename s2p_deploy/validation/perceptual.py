@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from s2p_deploy.context import silent
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.network_files import check_network
 from s2p_deploy.records import Skipped
 from s2p_deploy.records.artifacts import file_digest
 from s2p_deploy.records.files import is_plain_name, read_plain
@@ -185,9 +186,10 @@ def _clip(
     from transformers import CLIPModel, CLIPProcessor
 
     try:
+        check_network(folder, CLIPModel)
         network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (InputError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise IntegrityError(f"{folder} is no CLIP in transformers' format with safetensors: {reason}") from error
 

@@ -6,7 +6,6 @@ another one, so that every part of that one is fed the reference's activations a
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -228,7 +227,7 @@ def unquantized_denoiser(calibrated: CalibratedModel) -> IndexedDenoiser:
 
     Weights that are kept as codes are on their grid already.
     """
-    config = json.loads((calibrated.folder / "denoiser_config.json").read_text(encoding="utf-8"))
+    config = calibrated.denoiser_config()
     denoiser = new_indexed_denoiser(config, calibrated.time_source())
     apply_transforms(denoiser, calibrated.transforms)
     denoiser.load_state_dict({name: torch.from_numpy(value) for name, value in calibrated.weights().items()})

@@ -11,7 +11,7 @@ from s2p_deploy.calib import plan_from_recipe
 from s2p_deploy.calib.modelopt import ModeloptScales, modelopt_scales, set_smoothing, smoothed_layers
 from s2p_deploy.calib.samples import samples_at
 from s2p_deploy.context import silent
-from s2p_deploy.errors import S2PError
+from s2p_deploy.errors import InputError
 from s2p_deploy.families import IndexedDenoiser, apply_transforms, discover_layers
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import LatentDataset, PrecisionPlan, TransformSpec
@@ -144,6 +144,6 @@ def test_a_broken_pipeline_is_named(
 ) -> None:
     with torch.no_grad():
         float_denoiser.network.get_submodule(TO_Q).weight.fill_(torch.nan)
-    with pytest.raises(S2PError, match="nvidia-modelopt found an activation that is not finite") as caught:
+    with pytest.raises(InputError, match="nvidia-modelopt found an activation that is not finite") as caught:
         modelopt_scales(float_denoiser, plan, dataset, "modelopt", silent)
     assert "\n" not in str(caught.value)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s2p_deploy.calib.streamed_tensors import Checkpoint
 from s2p_deploy.calib.streaming import DenoiserWeights, TensorSource, split_sources
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import SplitConv2d
+from s2p_deploy.families.checkpoint import Checkpoint
 
 CONV = torch.nn.Conv2d(5, 3, 2)
 SOURCES = {"network.conv.weight": "conv.weight", "network.conv.bias": "conv.bias"}

@@ -49,7 +49,7 @@ def test_states_that_float16_cannot_hold_are_refused_before_anything_is_written(
     broken = replace(source, pipe=load_pipeline(base))
     with torch.no_grad():
         broken.pipe.text_encoder.get_submodule("final_layer_norm").weight.fill_(1e6)
-    with pytest.raises(InputError, match="a text encoder's states are not finite in float16: its weights are broken"):
+    with pytest.raises(InputError, match="a text encoder's states are not finite in float16, though"):
         _texts_once(request, broken)
     assert not request.texts.exists()
 

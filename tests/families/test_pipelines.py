@@ -96,7 +96,7 @@ def test_code_from_a_configuration_is_refused(folder: Path, key: str, name: str)
 
 
 def test_a_pipeline_without_weights_is_one_clear_line(folder: Path) -> None:
-    with pytest.raises(InputError, match="cannot be loaded by diffusers") as caught:
+    with pytest.raises(InputError, match=r"text_encoder/model\.safetensors is missing") as caught:
         load_pipeline(resolve_base(str(folder)))
     assert "\n" not in str(caught.value)
 
@@ -123,3 +123,85 @@ def test_another_denoiser_in_a_pipeline_of_the_same_class(name: str, component: 
     assert made.scheduler.config == pipe.scheduler.config
     for key in ("force_zeros_for_empty_prompt", "requires_safety_checker"):
         assert made.config.get(key) == pipe.config.get(key)
+
+
+@pytest.mark.parametrize(("version", "size", "expected"), [("0.6.0", 32, 64), ("0.8.1", 8, 64), ("0.9.0", 32, 32)])
+def test_the_size_that_diffusers_makes_of_an_old_configuration(
+    folder: Path, version: str, size: int, expected: int
+) -> None:
+    edit(folder / "unet" / "config.json", _diffusers_version=version, sample_size=size)
+    assert resolve_base(str(folder)).denoiser_config()["sample_size"] == expected
+
+
+@pytest.mark.parametrize("absent", ["mid_block_type", "only_cross_attention", "out_channels", "dropout"])
+def test_what_a_configuration_leaves_out_is_diffusers_default(folder: Path, absent: str) -> None:
+    whole = resolve_base(str(folder)).denoiser_config()
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != absent}))
+    assert resolve_base(str(folder)).denoiser_config() == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_size": None},
+        {"sample_size": 8.0},
+        {"sample_size": [8]},
+        {"cross_attention_dim": None},
+        {"cross_attention_dim": [128, 64]},
+        {"block_out_channels": None},
+        {"layers_per_block": None},
+        {"in_channels": "4"},
+        {"_diffusers_version": None},
+        {"_diffusers_version": "abc"},
+    ],
+)
+def test_a_configuration_that_makes_no_network_is_one_clear_line(folder: Path, changes: dict[str, object]) -> None:
+    edit(folder / "unet" / "config.json", **changes)
+    with pytest.raises(InputError) as caught:
+        resolve_base(str(folder))
+    assert "\n" not in str(caught.value)
+    assert "config.json" in str(caught.value) or next(iter(changes)) in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [[8, 16], [16, 8]])
+def test_height_and_width_of_the_latents(folder: Path, form: list[int]) -> None:
+    edit(folder / "unet" / "config.json", sample_size=form)
+    assert resolve_base(str(folder)).denoiser_config()["sample_size"] == form
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("sd2", "text_encoder"),
+        ("sd2", "vae"),
+        ("sdxl", "text_encoder_2"),
+        ("sdxl", "tokenizer"),
+        ("sd3", "text_encoder_2"),
+        ("sd3", "scheduler"),
+    ],
+)
+def test_a_pipeline_without_a_component_that_it_needs(tmp_path: Path, name: str, gone: str) -> None:
+    copy = Path(shutil.copytree(sibling(name).folder, tmp_path / name))
+    edit(copy / "model_index.json", **{gone: [None, None]})
+    with pytest.raises(InputError, match=f"has no {gone}, which its StableDiffusion"):
+        resolve_base(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "changes", "message"),
+    [
+        ("sdxl", "unet", {"projection_class_embeddings_input_dim": 7}, "numbers of pooled text and sizes"),
+        ("sdxl", "text_encoder", {"hidden_size": 64}, "numbers per token"),
+        ("sd2", "text_encoder", {"hidden_size": 64}, "numbers per token"),
+        ("sd2", "vae", {"latent_channels": 8}, "channels of latents"),
+        ("sd3", "text_encoder_2", {"projection_dim": 8}, "numbers of pooled text"),
+    ],
+)
+def test_components_of_two_models(
+    tmp_path: Path, name: str, component: str, changes: dict[str, object], message: str
+) -> None:
+    copy = Path(shutil.copytree(sibling(name).folder, tmp_path / name))
+    edit(copy / component / "config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        resolve_base(str(copy))

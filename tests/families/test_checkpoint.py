@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s2p_deploy.calib.streamed_tensors import Checkpoint, TensorForm
 from s2p_deploy.errors import InputError
+from s2p_deploy.families.checkpoint import Checkpoint, TensorForm
 
 FILE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 TENSORS = {
@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no map": (lambda folder: (folder / INDEX).write_text("{}"), "is no index of shards"),
     "no names": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"half": 3}}'), "is no index of shards"),
     "no JSON": (lambda folder: (folder / INDEX).write_text("{"), "is no index of shards"),
-    "nothing": (lambda folder: (folder / INDEX).unlink(), r"safetensors is missing: streaming needs"),
+    "nothing": (lambda folder: (folder / INDEX).unlink(), r"safetensors is missing: give the whole"),
 }
 
 
