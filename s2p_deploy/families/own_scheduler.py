@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from diffusers.utils import logging
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.pipelines import load_pipeline, read_json
+from s2p_deploy.families.network_files import read_index
+from s2p_deploy.families.pipelines import load_pipeline
 from s2p_deploy.schedulers import is_flow_matching
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def load_scheduler(base: BasePipeline) -> SchedulerMixin:
     Raises:
         InputError: it cannot be loaded, or the pipeline cannot draw with a scheduler of its kind.
     """
-    index = read_json(base.folder / "model_index.json")
+    index = read_index(base.folder)
     others = [name for name, entry in index.items() if isinstance(entry, list) and name != "scheduler"]
     try:
         with _without_warnings():

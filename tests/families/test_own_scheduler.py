@@ -81,7 +81,6 @@ def test_pipelines_of_unets_cannot_run_what_scales_no_noise(tmp_path: Path, fami
         (EULER, {"num_train_timesteps": "many"}),
         ("DDIMScheduler", {"num_train_timesteps": -1}),
         ("PNDMScheduler", {"trained_betas": ["one"]}),
-        ("NoSuchScheduler", {}),
     ],
 )
 def test_a_configuration_that_diffusers_cannot_load_is_one_line(
@@ -90,3 +89,8 @@ def test_a_configuration_that_diffusers_cannot_load_is_one_line(
     with pytest.raises(InputError, match="cannot be loaded by diffusers") as refused:
         load_scheduler(base_with(sibling("sdxl"), tmp_path / "base", name, **options))
     assert "\n" not in str(refused.value)
+
+
+def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the scheduler is a NoSuchScheduler of diffusers, which the installed libr"):
+        load_scheduler(base_with(sibling("sdxl"), tmp_path / "base", "NoSuchScheduler"))
