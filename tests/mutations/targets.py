@@ -76,7 +76,7 @@ def _built_and_run(graph: ExportedGraph) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "engine"
         out.mkdir()
-        message = {"graph": str(graph.folder), "backend": "onnxruntime", "options": options}
+        message = {"graph": str(graph.folder), "backend": "onnxruntime", "options": options, "device": "cpu"}
         compile_in_child(message | {"folder": str(out), "scratch": scratch})
         session = onnxruntime.InferenceSession(out / "denoiser.onnx", providers=["CPUExecutionProvider"])
         inputs = small_inputs() | {"act_scales": graph.scales.scales}
