@@ -85,7 +85,7 @@ class TensorRtBackend:
         return Capabilities(self.name, version, missing, executes, ("fp16",), refit=refits, any_size=False)
 
     def targets(self) -> tuple[str, ...]:
-        """Those that TensorRT-RTX names; TensorRT builds for the GPU that it is on."""
+        """Lists those that TensorRT-RTX names; none of TensorRT, which builds for the GPU that it is on."""
         if self.name != RTX:
             return ()
         return tuple(map(capability_name, named_capabilities(importlib.import_module(self.name))))
