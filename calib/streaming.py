@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from s2p_deploy.calib.request import CalibrationRequest
@@ -295,7 +294,7 @@ def resolve_layout(base: BasePipeline, recipe: Recipe, given: PrecisionPlan | No
     """
     config = base.denoiser_config()
     conditioned = bool(base.family.added_width(config))
-    pipe = _pipeline_without_networks(base)
+    pipe = load_pipeline(base, without=component_classes(base.folder, torch.nn.Module))  # scheduler and tokenizers
     timesteps = timestep_table_of(pipe.scheduler, recipe.sampling.steps, fractional=conditioned)
     table = None if conditioned else _time_table(base, len(timesteps.angle))
     skeleton = indexed_skeleton(config, table or timesteps)
@@ -314,8 +313,3 @@ def resolve_layout(base: BasePipeline, recipe: Recipe, given: PrecisionPlan | No
 def _time_table(base: BasePipeline, timesteps: int) -> TimeTable:
     path = load_time_path(base)
     return TimeTable(path(torch.arange(timesteps, dtype=torch.float32)).numpy(), path.slices)
-
-
-def _pipeline_without_networks(base: BasePipeline) -> DiffusionPipeline:
-    """Loads the stock pipeline with its scheduler and its tokenizers, and nothing else."""
-    return load_pipeline(base, without=component_classes(base.folder, torch.nn.Module))

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-    from s2p_deploy.families.checkpoint import StoredTensor
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
 # Modules of the classes that an index names; the last is diffusers' name for those of its safety checker.
@@ -105,7 +104,8 @@ def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
     diffusers_has_it = _of_diffusers(network_class)
     checkpoint = _checkpoint(folder, network_class)
     integers = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_floating}
-    given = {name: _on_meta(tensor) for name, tensor in checkpoint.tensors.items() if name not in integers}
+    floating = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in integers}
+    given = {name: torch.empty(tensor.shape, device="meta") for name, tensor in floating.items()}
     compare = _compare_with_diffusers if diffusers_has_it else _compare_with_transformers
     found = compare(network_class, checkpoint, given)
     place, what = checkpoint.place, f"the {folder.name} ({network_class.__name__})"
@@ -313,10 +313,6 @@ def _of_diffusers(network_class: type) -> bool:
 
 def _checkpoint(folder: Path, network_class: type) -> Checkpoint:
     return Checkpoint(folder, DIFFUSERS_WEIGHTS if _of_diffusers(network_class) else TRANSFORMERS_WEIGHTS)
-
-
-def _on_meta(tensor: StoredTensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, device="meta")
 
 
 def _named(names: list[str]) -> str:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 from s2p_deploy.context import Context
 from s2p_deploy.engines import bound_timesteps, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families import base_of, check_base, denoiser_of, load_pipeline, with_components, with_denoiser
+from s2p_deploy.families import (
+    base_of,
+    check_base,
+    denoiser_of,
+    latent_shape_of,
+    load_pipeline,
+    with_components,
+    with_denoiser,
+)
 from s2p_deploy.families.network_files import read_index
 from s2p_deploy.families.pipelines import PIPELINES, check_no_code, denoiser_name, load_folder
 from s2p_deploy.pipeline.components import (
@@ -245,8 +253,12 @@ def _load_components(engine: Engine, components: ComponentEngines | None, device
             f"{components.folder} and {engine.folder} are of two pipelines: export the components of this one"
         )
     if components.profile is not None:
-        sizes = components.profile.sizes("optimum") | engine.profile.sizes("optimum")
-        components.profile.check_latents(sizes["height"], sizes["width"])
+        _, height, width = latent_shape_of(engine.denoiser_config)
+        sizes = {"height": height, "width": width} | engine.profile.sizes("optimum")
+        try:
+            components.profile.check_latents(sizes["height"], sizes["width"])
+        except InputError as error:
+            raise InputError(f"{components.folder}: {error}") from error
     return auxiliary_components(components, device=device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from PIL import Image
 
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
+from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline
 from s2p_deploy.pipeline import EngineAutoencoder, load_engine_pipeline, open_pipeline, save_engine_pipeline
 from s2p_deploy.recipe import Recipe
-from s2p_deploy.records import Base, ComponentEngines, Engine, write_artifact
+from s2p_deploy.records import Base, ComponentEngines, Engine, ShapeProfile, Span, write_artifact
 from tests.cli.commands import Run
 from tests.shared_folder import SharedFolder
 from tests.small_pipelines import FACTOR, shared_small_base, shared_small_components
@@ -76,6 +78,16 @@ def test_a_pipeline_kept_with_its_parts_draws_the_same(engine: Path, parts: Path
         "tokenizer",
     }
     assert not (tmp_path / "kept" / "vae").exists()
+
+
+def test_parts_for_other_sizes_than_the_engines_are_refused_before_anything_is_drawn(engine: Path, parts: Path) -> None:
+    """An engine of one size has no profile of heights: its network's own size counts."""
+    tall = ShapeProfile(1, 1, 4, height=Span(16, 16, 16), width=Span(8, 8, 8))
+    components = dataclasses.replace(ComponentEngines.open(parts), profile=tall)
+    with pytest.raises(InputError, match=f"{parts}: .* latents of height 16 and width 8, got 8x8"):
+        open_pipeline(Engine.open(engine), components=components)
+    fitting = dataclasses.replace(components, profile=dataclasses.replace(tall, height=Span(8, 8, 16)))
+    open_pipeline(Engine.open(engine), components=fitting).close()
 
 
 def test_parts_of_another_pipeline_are_refused(run: Run, engine: Path, tmp_path: Path, parts: Path) -> None:
