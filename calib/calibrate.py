@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from s2p_deploy.calib.hooks import PRODUCT, Hooks
 from s2p_deploy.calib.memory import memory_of, samples_that_fit, usable_memory
 from s2p_deploy.calib.model_files import WEIGHTS, training_summary, write_model_files
 from s2p_deploy.calib.modelopt import modelopt_scales, set_smoothing, smoothed_layers
+from s2p_deploy.calib.picture_error import sharing_tensors
 from s2p_deploy.calib.plan import Transforms, mixed_plan, planned_layers
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.request import (
@@ -31,6 +33,7 @@ from s2p_deploy.calib.samples import calibrated_indices
 from s2p_deploy.calib.sensitivity import layer_sensitivities
 from s2p_deploy.calib.shifts import input_ranges, middle
 from s2p_deploy.calib.streaming import resolve_layout, stream_model, streams
+from s2p_deploy.calib.target import SearchTime, rank_by_picture, reach_target, search_time, target_prompts, with_errors
 from s2p_deploy.calib.training import LOG, TrainingSetting, held_out_trajectories, train
 from s2p_deploy.calib.training_memory import Division, Fit, Network, TrainingAccount, TrainingTime, fit_training
 from s2p_deploy.calib.training_state import TrainingState
@@ -63,7 +66,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.calib.dataset import Estimate
-    from s2p_deploy.calib.training import TrainingOutcome
     from s2p_deploy.calib.trajectories import FloatPipeline
     from s2p_deploy.families import BasePipeline, IndexedDenoiser, QuantizableLayer
     from s2p_deploy.recipe import Recipe
@@ -85,7 +87,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     initial: CalibratedModel | None = None,
     dataset: Path | None = None,
     replace: bool = False,
-    on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None = None,
+    on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None = None,
     hooks: Hooks = PRODUCT,
     context: Context = Context(),
 ) -> CalibratedModel:
@@ -122,16 +124,19 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         IntegrityError: a finished artifact was changed.
     """
     context.set_threads()
-    resolved = recipe.with_guidance(base.default_guidance)
+    resolved = recipe.with_guidance(base.default_guidance).with_target_gates()
     if context.seed is not None:
         resolved = resolved.with_seed(context.seed)
     _check_pipeline(base, resolved)
     streamed = streams(resolved, plan)
     if initial is not None and not streamed:
         _check_initial(initial, base, plan)
-    walked, selection = (_NO_PROMPTS, _NO_PROMPTS) if streamed else _prompts(resolved, prompts)
+    if streamed and resolved.target.limits:
+        raise InputError(f"recipe {recipe.name} draws no pictures, so it has no target: remove target, or take another")
+    nothing = (_NO_PROMPTS, _NO_PROMPTS, _NO_PROMPTS)
+    walked, selection, judged = nothing if streamed else _prompts(resolved, prompts)
     request = CalibrationRequest(
-        base, resolved, walked, selection, out, plan, initial, dataset, replace, hooks, context
+        base, resolved, walked, selection, judged, out, plan, initial, dataset, replace, hooks, context
     )
     with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:
@@ -183,8 +188,8 @@ def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: Precision
         raise InputError(f"cannot continue {initial.folder}: a plan was given too")
 
 
-def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, PromptSet]:
-    """Divides prompts into those that are walked and those that select the checkpoint."""
+def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, PromptSet, PromptSet]:
+    """Divides prompts into those that are walked, that select the checkpoint, and whose pictures are looked at."""
     if prompts is None:
         raise InputError(f"recipe {recipe.name} walks prompts: pass --prompts FILE")
     first, count = recipe.dataset.prompts, recipe.training.selection.prompts
@@ -193,11 +198,11 @@ def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, Prom
             f"recipe {recipe.name} walks {first} prompts and selects by {count} others, of {len(prompts.prompts)}:"
             " give more prompts, or lower dataset.prompts or training.selection.prompts"
         )
-    return prompts.first(first), PromptSet(prompts.prompts[first : first + count])
+    return prompts.first(first), PromptSet(prompts.prompts[first : first + count]), target_prompts(recipe, prompts)
 
 
 def _calibrate_from_dataset(
-    request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None
+    request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None
 ) -> None:
     recipe = request.recipe
     if recipe.transforms.shift != "none" and recipe.scales.calibrator != "own":
@@ -228,15 +233,25 @@ def _calibrate_from_dataset(
     claim_unfinished(request.partial, request.conditions(), replace=request.replace)
     if on_estimate is not None and recipe.training.iterations:
         on_estimate(_training_time(request, source))
+    if on_estimate is not None and recipe.target.limits:
+        on_estimate(search_time(request, source, plan))
     if dataset is None:
         dataset = generate_dataset(of_dataset, source, on_estimate=on_estimate, context=context)
     teacher = _teacher(request, source)
     state, transforms = _starting_state(request, source, transforms, layers, plan, dataset)
     if teacher is not None:
         transforms.apply(teacher)  # exact while not fitted: the trained denoiser's module paths, the pipeline's outputs
+    ranking = None
+    if recipe.target.limits:  # with the pipeline's own weights, so before they are trained
+        ranking = rank_by_picture(request, source, state, recipe.target.ranked)
+        state.denoiser.plan = with_errors(state.denoiser.plan, ranking)
     setting = _training_setting(request, source, teacher, state, dataset)
     outcome = train(state, dataset, setting, request.partial, context.progress)
-    _write_model(request, source, state, transforms, dataset, outcome)
+    about: dict[str, Any] = {"training": training_summary(request, state.calibrated.tolist(), outcome)}
+    if ranking is not None:
+        state, reached = reach_target(request, source, state, ranking)
+        about["target"] = asdict(reached) | {"text": str(reached)}
+    _write_model(request, source, state, transforms, dataset, about)
     shutil.rmtree(request.partial)
 
 
@@ -400,7 +415,9 @@ def _final_plan(
     if request.plan is not None:
         return request.plan
     if not file.exists():
-        if recipe.mixed.sensitivity != "none":
+        if recipe.mixed.sensitivity == "pictures":
+            plan = mixed_plan(plan, layers, _errors_of_layers(request, source, plan, dataset), recipe.mixed)
+        elif recipe.mixed.sensitivity != "none":
             scores = layer_sensitivities(
                 source.denoiser,
                 plan,
@@ -414,6 +431,19 @@ def _final_plan(
             plan = mixed_plan(plan, layers, scores, recipe.mixed)
         write_plan(request.hooks.refined_plan(request, source.denoiser, plan, dataset), file)
     return read_plan(file)
+
+
+def _errors_of_layers(
+    request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan, dataset: LatentDataset
+) -> dict[str, float]:
+    """Measures what each layer of a plan does to the pictures, with starting scales."""
+    weight_scales, act_scales = request.hooks.starting_scales(request, source, plan, dataset)
+    denoiser = QuantizedDenoiser(sharing_tensors(source.denoiser), plan, weight_scales)
+    calibrated = torch.tensor(calibrated_indices(dataset))
+    scales = request.hooks.act_scales(request.recipe, plan, act_scales)
+    state = TrainingState(denoiser, scales, calibrated, request.context.samples_per_call)
+    state.modules().to(source.device)
+    return rank_by_picture(request, source, state, request.recipe.mixed.prompts).of_layers(plan)
 
 
 def _starting_scales(
@@ -461,8 +491,9 @@ def _write_model(
     state: TrainingState,
     transforms: Transforms,
     dataset: LatentDataset,
-    outcome: TrainingOutcome,
+    about: dict[str, Any],
 ) -> None:
+    """Writes the model; ``about`` is what its manifest says of training and target."""
     calibrated = state.calibrated.tolist()
     timesteps = replaced(source.timesteps, calibrated=tuple(source.timesteps.timesteps[calibrated].tolist()))
     scales = interpolate_scales(state.act_scales.table().cpu().numpy(), timesteps)
@@ -482,8 +513,7 @@ def _write_model(
             transforms=transforms.spec,
             tokens=text_tokens(source.pipe, request.recipe.sampling.max_sequence_length),
         )
-        summary = training_summary(request, calibrated, outcome)
-        return content | {"dataset": dataset.manifest.digest, "training": summary}
+        return content | about | {"dataset": dataset.manifest.digest}
 
     write_artifact(
         request.out,

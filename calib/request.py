@@ -38,14 +38,16 @@ class CalibrationRequest:
     """A calibration to make; the recipe is resolved.
 
     ``prompts`` are walked for the dataset; ``selection`` are the prompts after them, whose trajectories choose the
-    checkpoint. ``plan`` replaces the recipe's rules; ``initial`` is a finished model to continue. ``dataset`` is the
-    folder of the dataset; None keeps it inside the model.
+    checkpoint; ``judged`` those after, whose pictures rank layers and decide a target. ``plan`` replaces the recipe's
+    rules; ``initial`` is a finished model to continue. ``dataset`` is the folder of the dataset; None keeps it inside
+    the model.
     """
 
     base: BasePipeline
     recipe: Recipe
     prompts: PromptSet
     selection: PromptSet
+    judged: PromptSet
     out: Path
     plan: PrecisionPlan | None
     initial: CalibratedModel | None
@@ -66,6 +68,7 @@ class CalibrationRequest:
             "pipeline": self.base.base.digest,
             "prompts": self.prompts.digest,
             "selection prompts": self.selection.digest,
+            "judged prompts": self.judged.digest,
             "initial model": None if self.initial is None else self.initial.manifest.digest,
             "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
             "hooks": self.hooks.replaced(),
@@ -73,7 +76,10 @@ class CalibrationRequest:
 
     def conditions(self) -> dict[str, Any]:
         """Names everything that decides the bits of the result."""
+        # What is asked of the result decides nothing of the work behind it: another target goes on with that.
+        asked = {"target": {"psnr", "ssim", "at"}, "validation": True}
         return self.identity() | {
+            "recipe": self.recipe.model_dump(mode="json", exclude=asked),
             "device and number of threads": f"{self.context.torch_device}, {torch.get_num_threads()}",
             "arithmetic": self.context.arithmetic_name,
             "memory limit": self.context.memory_limit,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.calib.dataset import Estimate
+    from s2p_deploy.calib.target import SearchTime
     from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits
     from s2p_deploy.families import BasePipeline
@@ -52,7 +53,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     dataset: str | Path | None = None,
     force: bool = False,
     context: Context = Context(),
-    on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None = None,
+    on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None = None,
 ) -> CalibratedModel:
     """Trains weights and timestep-indexed scales of a pipeline from prompts alone.
 

@@ -52,12 +52,14 @@ class Mixed(Section):
 
     ``sensitivity``: ``none`` switches it off; ``fisher`` is the empirical Fisher score of random projections of the
     output, ``literal`` the paper's printed formula with the diffusion loss on FP-made latents, ``quantized`` the same
-    formula with L_out at the starting quantized weights. ``top`` and ``bottom`` are the shares of layers (rounded) that
-    become ``sensitive`` and ``insensitive``; scores are measured on ``latents`` samples.
+    formula with L_out at the starting quantized weights; these are measured on ``latents`` samples. ``pictures`` is the
+    squared error of the pictures where one layer alone is quantized, over ``prompts`` that follow the dataset's.
+    ``top`` and ``bottom`` are the shares of layers (rounded) that become ``sensitive`` and ``insensitive``.
     """
 
-    sensitivity: Literal["none", "fisher", "literal", "quantized"] = "none"
+    sensitivity: Literal["none", "fisher", "literal", "quantized", "pictures"] = "none"
     latents: int = Field(256, ge=1)
+    prompts: int = Field(16, ge=1)
     top: float = Field(0.05, ge=0, le=1)
     bottom: float = Field(0.05, ge=0, le=1)
     sensitive: Override = Override()
@@ -196,6 +198,28 @@ class Training(Section):
     seed: int = 0
 
 
+class Target(Section):
+    """How close the pictures must come to the floating-point pipeline's; off where neither limit is given.
+
+    The cheapest layers are left in floating point (their activations, and INT4 weights become INT8) until ``psnr`` (dB)
+    and ``ssim`` are reached ``at`` the median, the 10th percentile (``p10``) or the worst picture. ``ranked`` prompts
+    say what each layer does to the pictures, ``searched`` how many layers it takes, and ``verified`` others whether it
+    is so; they follow those of the dataset and of the selection.
+    """
+
+    psnr: float | None = Field(None, gt=0, lt=100)
+    ssim: float | None = Field(None, gt=0, lt=1)
+    at: Literal["median", "p10", "worst"] = "median"
+    ranked: int = Field(16, ge=1)
+    searched: int = Field(64, ge=1)
+    verified: int = Field(64, ge=1)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Returns the limits that are given, by the metric's name."""
+        return {name: limit for name, limit in (("psnr", self.psnr), ("ssim", self.ssim)) if limit is not None}
+
+
 class Gates(Section):
     """Limits that decide a validation, fixed before the run. Null switches a gate off.
 
@@ -205,7 +229,8 @@ class Gates(Section):
     ``scale_difference`` and ``table_difference_*`` are relative. End to end, ``branch_margin`` is asked of the median
     latent of either CFG branch and ``latent_margin`` of every latent: how far the engine's own error is under
     quantization's, which may be below 0. ``guidance_sqnr`` is of the two branches' difference.
-    ``median_psnr`` is in dB over the pictures; ``beats_pixel_shift`` asks that it exceed what the FP
+    ``median_psnr`` is in dB over the pictures, as ``p10_psnr`` (the 10th percentile) and ``worst_psnr`` are, and the
+    three of SSIM alike; a recipe's ``target`` sets its own. ``beats_pixel_shift`` asks that it exceed what the FP
     pictures score against themselves shifted by one pixel. Accuracy drop is against the FP pictures' own.
     """
 
@@ -225,6 +250,11 @@ class Gates(Section):
     latent_margin: float = -6.0
     guidance_sqnr: float = 3.0
     median_psnr: float | None = None
+    p10_psnr: float | None = None
+    worst_psnr: float | None = None
+    median_ssim: float | None = None
+    p10_ssim: float | None = None
+    worst_ssim: float | None = None
     beats_pixel_shift: bool = True
     attribute_accuracy_drop: float | None = 0.05
 
@@ -268,6 +298,7 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     dataset: Dataset
     training: Training
+    target: Target = Target()
     validation: Validation = Validation()
     bench: Bench = Bench()
 
@@ -297,6 +328,12 @@ class Recipe(Section):
         if self.sampling.guidance_scale is not None:
             return self
         return self.model_copy(update={"sampling": self.sampling.model_copy(update={"guidance_scale": default})})
+
+    def with_target_gates(self) -> Self:
+        """Returns the recipe with its target's limits among the gates of its validation."""
+        limits = {f"{self.target.at}_{metric}": limit for metric, limit in self.target.limits.items()}
+        gates = self.validation.gates.model_copy(update=limits)
+        return self.model_copy(update={"validation": self.validation.model_copy(update={"gates": gates})})
 
     def with_division(self, batch: int, accumulate: int, *, checkpointing: bool) -> Self:
         """Returns the recipe with the samples of an update divided so; it states all three from then on."""

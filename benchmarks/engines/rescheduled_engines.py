@@ -24,12 +24,12 @@ from s2p_deploy.cli.options import overrides_from_settings
 from s2p_deploy.engines import BuildOptions, ShapeProfile, build_engine, load_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, load_pipeline, load_time_path, resolve_base
+from s2p_deploy.metrics import median_of, psnr_db
 from s2p_deploy.pipeline import Schedule, pipeline_with_engine, timesteps_of
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, ExportedGraph
 from s2p_deploy.schedulers import scheduler_by_name
 from s2p_deploy.timesteps import scale_origins
-from s2p_deploy.validation.metrics import median_of, psnr_db
 from s2p_deploy.validation.pictures import BATCH, generate_pictures
 
 if TYPE_CHECKING:

@@ -26,13 +26,13 @@ from s2p_deploy.context import Context, silent
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import denoiser_of, load_pipeline
+from s2p_deploy.metrics import median_of, picks, pooled_sqnrs_db, resampled
 from s2p_deploy.pipeline import Schedule, engine_denoiser, timesteps_of
 from s2p_deploy.recipe import Sampling, recipe_from_data
 from s2p_deploy.records import LatentDataset, open_artifact, write_artifact
 from s2p_deploy.records.artifacts import MANIFEST
 from s2p_deploy.records.files import write_text
 from s2p_deploy.validation.compare import check_comparable, float_bytes
-from s2p_deploy.validation.metrics import median_of, picks, pooled_sqnrs_db, resampled
 from s2p_deploy.validation.pictures import BATCH
 from s2p_research.calibrate import calibrate, deployed_bytes, fake_quant_denoiser
 from s2p_research.comparison import (

@@ -9,11 +9,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.families import with_denoiser
+from s2p_deploy.metrics import distance_of, mean_of, median_of, quantile_of, relative_error
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import Number, PromptSet, Skipped, open_artifact, write_artifact
 from s2p_deploy.shapes.classifier import CLASSIFIER
 from s2p_deploy.validation.measurements import Similarity
-from s2p_deploy.validation.metrics import distance_of, mean_of, median_of, quantile_of, relative_error
 from s2p_deploy.validation.pictures import (
     BATCH,
     GeneratedPictures,

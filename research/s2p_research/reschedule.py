@@ -20,10 +20,10 @@ from s2p_deploy.api import as_prompts
 from s2p_deploy.calib import calibrate, fake_quant_denoiser, fp_denoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import BasePipeline, denoiser_of, load_pipeline, resolve_base, with_denoiser
+from s2p_deploy.metrics import median_of, psnr_db
 from s2p_deploy.pipeline import Schedule, engine_denoiser
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import CalibratedModel, PromptSet
-from s2p_deploy.validation.metrics import median_of, psnr_db
 from s2p_deploy.validation.pictures import generate_pictures
 
 STEPS = 25

@@ -12,13 +12,13 @@ from s2p_deploy.calib import calibrate
 from s2p_deploy.context import silent
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import BasePipeline, denoiser_of, load_pipeline, with_denoiser
+from s2p_deploy.metrics import frechet_distance
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.pipeline import EngineUNet, Schedule
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Number, PromptSet, TimestepTable
 from s2p_deploy.validation import pictures
 from s2p_deploy.validation.compare import float_bytes, quantized_bytes
-from s2p_deploy.validation.metrics import frechet_distance
 from s2p_research import comparison_pictures as module
 from s2p_research.comparison_pictures import ReferencePictures, Task, compare_pictures, draw_reference
 from tests.artifacts import tiny_calibrated

@@ -13,8 +13,8 @@ from s2p_deploy.context import Context
 from s2p_deploy.engines import usable_backend
 from s2p_deploy.engines.lowerings import UNKNOWN
 from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.metrics import median_of, picks, quantile_of, resampled
 from s2p_deploy.recipe import Bench, recipe_from_data
-from s2p_deploy.validation.metrics import median_of, picks, quantile_of, resampled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,6 +56,16 @@ def calibrate(  # noqa: PLR0913 - its options
         Path | None,
         typer.Option(metavar="DIR", help="Dataset that calibrations share; made there if there is none."),
     ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="PSNR of the pictures to reach, by leaving the fewest layers unquantized."),
+    ] = None,
+    target_ssim: Annotated[
+        float | None, typer.Option(metavar="SSIM", help="The same for SSIM; both may be given.")
+    ] = None,
+    at: Annotated[
+        Literal["median", "p10", "worst"], typer.Option(help="Where a target is asked for, over the pictures.")
+    ] = "median",
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -96,7 +106,7 @@ def calibrate(  # noqa: PLR0913 - its options
     """
     from s2p_deploy import Recipe, api
 
-    resolved = Recipe.load(recipe, overrides_from_settings(settings))
+    resolved = Recipe.load(recipe, overrides_from_settings([*(settings or ()), *_asked(target_psnr, target_ssim, at)]))
     limit = None if memory_limit is None else bytes_from_option(memory_limit)
     with context_from_options(device, threads) as plain:
         context = replace(
@@ -117,9 +127,17 @@ def calibrate(  # noqa: PLR0913 - its options
             on_estimate=print_estimate,
         )
     outcome = artifact_outcome(made.folder, made.manifest)
+    if "target" in made.manifest.content:
+        outcome = replace(outcome, text=(*outcome.text, f"target: {made.manifest.content['target']['text']}"))
     if resolved.scales.activations == "default":
         outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
     return show(outcome, as_json=as_json)
+
+
+def _asked(psnr: float | None, ssim: float | None, at: str) -> list[str]:
+    """Returns the recipe's settings of a target, none where none is asked for."""
+    limits = [f"target.{name}={limit}" for name, limit in (("psnr", psnr), ("ssim", ssim)) if limit is not None]
+    return [*limits, f"target.at={at}"] if limits else []
 
 
 def _plan_of_training(model: str, recipe: Recipe, plan: Path | None, context: Context) -> Outcome:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from s2p_deploy.calib.dataset import Estimate
+    from s2p_deploy.calib.target import SearchTime
     from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.pipeline import Schedule
 
@@ -196,6 +197,6 @@ def context_from_options(
         yield context
 
 
-def print_estimate(estimate: Estimate | Fit | TrainingTime) -> None:
+def print_estimate(estimate: Estimate | Fit | TrainingTime | SearchTime) -> None:
     """Prints one line on stderr before the work: what a dataset takes, a training's memory where counted, its time."""
     sys.stderr.write(f"{estimate.stage}: {estimate}\n")

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from s2p_deploy.context import silent
+from s2p_deploy.metrics import sqnr_db
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
-from s2p_deploy.validation.metrics import sqnr_db
 from s2p_deploy.validation.reference import to_numpy
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from s2p_deploy.context import Context
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, load_pipeline, with_denoiser
+from s2p_deploy.metrics import mean_of, median_of, psnr_db, quantile_of, sqnr_db
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.pipeline import Schedule, engine_denoiser
 from s2p_deploy.records import Number
 from s2p_deploy.records.files import write_text
 from s2p_deploy.validation.end_to_end import outputs_on, whole_denoiser
-from s2p_deploy.validation.metrics import mean_of, median_of, psnr_db, quantile_of, sqnr_db
 from s2p_deploy.validation.pictures import generate_pictures
 from s2p_deploy.validation.placement import onloaded
 from s2p_deploy.validation.reference import latents_of_pictures

@@ -17,10 +17,10 @@ from s2p_deploy.context import silent
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.engines.runner import OUTPUT
 from s2p_deploy.families import denoiser_of, family_of
+from s2p_deploy.metrics import CPU, cosine, sqnr_db
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation.measurements import Agreement, EndToEnd, Floor
-from s2p_deploy.validation.metrics import cosine, sqnr_db
-from s2p_deploy.validation.placement import CPU, float64_device, onloaded
+from s2p_deploy.validation.placement import float64_device, onloaded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

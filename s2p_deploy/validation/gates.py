@@ -13,11 +13,12 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
+from s2p_deploy.metrics import STATISTICS, picture_statistic
 from s2p_deploy.records import GateResult, Skipped
 from s2p_deploy.validation.reference import branch_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from s2p_deploy.recipe import Gates
     from s2p_deploy.records.validation_report import Verdict
@@ -43,7 +44,7 @@ def judge(found: Measurements, gates: Gates) -> tuple[GateResult, ...]:
         _branch_gate(found, gates),
         _latent_gate(found, gates),
         _guidance_gate(found, gates),
-        _psnr_gate(found, gates),
+        *_picture_gates(found, gates),
         _shift_gate(found, gates),
         _accuracy_gate(found, gates),
     )
@@ -216,14 +217,19 @@ def _change_gate(found: Measurements, gates: Gates) -> GateResult:
     return _at_most(name, asks, abs(float(np.mean(change))), limit, len(change))
 
 
-def _psnr_gate(found: Measurements, gates: Gates) -> GateResult:
-    name, asks = "pictures, median PSNR", "dB at least"
-    if gates.median_psnr is None:
-        return _not_applicable(name, asks, None, _OFF)
-    if isinstance(found.pictures, Skipped):
-        return _not_measured(name, asks, gates.median_psnr, found.pictures)
-    psnr = found.pictures.similarity.psnr
-    return _at_least(name, asks, float(np.median(psnr)), gates.median_psnr, len(psnr))
+def _picture_gates(found: Measurements, gates: Gates) -> Iterator[GateResult]:
+    """Judges every statistic of the pictures' metrics that has a limit; the median of PSNR also where it has none."""
+    for metric, unit, label in (("psnr", "dB at least", "PSNR"), ("ssim", "at least", "SSIM")):
+        for at, words in STATISTICS.items():
+            name, limit = f"pictures, {words} {label}", getattr(gates, f"{at}_{metric}")
+            if limit is None:
+                if (at, metric) == ("median", "psnr"):
+                    yield _not_applicable(name, unit, None, _OFF)
+            elif isinstance(found.pictures, Skipped):
+                yield _not_measured(name, unit, limit, found.pictures)
+            else:
+                values = getattr(found.pictures.similarity, metric)
+                yield _at_least(name, unit, picture_statistic(values, at), limit, len(values))
 
 
 def _shift_gate(found: Measurements, gates: Gates) -> GateResult:

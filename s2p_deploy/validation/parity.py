@@ -20,6 +20,7 @@ from s2p_deploy.context import silent
 from s2p_deploy.engines import PreparedSubgraphs, recorded_lowerings
 from s2p_deploy.engines.runner import TEXT_PROJECTIONS
 from s2p_deploy.families import Tap
+from s2p_deploy.metrics import pooled_sqnr_db
 from s2p_deploy.records import Execution, Skipped
 from s2p_deploy.validation.measurements import (
     NOT_CUT,
@@ -29,7 +30,6 @@ from s2p_deploy.validation.measurements import (
     QuantizerCodes,
     TableGap,
 )
-from s2p_deploy.validation.metrics import pooled_sqnr_db
 from s2p_deploy.validation.reference import (
     ReferenceCall,
     branch_of,

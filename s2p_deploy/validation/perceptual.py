@@ -19,13 +19,12 @@ from torch.nn import functional as F
 from s2p_deploy.context import silent
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.network_files import check_network
+from s2p_deploy.metrics import CPU, distance_of
 from s2p_deploy.records import Skipped
 from s2p_deploy.records.artifacts import file_digest
 from s2p_deploy.records.files import is_plain_name, read_plain
 from s2p_deploy.records.typed_json import reading_tensors
 from s2p_deploy.validation.measurements import Perceptual
-from s2p_deploy.validation.metrics import distance_of
-from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

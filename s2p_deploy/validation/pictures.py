@@ -13,13 +13,12 @@ import torch
 
 from s2p_deploy.context import silent
 from s2p_deploy.families import denoiser_of, with_denoiser
+from s2p_deploy.metrics import CPU, distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
 from s2p_deploy.pipeline import Schedule, call_arguments, initial_noise, with_schedule
 from s2p_deploy.records import Number, Skipped
 from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.scenes import parse
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
-from s2p_deploy.validation.metrics import distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
-from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

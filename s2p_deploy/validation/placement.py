@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from s2p_deploy.metrics import CPU
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from s2p_deploy.context import Context
     from s2p_deploy.records import Engine
 
-CPU = torch.device("cpu")
 # Compute capabilities with half as many operations in float64 as in float32; others have 1/32 or 1/64 as many.
 _FAST_IN_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from s2p_deploy.engines.machine import distribution_version
 from s2p_deploy.engines.model_card import CARD, license_of
+from s2p_deploy.metrics import mean_of, median_of
 from s2p_deploy.records import Base, GateResult, Number, Prompt, Skipped, ValidationReport, write_artifact
 from s2p_deploy.records.engine import LayerPrecision
 from s2p_deploy.records.validation_report import MEASUREMENTS, REPORT, Verdict
@@ -27,7 +28,6 @@ from s2p_deploy.validation.measurements import (
     QuantizerCodes,
     to_json,
 )
-from s2p_deploy.validation.metrics import mean_of, median_of
 from s2p_deploy.validation.model_card import report_card
 from s2p_deploy.validation.report_page import render_html
 

@@ -7,6 +7,7 @@ import torch
 from s2p_deploy.calib import FakeQuantDenoiser
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.families import load_pipeline
+from s2p_deploy.metrics import cosine
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation import Chain, end_to_end
 from s2p_deploy.validation.end_to_end import (
@@ -17,7 +18,6 @@ from s2p_deploy.validation.end_to_end import (
     whole_denoiser,
 )
 from s2p_deploy.validation.measurements import Agreement, Floor
-from s2p_deploy.validation.metrics import cosine
 from s2p_deploy.validation.placement import CPU
 from s2p_deploy.validation.reference import ValidationLatents
 

@@ -9,10 +9,10 @@ import torch
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
 from s2p_deploy.engines import PreparedSubgraphs, TorchRunner, engine_subgraphs
 from s2p_deploy.families import Tap, load_pipeline
+from s2p_deploy.metrics import SQNR_CEILING
 from s2p_deploy.records import ExportedGraph, ScaleTable
 from s2p_deploy.validation import Chain
 from s2p_deploy.validation.end_to_end import WholeDenoiser, measure_end_to_end, whole_denoiser
-from s2p_deploy.validation.metrics import SQNR_CEILING
 from s2p_deploy.validation.parity import (
     REFERENCE,
     block_agreement,

@@ -9,12 +9,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from s2p_deploy.families import load_pipeline
+from s2p_deploy.metrics import PSNR_CEILING
 from s2p_deploy.pipeline import Schedule, generate
 from s2p_deploy.records import Number, Prompt, PromptSet, Skipped
 from s2p_deploy.shapes.classifier import SceneClassifier
 from s2p_deploy.shapes.scenes import parse, render
 from s2p_deploy.validation import Chain, picture_psnr, pictures
-from s2p_deploy.validation.metrics import PSNR_CEILING
 
 SCHEDULE = Schedule(4)
 

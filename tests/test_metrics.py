@@ -5,9 +5,7 @@ import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from s2p_deploy.records import Number, Skipped
-from s2p_deploy.validation import metrics as module
-from s2p_deploy.validation.metrics import (
+from s2p_deploy.metrics import (
     PSNR_CEILING,
     SQNR_CEILING,
     distance_of,
@@ -26,6 +24,8 @@ from s2p_deploy.validation.metrics import (
     sqnr_db,
     ssim,
 )
+from s2p_deploy.records import Number, Skipped
+from s2p_deploy.validation import metrics as module
 
 
 def picture(side: int = 64) -> np.ndarray:

@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 from s2p_deploy.records import Number, Skipped
-from s2p_deploy.validation.placement import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,11 +29,28 @@ PSNR_CEILING = 100.0
 _HAAR_C, _HAAR_ALPHA, _HAAR_SCALES = 30.0, 4.2, 3
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
+CPU = torch.device("cpu")
+
+# where a metric of pictures, of which more is better, is looked at
+STATISTICS = {"median": "median", "p10": "10th percentile of", "worst": "worst"}
+_QUANTILES = {"median": 0.5, "p10": 0.1, "worst": 0.0}
+_DOUBT = 0.2
+
 _RESAMPLES = 2000
 _SEED = 0
 _INTERVAL = (0.025, 0.975)
 _DISTANCE_RESAMPLES = 200  # each one is a singular value problem
 _MOST_RESAMPLED = 512  # samples or features, whichever are fewer: beyond, one problem takes a second
+
+
+def picture_statistic(values: NDArray[Any], at: str) -> float:
+    """Computes a statistic of :data:`STATISTICS` of a metric [n] of which more is better."""
+    return float(np.quantile(values, _QUANTILES[at]))
+
+
+def certain_statistic(values: NDArray[Any], at: str) -> float:
+    """Computes what a statistic of a metric [n] exceeds in four of five bootstrap resamples."""
+    return float(np.quantile(np.quantile(values[picks(len(values))], _QUANTILES[at], axis=1), _DOUBT))
 
 
 def median_of(values: NDArray[Any]) -> Number:

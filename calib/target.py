@@ -1,0 +1,363 @@
+"""A target of fidelity: the cheapest layers are left in higher precision until the pictures are close enough.
+
+Three sets of prompts, none of which calibrated anything: ``ranked`` ones say what each quantizer by itself does to the
+pictures, ``searched`` ones (the same and more) how many quantizers have to go, and ``verified`` ones, which decided
+nothing, whether it is so. Where it is not, they join the search, and others verify once more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from s2p_deploy.calib.picture_error import (
+    Drawing,
+    error_alone,
+    reference_latents,
+    reliefs,
+    relieved,
+    with_plan,
+)
+from s2p_deploy.calib.trajectories import call_with_zeros, seconds_of_call
+from s2p_deploy.context import duration
+from s2p_deploy.errors import GateFailedError, InputError
+from s2p_deploy.families import text_tokens
+from s2p_deploy.metrics import STATISTICS, certain_statistic, picture_statistic, psnr_db, ssim
+from s2p_deploy.records import PromptSet
+from s2p_deploy.records.files import write_tensors, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from s2p_deploy.calib.request import CalibrationRequest
+    from s2p_deploy.calib.training_state import TrainingState
+    from s2p_deploy.calib.trajectories import FloatPipeline
+    from s2p_deploy.recipe import Recipe, Target
+    from s2p_deploy.records import PrecisionPlan
+
+_LATENTS, _ERRORS, _TRIALS = "picture_latents.safetensors", "picture_errors.json", "target_trials.json"
+_ROUNDS = 2  # of verification
+_METRICS = {"psnr": psnr_db, "ssim": ssim}
+_UNITS = {"psnr": " dB", "ssim": ""}
+# A step's time by multiplications alone: a floating-point product takes as long as two of INT8, on tensor cores as with
+# VNNI. A switch of precision is a pass over an activation, whatever the layer. Wider weights are read, not multiplied.
+_SWITCH = 0.001
+_READING = 0.1
+
+
+def target_prompts(recipe: Recipe, prompts: PromptSet) -> PromptSet:
+    """Takes the prompts that follow those of dataset and selection, for the target or for mixed precision by picture.
+
+    Raises:
+        InputError: there are too few.
+    """
+    target, first = recipe.target, recipe.dataset.prompts + recipe.training.selection.prompts
+    needed = max(target.searched, target.ranked) + target.verified if target.limits else 0
+    if recipe.mixed.sensitivity == "pictures":
+        needed = max(needed, recipe.mixed.prompts)
+    if not needed:
+        return PromptSet(())
+    rest = prompts.prompts[first:]
+    if len(rest) < needed:
+        raise InputError(
+            f"recipe {recipe.name} draws {needed} prompts behind the {first} that calibrate, of {len(prompts.prompts)}:"
+            " give more prompts, or lower target.searched, target.verified or dataset.prompts"
+        )
+    return PromptSet(rest[: needed + (_ROUNDS - 1) * target.verified * bool(target.limits)])
+
+
+@dataclass(frozen=True)
+class SearchTime:
+    """What a search for a target takes: pictures to draw, each in ``calls`` calls of the denoiser."""
+
+    pictures: int
+    calls: int
+    seconds: float
+    stage: ClassVar[str] = "target"
+
+    def __str__(self) -> str:
+        return f"{self.pictures} pictures to draw, of {self.calls} denoiser calls each; about {duration(self.seconds)}"
+
+
+def search_time(request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan) -> SearchTime:
+    """Estimates the search of a plan from one forward pass of the floating-point denoiser."""
+    target, count = request.recipe.target, len(reliefs(plan))
+    trials = 2 + math.ceil(math.log2(count + 1))
+    pictures = target.ranked * count + target.searched * trials + len(request.judged.prompts) + target.verified
+    width = request.recipe.dataset.width
+    tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
+    seconds = seconds_of_call(source.denoiser, tokens, 2 * width, request.context.samples_per_call) / width
+    calls = len(source.pipe.scheduler.timesteps)
+    return SearchTime(pictures, calls, pictures * calls * seconds)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What each quantizer by itself does to the pictures.
+
+    ``errors`` float64 [ranked] by :attr:`Relief.key`; ``reference`` float32 [n, C, H, W], the last latents of all
+    prompts of the search.
+    """
+
+    errors: dict[str, NDArray[np.float64]]
+    reference: Tensor
+
+    def of_layers(self, plan: PrecisionPlan) -> dict[str, float]:
+        """Computes the mean squared error of the pictures by layer: of its input's quantizer and its INT4 weights."""
+        found = dict.fromkeys((layer.name for layer in plan.layers), 0.0)
+        for relief in reliefs(plan):
+            for layer in relief.layers:
+                found[layer] += float(self.errors[relief.key].mean())
+        return found
+
+
+def with_errors(plan: PrecisionPlan, ranking: Ranking) -> PrecisionPlan:
+    """Returns the plan with every layer's error of the pictures."""
+    errors = ranking.of_layers(plan)
+    return replace(plan, layers=tuple(replace(layer, picture_error=errors[layer.name]) for layer in plan.layers))
+
+
+def rank_by_picture(request: CalibrationRequest, source: FloatPipeline, state: TrainingState, count: int) -> Ranking:
+    """Measures what each quantizer of ``state`` does to the pictures of the first ``count`` prompts of the search.
+
+    ``state`` is as it was before training. What is measured is kept in the work folder, so that a killed run goes on.
+    """
+    folder, progress = request.partial, request.context.progress
+    latents = folder / _LATENTS
+    if not latents.exists():
+        write_tensors(latents, {"latents": reference_latents(source, state, request.judged, request)})
+    reference = load_file(latents)["latents"]
+    drawing = Drawing.of(source, request.judged, request, reference)[:count]
+    file, errors = folder / _ERRORS, _read(folder / _ERRORS)
+    all_reliefs = reliefs(state.denoiser.plan)
+    for done, relief in enumerate(all_reliefs):
+        progress("sensitivity by picture", done, len(all_reliefs))
+        if relief.key not in errors:
+            errors[relief.key] = error_alone(state, relief, drawing, request).tolist()
+            write_text(file, json.dumps(errors, indent=1) + "\n")
+    progress("sensitivity by picture", len(all_reliefs), len(all_reliefs))
+    return Ranking({key: np.array(values) for key, values in errors.items()}, reference)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step's time becomes where layers are relieved, as shares of the whole step.
+
+    ``of`` maps :attr:`Relief.key` to the time that it adds, ``products`` to its share of the multiplications.
+    """
+
+    of: dict[str, float]
+    products: dict[str, float]
+
+
+def costs_by_products(state: TrainingState, tokens: int) -> Costs:
+    """Counts the multiplications of one call, of layers and attention, and derives costs from them alone."""
+    counter = FlopCounterMode(display=False)
+    network = state.denoiser.inner.network
+    layers = {layer.name: network.get_submodule(layer.name) for layer in state.denoiser.plan.layers}
+    plan = state.denoiser.plan
+    with counter:
+        call_with_zeros(state.denoiser.inner, tokens, 1)
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    total = counts["Global"]
+    by_layer = {name: _ending(counts, name) / total for name in layers}
+    sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
+    all_weights = sum(sizes.values())
+    quantized = {name for quantizer in plan.activation_quantizers for name in quantizer.layers}
+    step = sum(share * (1 if name in quantized else 2) for name, share in by_layer.items())
+    step += 2 * (1 - sum(by_layer.values()))
+    added, products = {}, {}
+    for relief in reliefs(plan):
+        products[relief.key] = sum(by_layer[name] for name in relief.layers)
+        own = products[relief.key] / step + _SWITCH
+        if relief.kind == "weights":
+            own = _READING * sizes[relief.name] / all_weights + _SWITCH
+        added[relief.key] = own
+    return Costs(added, products)
+
+
+def ordered(
+    ranking: Mapping[str, NDArray[np.float64]], floor: NDArray[np.float64], costs: Mapping[str, float]
+) -> list[str]:
+    """Orders quantizers by what leaving each out gives, in dB of the mean PSNR, per time that it costs.
+
+    Errors of single quantizers add up, nearly. So the gain of one depends on those that are left out already, and is
+    computed anew after each.
+
+    Args:
+        ranking: squared errors [n] of each by itself.
+        floor: squared errors [n] of all that cannot be left out.
+        costs: share of a step's time, above 0.
+    """
+    left, total, order = dict(ranking), floor + sum(ranking.values()), []
+    while left:
+        gains = {
+            key: float(np.log(total / np.maximum(total - errors, floor)).mean()) / costs[key]
+            for key, errors in left.items()
+        }
+        best = max(gains, key=lambda key: gains[key])
+        order.append(best)
+        total = np.maximum(total - left.pop(best), floor)
+    return order
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A target that was reached: what was relieved, what it costs, and the pictures that decided nothing.
+
+    ``statistics`` by metric and then by statistic; ``relieved`` are keys of :class:`Relief`.
+    """
+
+    target: dict[str, Any]
+    relieved: tuple[str, ...]
+    layers: tuple[int, int]
+    wider: int
+    products: float
+    step: float
+    prompts: int
+    statistics: dict[str, dict[str, float]]
+
+    def __str__(self) -> str:
+        measured = "; ".join(
+            ", ".join(f"{values[at]:.4g}{_UNITS[name]} {words.removesuffix(' of')}" for at, words in STATISTICS.items())
+            + f" ({name.upper()})"
+            for name, values in self.statistics.items()
+        )
+        return (
+            f"{measured} over {self.prompts} prompts that decided nothing; {self.layers[0]} of {self.layers[1]} layers"
+            f" in A16, {self.products:.0%} of the multiplications"
+            + (f"; {self.wider} layers in W8" if self.wider else "")
+            + f"; predicted step {self.step:.2f} ×"
+        )
+
+
+def reach_target(
+    request: CalibrationRequest, source: FloatPipeline, state: TrainingState, ranking: Ranking
+) -> tuple[TrainingState, Reached]:
+    """Relieves as few quantizers of ``state`` as its recipe's target needs; returns the new state.
+
+    Raises:
+        GateFailedError: the target cannot be reached, or was not where other prompts verified it.
+    """
+    return _Search(request, source, state, ranking).run()
+
+
+class _Search:
+    def __init__(
+        self, request: CalibrationRequest, source: FloatPipeline, state: TrainingState, ranking: Ranking
+    ) -> None:
+        self.request, self.state = request, state
+        self.target: Target = request.recipe.target
+        self.drawing = Drawing.of(source, request.judged, request, ranking.reference)
+        self.file = request.partial / _TRIALS
+        self.trials: dict[str, Any] = _read(self.file)
+        plan = state.denoiser.plan
+        self.by_key = {relief.key: relief for relief in reliefs(plan)}
+        tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
+        self.costs = costs_by_products(state, tokens)
+        floor = 10 ** (-np.array(self.measured(tuple(self.by_key), 0, self.target.ranked)["psnr"]) / 10)
+        self.order = ordered(ranking.errors, floor, self.costs.of)
+
+    def run(self) -> tuple[TrainingState, Reached]:
+        start, end = 0, max(self.target.searched, self.target.ranked)
+        for _ in range(_ROUNDS):
+            count = self.fewest(end)
+            verified = min(end + self.target.verified, len(self.drawing.reference))
+            found = self.measured(self.order[:count], end, verified)
+            if self.holds(found):
+                return self.result(count, found)
+            start, end = end, verified
+            if end == len(self.drawing.reference):
+                break
+        raise GateFailedError(
+            f"the target of {self.asked()} was reached on {start} prompts and not on {end - start} others, where it is"
+            f" {self.said(found)}: ask for a little more, or give more prompts"
+        )
+
+    def fewest(self, end: int) -> int:
+        """Finds how many quantizers have to go, in order, for the first ``end`` prompts to hold beyond doubt."""
+        low, high = -1, len(self.order)
+        best = self.measured(self.order, 0, end)
+        if not self.holds(best, certain_statistic):
+            raise GateFailedError(
+                f"the target of {self.asked()} cannot be reached: with every activation in floating point"
+                f"{' and every weight in INT8' if any(k.startswith('weights') for k in self.order) else ''} it is"
+                f" {self.said(best, certain_statistic)} in four of five draws of {end} prompts; ask for less"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.holds(self.measured(self.order[:middle], 0, end), certain_statistic):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def measured(self, keys: Sequence[str], start: int, end: int) -> dict[str, list[float]]:
+        """Measures the pictures of the prompts from ``start`` to ``end`` with some quantizers left out."""
+        name = f"{start} to {end} without " + (", ".join(sorted(keys)) or "any")
+        if name not in self.trials:
+            plan = relieved(self.state.denoiser.plan, [self.by_key[key] for key in keys])
+            made = with_plan(self.state, plan, self.request)
+            values = self.drawing[start:end].metric(made.predict, *_METRICS.values())
+            self.trials[name] = dict(zip(_METRICS, values.tolist(), strict=True))
+            write_text(self.file, json.dumps(self.trials, indent=1) + "\n")
+        self.request.context.progress("target", len(self.trials), len(self.trials))
+        found: dict[str, list[float]] = self.trials[name]
+        return found
+
+    def holds(self, found: Mapping[str, list[float]], statistic: Any = picture_statistic) -> bool:  # noqa: ANN401
+        limits = self.target.limits
+        return all(statistic(np.array(found[name]), self.target.at) >= limit for name, limit in limits.items())
+
+    def asked(self) -> str:
+        limits = (f"{name.upper()} {limit:g}{_UNITS[name]}" for name, limit in self.target.limits.items())
+        return f"{' and '.join(limits)} at the {STATISTICS[self.target.at].removesuffix(' of')}"
+
+    def said(self, found: Mapping[str, list[float]], statistic: Any = picture_statistic) -> str:  # noqa: ANN401
+        values = {name: statistic(np.array(found[name]), self.target.at) for name in self.target.limits}
+        return " and ".join(f"{value:.4g}{_UNITS[name]}" for name, value in values.items())
+
+    def result(self, count: int, found: Mapping[str, list[float]]) -> tuple[TrainingState, Reached]:
+        keys = self.order[:count]
+        plan = self.state.denoiser.plan
+        chosen = [self.by_key[key] for key in keys]
+        floating = [relief for relief in chosen if relief.kind == "activations"]
+        state = with_plan(self.state, relieved(plan, chosen), self.request, bake=False)
+        reached = Reached(
+            target=self.target.model_dump(mode="json"),
+            relieved=tuple(keys),
+            layers=(
+                sum(len(relief.layers) for relief in floating),
+                sum(len(quantizer.layers) for quantizer in plan.activation_quantizers),
+            ),
+            wider=len(chosen) - len(floating),
+            products=sum(self.costs.products[relief.key] for relief in floating),
+            step=1 + sum(self.costs.of[key] for key in keys),
+            prompts=len(found["psnr"]),
+            statistics={
+                name: {at: picture_statistic(np.array(found[name]), at) for at in STATISTICS}
+                for name in self.target.limits
+            },
+        )
+        return state, reached
+
+
+def _ending(counts: Mapping[str, int], name: str) -> int:
+    """Finds the count of a layer, whose module path begins with the class of the outermost module."""
+    found = [count for path, count in counts.items() if path.endswith(f".network.{name}") or path == name]
+    return max(found, default=0)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return stored
