@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s2p_deploy.calib.picture_error import (
     Drawing,
+    alone,
     error_alone,
     reference_latents,
     reliefs,
     relieved,
     with_plan,
 )
-from s2p_deploy.calib.trajectories import call_with_zeros, seconds_of_call
+from s2p_deploy.calib.trajectories import call_with_zeros, sampler_of, seconds_of_call
 from s2p_deploy.context import duration
 from s2p_deploy.errors import GateFailedError, InputError
 from s2p_deploy.families import text_tokens
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.request import CalibrationRequest
     from s2p_deploy.calib.training_state import TrainingState
     from s2p_deploy.calib.trajectories import FloatPipeline
+    from s2p_deploy.families import IndexedDenoiser
     from s2p_deploy.recipe import Recipe, Target
     from s2p_deploy.records import PrecisionPlan
 
@@ -97,7 +99,7 @@ def search_time(request: CalibrationRequest, source: FloatPipeline, plan: Precis
     width = request.recipe.dataset.width
     tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
     seconds = seconds_of_call(source.denoiser, tokens, 2 * width, request.context.samples_per_call) / width
-    calls = len(source.pipe.scheduler.timesteps)
+    calls = len(sampler_of(source.pipe, source.timesteps, request.recipe.sampling.steps).indices)
     return SearchTime(pictures, calls, pictures * calls * seconds)
 
 
@@ -160,14 +162,12 @@ class Costs:
     products: dict[str, float]
 
 
-def costs_by_products(state: TrainingState, tokens: int) -> Costs:
+def costs_by_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: int) -> Costs:
     """Counts the multiplications of one call, of layers and attention, and derives costs from them alone."""
     counter = FlopCounterMode(display=False)
-    network = state.denoiser.inner.network
-    layers = {layer.name: network.get_submodule(layer.name) for layer in state.denoiser.plan.layers}
-    plan = state.denoiser.plan
+    layers = {layer.name: denoiser.network.get_submodule(layer.name) for layer in plan.layers}
     with counter:
-        call_with_zeros(state.denoiser.inner, tokens, 1)
+        call_with_zeros(denoiser, tokens, 1)
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     total = counts["Global"]
     by_layer = {name: _ending(counts, name) / total for name in layers}
@@ -264,7 +264,8 @@ class _Search:
         plan = state.denoiser.plan
         self.by_key = {relief.key: relief for relief in reliefs(plan)}
         tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
-        self.costs = costs_by_products(state, tokens)
+        floating = with_plan(state, alone(plan, None), request).denoiser.inner
+        self.costs = costs_by_products(floating, plan, tokens)
         floor = 10 ** (-np.array(self.measured(tuple(self.by_key), 0, self.target.ranked)["psnr"]) / 10)
         self.order = ordered(ranking.errors, floor, self.costs.of)
 

@@ -170,6 +170,7 @@ def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
         "activation quantizer",
         "rule",
         "sensitivity",
+        "error of pictures",
     )
     rows = [
         (
@@ -181,6 +182,7 @@ def _plan(plan: PrecisionPlan) -> tuple[RenderableType, ...]:
             s.activation_quantizer or "",
             s.rule,
             "" if s.sensitivity is None else f"{s.sensitivity:.3g}",
+            "" if s.picture_error is None else f"{s.picture_error:.3g}",
         )
         for s in plan.layers
     ]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from s2p_deploy.records import ExportedGraph, LayerPlan, Number, PrecisionPlan, ScaleTable
+    from s2p_deploy.records import ExportedGraph, Number, PrecisionPlan, ScaleTable
     from s2p_deploy.validation.figures import Log, QuantizerScales
     from s2p_deploy.validation.pictures import PicturePairs
     from s2p_deploy.validation.report import EndToEndNumbers, PictureNumbers, ReportData
@@ -291,7 +291,8 @@ def bench_rows(bench: Mapping[str, Any], digest: str) -> list[Measure]:
 class Layer:
     """One layer. ``activations`` is its quantizer's format; ``stored_bits``, ``lowering`` and ``compute`` the engine's.
 
-    ``bar`` in (0, 1] is the sensitivity on a logarithmic axis; None where the plan has none. ``mismatch`` and
+    ``bar`` in (0, 1] is the sensitivity on a logarithmic axis, ``picture_bar`` the pictures' squared error where the
+    layer alone is quantized; None where the plan has none. ``mismatch`` and
     ``max_lsb`` are those of the layer's activation quantizer; ``sqnr`` in dB is of the layer cut out of the engine,
     where it was.
     """
@@ -306,6 +307,8 @@ class Layer:
     compute: str
     sensitivity: float | None
     bar: float | None
+    picture_error: float | None
+    picture_bar: float | None
     mismatch: float | None
     max_lsb: int | None
     sqnr: float | None
@@ -329,7 +332,9 @@ def layers_of(data: ReportData, plan: PrecisionPlan, scales: Sequence[QuantizerS
     formats = {quantizer.name: quantizer.activations for quantizer in plan.activation_quantizers}
     lines = {quantizer.name: quantizer for quantizer in scales}
     layers = []
-    for planned, bar in zip(plan.layers, _bars(plan.layers), strict=True):
+    bars = _bars([layer.sensitivity for layer in plan.layers])
+    picture_bars = _bars([layer.picture_error for layer in plan.layers])
+    for planned, bar, picture_bar in zip(plan.layers, bars, picture_bars, strict=True):
         quantizer, precision = planned.activation_quantizer or "", precisions.get(planned.name)
         compared = codes.get(quantizer)
         layers.append(
@@ -344,6 +349,8 @@ def layers_of(data: ReportData, plan: PrecisionPlan, scales: Sequence[QuantizerS
                 compute=precision.compute if precision else "",
                 sensitivity=planned.sensitivity,
                 bar=bar,
+                picture_error=planned.picture_error,
+                picture_bar=picture_bar,
                 mismatch=compared.mismatch if compared else None,
                 max_lsb=compared.max_lsb if compared else None,
                 sqnr=_real(sqnrs.get(planned.name)),
@@ -363,10 +370,10 @@ def groups_of(layers: Sequence[Layer]) -> list[Group]:
     return [Group(name, len(list(run))) for name, run in groupby(layers, part)]
 
 
-def _bars(layers: Sequence[LayerPlan]) -> list[float | None]:
-    """Computes heights between the smallest and the largest sensitivity above zero, logarithmic."""
-    logs = [None if s.sensitivity is None else math.log10(max(s.sensitivity, 1e-30)) for s in layers]
-    above = [math.log10(s.sensitivity) for s in layers if s.sensitivity is not None and s.sensitivity > 0]
+def _bars(values: Sequence[float | None]) -> list[float | None]:
+    """Computes heights between the smallest and the largest value above zero, logarithmic."""
+    logs = [None if value is None else math.log10(max(value, 1e-30)) for value in values]
+    above = [math.log10(value) for value in values if value is not None and value > 0]
     if not above:
         return [None if log is None else _LEAST_BAR for log in logs]
     low, reach = min(above), max(max(above) - min(above), 1e-9)
