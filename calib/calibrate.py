@@ -33,7 +33,15 @@ from s2p_deploy.calib.samples import calibrated_indices
 from s2p_deploy.calib.sensitivity import layer_sensitivities
 from s2p_deploy.calib.shifts import input_ranges, middle
 from s2p_deploy.calib.streaming import resolve_layout, stream_model, streams
-from s2p_deploy.calib.target import SearchTime, rank_by_picture, reach_target, search_time, target_prompts, with_errors
+from s2p_deploy.calib.target import (
+    SearchTime,
+    lpips_file,
+    rank_by_picture,
+    reach_target,
+    search_time,
+    target_prompts,
+    with_errors,
+)
 from s2p_deploy.calib.training import LOG, TrainingSetting, held_out_trajectories, train
 from s2p_deploy.calib.training_memory import Division, Fit, Network, TrainingAccount, TrainingTime, fit_training
 from s2p_deploy.calib.training_state import TrainingState
@@ -68,6 +76,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.dataset import Estimate
     from s2p_deploy.calib.trajectories import FloatPipeline
     from s2p_deploy.families import BasePipeline, IndexedDenoiser, QuantizableLayer
+    from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import LatentDataset, PrecisionPlan
 
@@ -88,6 +97,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     dataset: Path | None = None,
     replace: bool = False,
     on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None = None,
+    weights: MetricWeights | None = None,
     hooks: Hooks = PRODUCT,
     context: Context = Context(),
 ) -> CalibratedModel:
@@ -113,6 +123,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         replace: drops an artifact and unfinished work of another request.
         on_estimate: called with how the training is divided to fit into memory, what time it will take, and with the
             size and time of a dataset that has to be made, before either begins.
+        weights: local weights of the metrics of a target that need some (LPIPS).
         hooks: parts of other methods, for comparisons.
         context: where dataset and training are computed, and whom to report to.
 
@@ -133,10 +144,12 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         _check_initial(initial, base, plan)
     if streamed and resolved.target.limits:
         raise InputError(f"recipe {recipe.name} draws no pictures, so it has no target: remove target, or take another")
+    if resolved.target.lpips is not None:
+        lpips_file(weights)
     nothing = (_NO_PROMPTS, _NO_PROMPTS, _NO_PROMPTS)
     walked, selection, judged = nothing if streamed else _prompts(resolved, prompts)
     request = CalibrationRequest(
-        base, resolved, walked, selection, judged, out, plan, initial, dataset, replace, hooks, context
+        base, resolved, walked, selection, judged, out, plan, initial, dataset, replace, hooks, context, weights
     )
     with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:

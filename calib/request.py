@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.hooks import Hooks
     from s2p_deploy.context import Context
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import PrecisionPlan, PromptSet
 
@@ -40,7 +41,7 @@ class CalibrationRequest:
     ``prompts`` are walked for the dataset; ``selection`` are the prompts after them, whose trajectories choose the
     checkpoint; ``judged`` those after, whose pictures rank layers and decide a target. ``plan`` replaces the recipe's
     rules; ``initial`` is a finished model to continue. ``dataset`` is the folder of the dataset; None keeps it inside
-    the model.
+    the model. ``weights`` are of the metrics of a target that need some.
     """
 
     base: BasePipeline
@@ -55,6 +56,7 @@ class CalibrationRequest:
     replace: bool
     hooks: Hooks
     context: Context
+    weights: MetricWeights | None = None
 
     @property
     def partial(self) -> Path:
@@ -72,6 +74,7 @@ class CalibrationRequest:
             "initial model": None if self.initial is None else self.initial.manifest.digest,
             "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
             "hooks": self.hooks.replaced(),
+            "weights of metrics": None if self.weights is None else self.weights.digests,
         }
 
     def conditions(self) -> dict[str, Any]:

@@ -29,14 +29,16 @@ from s2p_deploy.calib.trajectories import call_with_zeros, sampler_of, seconds_o
 from s2p_deploy.context import duration
 from s2p_deploy.errors import GateFailedError, InputError
 from s2p_deploy.families import text_tokens
+from s2p_deploy.metric_networks import LPIPS, Lpips, load_weights, lpips_distances
 from s2p_deploy.metrics import STATISTICS, certain_statistic, picture_statistic, psnr_db, ssim
-from s2p_deploy.records import PromptSet
+from s2p_deploy.records import PromptSet, Skipped
 from s2p_deploy.records.files import write_tensors, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -44,13 +46,16 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.training_state import TrainingState
     from s2p_deploy.calib.trajectories import FloatPipeline
     from s2p_deploy.families import IndexedDenoiser
+    from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.recipe import Recipe, Target
     from s2p_deploy.records import PrecisionPlan
 
+    Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float64]]
+    Statistic = Callable[[NDArray[np.float64], str], float]
+
 _LATENTS, _ERRORS, _TRIALS = "picture_latents.safetensors", "picture_errors.json", "target_trials.json"
 _ROUNDS = 2  # of verification
-_METRICS = {"psnr": psnr_db, "ssim": ssim}
-_UNITS = {"psnr": " dB", "ssim": ""}
+_LESS_IS_BETTER = frozenset({"lpips"})
 # A step's time by multiplications alone: a floating-point product takes as long as two of INT8, on tensor cores as with
 # VNNI. A switch of precision is a pass over an activation, whatever the layer. Wider weights are read, not multiplied.
 _SWITCH = 0.001
@@ -229,8 +234,8 @@ class Reached:
 
     def __str__(self) -> str:
         measured = "; ".join(
-            ", ".join(f"{values[at]:.4g}{_UNITS[name]} {words.removesuffix(' of')}" for at, words in STATISTICS.items())
-            + f" ({name.upper()})"
+            f"{name.upper()} "
+            + ", ".join(f"{_written(name, values[at])} {_plain(words)}" for at, words in STATISTICS.items())
             for name, values in self.statistics.items()
         )
         return (
@@ -259,6 +264,7 @@ class _Search:
         self.request, self.state = request, state
         self.target: Target = request.recipe.target
         self.drawing = Drawing.of(source, request.judged, request, ranking.reference)
+        self.metrics = _metrics(request, state.device)
         self.file = request.partial / _TRIALS
         self.trials: dict[str, Any] = _read(self.file)
         plan = state.denoiser.plan
@@ -309,24 +315,35 @@ class _Search:
         if name not in self.trials:
             plan = relieved(self.state.denoiser.plan, [self.by_key[key] for key in keys])
             made = with_plan(self.state, plan, self.request)
-            values = self.drawing[start:end].metric(made.predict, *_METRICS.values())
-            self.trials[name] = dict(zip(_METRICS, values.tolist(), strict=True))
+            values = self.drawing[start:end].metric(made.predict, *self.metrics.values())
+            self.trials[name] = dict(zip(self.metrics, values.tolist(), strict=True))
             write_text(self.file, json.dumps(self.trials, indent=1) + "\n")
         self.request.context.progress("target", len(self.trials), len(self.trials))
         found: dict[str, list[float]] = self.trials[name]
         return found
 
-    def holds(self, found: Mapping[str, list[float]], statistic: Any = picture_statistic) -> bool:  # noqa: ANN401
+    def holds(self, found: Mapping[str, list[float]], statistic: Statistic = picture_statistic) -> bool:
+        """Tells whether all limits are kept."""
         limits = self.target.limits
-        return all(statistic(np.array(found[name]), self.target.at) >= limit for name, limit in limits.items())
+        return all(
+            self.value(found, name, statistic) <= limit
+            if name in _LESS_IS_BETTER
+            else self.value(found, name, statistic) >= limit
+            for name, limit in limits.items()
+        )
+
+    def value(self, found: Mapping[str, list[float]], name: str, statistic: Statistic = picture_statistic) -> float:
+        """Computes a metric's statistic that the target asks for."""
+        return _statistic(found, name, self.target.at, statistic)
 
     def asked(self) -> str:
-        limits = (f"{name.upper()} {limit:g}{_UNITS[name]}" for name, limit in self.target.limits.items())
-        return f"{' and '.join(limits)} at the {STATISTICS[self.target.at].removesuffix(' of')}"
+        """Says what the target is."""
+        limits = (f"{name.upper()} {_written(name, limit)}" for name, limit in self.target.limits.items())
+        return f"{' and '.join(limits)} at the {_plain(STATISTICS[self.target.at])}"
 
-    def said(self, found: Mapping[str, list[float]], statistic: Any = picture_statistic) -> str:  # noqa: ANN401
-        values = {name: statistic(np.array(found[name]), self.target.at) for name in self.target.limits}
-        return " and ".join(f"{value:.4g}{_UNITS[name]}" for name, value in values.items())
+    def said(self, found: Mapping[str, list[float]], statistic: Statistic = picture_statistic) -> str:
+        """Says what was measured in the target's terms."""
+        return " and ".join(_written(name, self.value(found, name, statistic)) for name in self.target.limits)
 
     def result(self, count: int, found: Mapping[str, list[float]]) -> tuple[TrainingState, Reached]:
         keys = self.order[:count]
@@ -346,11 +363,51 @@ class _Search:
             step=1 + sum(self.costs.of[key] for key in keys),
             prompts=len(found["psnr"]),
             statistics={
-                name: {at: picture_statistic(np.array(found[name]), at) for at in STATISTICS}
+                name: {at: _statistic(found, name, at, picture_statistic) for at in STATISTICS}
                 for name in self.target.limits
             },
         )
         return state, reached
+
+
+def _metrics(request: CalibrationRequest, device: torch.device) -> dict[str, Metric]:
+    """Makes PSNR, SSIM, and where the target asks for it and weights are given, LPIPS.
+
+    Raises:
+        InputError: LPIPS is asked for, and its weights are not given, or the pictures are too small for it.
+    """
+    metrics: dict[str, Metric] = {"psnr": psnr_db, "ssim": ssim}
+    if request.recipe.target.lpips is not None:
+        file = lpips_file(request.weights)
+        network = load_weights(Lpips(), file).to(device)
+        metrics["lpips"] = lambda first, second: lpips_distances(network, *map(_as_bytes, (first, second)), device)
+    return metrics
+
+
+def lpips_file(weights: MetricWeights | None) -> Path:
+    """Finds the weights of LPIPS. Raises InputError where they are not given."""
+    file = None if weights is None else weights.place(LPIPS)
+    if file is None or isinstance(file, Skipped):
+        raise InputError(f"a target of LPIPS needs its weights: pass --weights-dir with a folder that has {LPIPS}")
+    return file
+
+
+def _as_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
+    rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+def _statistic(found: Mapping[str, list[float]], name: str, at: str, statistic: Statistic) -> float:
+    sign = -1 if name in _LESS_IS_BETTER else 1
+    return sign * statistic(sign * np.array(found[name]), at)
+
+
+def _written(name: str, value: float) -> str:
+    return f"{value:.4g} dB" if name == "psnr" else f"{value:.4g}"
+
+
+def _plain(words: str) -> str:
+    return words.removesuffix(" of")
 
 
 def _ending(counts: Mapping[str, int], name: str) -> int:

@@ -51,6 +51,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     plan: str | Path | PrecisionPlan | None = None,
     initial: str | Path | CalibratedModel | None = None,
     dataset: str | Path | None = None,
+    weights_dir: str | Path | None = None,
     force: bool = False,
     context: Context = Context(),
     on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None = None,
@@ -71,6 +72,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
         plan: an edited ``plan.yaml`` that decides the formats in place of the recipe's rules.
         initial: a calibrated model to continue from; with ``scales.activations: given``, one to take scales from.
         dataset: folder of a latent dataset that other calibrations share; made there where there is none.
+        weights_dir: folder of local weights, for a target of LPIPS.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: device, threads, progress.
         on_estimate: called with how the training fits into memory, its time, and the size and time of a dataset, before
@@ -91,6 +93,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     texts = None if prompts is None else as_prompts(prompts)
     # PyTorch and diffusers take seconds to import: what is cheap to check was checked first
     from s2p_deploy.calib import calibrate as calibrate_base
+    from s2p_deploy.metric_networks import open_weights
     from s2p_deploy.records import CalibratedModel
     from s2p_deploy.records.precision_plan import read_plan
 
@@ -104,6 +107,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
         dataset=None if dataset is None else Path(dataset),
         replace=force,
         on_estimate=on_estimate,
+        weights=None if weights_dir is None else open_weights(Path(weights_dir)),
         context=context,
     )
 

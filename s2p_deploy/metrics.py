@@ -44,7 +44,7 @@ _MOST_RESAMPLED = 512  # samples or features, whichever are fewer: beyond, one p
 
 
 def picture_statistic(values: NDArray[Any], at: str) -> float:
-    """Computes a statistic of :data:`STATISTICS` of a metric [n] of which more is better."""
+    """Computes a statistic of :data:`STATISTICS` of a metric [n] of which more is better; turn around others."""
     return float(np.quantile(values, _QUANTILES[at]))
 
 

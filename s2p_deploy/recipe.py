@@ -202,13 +202,15 @@ class Target(Section):
     """How close the pictures must come to the floating-point pipeline's; off where neither limit is given.
 
     The cheapest layers are left in floating point (their activations, and INT4 weights become INT8) until ``psnr`` (dB)
-    and ``ssim`` are reached ``at`` the median, the 10th percentile (``p10``) or the worst picture. ``ranked`` prompts
+    and ``ssim`` are at least, ``lpips`` at most what is asked ``at`` the median, for nine pictures of ten (``p10``) or
+    for the worst. ``ranked`` prompts
     say what each layer does to the pictures, ``searched`` how many layers it takes, and ``verified`` others whether it
     is so; they follow those of the dataset and of the selection.
     """
 
     psnr: float | None = Field(None, gt=0, lt=100)
     ssim: float | None = Field(None, gt=0, lt=1)
+    lpips: float | None = Field(None, gt=0, lt=1)
     at: Literal["median", "p10", "worst"] = "median"
     ranked: int = Field(16, ge=1)
     searched: int = Field(64, ge=1)
@@ -217,7 +219,8 @@ class Target(Section):
     @property
     def limits(self) -> dict[str, float]:
         """Returns the limits that are given, by the metric's name."""
-        return {name: limit for name, limit in (("psnr", self.psnr), ("ssim", self.ssim)) if limit is not None}
+        given = (("psnr", self.psnr), ("ssim", self.ssim), ("lpips", self.lpips))
+        return {name: limit for name, limit in given if limit is not None}
 
 
 class Gates(Section):
@@ -230,8 +233,9 @@ class Gates(Section):
     latent of either CFG branch and ``latent_margin`` of every latent: how far the engine's own error is under
     quantization's, which may be below 0. ``guidance_sqnr`` is of the two branches' difference.
     ``median_psnr`` is in dB over the pictures, as ``p10_psnr`` (the 10th percentile) and ``worst_psnr`` are, and the
-    three of SSIM alike; a recipe's ``target`` sets its own. ``beats_pixel_shift`` asks that it exceed what the FP
-    pictures score against themselves shifted by one pixel. Accuracy drop is against the FP pictures' own.
+    three of SSIM and (at most) of LPIPS alike; a recipe's ``target`` sets its own. ``beats_pixel_shift`` asks that
+    PSNR's median exceed what the FP pictures score against themselves shifted by one pixel. Accuracy drop is against
+    the FP pictures' own.
     """
 
     layer_code_mismatch_fp32: float = 0.001
@@ -255,6 +259,9 @@ class Gates(Section):
     median_ssim: float | None = None
     p10_ssim: float | None = None
     worst_ssim: float | None = None
+    median_lpips: float | None = None
+    p10_lpips: float | None = None
+    worst_lpips: float | None = None
     beats_pixel_shift: bool = True
     attribute_accuracy_drop: float | None = 0.05
 

@@ -5,15 +5,19 @@ import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from s2p_deploy import metrics as module
 from s2p_deploy.metrics import (
     PSNR_CEILING,
     SQNR_CEILING,
+    STATISTICS,
+    certain_statistic,
     distance_of,
     frechet_distance,
     haarpsi,
     mean_of,
     median_of,
     picks,
+    picture_statistic,
     pooled_sqnr_db,
     psnr_db,
     quantile_of,
@@ -25,7 +29,6 @@ from s2p_deploy.metrics import (
     ssim,
 )
 from s2p_deploy.records import Number, Skipped
-from s2p_deploy.validation import metrics as module
 
 
 def picture(side: int = 64) -> np.ndarray:
@@ -205,3 +208,16 @@ def test_what_has_no_distance() -> None:
     found = distance_of(np.zeros((3, 4)), np.full((3, 4), np.nan))
     assert isinstance(found, Number)
     assert np.isnan(found.value)
+
+
+def test_statistics_of_pictures() -> None:
+    values = np.arange(11.0)
+    assert [picture_statistic(values, at) for at in STATISTICS] == [5.0, 1.0, 0.0]
+
+
+def test_a_certain_statistic_is_below_the_statistic_and_nears_it() -> None:
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(40, 2, 20), rng.normal(40, 2, 2000)
+    gaps = [picture_statistic(values, "median") - certain_statistic(values, "median") for values in (few, many)]
+    assert gaps[0] > gaps[1] > 0
+    assert certain_statistic(few, "worst") >= few.min()

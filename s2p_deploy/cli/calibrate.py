@@ -63,9 +63,15 @@ def calibrate(  # noqa: PLR0913 - its options
     target_ssim: Annotated[
         float | None, typer.Option(metavar="SSIM", help="The same for SSIM; both may be given.")
     ] = None,
+    target_lpips: Annotated[
+        float | None, typer.Option(metavar="LPIPS", help="LPIPS to stay below; needs --weights-dir.")
+    ] = None,
     at: Annotated[
         Literal["median", "p10", "worst"], typer.Option(help="Where a target is asked for, over the pictures.")
     ] = "median",
+    weights_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local weights of metrics, for --target-lpips.")
+    ] = None,
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -106,7 +112,8 @@ def calibrate(  # noqa: PLR0913 - its options
     """
     from s2p_deploy import Recipe, api
 
-    resolved = Recipe.load(recipe, overrides_from_settings([*(settings or ()), *_asked(target_psnr, target_ssim, at)]))
+    asked = _asked({"psnr": target_psnr, "ssim": target_ssim, "lpips": target_lpips}, at)
+    resolved = Recipe.load(recipe, overrides_from_settings([*(settings or ()), *asked]))
     limit = None if memory_limit is None else bytes_from_option(memory_limit)
     with context_from_options(device, threads) as plain:
         context = replace(
@@ -122,6 +129,7 @@ def calibrate(  # noqa: PLR0913 - its options
             plan=plan,
             initial=initial,
             dataset=dataset,
+            weights_dir=weights_dir,
             force=force,
             context=context,
             on_estimate=print_estimate,
@@ -134,9 +142,9 @@ def calibrate(  # noqa: PLR0913 - its options
     return show(outcome, as_json=as_json)
 
 
-def _asked(psnr: float | None, ssim: float | None, at: str) -> list[str]:
+def _asked(target: dict[str, float | None], at: str) -> list[str]:
     """Returns the recipe's settings of a target, none where none is asked for."""
-    limits = [f"target.{name}={limit}" for name, limit in (("psnr", psnr), ("ssim", ssim)) if limit is not None]
+    limits = [f"target.{name}={limit}" for name, limit in target.items() if limit is not None]
     return [*limits, f"target.at={at}"] if limits else []
 
 

@@ -20,6 +20,8 @@ from s2p_deploy.validation.reference import branch_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from s2p_deploy.recipe import Gates
     from s2p_deploy.records.validation_report import Verdict
     from s2p_deploy.validation.measurements import BlockAgreement, Measurements, TableGap
@@ -219,17 +221,26 @@ def _change_gate(found: Measurements, gates: Gates) -> GateResult:
 
 def _picture_gates(found: Measurements, gates: Gates) -> Iterator[GateResult]:
     """Judges every statistic of the pictures' metrics that has a limit; the median of PSNR also where it has none."""
-    for metric, unit, label in (("psnr", "dB at least", "PSNR"), ("ssim", "at least", "SSIM")):
+    pictures, perceptual = found.pictures, found.perceptual
+    lpips = perceptual if isinstance(perceptual, Skipped) else perceptual.lpips
+    values: dict[str, NDArray[np.float64] | Skipped] = {
+        "psnr": pictures if isinstance(pictures, Skipped) else pictures.similarity.psnr,
+        "ssim": pictures if isinstance(pictures, Skipped) else pictures.similarity.ssim,
+        "lpips": lpips,
+    }
+    for metric, measured in values.items():
+        asks = "at most" if metric == "lpips" else "dB at least" if metric == "psnr" else "at least"
         for at, words in STATISTICS.items():
-            name, limit = f"pictures, {words} {label}", getattr(gates, f"{at}_{metric}")
+            name, limit = f"pictures, {words} {metric.upper()}", getattr(gates, f"{at}_{metric}")
             if limit is None:
                 if (at, metric) == ("median", "psnr"):
-                    yield _not_applicable(name, unit, None, _OFF)
-            elif isinstance(found.pictures, Skipped):
-                yield _not_measured(name, unit, limit, found.pictures)
+                    yield _not_applicable(name, asks, None, _OFF)
+            elif isinstance(measured, Skipped):
+                yield _not_measured(name, asks, limit, measured)
+            elif metric == "lpips":
+                yield _at_most(name, asks, -picture_statistic(-measured, at), limit, len(measured))
             else:
-                values = getattr(found.pictures.similarity, metric)
-                yield _at_least(name, unit, picture_statistic(values, at), limit, len(values))
+                yield _at_least(name, asks, picture_statistic(measured, at), limit, len(measured))
 
 
 def _shift_gate(found: Measurements, gates: Gates) -> GateResult:

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from s2p_deploy.calib import FakeQuantDenoiser
     from s2p_deploy.context import Progress
     from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.records import Engine, PromptSet, ValidationReport
     from s2p_deploy.validation.measurements import EndToEnd, Floor, PictureComparison
-    from s2p_deploy.validation.perceptual import MetricWeights
     from s2p_deploy.validation.pictures import GeneratedPictures
     from s2p_deploy.validation.reference import ValidationLatents
 

@@ -33,6 +33,7 @@ from s2p_deploy.calib.trajectories import FloatPipeline, final_latents, load_flo
 from s2p_deploy.context import Context
 from s2p_deploy.errors import GateFailedError, InputError
 from s2p_deploy.families import BasePipeline, IndexedDenoiser, load_pipeline, resolve_base, text_tokens, zero_inputs
+from s2p_deploy.metric_networks import LPIPS, open_weights
 from s2p_deploy.metrics import psnr_db
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.recipe import Recipe, recipe_from_data
@@ -40,6 +41,7 @@ from s2p_deploy.records import Prompt, PromptSet
 from s2p_deploy.records.precision_plan import read_plan, write_plan
 from s2p_deploy.validation.pictures import generate_pictures
 from tests.small_pipelines import sibling
+from tests.validation.networks import write_weights
 
 TARGET = {"psnr": 30.0, "ranked": 2, "searched": 3, "verified": 2}
 
@@ -415,3 +417,17 @@ def test_mixed_precision_by_picture_scores_every_layer(
     ranked = sorted(scores, key=lambda name: -(scores[name] or 0))
     sensitive = [layer.name for layer in model.plan.layers if layer.rule == "sensitive"]
     assert ranked[0] in sensitive
+
+
+def test_lpips_is_a_target_of_its_own_weights(
+    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest, tmp_path: Path
+) -> None:
+    asked = asking(request_of, psnr=None, lpips=0.5)
+    with pytest.raises(InputError, match=r"a target of LPIPS needs its weights: pass --weights-dir"):
+        search(asked, source, state)
+    weights = open_weights(write_weights(tmp_path / "weights", LPIPS))
+    _, reached = search(replace(asked, weights=weights), source, state)
+    assert reached.relieved == ()
+    assert 0 <= reached.statistics["lpips"]["median"] <= reached.statistics["lpips"]["worst"] < 0.5
+    with pytest.raises(GateFailedError, match=r"target of LPIPS 1e-12 at the median cannot be reached"):
+        search(replace(asking(asked, lpips=1e-12), weights=weights), source, state)

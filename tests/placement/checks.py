@@ -25,13 +25,14 @@ from s2p_deploy.context import Context
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import load_pipeline, resolve_base
+from s2p_deploy.metric_networks import CLIP, INCEPTION, LPIPS
 from s2p_deploy.pipeline import Schedule, generate
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Skipped
 from s2p_deploy.validation import compare, open_chain, open_weights
 from s2p_deploy.validation.bisect import bisect
 from s2p_deploy.validation.checkpoint import ValidationCheckpoint
-from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, measure_perceptual
+from s2p_deploy.validation.perceptual import measure_perceptual
 from s2p_deploy.validation.pictures import PicturePairs
 from s2p_deploy.validation.reference import choose_latents, stored_predictions, unquantized_denoiser
 from s2p_deploy.validation.validate import ValidationRequest, ValidationRun

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, SUMS, InceptionFeatures, Lpips
+from s2p_deploy.metric_networks import CLIP, INCEPTION, LPIPS, SUMS, InceptionFeatures, Lpips
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
 _WORDS = ["<|startoftext|>", "<|endoftext|>", "!", "!</w>"]

@@ -19,6 +19,7 @@ from s2p_deploy.validation.measurements import (
     EndToEnd,
     LayerAgreement,
     Measurements,
+    Perceptual,
     PictureComparison,
     QuantizerCodes,
     Similarity,
@@ -117,6 +118,42 @@ def test_a_good_engine_passes_every_gate() -> None:
 )
 def test_each_gate_fails_alone(changes: dict[str, Any], name: str) -> None:
     assert failed(**changes) == [name]
+
+
+PSNRS = np.array([20.0, 30.0, 31.0, 32.0, 33.0, 34.0, 35.0, 36.0, 37.0, 38.0, 39.0])  # 10th percentile 30, median 34
+LPIPS = np.array([0.9, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.01, 0.0])  # nine of ten below 0.5, median 0.2
+
+
+@pytest.mark.parametrize(
+    ("gate", "name", "value"),
+    [
+        ("median_psnr", "pictures, median PSNR", 34.0),
+        ("p10_psnr", "pictures, 10th percentile of PSNR", 30.0),
+        ("worst_psnr", "pictures, worst PSNR", 20.0),
+        ("median_ssim", "pictures, median SSIM", 0.34),
+        ("p10_ssim", "pictures, 10th percentile of SSIM", 0.30),
+        ("worst_ssim", "pictures, worst SSIM", 0.20),
+        ("median_lpips", "pictures, median LPIPS", 0.2),
+        ("p10_lpips", "pictures, 10th percentile of LPIPS", 0.5),
+        ("worst_lpips", "pictures, worst LPIPS", 0.9),
+    ],
+)
+def test_a_statistic_of_the_pictures_has_a_gate_of_its_own(gate: str, name: str, value: float) -> None:
+    skipped = Skipped("no weights")
+    found = replace(
+        GOOD,
+        pictures=replace(pictures(), similarity=Similarity(PSNRS, PSNRS / 100, np.ones(11))),
+        perceptual=Perceptual(LPIPS, skipped, skipped, skipped, skipped),
+    )
+    worse = -0.001 if gate.endswith("lpips") else 0.001
+    for limit, status in ((value, "passed"), (value + worse, "failed")):
+        gates = Gates().model_copy(update={gate: limit + (1e-9 if worse < 0 else -1e-9)})
+        results = {result.name: result for result in judge(found, gates)}
+        assert results[name].status == status
+        assert results[name].value == pytest.approx(value)
+        assert sum(other.startswith("pictures, ") for other in results) == 2 + (gate != "median_psnr")
+    unmeasured = replace(found, pictures=GPU, perceptual=GPU)
+    assert {r.name: r.status for r in judge(unmeasured, gates)}[name] == "not measured"
 
 
 def test_pictures_no_better_than_a_shift_by_a_pixel_fail() -> None:

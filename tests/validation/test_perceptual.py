@@ -10,10 +10,11 @@ from torchmetrics.functional.image.lpips import NetLinLayer, ScalingLayer
 from transformers import CLIPModel, CLIPProcessor
 
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.metric_networks import CLIP, INCEPTION, LPIPS, SUMS, Lpips, load_weights
 from s2p_deploy.records import Number, Skipped
 from s2p_deploy.validation import open_weights
 from s2p_deploy.validation.measurements import Perceptual
-from s2p_deploy.validation.perceptual import CLIP, INCEPTION, LPIPS, SUMS, Lpips, load_weights, measure_perceptual
+from s2p_deploy.validation.perceptual import measure_perceptual
 from s2p_deploy.validation.pictures import PicturePairs
 from tests.validation.networks import pin, write_weights
 
