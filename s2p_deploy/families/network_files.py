@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
+_MOST_TOKENS = 2**16
 # Modules of the classes that an index names; the last is diffusers' name for those of its safety checker.
 _LIBRARIES = {
     "diffusers": "diffusers",
@@ -43,11 +44,17 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: the file holds none.
+        InputError: the file holds none, or a number that is none (infinity is a bound in some configurations).
     """
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise InputError(f"{file} holds NaN in place of a number: write the number")
+        return float(name)
+
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON") from error
     if not isinstance(data, dict):
         raise InputError(f"{file} must hold a JSON object")
@@ -90,13 +97,17 @@ def check_components(folder: Path, without: Collection[str] = ()) -> None:
         InputError: a file is missing, damaged or a pointer of git-lfs; a network's file lacks a tensor, has one too
             many, or has one of another shape or of integers.
     """
-    for name, kind in component_classes(folder).items():
+    classes = component_classes(folder)
+    for name, kind in classes.items():
         if name in without:
             continue
         if issubclass(kind, torch.nn.Module):
             check_network(folder / name, kind)
         elif hasattr(kind, "vocab_files_names"):
             _check_tokenizer(folder / name, kind.vocab_files_names)
+            encoder = name.replace("tokenizer", "text_encoder")
+            if encoder in classes:
+                _check_vocabulary(folder / name, folder / encoder, read_config(folder / encoder, classes[encoder]))
 
 
 def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
@@ -204,6 +215,10 @@ def network_on_meta(folder: Path, network_class: Any) -> Any:  # noqa: ANN401 - 
         InputError: the configuration cannot be read, or is none of that class.
     """
     config = read_json(folder / _CONFIG)
+    for name, argument in inspect.signature(network_class.__init__).parameters.items():
+        number = isinstance(argument.default, int | float) and not isinstance(argument.default, bool)
+        if number and isinstance(config.get(name), str):
+            raise InputError(f"{folder / _CONFIG} has {name}={config[name]!r}: write a number")
     with _explained(folder, network_class), torch.device("meta"):
         return network_class.from_config(config)
 
@@ -265,6 +280,48 @@ def _check_tokenizer(folder: Path, names: Mapping[str, str]) -> None:
         check_no_pointer(file)
         if file.suffix == ".json":
             read_json(file)
+
+
+def _check_vocabulary(tokenizer: Path, encoder: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a text encoder has an embedding for every token that its tokenizer can give."""
+    largest = max(_token_ids(tokenizer), default=-1)
+    if largest >= config.get("vocab_size", largest + 1):
+        raise InputError(
+            f"{tokenizer} gives tokens up to {largest}, and {encoder} has embeddings of {config['vocab_size']}:"
+            " they are of two models"
+        )
+
+
+def _token_ids(tokenizer: Path) -> Iterator[int]:
+    """Yields the ids of a tokenizer's JSON files; those of others (SentencePiece) are not read."""
+    whole, vocabulary = tokenizer / "tokenizer.json", tokenizer / "vocab.json"
+    if whole.is_file():
+        read = read_json(whole)
+        words = read.get("model", {}).get("vocab", {})
+        yield from words.values() if isinstance(words, dict) else range(len(words))
+        yield from (token["id"] for token in read.get("added_tokens", []))
+    elif vocabulary.is_file():
+        yield from read_json(vocabulary).values()
+
+
+def tokens_of(folder: Path) -> int:
+    """Reads how many tokens a tokenizer makes of every text.
+
+    Raises:
+        InputError: its configuration does not say so, or no such number.
+    """
+    file = folder / "tokenizer_config.json"
+    given = read_json(file).get("model_max_length") if file.is_file() else None
+    try:
+        tokens = int(given)  # type: ignore[arg-type]  # what is no number is refused here
+    except (TypeError, ValueError, OverflowError):
+        tokens = 0
+    if not 1 <= tokens <= _MOST_TOKENS:
+        raise InputError(
+            f"{file} has model_max_length={given}, and every text is padded to that: write the encoder's length"
+            " (CLIP: 77)"
+        )
+    return tokens
 
 
 @contextmanager

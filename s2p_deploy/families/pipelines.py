@@ -21,6 +21,7 @@ from s2p_deploy.families.network_files import (
     read_denoiser_config,
     read_index,
     read_json,
+    tokens_of,
 )
 from s2p_deploy.families.registry import family_of_config, network_config
 from s2p_deploy.families.text import encoded_widths
@@ -63,6 +64,7 @@ _TEXT_TO_IMAGE = {
         optional=("text_encoder_3", "tokenizer_3"),
     ),
 }
+_MOST_GUIDANCE = 1000
 _HASHED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
 
@@ -111,14 +113,28 @@ def resolve_base(source: str) -> BasePipeline:
     folder = _locate(source)
     index = read_index(folder)
     pipeline_class = str(index.get("_class_name"))
+    if "_class_name" not in index:
+        raise InputError(f"{folder / 'model_index.json'} names no class of pipeline: save the pipeline with diffusers")
     if pipeline_class not in _TEXT_TO_IMAGE:
         raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
     check_no_code(folder)
-    sampling = folder / "sampling.json"
-    guidance = float(read_json(sampling)["guidance_scale"]) if sampling.is_file() else 7.5
-    base = BasePipeline(folder, Base(source, _digest(folder)), guidance, pipeline_class)
+    base = BasePipeline(folder, Base(source, _digest(folder)), _guidance(folder / "sampling.json"), pipeline_class)
     _check_components_fit(base)
     return base
+
+
+def _guidance(file: Path) -> float:
+    """Reads the guidance scale that a pipeline is meant to run with; 7.5 where it does not say.
+
+    Raises:
+        InputError: the file says something else.
+    """
+    if not file.is_file():
+        return 7.5
+    guidance = read_json(file).get("guidance_scale")
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 1 <= guidance <= _MOST_GUIDANCE:
+        raise InputError(f"{file} has guidance_scale={guidance!r}: write a number of at least 1, or delete the file")
+    return float(guidance)
 
 
 def _check_components_fit(base: BasePipeline) -> None:
@@ -136,6 +152,19 @@ def _check_components_fit(base: BasePipeline) -> None:
         raise InputError(f"{base.folder} has no {missing[0]}, which its {base.pipeline_class} needs: give a whole one")
     config, family = base.denoiser_config(), base.family
     configs = {name: read_config(base.folder / name, kind) for name, kind in classes.items() if name in needed}
+    scaling = configs["vae"].get("scaling_factor")
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not scaling > 0:
+        raise InputError(f"{base.folder / 'vae'}/config.json has scaling_factor={scaling!r}: write a number above 0")
+    for name in ("tokenizer", "tokenizer_2"):
+        encoder = configs.get(name.replace("tokenizer", "text_encoder"))
+        if name not in needed or encoder is None:
+            continue
+        tokens, most = tokens_of(base.folder / name), encoder["max_position_embeddings"]
+        if tokens > most:
+            raise InputError(
+                f"{base.folder / name} pads every text to {tokens} tokens, and its text encoder takes {most}:"
+                " they are of two models"
+            )
     text, pooled = encoded_widths(base.pipeline_class, configs, family.text_width(config))
     for what, written, read in (
         ("channels of latents", configs["vae"]["latent_channels"], config["in_channels"]),
