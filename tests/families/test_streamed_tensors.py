@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.checkpoint import TensorForm
 
