@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, "Tensor"]
 
 DENOISER = "model.diffusion_model."
-_TEXT_ENCODERS = {
+TEXT_ENCODERS = {
     "StableDiffusionPipeline": {"text_encoder": "cond_stage_model.transformer."},
     "StableDiffusionXLPipeline": {
         "text_encoder": "conditioner.embedders.0.transformer.",
@@ -53,23 +53,32 @@ def write_single_file(
         metadata: of the file.
     """
     index = json.loads((folder / "model_index.json").read_text())
-    prefixes = _TEXT_ENCODERS[index["_class_name"]] if text is None else text
-    tensors: Tensors = {}
-    for name, named in (("unet", unet), ("transformer", mmdit), ("vae", autoencoder)):
-        if (folder / name).is_dir() and name not in without:
-            start = "first_stage_model." if name == "vae" else DENOISER
-            config = json.loads((folder / name / "config.json").read_text())
-            tensors |= {start + key: value for key, value in named(_network(folder / name), config).items()}
-    for name, prefix in prefixes.items():
-        if (folder / name).is_dir() and name not in without:
-            rename = open_clip if prefix.endswith(".model.") else clip
-            tensors |= {prefix + key: value for key, value in rename(_network(folder / name)).items()}
-    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in change(tensors).items()}
+    prefixes = TEXT_ENCODERS[index["_class_name"]] if text is None else text
+    networks = {
+        name: (_network(folder / name), json.loads((folder / name / "config.json").read_text()))
+        for name in ("unet", "transformer", "vae", *prefixes)
+        if (folder / name).is_dir() and name not in without
+    }
+    tensors = change(original_tensors(networks, prefixes))
+    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(whole, path, metadata=metadata)
     return path
 
 
-def unet(tensors: Tensors, config: Mapping[str, int]) -> Tensors:
+def original_tensors(networks: Mapping[str, tuple[Tensors, Any]], prefixes: Mapping[str, str]) -> Tensors:
+    """Names the tensors of networks, given with their configurations; ``prefixes`` are those of the text encoders."""
+    tensors: Tensors = {}
+    for name, (network, config) in networks.items():
+        if name in prefixes:
+            named = open_clip(network) if prefixes[name].endswith(".model.") else clip(network)
+        else:
+            named = {"unet": unet, "transformer": mmdit, "vae": autoencoder}[name](network, config)
+        start = prefixes.get(name, "first_stage_model." if name == "vae" else DENOISER)
+        tensors |= {start + key: tensor for key, tensor in named.items()}
+    return tensors
+
+
+def unet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """Names a UNet's tensors as CompVis' code does."""
     each = config["layers_per_block"] + 1
     attentive = {name.split(".")[1] for name in tensors if name.startswith("up_blocks") and ".attentions." in name}
@@ -115,7 +124,7 @@ def unet(tensors: Tensors, config: Mapping[str, int]) -> Tensors:
     return {named(name): tensor for name, tensor in tensors.items()}
 
 
-def autoencoder(tensors: Tensors, config: Mapping[str, list[str]]) -> Tensors:
+def autoencoder(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """Names an autoencoder's tensors as CompVis' code does, whose attention is made of convolutions."""
     last = len(config["up_block_types"]) - 1
     found = {}
@@ -167,7 +176,7 @@ def open_clip(tensors: Tensors) -> Tensors:
     return found
 
 
-def mmdit(tensors: Tensors, config: Mapping[str, int]) -> Tensors:
+def mmdit(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """Names a transformer's tensors as SD 3's code does, which keeps queries, keys and values in one."""
     last = config["num_layers"] - 1
     fixed = {

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import diffusers
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families.checkpoint import TensorForm
 from s2p_deploy.families.network_files import read_json
 from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.records import file_digest
@@ -72,8 +71,7 @@ class Assembly:
         for name, text in self.texts.items():
             write_text(folder / name, text)
         for name, network in self.networks.items():
-            forms = {tensor: TensorForm(t.dtype, tuple(t.shape)) for tensor, t in network.deferred.items()}
-            write_tensor_file(folder / name, forms, lambda t, n=network: n.deferred[t].read(), {"format": "pt"})
+            write_tensor_file(folder / name, network.forms, network.read, {"format": "pt"})
             with (folder / name).open("rb") as opened:
                 os.fsync(opened.fileno())
 

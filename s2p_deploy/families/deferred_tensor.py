@@ -6,13 +6,14 @@ say what becomes of every tensor before anything is read; then each result is co
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -31,10 +32,12 @@ class DeferredTensor(torch.Tensor):
     sources: frozenset[str]
 
     @staticmethod
-    def __new__(cls, meta: Tensor, compute: Callable[[], Tensor], sources: frozenset[str]) -> DeferredTensor:
+    def __new__(
+        cls: type[DeferredTensor], meta: Tensor, compute: Callable[[], Tensor], sources: frozenset[str]
+    ) -> DeferredTensor:
         """Makes a tensor like ``meta``; it is no parameter, so nothing of it is trained."""
-        made: DeferredTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device="meta"
+        made: DeferredTensor = torch.Tensor._make_wrapper_subclass(
+            cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=meta.device
         )
         made._meta, made._compute, made.sources = meta, compute, sources
         return made
@@ -57,7 +60,7 @@ class DeferredTensor(torch.Tensor):
         return self._compute()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # torch calls it as it documents it
         cls,
         func: Callable[..., Any],
         types: tuple[type, ...],
@@ -77,4 +80,8 @@ class DeferredTensor(torch.Tensor):
         made = func(*positional, **named)
         if isinstance(made, torch.Tensor):
             return DeferredTensor(made, results, sources)
-        return [DeferredTensor(part, lambda index=index: results()[index], sources) for index, part in enumerate(made)]
+        return [DeferredTensor(part, partial(_part, results, index), sources) for index, part in enumerate(made)]
+
+
+def _part(results: Callable[[], Sequence[Tensor]], index: int) -> Tensor:
+    return results()[index]

@@ -100,9 +100,7 @@ def check_components(folder: Path, without: Collection[str] = ()) -> None:
             _check_tokenizer(folder / name, kind.vocab_files_names)
 
 
-def check_network(
-    folder: Path, network_class: type[torch.nn.Module], checkpoint: NetworkTensors | None = None
-) -> None:
+def check_network(folder: Path, network_class: type[torch.nn.Module], checkpoint: NetworkTensors | None = None) -> None:
     """Checks that the files of one network are whole and those of its configuration.
 
     Args:

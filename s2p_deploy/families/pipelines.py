@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.assembled import is_assembled, pipeline_digest
 from s2p_deploy.families.network_files import (
     absent_components,
     check_components,
@@ -21,10 +22,9 @@ from s2p_deploy.families.network_files import (
     read_json,
 )
 from s2p_deploy.families.registry import family_of_config, network_config
-from s2p_deploy.families.text import encoded_widths
-from s2p_deploy.families.assembled import is_assembled, pipeline_digest
 from s2p_deploy.families.single_file import is_single_file
 from s2p_deploy.families.sources import BUNDLED, find_pipeline
+from s2p_deploy.families.text import encoded_widths
 from s2p_deploy.records import Base, BaseOptions, file_digest
 from s2p_deploy.records.files import check_room, claimed, writing
 

@@ -1,7 +1,7 @@
 """Single-file checkpoints: the networks of a Stable Diffusion model in one file, under the names of its original code.
 
-diffusers' own functions translate the names. They are given deferred tensors, so a file of any size is compared with its
-networks before anything is written, and then read one tensor at a time.
+diffusers' own functions translate the names. They are given deferred tensors, so a file of any size is compared with
+its networks before anything is written, and then read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import safe_open
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, DTYPES, TRANSFORMERS_WEIGHTS, Checkpoint, StoredTensor
+from s2p_deploy.families.checkpoint import (
+    DIFFUSERS_WEIGHTS,
+    DTYPES,
+    TRANSFORMERS_WEIGHTS,
+    Checkpoint,
+    StoredTensor,
+    TensorForm,
+)
 from s2p_deploy.families.deferred_tensor import DeferredTensor
 from s2p_deploy.families.network_files import check_network, is_of_diffusers, network_on_meta
 
@@ -51,7 +58,9 @@ _AVERAGED = "model_ema."
 
 # What is no weight: buffers that every library makes itself, and what only training reads.
 _NO_WEIGHT = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask|v_pred|ztsnr)$|^(loss|model_ema)\.")
-_QUANTIZED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|qweight|wscales|quant_state)\b")
+_QUANTIZED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax|qweight|wscales|quant_state)\b"
+)
 _ADAPTER = re.compile(r"lora_|\.lora\.|lokr_|hada_w|dora_scale")
 _CONTROL = re.compile(r"^control_model\.|(^|\.)(input_hint_block|controlnet_cond_embedding|controlnet_down_blocks)\.")
 _DIFFUSERS = re.compile(r"^(down_blocks|up_blocks|transformer_blocks|(en|de)coder\.(down|up)_blocks)\.")
@@ -60,7 +69,8 @@ _AUTOENCODER_STARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 _LEFT_OUT = {*original.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE, _WITHOUT_PROJECTION + "text_projection.weight"}
 
 _CONVERSION = (
-    "import sys, torch, safetensors.torch as s; m = torch.load(sys.argv[1], map_location='cpu', weights_only=True);"
+    "import sys, torch, safetensors.torch as s;"
+    " m = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True);"
     " s.save_file({k: v.contiguous().clone() for k, v in m.get('state_dict', m).items() if torch.is_tensor(v)},"
     " sys.argv[2])"
 )
@@ -88,7 +98,16 @@ class ConvertedNetwork:
     def tensors(self) -> dict[str, StoredTensor]:
         """Returns dtype and shape of every tensor; it is stored nowhere under this name."""
         names = {dtype: name for name, dtype in DTYPES.items()}
-        return {name: StoredTensor(self.place, 0, names[t.dtype], tuple(t.shape)) for name, t in self.deferred.items()}
+        return {name: StoredTensor(self.place, 0, names[t.dtype], t.shape) for name, t in self.forms.items()}
+
+    @property
+    def forms(self) -> dict[str, TensorForm]:
+        """Returns dtype and shape of every tensor, to be written."""
+        return {name: TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in self.deferred.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor in its own dtype, to the CPU. Raises InputError where a number is not finite."""
+        return self.deferred[name].read()
 
 
 class SingleFile:
@@ -219,7 +238,8 @@ def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".gguf" or start == b"GGUF":
         raise InputError(f"{path} is GGUF, whose weights are quantized already: give the model in fp32, fp16 or bf16")
     if path.suffix in _PICKLED or start[:2] in {b"PK", b"\x80\x02"}:
-        given, made = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(".safetensors")))
+        suffix = ".safetensors" if path.suffix in _PICKLED else ".converted.safetensors"
+        given, made = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(suffix)))
         raise InputError(
             f"{path} is a pickle, which may run code when it is loaded: refused; if you trust it, convert it:"
             f' python -c "{_CONVERSION}" {given} {made}'
@@ -230,13 +250,13 @@ def _opened(path: Path) -> Checkpoint:
 def _check_kind(path: Path, names: Iterable[str]) -> None:
     """Refuses files with tensors that no plain model has."""
     for pattern, what in (
-        (_QUANTIZED, "weights that are quantized already: give the model in fp32, fp16 or bf16"),
-        (_ADAPTER, "a LoRA, which is no model: give the model that it is for"),
-        (_CONTROL, "a ControlNet, which is no model: give the model that it steers"),
+        (_QUANTIZED, "its weights are quantized already: give the model in fp32, fp16 or bf16"),
+        (_ADAPTER, "it is a LoRA, which is no model: give the model that it is for"),
+        (_CONTROL, "it is a ControlNet, which is no model: give the model that it steers"),
     ):
         found = next((name for name in names if pattern.search(name)), None)
         if found is not None:
-            raise InputError(f"{path} holds {found}: it is {what}" if what[0] == "a" else f"{path} holds {found}, {what}")
+            raise InputError(f"{path} has a tensor {found}, so {what}")
 
 
 def _other_kind(tensors: Mapping[str, StoredTensor]) -> str:
@@ -254,7 +274,7 @@ def _other_kind(tensors: Mapping[str, StoredTensor]) -> str:
     return f"is no Stable Diffusion model under its original names (its first tensors: {first})"
 
 
-def _converted(  # noqa: PLR0913 - what a network is made of
+def _converted(
     component: str,
     prefix: str,
     names: Mapping[str, str],
@@ -285,7 +305,9 @@ def _converted(  # noqa: PLR0913 - what a network is made of
         else:
             translated = _named_as_transformers(network, prefix, stored)
     except KeyError as error:
-        raise InputError(f"{checkpoint.place} lacks {prefix}{error.args[0]} of {what}: get the whole file again") from error
+        raise InputError(
+            f"{checkpoint.place} lacks {prefix}{error.args[0]} of {what}: it is not whole, or of another model"
+        ) from error
     except Exception as error:  # shapes that it does not expect reach any code of diffusers
         reason = " ".join(str(error).split())[:200]
         raise InputError(

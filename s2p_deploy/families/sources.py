@@ -51,7 +51,7 @@ def find_pipeline(source: str, options: BaseOptions) -> tuple[Path, str | None]:
     """
     if is_single_file(source):
         file = Path(source)
-        return assembled(_of_file(SingleFile(file), options)), file_digest(file)
+        return assembled(assembly_of_file(SingleFile(file), options)), file_digest(file)
     if options.components is not None or options.ema:
         given = "--ema" if options.ema else "--components"
         raise InputError(f"{given} is for a single file, and {source} is a whole pipeline: leave it away")
@@ -79,8 +79,12 @@ def _of_folder(folder: Path, options: BaseOptions) -> Assembly | None:
     return assembly
 
 
-def _of_file(file: SingleFile, options: BaseOptions) -> Assembly:
-    """Says which folder a single file becomes: of its networks, and of what it lacks from elsewhere."""
+def assembly_of_file(file: SingleFile, options: BaseOptions) -> Assembly:
+    """Says which folder a single file becomes: of its networks, and of what it lacks from elsewhere.
+
+    Raises:
+        InputError: it lacks something, or is not what its configuration says.
+    """
     prediction_type = options.prediction_type or file.prediction_type
     packaged = options.components is None
     configuration = _packaged(file, prediction_type) if packaged else _locate(str(options.components), _TEXTS)
@@ -137,7 +141,9 @@ def _check_same_model(file: SingleFile, classes: Mapping[str, type], configurati
         if name in classes:
             continue
         if name != "text_encoder_3":
-            raise InputError(f"{file.path} has a {name}, and {configuration}, a {kind}, has none: they are of two models")
+            raise InputError(
+                f"{file.path} has a {name}, and {configuration}, a {kind}, has none: they are of two models"
+            )
         if configuration.parent == _PACKAGED:  # other folders may leave T5 away on purpose
             raise InputError(f"{file.path} has a {name} (T5), whose tokenizer is not packaged: {_ASK}")
 
@@ -184,14 +190,13 @@ def _weight_files(folder: Path, kind: type, variant: str | None, *, needed: str 
             raise InputError(f"{needed}, and neither has {folder}: give a whole pipeline to --components")
         return {name: folder / name for name in plain}
     file, index = folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
-    if file.is_file():
-        found = {f"{stem}.safetensors": file}
-    else:
-        found = {f"{stem}.safetensors.index.json": index}
-        found |= {name: folder / name for name in set(weight_map(index).values())}
-    for path in found.values():
+    chosen = {f"{stem}.safetensors": file}
+    if not file.is_file():
+        chosen = {f"{stem}.safetensors.index.json": index}
+        chosen |= {name: folder / name for name in set(weight_map(index).values())}
+    for path in chosen.values():
         check_no_pointer(path)
-    return found
+    return chosen
 
 
 def _apply(

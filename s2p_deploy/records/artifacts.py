@@ -83,9 +83,9 @@ class Parent:
 class BaseOptions:
     """How a pipeline is read where its files leave it open.
 
-    ``components`` is the folder or hub id that gives what a single file lacks, and ``vae`` the file or folder of another
-    autoencoder. ``prediction_type`` replaces the scheduler's, ``variant`` names files (``fp16``), and ``ema`` takes a
-    single file's averaged weights.
+    ``components`` is the folder or hub id that gives what a single file lacks, and ``vae`` the file or folder of
+    another autoencoder. ``prediction_type`` replaces the scheduler's, ``variant`` names files (``fp16``), and ``ema``
+    takes a single file's averaged weights.
     """
 
     components: str | None = None
