@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 BUNDLED = "shapes"
 _TEXTS = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
 _WHOLE = (*_TEXTS, "*/*.safetensors")
-_PACKAGED = Path(str(resources.files("s2p_deploy"))) / "families" / "configurations"
-_VOCABULARY = tuple(_PACKAGED / "clip_tokenizer" / name for name in ("vocab.json", "merges.txt"))
+PACKAGED = Path(str(resources.files("s2p_deploy"))) / "families" / "configurations"
+_VOCABULARY = tuple(PACKAGED / "clip_tokenizer" / name for name in ("vocab.json", "merges.txt"))
 _SD3_MEDIUM = (1536, 4096)  # shape of the weight that takes text in
 _UNETS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text that they read
 # No single file has them, and diffusers' from_single_file leaves them out too.
@@ -131,7 +131,7 @@ def _packaged(file: SingleFile, prediction_type: str | None) -> Path:
                 " --prediction-type epsilon (trained on 512 pixels) or v_prediction (768)"
             )
         name += f"-{prediction_type}"
-    return _PACKAGED / name
+    return PACKAGED / name
 
 
 def _check_same_model(file: SingleFile, classes: Mapping[str, type], configuration: Path) -> None:
@@ -144,7 +144,7 @@ def _check_same_model(file: SingleFile, classes: Mapping[str, type], configurati
             raise InputError(
                 f"{file.path} has a {name}, and {configuration}, a {kind}, has none: they are of two models"
             )
-        if configuration.parent == _PACKAGED:  # other folders may leave T5 away on purpose
+        if configuration.parent == PACKAGED:  # other folders may leave T5 away on purpose
             raise InputError(f"{file.path} has a {name} (T5), whose tokenizer is not packaged: {_ASK}")
 
 
@@ -160,7 +160,7 @@ def _index(configuration: Path) -> str:
 def _texts(folder: Path, kind: Any) -> list[Path]:  # noqa: ANN401 - neither library is typed
     """Lists the files of a tokenizer or scheduler; packaged tokenizers share one vocabulary."""
     own = [path for path in sorted(folder.glob("*")) if path.suffix in {".json", ".txt", ".model"}]
-    shared = folder.parent.parent == _PACKAGED and hasattr(kind, "vocab_files_names")
+    shared = folder.parent.parent == PACKAGED and hasattr(kind, "vocab_files_names")
     return [*own, *(_VOCABULARY if shared else ())]
 
 

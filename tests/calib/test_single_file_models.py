@@ -43,6 +43,8 @@ def test_weights_scales_and_plan_are_those_of_the_folder(kind: str, name: str, t
     assert bases[1]["file"] == file_digest(file)
     assert bases[0]["file"] is None
     for manifest, base in zip(manifests, bases, strict=True):  # what follows from the base
-        assert manifest["content"]["request"].pop("pipeline") == base["digest"]
-        del manifest["seal"], manifest["parents"]
+        content = manifest["content"]
+        assert content["request"].pop("pipeline") == base["digest"]
+        assert content.pop("dataset", None) == manifest.pop("parents").get("dataset", {}).get("digest")
+        del manifest["seal"]
     assert manifests[0] == manifests[1]

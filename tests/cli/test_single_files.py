@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from s2p_deploy.families import resolve_base
 from tests.cli.commands import Run
-from tests.original_names import write_single_file
+from tests.single_files import write_single_file
 
 STREAM = ("--recipe", "ptq-stream", "--device", "cpu")
 

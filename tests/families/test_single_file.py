@@ -13,21 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.full_size.original_names import DENOISER, OPEN_CLIP_OF_SD2, Tensors, autoencoder, original_tensors
+from benchmarks.full_size.original_names import TEXT_ENCODERS as TEXT_ENCODERS_OF
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import BasePipeline, base_of, resolve_base
 from s2p_deploy.families.network_files import component_classes, network_on_meta
 from s2p_deploy.families.single_file import SingleFile, convert_autoencoder
 from s2p_deploy.families.sources import assembly_of_file
 from s2p_deploy.records import Base, BaseOptions, Manifest, file_digest
-from tests.original_names import (
-    DENOISER,
-    OPEN_CLIP_OF_SD2,
-    Tensors,
-    autoencoder,
-    original_tensors,
-    write_single_file,
-)
-from tests.original_names import TEXT_ENCODERS as TEXT_ENCODERS_OF
+from tests.single_files import write_single_file
 from tests.small_pipelines import sibling, t5_base
 from tests.tiny_networks import tiny_mmdit
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import BasePipeline, base_of, load_pipeline, resolve_base
 from s2p_deploy.records import BaseOptions, Manifest
-from tests.original_names import write_single_file
+from tests.single_files import write_single_file
 from tests.small_pipelines import sibling
 
 BUNDLED = resolve_base("shapes").folder

@@ -1,17 +1,14 @@
-"""Single files for tests: a pipeline's networks under the names of Stable Diffusion's original code."""
+"""Names of tensors in Stable Diffusion's original code, for those that diffusers and transformers have."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -31,38 +28,6 @@ TEXT_ENCODERS = {
     },
 }
 OPEN_CLIP_OF_SD2 = {"text_encoder": "cond_stage_model.model."}
-
-
-def write_single_file(
-    path: Path,
-    folder: Path,
-    *,
-    without: Collection[str] = (),
-    text: Mapping[str, str] | None = None,
-    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
-    metadata: dict[str, str] | None = None,
-) -> Path:
-    """Writes the networks of a pipeline's folder into one file.
-
-    Args:
-        path: the file.
-        folder: in diffusers' format, one file per network.
-        without: components that are left out.
-        text: prefixes of the text encoders (None: those of the pipeline's family).
-        change: what becomes of all tensors by their original names.
-        metadata: of the file.
-    """
-    index = json.loads((folder / "model_index.json").read_text())
-    prefixes = TEXT_ENCODERS[index["_class_name"]] if text is None else text
-    networks = {
-        name: (_network(folder / name), json.loads((folder / name / "config.json").read_text()))
-        for name in ("unet", "transformer", "vae", *prefixes)
-        if (folder / name).is_dir() and name not in without
-    }
-    tensors = change(original_tensors(networks, prefixes))
-    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(whole, path, metadata=metadata)
-    return path
 
 
 def original_tensors(networks: Mapping[str, tuple[Tensors, Any]], prefixes: Mapping[str, str]) -> Tensors:
@@ -228,8 +193,3 @@ def mmdit(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
             letters = [re.sub(r"(to_|add_)q", rf"\1{letter}", name) for letter in "qkv"]
             found[f"{block}.{joined[part]}.qkv.{kind}"] = torch.cat([tensors[letter] for letter in letters])
     return found
-
-
-def _network(folder: Path) -> Tensors:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
