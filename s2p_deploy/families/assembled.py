@@ -39,6 +39,7 @@ class Assembly:
     files: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     networks: dict[str, ConvertedNetwork] = field(default_factory=dict)
+    _digests: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     def put(self, component: str, files: Mapping[str, Path]) -> None:
         """Adds files to a component's folder."""
@@ -53,13 +54,18 @@ class Assembly:
         missing = next((path for path in self.files.values() if not path.is_file()), None)
         if missing is not None:
             raise InputError(f"{missing} is missing: give the whole pipeline")
-        digests = {place: file_digest(place) for place in {network.place for network in self.networks.values()}}
-        lines = [f"{name} {file_digest(path)}" for name, path in self.files.items()]
+        lines = [f"{name} {self.digest_of(path)}" for name, path in self.files.items()]
         lines += [f"{name} {text}" for name, text in self.texts.items()]
         for name, network in self.networks.items():
             sources = {tensor: sorted(deferred.sources) for tensor, deferred in network.deferred.items()}
-            lines.append(f"{name} {digests[network.place]} {json.dumps(sources, sort_keys=True)}")
+            lines.append(f"{name} {self.digest_of(network.place)} {json.dumps(sources, sort_keys=True)}")
         return hashlib.sha256("\n".join((f"diffusers {diffusers.__version__}", *sorted(lines))).encode()).hexdigest()
+
+    def digest_of(self, path: Path) -> str:
+        """Returns the SHA-256 of a file that it is made of, computed once."""
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
 
     def write(self, folder: Path) -> None:
         """Writes the folder, whose networks are read one tensor at a time."""
@@ -76,8 +82,11 @@ class Assembly:
                 os.fsync(opened.fileno())
 
 
-def assembled(assembly: Assembly) -> Path:
+def assembled(assembly: Assembly) -> tuple[Path, str]:
     """Finds the folder of an assembly in the cache, or makes it there; a kill leaves nothing under its name.
+
+    Returns:
+        The folder, and its digest.
 
     Raises:
         InputError: a tensor cannot be read or holds NaN, or the disk has no room.
@@ -95,10 +104,11 @@ def assembled(assembly: Assembly) -> Path:
         temporary = folder.with_name(f".{folder.name}.writing")
         with claimed(temporary, wait=True):
             if not folder.is_dir():  # else another process made it meanwhile
-                _make(assembly, temporary, folder)
-    if read_json(folder / _RECORD).get("digest") != pipeline_digest(folder):
+                return folder, _make(assembly, temporary, folder)
+    digest = pipeline_digest(folder)
+    if read_json(folder / _RECORD).get("digest") != digest:
         raise IntegrityError(f"{folder} was changed since it was made: delete it, and it is made again")
-    return folder
+    return folder, digest
 
 
 def is_assembled(folder: Path) -> bool:
@@ -126,7 +136,8 @@ def pipeline_digest(folder: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _make(assembly: Assembly, temporary: Path, folder: Path) -> None:
+def _make(assembly: Assembly, temporary: Path, folder: Path) -> str:
+    """Makes a folder under a temporary name and renames it; returns its digest."""
     size = sum(tensor.nbytes for network in assembly.networks.values() for tensor in network.deferred.values())
     check_room(folder, size, f"make room, or name another folder by the environment variable {CACHE}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -134,8 +145,10 @@ def _make(assembly: Assembly, temporary: Path, folder: Path) -> None:
         assembly.write(temporary)
         sources = {name: str(path) for name, path in assembly.files.items()}
         sources |= {name: str(network.place) for name, network in assembly.networks.items()}
-        record = {"digest": pipeline_digest(temporary), "made_of": sources}
+        digest = pipeline_digest(temporary)
+        record = {"digest": digest, "made_of": sources}
         write_text(temporary / _RECORD, json.dumps(record, indent=1) + "\n")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return digest

@@ -117,7 +117,8 @@ def resolve_base(source: str, options: BaseOptions = BaseOptions()) -> BasePipel
         InputError: there is no such pipeline, it is no Stable Diffusion pipeline of diffusers, or its configuration
             asks for code to be run.
     """
-    folder, file = find_pipeline(source, options)
+    found = find_pipeline(source, options)
+    folder = found.folder
     index = read_index(folder)
     pipeline_class = str(index.get("_class_name"))
     if pipeline_class not in _TEXT_TO_IMAGE:
@@ -125,7 +126,7 @@ def resolve_base(source: str, options: BaseOptions = BaseOptions()) -> BasePipel
     check_no_code(folder)
     sampling = folder / "sampling.json"
     guidance = float(read_json(sampling)["guidance_scale"]) if sampling.is_file() else 7.5
-    base = BasePipeline(folder, Base(source, pipeline_digest(folder), options, file), guidance, pipeline_class)
+    base = BasePipeline(folder, Base(source, found.digest, options, found.file), guidance, pipeline_class)
     _check_components_fit(base)
     return base
 

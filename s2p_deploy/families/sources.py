@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.assembled import Assembly, assembled, pipeline_files
+from s2p_deploy.families.assembled import Assembly, assembled, pipeline_digest, pipeline_files
 from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, check_no_pointer, weight_map
 from s2p_deploy.families.network_files import component_classes, is_of_diffusers, read_index, read_json
 from s2p_deploy.families.single_file import SingleFile, convert_autoencoder, is_single_file
-from s2p_deploy.records import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,29 +35,36 @@ _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 _ASK = "give the diffusers folder, or hub id, of such a model to --components"
 
 
-def find_pipeline(source: str, options: BaseOptions) -> tuple[Path, str | None]:
+@dataclass(frozen=True)
+class Found:
+    """A pipeline's folder and digest, and the digest of the single file that it was made of."""
+
+    folder: Path
+    digest: str
+    file: str | None = None
+
+
+def find_pipeline(source: str, options: BaseOptions) -> Found:
     """Finds the folder of a pipeline; makes it in the cache where a file or an option asks for another than there is.
 
     Args:
         source: ``shapes`` (bundled), a folder, a hub id, which is downloaded, or a single file.
         options: how to read it.
 
-    Returns:
-        The folder, and the SHA-256 of a single file.
-
     Raises:
         InputError: there is no such pipeline, or an option does not fit it.
         IntegrityError: what the cache has was changed.
     """
-    if is_single_file(source):
+    if source != BUNDLED and is_single_file(source):
         file = Path(source)
-        return assembled(assembly_of_file(SingleFile(file), options)), file_digest(file)
+        of_file = assembly_of_file(SingleFile(file), options)
+        return Found(*assembled(of_file), of_file.digest_of(file))
     if options.components is not None or options.ema:
         given = "--ema" if options.ema else "--components"
         raise InputError(f"{given} is for a single file, and {source} is a whole pipeline: leave it away")
     folder = _locate(source)
     assembly = _of_folder(folder, options)
-    return (folder if assembly is None else assembled(assembly)), None
+    return Found(folder, pipeline_digest(folder)) if assembly is None else Found(*assembled(assembly))
 
 
 def _of_folder(folder: Path, options: BaseOptions) -> Assembly | None:
