@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Where a model's networks are in a file, by their names among the components. A file has one of each at most.
 _DENOISERS = ("model.diffusion_model.", "")
-_FIRST_TENSOR = {"unet": "input_blocks.0.0.weight", "transformer": "joint_blocks.0.x_block.attn.qkv.weight"}
+_BLOCKS = {"unet": "input_blocks.", "transformer": "joint_blocks."}
 _AUTOENCODERS = ("first_stage_model.", "vae.")
 _TEXT_ENCODERS = {
     "text_encoder": (
@@ -54,6 +54,7 @@ _TEXT_ENCODERS = {
 }
 _OPEN_CLIP = ".model."  # ends the prefixes of encoders that are named as open_clip names them
 _WITHOUT_PROJECTION = "text_encoders.clip_l.transformer."  # SD3 pools this encoder's text without one
+_PROJECTIONS = ("text_projection.weight", "text_projection")  # which some programs save with every encoder
 _AVERAGED = "model_ema."
 
 # What is no weight: buffers that every library makes itself, and what only training reads.
@@ -128,15 +129,15 @@ class SingleFile:
         self._checkpoint = _opened(path)
         names = self._checkpoint.tensors
         _check_kind(path, names)
-        places = {
-            component: [prefix for prefix in _DENOISERS if prefix + first in names]
-            for component, first in _FIRST_TENSOR.items()
-        }
+
+        def found(prefixes: Iterable[str], blocks: str = "") -> list[str]:
+            return [prefix for prefix in prefixes if any(name.startswith(prefix + blocks) for name in names)]
+
+        places = {component: found(_DENOISERS, blocks) for component, blocks in _BLOCKS.items()}
         denoisers = [component for component, prefixes in places.items() if prefixes]
         if not denoisers:
             raise InputError(f"{path} {_other_kind(names)}")
-        for component, prefixes in {"vae": _AUTOENCODERS, **_TEXT_ENCODERS}.items():
-            places[component] = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)]
+        places |= {part: found(prefixes) for part, prefixes in {"vae": _AUTOENCODERS, **_TEXT_ENCODERS}.items()}
         twice = [component for component, prefixes in places.items() if len(prefixes) > 1]
         if twice or len(denoisers) > 1:
             parts = " and ".join(denoisers if len(denoisers) > 1 else places[twice[0]])
@@ -225,7 +226,7 @@ def convert_autoencoder(file: Path, folder: Path, network_class: type[torch.nn.M
 def is_single_file(source: str) -> bool:
     """Tells whether a model is given as one file, also where it is of a kind that is refused, or is not there."""
     path = Path(source)
-    return path.is_file() or (path.suffix in {".safetensors", *_REFUSED} and not path.is_dir())
+    return path.is_file() or (path.suffix.lower() in {".safetensors", *_REFUSED} and not path.is_dir())
 
 
 def _opened(path: Path) -> Checkpoint:
@@ -235,11 +236,12 @@ def _opened(path: Path) -> Checkpoint:
             start = opened.read(4)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
-    if path.suffix == ".gguf" or start == b"GGUF":
+    suffix = path.suffix.lower()
+    if suffix == ".gguf" or start == b"GGUF":
         raise InputError(f"{path} is GGUF, whose weights are quantized already: give the model in fp32, fp16 or bf16")
-    if path.suffix in _PICKLED or start[:2] in {b"PK", b"\x80\x02"}:
-        suffix = ".safetensors" if path.suffix in _PICKLED else ".converted.safetensors"
-        given, made = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(suffix)))
+    if suffix in _PICKLED or start[:2] in {b"PK", b"\x80\x02"}:
+        new = ".safetensors" if suffix in _PICKLED else ".converted.safetensors"
+        given, made = shlex.quote(str(path)), shlex.quote(str(path.with_suffix(new)))
         raise InputError(
             f"{path} is a pickle, which may run code when it is loaded: refused; if you trust it, convert it:"
             f' python -c "{_CONVERSION}" {given} {made}'
@@ -267,7 +269,10 @@ def _other_kind(tensors: Mapping[str, StoredTensor]) -> str:
         return "holds one network under diffusers' names: give the folder of its pipeline"
     if any(name.startswith(("text_model.", "encoder.block.", *sum(_TEXT_ENCODERS.values(), ()))) for name in tensors):
         return "is a text encoder without a denoiser: give a model"
-    kind = original.infer_diffusers_model_type(dict(tensors))
+    try:
+        kind = original.infer_diffusers_model_type(dict(tensors))
+    except Exception:  # of a file that has some of another model's tensors
+        kind = "v1"
     if kind != "v1":  # which it answers where it knows nothing
         return f"is of the kind {kind}, which is not supported: give a model of Stable Diffusion 1, 2, XL or 3"
     first = ", ".join(list(tensors)[:2]) or "none"
@@ -293,10 +298,11 @@ def _converted(
         network_class: in diffusers or transformers.
     """
     network = network_on_meta(folder, network_class)
+    unused = () if hasattr(network, "text_projection") else _PROJECTIONS
     stored = {
         name: DeferredTensor.stored(full, checkpoint.form(full), checkpoint.read)
         for name, full in names.items()
-        if not _NO_WEIGHT.search(name)
+        if not _NO_WEIGHT.search(name) and name not in unused
     }
     what = f"the {component} ({network_class.__name__}) of {folder / 'config.json'}"
     try:

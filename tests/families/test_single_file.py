@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from benchmarks.full_size.original_names import DENOISER, OPEN_CLIP_OF_SD2, Tensors, autoencoder, original_tensors
@@ -132,6 +135,7 @@ def test_what_is_no_weight_is_left_out(tmp_path: Path) -> None:
             text: torch.arange(24),
             "alphas_cumprod": torch.ones(9),
             "first_stage_model.loss.x": torch.ones(1),
+            "cond_stage_model.transformer.text_projection.weight": torch.ones(2, 2),
         }
 
     base = of_file(original(tmp_path / "m.safetensors", "sd1", change=with_buffers), "sd1")
@@ -332,6 +336,7 @@ def not_a_number(path: Path) -> Path:
             r"conv_out\.weight is \[2, 2\], and the unet .* takes \[",
         ),
         (lacking("out.2.bias"), r"lacks conv_out\.bias of the unet"),
+        (lacking("input_blocks.0.0.weight"), r"lacks conv_in\.weight of the unet"),
         (lacking("decoder.conv_in.bias"), r"lacks decoder\.conv_in\.bias of the vae"),
         (lacking("layers.1.mlp.fc1.weight"), r"lacks encoder\.layers\.1\.mlp\.fc1\.weight of the text_encoder"),
         (not_a_number, r"m\.safetensors: model\.diffusion_model\.out\.2\.bias holds NaN"),
@@ -527,3 +532,29 @@ def test_the_packaged_tokenizer_is_clips(padding: str) -> None:
     assert ids[:7] == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert set(ids[7:]) == {tokenizer.convert_tokens_to_ids(padding)}
     assert len(ids) == 77
+
+
+# Any names at all
+
+_NAMES = sorted(
+    {"lora_te.x", "first_stage_model.encoder.conv_in.weight", "text_model.x", DENOISER + "out.2.bias"}
+    | {DENOISER + "joint_blocks.0.x_block.attn.qkv.weight", DENOISER + "input_blocks.0.0.weight", "model_ema.decay"}
+    | {name for value in CHECKPOINT_KEY_NAMES.values() for name in ([value] if isinstance(value, str) else value)}
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.sets(st.sampled_from(_NAMES) | st.text("ab._01", min_size=1, max_size=9), max_size=4),
+    shape=st.sampled_from([(), (2,), (2, 3), (2, 9, 1, 1)]),
+    dtype=st.sampled_from([torch.float16, torch.float32, torch.int64, torch.float8_e5m2]),
+)
+def test_no_file_of_any_names_is_an_internal_error(
+    names: set[str], shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({name: torch.zeros(shape).to(dtype) for name in names}, file)
+    for options in (BaseOptions(), BaseOptions(components="shapes")):
+        with pytest.raises(InputError) as caught:
+            assembly_of_file(SingleFile(file), options)
+        assert "\n" not in str(caught.value)
