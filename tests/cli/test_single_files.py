@@ -20,6 +20,7 @@ def file(tmp_path: Path) -> Path:
     return write_single_file(tmp_path / "m.safetensors", resolve_base("shapes").folder)
 
 
+@pytest.mark.slow
 def test_a_file_is_calibrated_and_inspected_and_found_by_later_stages(run: Run, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "calib"
     made = run("calibrate", file, "--components", "shapes", "--prediction-type", "epsilon", *STREAM, "--out", out)

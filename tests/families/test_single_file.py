@@ -31,6 +31,7 @@ from tests.tiny_networks import tiny_mmdit
 CONFIGURATIONS = Path(__file__).parents[2] / "s2p_deploy" / "families" / "configurations"
 KINDS = ("sd1", "sd2", "sdxl", "sd3")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def folder_of(kind: str) -> Path:
@@ -75,7 +76,7 @@ def test_a_file_becomes_the_folder_that_it_was_made_of(kind: str, tmp_path: Path
     assert base.base.file == file_digest(tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_tensors_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
     def cast(tensors: Tensors) -> Tensors:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -150,7 +151,9 @@ def test_a_denoiser_alone_takes_the_rest_from_the_components(tmp_path: Path) -> 
     assert_same(networks_of(base.folder), networks_of(folder_of("sdxl")))
 
 
-@pytest.mark.parametrize("form", ["file", "diffusers file", "folder", "pipeline"])
+@pytest.mark.parametrize(
+    "form", ["file", *(pytest.param(form, marks=pytest.mark.slow) for form in ("diffusers file", "folder", "pipeline"))]
+)
 def test_another_autoencoder(form: str, tmp_path: Path) -> None:
     tensors = {name: 2 * t for name, t in networks_of(folder_of("sd1"))["vae"].items()}
     config = (folder_of("sd1") / "vae" / "config.json").read_text()
@@ -172,10 +175,6 @@ def test_another_autoencoder(form: str, tmp_path: Path) -> None:
     assert whole.base.digest != resolve_base("shapes").base.digest
 
 
-def prediction(base: BasePipeline) -> object:
-    return json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
-
-
 @pytest.mark.parametrize(
     ("says", "given", "expected"),
     [
@@ -192,15 +191,19 @@ def test_what_the_denoiser_predicts(
     metadata = {name: value for name, value in says.items() if isinstance(value, str)}
     more = {name: value for name, value in says.items() if isinstance(value, torch.Tensor)}
     file = original(tmp_path / "m.safetensors", "sdxl", change=lambda tensors: tensors | more, metadata=metadata)
-    assert prediction(of_file(file, "sdxl", prediction_type=given)) == expected
+    options = BaseOptions(components=str(folder_of("sdxl")), prediction_type=given)  # type: ignore[arg-type]
+    assembly = assembly_of_file(SingleFile(file), options)
+    text = assembly.texts.get(SCHEDULER) or assembly.files[SCHEDULER].read_text()
+    assert json.loads(text)["prediction_type"] == expected
 
 
 def test_zero_terminal_snr_is_said_by_the_file(tmp_path: Path) -> None:
     def marked(tensors: Tensors) -> Tensors:
         return tensors | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
 
-    base = of_file(original(tmp_path / "m.safetensors", "sdxl", change=marked), "sdxl")
-    assert json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text())["rescale_betas_zero_snr"]
+    file = original(tmp_path / "m.safetensors", "sdxl", change=marked)
+    assembly = assembly_of_file(SingleFile(file), BaseOptions(components=str(folder_of("sdxl"))))
+    assert json.loads(assembly.texts[SCHEDULER])["rescale_betas_zero_snr"]
     with pytest.raises(InputError, match="PNDMScheduler, which has no rescale_betas_zero_snr"):
         of_file(original(tmp_path / "n.safetensors", "sd1", change=marked), "sd1")
 
