@@ -12,11 +12,11 @@ from s2p_deploy.calib.plan import Transforms, planned_layers, split_shortcuts
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, WeightQuantizer
 from s2p_deploy.calib.request import KIND
 from s2p_deploy.calib.starting_scales import default_scales, given_scales, weight_scale
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import indexed_skeleton, load_pipeline, load_time_path, product_with_shift, text_tokens
 from s2p_deploy.families.checkpoint import Checkpoint, TensorForm
 from s2p_deploy.families.network_files import check_components, component_classes
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import TimeTable, write_artifact
 from s2p_deploy.records.calibrated_model import parameter_name
@@ -262,7 +262,7 @@ class DenoiserWeights:
         stored = self._checkpoint.form(source.name)
         if source.shape(stored.shape) != wanted:
             raise InputError(
-                f"{self._checkpoint.folder}: {source.name} is {list(stored.shape)}, which does not fit config.json:"
+                f"{self._checkpoint.place}: {source.name} is {list(stored.shape)}, which does not fit config.json:"
                 " the weights are of another model"
             )
         return TensorForm(stored.dtype, wanted)

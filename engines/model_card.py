@@ -69,7 +69,7 @@ def card_metadata(base: Base, license_name: str | None, engine: Mapping[str, Any
         "pipeline_tag": "text-to-image",
         "tags": ["stable-diffusion", "s2p-deploy", engine["backend"], *quantized],
     }
-    if is_hub_id(base.source):
+    if _is_of_hub(base):
         metadata |= {"base_model": base.source} | ({"base_model_relation": "quantized"} if quantized else {})
     return metadata | ({"license": license_name} if license_name else {})
 
@@ -89,14 +89,14 @@ def license_of(folder: Path) -> str | None:
     return name if isinstance(name, str) and _LICENSE.fullmatch(name) else None
 
 
-def is_hub_id(source: str) -> bool:
+def _is_of_hub(base: Base) -> bool:
     """Tells whether a pipeline was named by ``owner/name``, not by where it lies."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    return base.file is None and bool(_HUB_ID.fullmatch(base.source)) and not Path(base.source).exists()
 
 
 def shown_source(base: Base) -> str:
     """Returns a pipeline's name for others: its hub id or its folder's name, never a path of the builder's machine."""
-    return base.source if is_hub_id(base.source) else Path(base.source).name or base.source
+    return base.source if _is_of_hub(base) else Path(base.source).name or base.source
 
 
 def code(value: Any) -> str:  # noqa: ANN401 - shown as text

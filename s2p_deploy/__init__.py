@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from s2p_deploy.pipeline import EnginePipeline, Schedule, load_engine_pipeline, save_engine_pipeline
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import (
+        BaseOptions,
         CalibratedModel,
         ComponentEngines,
         Engine,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BaseOptions",
     "BoundRunner",
     "BuildOptions",
     "CalibratedModel",
@@ -93,6 +95,7 @@ _MODULES = {
     "pipeline": ("EnginePipeline", "Schedule", "load_engine_pipeline", "save_engine_pipeline"),
     "recipe": ("Recipe",),
     "records": (
+        "BaseOptions",
         "CalibratedModel",
         "ComponentEngines",
         "Engine",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from s2p_deploy.pipeline import EnginePipeline, Schedule
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import (
+        BaseOptions,
         CalibratedModel,
         ComponentEngines,
         Engine,
@@ -47,6 +48,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path,
+    options: BaseOptions | None = None,
     prompts: str | Path | Sequence[str] | PromptSet | None = None,
     plan: str | Path | PrecisionPlan | None = None,
     initial: str | Path | CalibratedModel | None = None,
@@ -62,11 +64,12 @@ def calibrate(  # noqa: PLR0913 - the command's options
     of the same arguments is opened.
 
     Args:
-        model: a folder in diffusers format, a hub id (``owner/name``), ``"shapes"`` (bundled), or a diffusers pipeline
-            in memory. The latter is saved once, as safetensors in ``pipeline-<digest>`` beside ``out`` (or in the
-            context's working folder), because artifacts name their pipeline by its digest.
+        model: a folder in diffusers format, a single file, a hub id (``owner/name``), ``"shapes"`` (bundled), or a
+            diffusers pipeline in memory. The latter is saved once, as safetensors in ``pipeline-<digest>`` beside
+            ``out`` (or in the context's working folder), because artifacts name their pipeline by its digest.
         recipe: a recipe's name, a YAML file, its values (``extends`` may name another one), or a Recipe.
         out: folder of the artifact to write.
+        options: how the model is read where its files leave it open.
         prompts: a prompt file, ``"shapes:train"`` (bundled), texts, or a PromptSet; recipes that look at no activation
             (``fp``, ``ptq-stream``) need none.
         plan: an edited ``plan.yaml`` that decides the formats in place of the recipe's rules.
@@ -98,7 +101,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     from s2p_deploy.records.precision_plan import read_plan
 
     return calibrate_base(
-        as_base(model, context.work or out.parent),
+        as_base(model, context.work or out.parent, options),
         resolved,
         texts,
         out,
@@ -372,17 +375,22 @@ def new_folder(out: str | Path) -> Path:
     return folder
 
 
-def as_base(model: str | Path | BasePipeline | DiffusionPipeline, beside: Path) -> BasePipeline:
-    """Finds a pipeline, or saves one that is in memory into the folder ``beside``.
+def as_base(
+    model: str | Path | BasePipeline | DiffusionPipeline, beside: Path, options: BaseOptions | None = None
+) -> BasePipeline:
+    """Finds a pipeline, or saves one that is in memory into the folder ``beside``; ``options`` are of one on disk.
 
     Raises:
         InputError: there is no such pipeline, or it is of a class that is not supported.
     """
     from s2p_deploy.families.pipelines import BasePipeline, resolve_base, save_pipeline
+    from s2p_deploy.records import BaseOptions
 
-    if isinstance(model, BasePipeline):
-        return model
-    return resolve_base(str(model)) if isinstance(model, str | Path) else save_pipeline(model, beside)
+    if isinstance(model, str | Path):
+        return resolve_base(str(model), options or BaseOptions())
+    if options is not None:
+        raise InputError("options say how a model's files are read, and this one was read already: leave them away")
+    return model if isinstance(model, BasePipeline) else save_pipeline(model, beside)
 
 
 def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:

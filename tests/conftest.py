@@ -67,6 +67,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _cache_is_the_tests_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2P_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _traces_are_remembered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "torch" in sys.modules:  # tests that do without it need not wait for it

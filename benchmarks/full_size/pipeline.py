@@ -38,9 +38,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.families import resolve_base
 from s2p_deploy.families.checkpoint import TensorForm
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 
 Config = Mapping[str, Any]
 

@@ -10,13 +10,18 @@ import typer
 
 from s2p_deploy.cli.options import (
     DeviceOption,
+    EmaOption,
+    FileComponentsOption,
     ForceOption,
     JsonOption,
     ModelArgument,
     OutFolder,
+    PredictionTypeOption,
     RecipeOption,
     SettingsOption,
     ThreadsOption,
+    VaeOption,
+    VariantOption,
     bytes_from_option,
     context_from_options,
     overrides_from_settings,
@@ -26,6 +31,7 @@ from s2p_deploy.cli.output import Outcome, artifact_outcome, show
 
 if TYPE_CHECKING:
     from s2p_deploy.context import Context
+    from s2p_deploy.families import BasePipeline
     from s2p_deploy.recipe import Recipe
 
 _DEFAULT_SCALES = "its activation scales are placeholders: engines have their real size and speed, but draw no pictures"
@@ -72,6 +78,11 @@ def calibrate(  # noqa: PLR0913 - its options
     weights_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local weights of metrics, for --target-lpips.")
     ] = None,
+    components: FileComponentsOption = None,
+    vae: VaeOption = None,
+    prediction_type: PredictionTypeOption = None,
+    variant: VariantOption = None,
+    ema: EmaOption = False,
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -110,21 +121,23 @@ def calibrate(  # noqa: PLR0913 - its options
     does not depend on the model's size. Engines of ptq-stream have their real size and speed, but its activation scales
     are placeholders: they draw no pictures.
     """
-    from s2p_deploy import Recipe, api
+    from s2p_deploy import BaseOptions, Recipe, api
 
     asked = _asked({"psnr": target_psnr, "ssim": target_ssim, "lpips": target_lpips}, at)
     resolved = Recipe.load(recipe, overrides_from_settings([*(settings or ()), *asked]))
+    options = BaseOptions(components, vae, prediction_type, variant, ema)
     limit = None if memory_limit is None else bytes_from_option(memory_limit)
     with context_from_options(device, threads) as plain:
         context = replace(
             plain, memory_limit=limit, samples_per_call=samples_per_call, tf32=tf32, deterministic=deterministic
         )
         if dry_run:
-            return show(_plan_of_training(model, resolved, plan, context), as_json=as_json)
+            return show(_plan_of_training(api.as_base(model, out, options), resolved, plan, context), as_json=as_json)
         made = api.calibrate(
             model,
             recipe=resolved,
             out=out,
+            options=options,
             prompts=prompts,
             plan=plan,
             initial=initial,
@@ -148,13 +161,12 @@ def _asked(target: dict[str, float | None], at: str) -> list[str]:
     return [*limits, f"target.at={at}"] if limits else []
 
 
-def _plan_of_training(model: str, recipe: Recipe, plan: Path | None, context: Context) -> Outcome:
+def _plan_of_training(base: BasePipeline, recipe: Recipe, plan: Path | None, context: Context) -> Outcome:
     """Tells how a training would be divided; loads no network."""
     from s2p_deploy.calib import training_fit
-    from s2p_deploy.families import resolve_base
     from s2p_deploy.records.precision_plan import read_plan
 
-    fit = training_fit(resolve_base(model), recipe, plan=None if plan is None else read_plan(plan), context=context)
+    fit = training_fit(base, recipe, plan=None if plan is None else read_plan(plan), context=context)
     if fit is None:
         return Outcome({"kind": "fit", "training": None}, ("training: as the recipe says; no memory is counted here",))
     return Outcome({"kind": "fit", "training": asdict(fit)}, (f"training: {fit}",))

@@ -10,11 +10,16 @@ import typer
 from s2p_deploy.api import as_prompts
 from s2p_deploy.cli.options import (
     DeviceOption,
+    EmaOption,
+    FileComponentsOption,
     ForceOption,
     JsonOption,
     OutFolder,
+    PredictionTypeOption,
     PromptsOption,
     SettingsOption,
+    VaeOption,
+    VariantOption,
     context_from_options,
     overrides_from_settings,
 )
@@ -29,12 +34,19 @@ if TYPE_CHECKING:
 def compare(  # noqa: PLR0913 - its options
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Names or YAML files.")],
     *,
-    model: Annotated[str, typer.Option(help="A folder in diffusers format, a hub id (owner/name), or shapes.")],
+    model: Annotated[
+        str, typer.Option(help="A folder in diffusers format, a .safetensors file, a hub id (owner/name), or shapes.")
+    ],
     prompts: PromptsOption,
     held_out: Annotated[
         str, typer.Option("--held-out", metavar="FILE", help="Prompts to draw; none of the training's.")
     ],
     out: OutFolder,
+    components: FileComponentsOption = None,
+    vae: VaeOption = None,
+    prediction_type: PredictionTypeOption = None,
+    variant: VariantOption = None,
+    ema: EmaOption = False,
     settings: SettingsOption = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 64,
     device: DeviceOption = "auto",
@@ -48,13 +60,13 @@ def compare(  # noqa: PLR0913 - its options
     loaded = tuple(Recipe.load(recipe, overrides) for recipe in recipes)
     train, drawn = as_prompts(prompts), as_prompts(held_out)
     from s2p_deploy.families import resolve_base
+    from s2p_deploy.records import BaseOptions
     from s2p_deploy.validation.compare import COMPARISON
     from s2p_deploy.validation.compare import compare as compare_recipes
 
     with context_from_options(device) as context:
-        results = compare_recipes(
-            resolve_base(model), loaded, train, drawn.first(pictures), out, replace=force, context=context
-        )
+        base = resolve_base(model, BaseOptions(components, vae, prediction_type, variant, ema))
+        results = compare_recipes(base, loaded, train, drawn.first(pictures), out, replace=force, context=context)
     file = out / COMPARISON
     data = {"comparison": str(file), "recipes": [asdict(result) for result in results]}
     return show(Outcome(data, (_table(results), f"Numbers: {file}")), as_json=as_json)

@@ -12,13 +12,18 @@ from s2p_deploy.cli.build import SpanOption, profile_from_option, span_from_opti
 from s2p_deploy.cli.options import (
     BackendOption,
     DeviceOption,
+    EmaOption,
+    FileComponentsOption,
     ForceOption,
     JsonOption,
     ModelArgument,
     OptimizationOption,
     OutFolder,
     PrecisionOption,
+    PredictionTypeOption,
     ProviderOption,
+    VaeOption,
+    VariantOption,
     context_from_options,
 )
 from s2p_deploy.cli.output import artifact_outcome, show
@@ -36,6 +41,11 @@ def components(  # noqa: PLR0913 - its options
     *,
     backend: BackendOption,
     out: OutFolder,
+    components: FileComponentsOption = None,
+    vae: VaeOption = None,
+    prediction_type: PredictionTypeOption = None,
+    variant: VariantOption = None,
+    ema: EmaOption = False,
     precision: PrecisionOption = None,
     provider: ProviderOption = None,
     optimization: OptimizationOption = None,
@@ -59,7 +69,7 @@ def components(  # noqa: PLR0913 - its options
     """
     from s2p_deploy.engines.component_engines import build_component_engines
     from s2p_deploy.families import resolve_base
-    from s2p_deploy.records import Execution
+    from s2p_deploy.records import BaseOptions, Execution
 
     profile = None
     if batch is not None or height is not None or width is not None:
@@ -70,7 +80,7 @@ def components(  # noqa: PLR0913 - its options
         )
     with context_from_options(device) as context:
         written = build_component_engines(
-            resolve_base(model),
+            resolve_base(model, BaseOptions(components, vae, prediction_type, variant, ema)),
             out,
             backend=backend,
             execution=Execution(precision, provider, optimization),

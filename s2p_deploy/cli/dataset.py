@@ -11,14 +11,19 @@ import typer
 from s2p_deploy.api import as_prompts
 from s2p_deploy.cli.options import (
     DeviceOption,
+    EmaOption,
+    FileComponentsOption,
     ForceOption,
     JsonOption,
     ModelArgument,
     OutFolder,
+    PredictionTypeOption,
     PromptsOption,
     RecipeOption,
     SettingsOption,
     ThreadsOption,
+    VaeOption,
+    VariantOption,
     context_from_options,
     overrides_from_settings,
     print_estimate,
@@ -40,6 +45,11 @@ def dataset(  # noqa: PLR0913 - its options
     recipe: RecipeOption,
     prompts: PromptsOption,
     out: OutFolder,
+    components: FileComponentsOption = None,
+    vae: VaeOption = None,
+    prediction_type: PredictionTypeOption = None,
+    variant: VariantOption = None,
+    ema: EmaOption = False,
     settings: SettingsOption = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Number of processes that were started by hand.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Index of this process, from 0.")] = None,
@@ -72,8 +82,9 @@ def dataset(  # noqa: PLR0913 - its options
     from s2p_deploy.calib import dataset_request
     from s2p_deploy.calib.dataset import merge_shards
     from s2p_deploy.families import resolve_base
+    from s2p_deploy.records import BaseOptions
 
-    base = resolve_base(model)
+    base = resolve_base(model, BaseOptions(components, vae, prediction_type, variant, ema))
     with context_from_options(device, threads) as plain:
         context = replace(plain, samples_per_call=samples_per_call)
         request = dataset_request(base, resolved, chosen, out, replace=force, rank=rank or 0, ranks=ranks or 1)

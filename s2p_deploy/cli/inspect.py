@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def inspect(
         "digest": manifest.digest,
         "verified": True,
         "tool": manifest.tool,
-        "base": {"source": manifest.base.source, "digest": manifest.base.digest},
+        "base": asdict(manifest.base),
         "parents": {name: {"digest": p.digest, "path": p.path} for name, p in manifest.parents.items()},
         "recipe": manifest.recipe,
         "files": sizes,
@@ -58,6 +59,9 @@ def _head(folder: Path, manifest: Manifest) -> Iterable[tuple[str, object]]:
     yield "verified", "every file matches the manifest"
     yield "written by", manifest.tool
     yield "base", f"{manifest.base.source} ({manifest.base.digest[:16]})"
+    given = {name: value for name, value in asdict(manifest.base.options).items() if value}
+    if given:
+        yield "read with", ", ".join(f"{name} {value}" for name, value in given.items())
     for name, parent in manifest.parents.items():
         missing = "" if (folder / parent.path).exists() else ", not there now"
         yield f"parent {name}", f"{parent.path} ({parent.digest[:16]}{missing})"

@@ -6,7 +6,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.pipeline import Schedule
 
-_COMMON = "Common options"
+_COMMON, _READING = "Common options", "How the model is read"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 JsonOption = Annotated[
@@ -77,7 +77,36 @@ OptimizationOption = Annotated[
 ]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A folder in diffusers format, a hub id (owner/name), or shapes (bundled)."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder in diffusers format, a .safetensors file, a hub id (owner/name), or shapes (bundled).",
+    ),
+]
+FileComponentsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--components",
+        metavar="MODEL",
+        help="For a single file: the diffusers folder or hub id of its configurations, and of the networks it lacks.",
+        rich_help_panel=_READING,
+    ),
+]
+VaeOption = Annotated[
+    str | None,
+    typer.Option("--vae", metavar="FILE|DIR", help="Another autoencoder than the model's.", rich_help_panel=_READING),
+]
+PredictionTypeOption = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option(
+        "--prediction-type", help="What the denoiser predicts, where no file says so.", rich_help_panel=_READING
+    ),
+]
+VariantOption = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="NAME", help="Variant of the weights, such as fp16.", rich_help_panel=_READING),
+]
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="Take a single file's averaged weights (EMA).", rich_help_panel=_READING)
 ]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that another command wrote.")]
 EngineArgument = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine: the folder that build wrote.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,8 +58,24 @@ class StoredTensor:
         return self.dtype.startswith(("F", "BF"))
 
 
+class NetworkTensors(Protocol):
+    """The tensors that a network can be given, stored or converted, by their names."""
+
+    @property
+    def place(self) -> Path:
+        """Returns the file, or the index of shards, that they come from."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Returns whether they come from several files."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Returns every tensor's dtype and shape."""
+
+
 class Checkpoint:
-    """The tensors of a folder. Only headers are read when it is opened.
+    """The tensors of a folder, or of one file. Only headers are read when it is opened.
 
     Attributes:
         place: the file, or the index of the shards.
@@ -67,18 +83,24 @@ class Checkpoint:
         is_sharded: whether there are several files.
     """
 
+    place: Path
+    is_sharded: bool
+    tensors: Mapping[str, StoredTensor]
+
     def __init__(self, folder: Path, weights: str = DIFFUSERS_WEIGHTS) -> None:
         """Finds every tensor.
 
         Args:
-            folder: of one network.
-            weights: the file's name without its suffix.
+            folder: of one network, or a file.
+            weights: the file's name in the folder, without its suffix.
 
         Raises:
             InputError: there are no weights, or both a file and shards; a file is no whole safetensors file; the index
                 of shards names a shard or a tensor that is not there.
         """
-        self.folder = folder
+        if folder.is_file():
+            self.place, self.is_sharded, self.tensors = folder, False, _tensors(folder)
+            return
         file, index = folder / f"{weights}.safetensors", folder / f"{weights}.safetensors.index.json"
         shards = sorted(folder.glob(f"{weights}-*-of-*.safetensors"))
         other = next((path for path in (index, *shards) if path.exists()), None)
@@ -88,7 +110,7 @@ class Checkpoint:
             raise InputError(f"{index} is missing, which says what is in {shards[0].name}: get it again")
         self.is_sharded = index.exists()
         self.place = index if self.is_sharded else file
-        self.tensors: Mapping[str, StoredTensor] = _sharded_tensors(index) if self.is_sharded else _tensors(file)
+        self.tensors = _sharded_tensors(index) if self.is_sharded else _tensors(file)
 
     def form(self, name: str) -> TensorForm:
         """Returns dtype and shape of a tensor.
@@ -143,7 +165,7 @@ def check_no_pointer(file: Path) -> None:
 
 
 def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
-    files = _weight_map(index)
+    files = weight_map(index)
     shards = {name: _tensors(index.parent / name) for name in sorted(set(files.values()))}
     for tensor, shard in files.items():
         if tensor not in shards[shard]:
@@ -151,8 +173,8 @@ def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
     return {tensor: shards[shard][tensor] for tensor, shard in files.items()}
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Reads which file beside the index holds each tensor."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Reads which file beside the index holds each tensor. Raises InputError where it cannot be read."""
     check_no_pointer(index)
     try:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

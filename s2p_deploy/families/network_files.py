@@ -21,6 +21,7 @@ from s2p_deploy.families.checkpoint import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
     Checkpoint,
+    NetworkTensors,
     check_no_pointer,
 )
 from s2p_deploy.families.registry import network_config
@@ -110,15 +111,24 @@ def check_components(folder: Path, without: Collection[str] = ()) -> None:
                 _check_vocabulary(folder / name, folder / encoder, read_config(folder / encoder, classes[encoder]))
 
 
-def check_network(folder: Path, network_class: type[torch.nn.Module]) -> None:
-    """Checks that the files of one network are whole and those of its configuration; arguments and errors as above."""
-    diffusers_has_it = _of_diffusers(network_class)
-    checkpoint = _checkpoint(folder, network_class)
+def check_network(folder: Path, network_class: type[torch.nn.Module], checkpoint: NetworkTensors | None = None) -> None:
+    """Checks that the files of one network are whole and those of its configuration.
+
+    Args:
+        folder: of the network.
+        network_class: its class.
+        checkpoint: tensors from elsewhere (None: those of the folder).
+
+    Raises:
+        InputError: as :func:`check_components`.
+    """
+    diffusers_has_it = is_of_diffusers(network_class)
+    checkpoint = checkpoint or _checkpoint(folder, network_class)
     integers = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_floating}
     floating = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in integers}
     given = {name: torch.empty(tensor.shape, device="meta") for name, tensor in floating.items()}
     compare = _compare_with_diffusers if diffusers_has_it else _compare_with_transformers
-    found = compare(network_class, checkpoint, given)
+    found = compare(folder, network_class, checkpoint, given)
     place, what = checkpoint.place, f"the {folder.name} ({network_class.__name__})"
     # a library may call a tensor by a part of its name in the file
     wrong = next((stored for stored in integers if stored.endswith(tuple(found.missing))), None)
@@ -145,7 +155,7 @@ def read_config(folder: Path, component_class: Any) -> dict[str, Any]:  # noqa: 
     """
     if not issubclass(component_class, torch.nn.Module):
         return {}
-    if _of_diffusers(component_class):
+    if is_of_diffusers(component_class):
         return network_config(network_on_meta(folder, component_class))
     read_json(folder / _CONFIG)
     with _explained(folder, component_class):
@@ -208,8 +218,8 @@ def check_finite(folder: Path, network: torch.nn.Module) -> None:
             )
 
 
-def network_on_meta(folder: Path, network_class: Any) -> Any:  # noqa: ANN401 - diffusers is not typed
-    """Makes a network of diffusers on the meta device, from its folder's configuration.
+def network_on_meta(folder: Path, network_class: Any) -> Any:  # noqa: ANN401 - neither library is typed
+    """Makes a network on the meta device, from its folder's configuration.
 
     Raises:
         InputError: the configuration cannot be read, or is none of that class.
@@ -220,7 +230,9 @@ def network_on_meta(folder: Path, network_class: Any) -> Any:  # noqa: ANN401 - 
         if number and isinstance(config.get(name), str):
             raise InputError(f"{folder / _CONFIG} has {name}={config[name]!r}: write a number")
     with _explained(folder, network_class), torch.device("meta"):
-        return network_class.from_config(config)
+        if is_of_diffusers(network_class):
+            return network_class.from_config(config)
+        return network_class(network_class.config_class.from_pretrained(folder, local_files_only=True))
 
 
 @dataclass(frozen=True)
@@ -233,11 +245,12 @@ class _Difference:
 
 
 def _compare_with_diffusers(
+    folder: Path,
     network_class: Any,  # noqa: ANN401 - diffusers is not typed
-    checkpoint: Checkpoint,
+    checkpoint: NetworkTensors,
     given: dict[str, torch.Tensor],
 ) -> _Difference:
-    network = network_on_meta(checkpoint.folder, network_class)
+    network = network_on_meta(folder, network_class)
     if not checkpoint.is_sharded:  # as diffusers has it: shards are younger than the names of attention that it renames
         network._fix_state_dict_keys_on_load(given)
     wanted = network.state_dict()
@@ -250,11 +263,11 @@ def _compare_with_diffusers(
 
 
 def _compare_with_transformers(
+    folder: Path,
     network_class: Any,  # noqa: ANN401 - transformers is not typed
-    checkpoint: Checkpoint,
+    _checkpoint: NetworkTensors,
     given: dict[str, torch.Tensor],
 ) -> _Difference:
-    folder = checkpoint.folder
     read_json(folder / _CONFIG)
     with _explained(folder, network_class), _without_report():
         _, found = network_class.from_pretrained(
@@ -363,13 +376,13 @@ def _class(folder: Path, name: str, entry: list[Any]) -> type:
     return found
 
 
-def _of_diffusers(network_class: type) -> bool:
+def is_of_diffusers(network_class: type) -> bool:
     """Tells networks of diffusers from those of transformers, as its safety checker is."""
     return network_class.__module__.startswith("diffusers.models.")
 
 
 def _checkpoint(folder: Path, network_class: type) -> Checkpoint:
-    return Checkpoint(folder, DIFFUSERS_WEIGHTS if _of_diffusers(network_class) else TRANSFORMERS_WEIGHTS)
+    return Checkpoint(folder, DIFFUSERS_WEIGHTS if is_of_diffusers(network_class) else TRANSFORMERS_WEIGHTS)
 
 
 def _named(names: list[str]) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.assembled import is_assembled, pipeline_digest
 from s2p_deploy.families.network_files import (
     absent_components,
     check_components,
@@ -24,8 +23,10 @@ from s2p_deploy.families.network_files import (
     tokens_of,
 )
 from s2p_deploy.families.registry import family_of_config, network_config
+from s2p_deploy.families.single_file import is_single_file
+from s2p_deploy.families.sources import BUNDLED, find_pipeline
 from s2p_deploy.families.text import encoded_widths
-from s2p_deploy.records import Base, file_digest
+from s2p_deploy.records import Base, BaseOptions, file_digest
 from s2p_deploy.records.files import check_room, claimed, writing
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from s2p_deploy.families.model_family import Config, ModelFamily
     from s2p_deploy.records import Manifest
 
-BUNDLED = "shapes"
 # Stock pipelines whose denoiser an engine may replace; those besides text-to-image blend latents with a picture's.
 PIPELINES = tuple(
     f"StableDiffusion{family}{task}Pipeline" for family in ("", "XL", "3") for task in ("", "Img2Img", "Inpaint")
@@ -65,7 +65,6 @@ _TEXT_TO_IMAGE = {
     ),
 }
 _MOST_GUIDANCE = 1000
-_HASHED_SUFFIXES = {".json", ".safetensors", ".txt", ".model"}
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
 
 
@@ -82,6 +81,12 @@ class BasePipeline:
     def denoiser_folder(self) -> Path:
         """Returns the folder of the denoiser's configuration and weights."""
         return self.folder / _TEXT_TO_IMAGE[self.pipeline_class].denoiser
+
+    @property
+    def place(self) -> str:
+        """Returns where another process finds it: its hub id, or its folder by its whole path."""
+        own = self.base.options == BaseOptions() and not Path(self.base.source).exists()
+        return self.base.source if own else str(self.folder.resolve())
 
     @property
     def family(self) -> ModelFamily:
@@ -103,14 +108,19 @@ class BasePipeline:
         return read_denoiser_config(self.folder, self.pipeline_class, self.denoiser_folder.name)
 
 
-def resolve_base(source: str) -> BasePipeline:
-    """Finds a pipeline: ``shapes`` (bundled), a local folder, or a Hugging Face hub id, which is downloaded.
+def resolve_base(source: str, options: BaseOptions = BaseOptions()) -> BasePipeline:
+    """Finds a pipeline: ``shapes`` (bundled), a folder, a single file, or a Hugging Face hub id, which is downloaded.
+
+    Args:
+        source: where it is.
+        options: how it is read where its files leave that open.
 
     Raises:
         InputError: there is no such pipeline, it is no Stable Diffusion pipeline of diffusers, or its configuration
             asks for code to be run.
     """
-    folder = _locate(source)
+    found = find_pipeline(source, options)
+    folder = found.folder
     index = read_index(folder)
     pipeline_class = str(index.get("_class_name"))
     if "_class_name" not in index:
@@ -118,7 +128,8 @@ def resolve_base(source: str) -> BasePipeline:
     if pipeline_class not in _TEXT_TO_IMAGE:
         raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
     check_no_code(folder)
-    base = BasePipeline(folder, Base(source, _digest(folder)), _guidance(folder / "sampling.json"), pipeline_class)
+    guidance = _guidance(folder / "sampling.json")
+    base = BasePipeline(folder, Base(source, found.digest, options, found.file), guidance, pipeline_class)
     _check_components_fit(base)
     return base
 
@@ -193,11 +204,18 @@ def check_no_code(folder: Path) -> None:
 def base_of(manifest: Manifest, given: str | None = None) -> BasePipeline:
     """Finds the floating-point pipeline that an artifact was made from: at ``given``, or where it was then.
 
+    It is read with the options that it was calibrated with; the folder that was assembled by them, as it is.
+
     Raises:
         InputError: there is none.
         IntegrityError: it is another one, or was changed.
     """
-    base = resolve_base(given or manifest.base.source)
+    made, source = manifest.base, given or manifest.base.source
+    single = is_single_file(source)
+    if single and Path(source).is_file() and file_digest(Path(source)) != made.file:
+        raise _another(source)
+    fits = single == (made.file is not None) and not is_assembled(Path(source))
+    base = resolve_base(source, made.options if fits else BaseOptions())
     check_base(base, manifest)
     return base
 
@@ -209,9 +227,13 @@ def check_base(base: BasePipeline, manifest: Manifest) -> None:
         IntegrityError: it was made from another.
     """
     if base.base.digest != manifest.base.digest:
-        raise IntegrityError(
-            f"{base.folder} is not the pipeline that this artifact was made from (its digest differs): pass --model"
-        )
+        raise _another(base.base.source)
+
+
+def _another(source: str) -> IntegrityError:
+    return IntegrityError(
+        f"{source} is not the pipeline that this artifact was made from (its digest differs): pass --model"
+    )
 
 
 def load_pipeline(
@@ -285,7 +307,7 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
         try:
             with writing(temporary):
                 pipe.save_pretrained(temporary, safe_serialization=True)
-            digest = _digest(temporary)
+            digest = pipeline_digest(temporary)
             folder = parent / f"pipeline-{digest[:16]}"
             if not folder.exists():
                 temporary.rename(folder)
@@ -321,41 +343,3 @@ def with_components(pipe: DiffusionPipeline, others: Mapping[str, torch.nn.Modul
     result = type(pipe)(**components, **{name: pipe.config[name] for name in known})
     result.set_progress_bar_config(disable=True)
     return result
-
-
-def _locate(source: str) -> Path:
-    """Finds the folder of a pipeline; downloads it where ``source`` is a hub id."""
-    if source == BUNDLED:
-        return Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
-    if not source.strip():
-        raise InputError(f"the model is empty: give a diffusers folder, a hub id (owner/name), or {BUNDLED!r}")
-    path = Path(source)
-    if (path / "model_index.json").is_file():
-        return path
-    if path.exists():
-        raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json")
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        raise InputError(
-            f"model {source!r} does not exist: give a folder in diffusers format, a hub id (owner/name), or {BUNDLED!r}"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"model {source!r} is neither a local folder nor reachable on the hub ({type(error).__name__})"
-        ) from error
-
-
-def _digest(folder: Path) -> str:
-    """Computes SHA-256 over the names and digests of the files that a pipeline is loaded from."""
-    files = [
-        folder / "model_index.json",
-        folder / "sampling.json",
-        *sorted(p for p in folder.glob("*/*") if p.suffix in _HASHED_SUFFIXES),
-    ]
-    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in files if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

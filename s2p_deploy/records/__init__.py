@@ -2,6 +2,7 @@
 
 from s2p_deploy.records.artifacts import (
     Base,
+    BaseOptions,
     Link,
     Manifest,
     Parent,
@@ -42,6 +43,7 @@ from s2p_deploy.records.validation_report import GateResult, Number, Skipped, Va
 __all__ = [
     "ActivationQuantizer",
     "Base",
+    "BaseOptions",
     "CalibratedModel",
     "ComponentEngine",
     "ComponentEngines",

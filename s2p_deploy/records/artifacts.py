@@ -80,11 +80,33 @@ class Parent:
 
 @with_config(EXACT)
 @dataclass(frozen=True)
+class BaseOptions:
+    """How a pipeline is read where its files leave it open.
+
+    ``components`` is the folder or hub id that gives what a single file lacks, and ``vae`` the file or folder of
+    another autoencoder. ``prediction_type`` replaces the scheduler's, ``variant`` names files (``fp16``), and ``ema``
+    takes a single file's averaged weights.
+    """
+
+    components: str | None = None
+    vae: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    variant: str | None = None
+    ema: bool = False
+
+
+@with_config(EXACT)
+@dataclass(frozen=True)
 class Base:
-    """The floating-point pipeline at the root of a chain: the name, hub id or path given, and its content digest."""
+    """The floating-point pipeline at the root of a chain: the name, hub id or path given, and its content digest.
+
+    ``options`` say how it was read, and ``file`` is the SHA-256 of a single file, whose pipeline was made of it.
+    """
 
     source: str
     digest: str
+    options: BaseOptions = field(default_factory=BaseOptions)
+    file: _Sha256 | None = None
 
 
 @with_config(EXACT)

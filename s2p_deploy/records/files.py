@@ -162,10 +162,14 @@ def writing(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def claimed(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds ``path``, which need not exist, against all other processes: with a lock on ``.<name>.lock`` beside it.
 
     The lock goes with its process, however that ends; the file is removed where the context is left.
+
+    Args:
+        path: what is to be held.
+        wait: until another process that holds it is done, in place of refusing.
 
     Raises:
         InputError: another process holds it, or no lock can be had there.
@@ -174,7 +178,9 @@ def claimed(path: Path) -> Iterator[None]:
     lock = FileLock(lock_file(path))
     try:
         try:
-            lock.acquire(blocking=False)
+            if wait:
+                lock_file(path).touch()  # or it would wait for a file that cannot be made
+            lock.acquire(blocking=wait)
         except Timeout:
             # also where a file system makes no files (/proc): only trying again says so
             lock_file(path).touch()

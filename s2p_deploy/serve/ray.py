@@ -106,7 +106,7 @@ class ReplicaSpec:
         return ReplicaSpec(
             engine=str(engine.folder.resolve()),
             digest=engine.manifest.digest,
-            base=str(base.folder.resolve()) if Path(base.base.source).is_dir() else base.base.source,
+            base=base.place,
             name=name,
             on_gpu=engine.environment.get("device") == "CUDA GPU",
             settings=settings,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2p_deploy.errors import IntegrityError
-from s2p_deploy.families import resolve_base
+from s2p_deploy.families import base_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import CalibratedModel, ExportedGraph, LatentDataset, parent_folder
 
@@ -54,9 +53,7 @@ def open_chain(
     dataset = (
         LatentDataset.open(parent_folder(calibrated.folder, calibrated.manifest, "dataset")) if with_dataset else None
     )
-    base = resolve_base(model or engine.manifest.base.source)
-    if base.base.digest != engine.manifest.base.digest:
-        raise IntegrityError(f"{base.base.source} is not the pipeline that {engine.folder} was made from: pass --model")
+    base = base_of(engine.manifest, model)
     return Chain(
         engine, exported, calibrated, dataset, base, recipe_from_data(engine.manifest.recipe, str(engine.folder))
     )

@@ -75,6 +75,8 @@ def test_metadata_names_the_base_only_where_a_hub_would_know_it(tmp_path: Path) 
     found = card_metadata(Base("owner/name", "0"), "openrail", quantized)
     assert (found["base_model"], found["base_model_relation"]) == ("owner/name", "quantized")
     assert "base_model" not in card_metadata(Base(str(tmp_path), "0"), None, quantized)
+    file = Base("models/of-another-machine.safetensors", "0", file="0" * 64)
+    assert "base_model" not in card_metadata(file, None, quantized)
     assert "quantized" not in str(card_metadata(Base("owner/name", "0"), None, floating))
 
 

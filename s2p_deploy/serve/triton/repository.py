@@ -125,7 +125,7 @@ def export_repository(
         if options.with_pipeline:
             _copy_pipeline(base, copied, loop / PIPELINE)
         texts = {
-            loop: loop_config(engine, options, _place_of(base), schedules),
+            loop: loop_config(engine, options, base.place, schedules),
             denoiser: denoiser_config(engine, options, schedules),
         }
         for place, text in texts.items():
@@ -183,9 +183,3 @@ def _copy_pipeline(base: BasePipeline, files: Iterable[Path], out: Path) -> None
         shutil.copyfile(path, target)
     if resolve_base(str(out)).base.digest != base.base.digest:
         raise IntegrityError(f"{base.folder} was changed while it was copied")
-
-
-def _place_of(base: BasePipeline) -> str:
-    """Names the pipeline for the server: a folder by its whole path, as the server's working directory is not known."""
-    place = Path(base.base.source)
-    return str(place.resolve()) if place.is_dir() else base.base.source

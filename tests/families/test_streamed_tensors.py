@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.checkpoint import TensorForm
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 
 TENSORS = {
     "half": torch.arange(6, dtype=torch.float16).view(2, 3),
