@@ -50,6 +50,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     plan: str | Path | PrecisionPlan | None = None,
     initial: str | Path | CalibratedModel | None = None,
     dataset: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     context: Context = Context(),
     on_estimate: Callable[[Estimate | Fit | TrainingTime], None] | None = None,
@@ -70,6 +71,8 @@ def calibrate(  # noqa: PLR0913 - the command's options
         plan: an edited ``plan.yaml`` that decides the formats in place of the recipe's rules.
         initial: a calibrated model to continue from; with ``scales.activations: given``, one to take scales from.
         dataset: folder of a latent dataset that other calibrations share; made there where there is none.
+        lora: files of LoRAs to fuse into the weights first, as ``FILE`` or ``FILE:WEIGHT``. The fused pipeline is
+            written once, to ``pipeline-<digest>`` beside ``out`` (or in the context's working folder).
         force: replaces an artifact at ``out``, once the new one is complete.
         context: device, threads, progress.
         on_estimate: called with how the training fits into memory, its time, and the size and time of a dataset, before
@@ -94,7 +97,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     from s2p_deploy.records.precision_plan import read_plan
 
     return calibrate_base(
-        as_base(model, context.work or out.parent),
+        with_loras(as_base(model, context.work or out.parent), lora, context.work or out.parent, context),
         resolved,
         texts,
         out,
@@ -105,6 +108,46 @@ def calibrate(  # noqa: PLR0913 - the command's options
         on_estimate=on_estimate,
         context=context,
     )
+
+
+def adapt(
+    calibrated: str | Path | CalibratedModel,
+    *,
+    lora: str | Path | Sequence[str | Path],
+    out: str | Path,
+    model: str | Path | BasePipeline | None = None,
+    force: bool = False,
+    context: Context = Context(),
+) -> CalibratedModel:
+    """Puts LoRAs into a calibrated model: keeps its plan and activation scales, and fits the touched weights again.
+
+    Args:
+        calibrated: a calibrated model or its folder.
+        lora: files of LoRAs, as ``FILE`` or ``FILE:WEIGHT``. The fused pipeline is written once, to
+            ``pipeline-<digest>`` beside ``out`` (or in the context's working folder).
+        out: folder of the artifact to write.
+        model: the floating-point pipeline, if it was moved since calibration.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: threads and progress.
+
+    Raises:
+        InputError: a LoRA cannot be read or is of another model, or ``out`` exists.
+        IntegrityError: an artifact or the pipeline was changed.
+
+    Example:
+        >>> adapted = adapt("build/calib", lora="ink.safetensors:0.8", out="build/calib-ink")
+        >>> adapted.manifest.content["request"]["fused LoRAs"][0]["weight"]
+        0.8
+    """
+    out = new_folder(out)
+    from s2p_deploy.calib import adapt as adapt_model
+    from s2p_deploy.records import CalibratedModel, check_vacant
+
+    check_vacant(out, replace=force)
+    opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
+    base = base_of(opened.manifest, model)
+    fused = with_loras(base, lora, context.work or out.parent, context)
+    return adapt_model(opened, base, fused, out, replace=force, context=context)
 
 
 def export_graph(  # noqa: PLR0913 - the command's options
@@ -378,6 +421,23 @@ def as_base(model: str | Path | BasePipeline | DiffusionPipeline, beside: Path) 
     if isinstance(model, BasePipeline):
         return model
     return resolve_base(str(model)) if isinstance(model, str | Path) else save_pipeline(model, beside)
+
+
+def with_loras(
+    base: BasePipeline, lora: str | Path | Sequence[str | Path], beside: Path, context: Context = Context()
+) -> BasePipeline:
+    """Fuses LoRAs into a pipeline, which is written into the folder ``beside`` once; without any it stays as it is.
+
+    Raises:
+        InputError: a LoRA cannot be read, or is of another model. IntegrityError: what was written was changed.
+    """
+    if not lora:
+        return base
+    from s2p_deploy.calib.fused_pipeline import fuse_loras
+    from s2p_deploy.families.lora import GivenLora
+
+    given = [GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora)]
+    return fuse_loras(base, given, beside, context.progress)
 
 
 def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:

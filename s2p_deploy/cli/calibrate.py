@@ -12,6 +12,7 @@ from s2p_deploy.cli.options import (
     DeviceOption,
     ForceOption,
     JsonOption,
+    LoraOption,
     ModelArgument,
     OutFolder,
     RecipeOption,
@@ -22,7 +23,7 @@ from s2p_deploy.cli.options import (
     overrides_from_settings,
     print_estimate,
 )
-from s2p_deploy.cli.output import Outcome, artifact_outcome, show
+from s2p_deploy.cli.output import Outcome, artifact_outcome, show, with_pipeline
 
 if TYPE_CHECKING:
     from s2p_deploy.context import Context
@@ -56,6 +57,7 @@ def calibrate(  # noqa: PLR0913 - its options
         Path | None,
         typer.Option(metavar="DIR", help="Dataset that calibrations share; made there if there is none."),
     ] = None,
+    lora: LoraOption = None,
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -87,6 +89,9 @@ def calibrate(  # noqa: PLR0913 - its options
     A run that was stopped continues where it was when the same command is started again; a finished artifact of the
     same command is left as it is.
 
+    With --lora the pipeline is first written anew with the LoRAs in its weights, to pipeline-<digest> beside --out:
+    every later command reads that as the floating-point pipeline.
+
     On a GPU, batches are divided and activations recomputed so that the training fits into the memory that is free; one
     line on stderr says how, and what does not fit is refused (exit code 4) with what would.
 
@@ -112,11 +117,14 @@ def calibrate(  # noqa: PLR0913 - its options
             plan=plan,
             initial=initial,
             dataset=dataset,
+            lora=lora or (),
             force=force,
             context=context,
             on_estimate=print_estimate,
         )
     outcome = artifact_outcome(made.folder, made.manifest)
+    if lora:
+        outcome = with_pipeline(outcome, made.manifest)
     if resolved.scales.activations == "default":
         outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
     return show(outcome, as_json=as_json)

@@ -278,7 +278,9 @@ class Lora:
                 continue
             side = {"A": "down", "B": "up"}.get(match["peft"] or "", match["side"] or match["old"])
             kind = side or ("alpha" if match["alpha"] else "magnitude")
-            parts.setdefault(match["layer"], {})[kind] = name
+            twin = parts.setdefault(match["layer"], {}).setdefault(kind, name)
+            if twin != name:
+                raise InputError(f"{self.file} changes {match['layer']} twice: by {twin} and by {name}")
         if left or not parts:
             self._refuse_names(left, parts)
         for names in parts.values():
