@@ -25,7 +25,7 @@ from s2p_deploy.records import file_digest
 from s2p_deploy.records.files import check_room, claimed, link_or_copy, write_text, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -150,7 +150,7 @@ def _write(
 class _FusedTensors:
     """The tensors of one component with the LoRAs in, each read when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, changes: Mapping[str, _Changes], count: Any) -> None:  # noqa: ANN401
+    def __init__(self, checkpoint: Checkpoint, changes: Mapping[str, _Changes], count: Callable[[], None]) -> None:
         self._checkpoint, self._changes, self._count = checkpoint, changes, count
 
     @torch.no_grad()
