@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 RANK, SCENES, BATCH = 8, 3_000, 32
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-SCHEDULE = Schedule(iterations=1_400, peak=4e-3, warmup=50, ema=0.99)
+SCHEDULE = Schedule(iterations=500, peak=4e-3, warmup=30, ema=0.98, save_every=100)
 NEXT_COLOUR = dict(zip(COLOURS, COLOURS[1:] + COLOURS[:1], strict=True))
 NEXT_BACKGROUND = dict(zip(BACKGROUNDS, BACKGROUNDS[1:] + BACKGROUNDS[:1], strict=True))
 

@@ -41,6 +41,7 @@ _PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 _READS_TEXT = re.compile(r"attn2[._](?:processor\.)?to_k\b.*(?:down\.weight|lora_A)|attn2_to_k\.lora_down")
 _MODELS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the width of their text's states
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_PEFT_MAGNITUDE = "lora_magnitude_vector"
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")  # the last two for an alpha
 
 _PART = re.compile(
@@ -338,7 +339,9 @@ class Lora:
                 f" matrix are {list(down)} and {list(up)}, and {path} of the {component} is {list(weight)}"
             )
         magnitude = names.get("magnitude")
-        if magnitude is not None and _without_ones(self._shape(magnitude), leading=True) != (weight[0],):
+        # PEFT's magnitudes of a convolution are [1, out, 1, 1]; LyCORIS means inputs by that
+        of_peft = magnitude is not None and _PEFT_MAGNITUDE in magnitude
+        if magnitude is not None and _without_ones(self._shape(magnitude), leading=of_peft) != (weight[0],):
             raise InputError(
                 f"{self.file}: {magnitude} is {list(self._shape(magnitude))}: only a DoRA with one magnitude for each"
                 f" output, here {weight[0]}, is read"

@@ -97,6 +97,7 @@ def test_a_time_path_with_a_lora_gives_another_time_table(base: BasePipeline, tm
     assert_same_weights(adapted, expected)
 
 
+@pytest.mark.slow
 def test_smoothed_layers_are_adapted_behind_their_factors(
     base: BasePipeline, prompts: PromptSet, tmp_path: Path
 ) -> None:

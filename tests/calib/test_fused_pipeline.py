@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -299,3 +300,29 @@ def test_calibrations_name_their_loras_and_refuse_to_go_on_with_others(
     with pytest.raises(InputError, match="unfinished work with another fused LoRAs"):
         calibrate(other, recipe, prompts, trained)
     assert math.isfinite(made.weights()["network.conv_in.weight"].sum())
+
+
+def test_shards_become_one_file(tiny: BasePipeline, tmp_path: Path) -> None:
+    given = [GivenLora(lora_for(tiny, tmp_path))]
+    whole = fuse_loras(tiny, given, tmp_path)
+    unet = load_pipeline(tiny).unet
+    shutil.rmtree(tiny.folder / "unet")
+    unet.save_pretrained(tiny.folder / "unet", max_shard_size="20KB")
+    assert len(list((tiny.folder / "unet").glob("*.safetensors"))) > 1
+    fused = fuse_loras(resolve_base(str(tiny.folder)), given, tmp_path)
+    assert fused.folder != whole.folder
+    names = sorted(path.name for path in (fused.folder / "unet").iterdir())
+    assert names == ["config.json", "diffusion_pytorch_model.safetensors"]
+    ours, theirs = written(fused, "unet"), written(whole, "unet")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+    assert load_pipeline(fused).unet is not None
+
+
+def test_a_touched_component_that_is_not_whole_is_refused_where_it_is(tiny: BasePipeline, tmp_path: Path) -> None:
+    file = lora_for(tiny, tmp_path)
+    weights = tiny.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_in.bias"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=f"{weights} lacks conv_in.bias"):
+        fuse_loras(resolve_base(str(tiny.folder)), [GivenLora(file)], tmp_path)

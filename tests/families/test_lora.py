@@ -202,7 +202,7 @@ ONE = torch.ones(1)
         (one_layer(shape=(7, 6)), r"another model.*\[2, 6\] and \[7, 2\].*\[6, 6\]"),
         (one_layer(f"unet.{CONV}.lora_A.weight", (4, 3, 1, 1)), r"another model.*\[4, 3, 3, 3\]"),
         (changed(**{f"{Q}.lora_magnitude_vector": torch.ones(5)}), "one magnitude for each output"),
-        (changed(**{f"{Q}.dora_scale": torch.ones(1, 7)}), "one magnitude for each output"),
+        (changed(**{f"{Q}.dora_scale": torch.ones(1, 6)}), "one magnitude for each output"),  # they are the inputs'
         (one_layer("unet.nowhere.lora_A.weight"), "another model.*nowhere.*no layer of it"),
         (one_layer(f"transformer.{TO_Q}.lora_A.weight"), "another model.*a transformer, which it lacks"),
         (one_layer("lora_te3_x.lora_down.weight"), "another model.*a text_encoder_3, which it lacks"),
