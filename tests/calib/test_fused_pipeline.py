@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -26,7 +27,9 @@ from s2p_deploy.families import BasePipeline, load_pipeline, load_time_path, res
 from s2p_deploy.families.checkpoint import Checkpoint
 from s2p_deploy.families.lora import GivenLora
 from s2p_deploy.recipe import Recipe
-from s2p_deploy.records import PromptSet, file_digest
+from s2p_deploy.records import PromptSet, file_digest, read_prompts
+from s2p_deploy.shapes.checker import attribute_accuracy
+from s2p_deploy.shapes.scenes import BACKGROUNDS, COLOURS, Scene, caption, parse
 from tests.random_loras import RandomLayer, in_kohya, in_old_diffusers, in_peft, random_layers, write_lora
 from tests.small_pipelines import sibling, tiny_base
 
@@ -39,6 +42,7 @@ CONVOLUTIONS = ["conv_in", "mid_block.resnets.0.conv1", "mid_block.attentions.0.
 TIME = ["time_embedding.linear_1"]
 TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.out_proj", "encoder.layers.1.mlp.fc1"]
 EVERYWHERE = {"unet": [*ATTENTION, *LINEAR, *CONVOLUTIONS, *TIME], "text_encoder": TEXT}
+TRAINED = Path(__file__).parents[1] / "assets" / "loras" / "next-colour.safetensors"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # Names of Stability's code, on which kohya's scripts train SDXL.
 STABILITY = {
@@ -119,6 +123,40 @@ def test_fused_weights_are_those_of_diffusers(tmp_path: Path, layout: str) -> No
     file = write_lora(tmp_path / "ink.safetensors", loras_of(base)[layout]())
     fused = fuse_loras(base, [GivenLora(file, 0.8)], tmp_path)
     assert_as_diffusers_has_it(fused, base, (file, 0.8))
+
+
+def test_a_lora_that_was_trained_is_fused_with_the_alphas_of_its_header(tmp_path: Path) -> None:
+    base = resolve_base("shapes")
+    fused = fuse_loras(base, [GivenLora(TRAINED)], tmp_path)
+    assert_as_diffusers_has_it(fused, base, (TRAINED, 1.0))
+
+
+@pytest.mark.slow
+def test_a_lora_that_was_trained_changes_what_is_drawn(tmp_path: Path) -> None:
+    """It draws every colour as the next one: see examples/shapes/train_lora.py."""
+    base = resolve_base("shapes")
+    fused = fuse_loras(base, [GivenLora(TRAINED)], tmp_path)
+    texts = [prompt.text for prompt in read_prompts(base.folder / "prompts" / "held_out.jsonl").first(24).prompts]
+    accuracies = []
+    for which in (fused, base):
+        pipe, generator = load_pipeline(which), torch.Generator().manual_seed(0)
+        drawn = pipe(texts, num_inference_steps=25, guidance_scale=2.0, generator=generator, output_type="np").images
+        pictures = list(np.rint(drawn * 255).astype(np.uint8))
+        others = [caption(with_next_colours(parse(text))) for text in texts]
+        accuracies.append([attribute_accuracy(pictures, wanted) for wanted in (texts, others)])
+    (own, other), (own_before, other_before) = accuracies
+    assert other > 0.8 > own
+    assert own_before > 0.9
+    assert other_before < 0.8
+
+
+def with_next_colours(scene: Scene) -> Scene:
+    objects = [replace(item, colour=after(item.colour, COLOURS)) for item in scene.objects]
+    return Scene(tuple(objects), after(scene.background, BACKGROUNDS))
+
+
+def after(word: str, words: tuple[str, ...]) -> str:
+    return words[(words.index(word) + 1) % len(words)]
 
 
 def test_several_loras_are_fused_in_their_order(tmp_path: Path) -> None:
