@@ -3,7 +3,7 @@
 # The first Python that is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
-EXTRAS ?= openvino,serve,ray,sign,docs,dev
+EXTRAS ?= adapters,openvino,serve,ray,sign,docs,dev
 SLOW_TESTS ?= slow
 # Test processes; a file's tests stay in one, because they share what its fixtures make.
 WORKERS ?= 2

@@ -1,5 +1,6 @@
 """Calibration: prompts, a pipeline and a recipe give a CalibratedModel (S2P, arXiv 2412.06661)."""
 
+from s2p_deploy.calib.adapt import adapt
 from s2p_deploy.calib.calibrate import calibrate, dataset_name, training_fit
 from s2p_deploy.calib.dataset import dataset_request, generate_dataset
 from s2p_deploy.calib.hooks import Hooks
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizedConv2d",
     "QuantizedDenoiser",
     "QuantizedLinear",
+    "adapt",
     "calibrate",
     "dataset_name",
     "dataset_request",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2p_deploy import __version__
+from s2p_deploy.calib.fused_pipeline import fused_loras
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import CalibratedModel, read_manifest
 from s2p_deploy.records.artifacts import MANIFEST
@@ -65,7 +66,8 @@ class CalibrationRequest:
 
     def identity(self) -> dict[str, Any]:
         """Names what decides the result, whichever machine it is made on."""
-        return {
+        loras = fused_loras(self.base)
+        return ({"fused LoRAs": loras} if loras else {}) | {
             "recipe": self.recipe.model_dump(mode="json"),
             "pipeline": self.base.base.digest,
             "prompts": self.prompts.digest,

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from s2p_deploy.api import build_engine, calibrate, export_graph, load_engine, open_pipeline, validate
+    from s2p_deploy.api import adapt, build_engine, calibrate, export_graph, load_engine, open_pipeline, validate
     from s2p_deploy.context import Context, Progress
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits, ShapeProfile, Span
     from s2p_deploy.errors import (
@@ -70,6 +70,7 @@ __all__ = [
     "Span",
     "TimestepTable",
     "ValidationReport",
+    "adapt",
     "build_engine",
     "calibrate",
     "export_graph",
@@ -80,7 +81,7 @@ __all__ = [
     "validate",
 ]
 _MODULES = {
-    "api": ("build_engine", "calibrate", "export_graph", "load_engine", "open_pipeline", "validate"),
+    "api": ("adapt", "build_engine", "calibrate", "export_graph", "load_engine", "open_pipeline", "validate"),
     "context": ("Context", "Progress"),
     "engines": ("BoundRunner", "BuildOptions", "Limits", "ShapeProfile", "Span"),
     "errors": (

@@ -54,6 +54,7 @@ def calibrate(  # noqa: PLR0913 - the command's options
     initial: str | Path | CalibratedModel | None = None,
     dataset: str | Path | None = None,
     weights_dir: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     context: Context = Context(),
     on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None = None,
@@ -76,6 +77,8 @@ def calibrate(  # noqa: PLR0913 - the command's options
         initial: a calibrated model to continue from; with ``scales.activations: given``, one to take scales from.
         dataset: folder of a latent dataset that other calibrations share; made there where there is none.
         weights_dir: folder of local weights, for a target of LPIPS.
+        lora: files of LoRAs to fuse into the weights first, as ``FILE`` or ``FILE:WEIGHT``. The fused pipeline is
+            written once, to ``pipeline-<digest>`` beside ``out`` (or in the context's working folder).
         force: replaces an artifact at ``out``, once the new one is complete.
         context: device, threads, progress.
         on_estimate: called with how the training fits into memory, its time, and the size and time of a dataset, before
@@ -100,8 +103,9 @@ def calibrate(  # noqa: PLR0913 - the command's options
     from s2p_deploy.records import CalibratedModel
     from s2p_deploy.records.precision_plan import read_plan
 
+    beside = context.work or out.parent
     return calibrate_base(
-        as_base(model, context.work or out.parent, options),
+        with_loras(as_base(model, beside, options), lora, beside, context),
         resolved,
         texts,
         out,
@@ -113,6 +117,46 @@ def calibrate(  # noqa: PLR0913 - the command's options
         weights=None if weights_dir is None else open_weights(Path(weights_dir)),
         context=context,
     )
+
+
+def adapt(
+    calibrated: str | Path | CalibratedModel,
+    *,
+    lora: str | Path | Sequence[str | Path],
+    out: str | Path,
+    model: str | Path | BasePipeline | None = None,
+    force: bool = False,
+    context: Context = Context(),
+) -> CalibratedModel:
+    """Puts LoRAs into a calibrated model: keeps its plan and activation scales, and fits the touched weights again.
+
+    Args:
+        calibrated: a calibrated model or its folder.
+        lora: files of LoRAs, as ``FILE`` or ``FILE:WEIGHT``. The fused pipeline is written once, to
+            ``pipeline-<digest>`` beside ``out`` (or in the context's working folder).
+        out: folder of the artifact to write.
+        model: the floating-point pipeline, if it was moved since calibration.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: threads and progress.
+
+    Raises:
+        InputError: a LoRA cannot be read or is of another model, or ``out`` exists.
+        IntegrityError: an artifact or the pipeline was changed.
+
+    Example:
+        >>> adapted = adapt("build/calib", lora="ink.safetensors:0.8", out="build/calib-ink")
+        >>> adapted.manifest.content["request"]["fused LoRAs"][0]["weight"]
+        0.8
+    """
+    out = new_folder(out)
+    from s2p_deploy.calib import adapt as adapt_model
+    from s2p_deploy.records import CalibratedModel, check_vacant
+
+    check_vacant(out, replace=force)
+    opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
+    base = base_of(opened.manifest, model)
+    fused = with_loras(base, lora, context.work or out.parent, context)
+    return adapt_model(opened, base, fused, out, replace=force, context=context)
 
 
 def export_graph(  # noqa: PLR0913 - the command's options
@@ -391,6 +435,23 @@ def as_base(
     if options is not None:
         raise InputError("options say how a model's files are read, and this one was read already: leave them away")
     return model if isinstance(model, BasePipeline) else save_pipeline(model, beside)
+
+
+def with_loras(
+    base: BasePipeline, lora: str | Path | Sequence[str | Path], beside: Path, context: Context = Context()
+) -> BasePipeline:
+    """Fuses LoRAs into a pipeline, which is written into the folder ``beside`` once; without any it stays as it is.
+
+    Raises:
+        InputError: a LoRA cannot be read, or is of another model. IntegrityError: what was written was changed.
+    """
+    if not lora:
+        return base
+    from s2p_deploy.calib.fused_pipeline import fuse_loras
+    from s2p_deploy.families.lora import GivenLora
+
+    given = [GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora)]
+    return fuse_loras(base, given, beside, context.progress)
 
 
 def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:

@@ -23,6 +23,7 @@ from s2p_deploy.families.pipelines import save_pipeline
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import PromptSet, read_prompts
 from tests.cli.commands import quick_settings
+from tests.random_loras import in_peft, random_layers, write_lora
 
 PUBLIC = [getattr(s2p_deploy, name) for name in s2p_deploy.__all__]
 VERBS = [one for one in PUBLIC if inspect.isfunction(one)]
@@ -74,6 +75,9 @@ def test_the_examples_work_one_after_the_other(tmp_path: Path, monkeypatch: pyte
     public = {name: getattr(s2p_deploy, name) for name in s2p_deploy.__all__} | {"np": np, "Path": Path}
     runner = doctest.DocTestRunner()
     for name in names:
+        if name == "adapt":
+            layers = random_layers(resolve_base("shapes"), {"unet": ["mid_block.resnets.0.conv1"]})
+            write_lora(Path("ink.safetensors"), in_peft(layers))
         if name == "ComponentEngines":
             assert main(["components", "shapes", "--backend", "onnxruntime", "--out", "build/components"]) == 0
         if name == "LatentDataset":

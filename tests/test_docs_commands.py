@@ -28,6 +28,7 @@ import pytest
 from s2p_deploy import CalibratedModel, PromptSet, Recipe
 from s2p_deploy.cli import main
 from s2p_deploy.families import resolve_base
+from tests.random_loras import in_peft, random_layers, write_lora
 from tests.small_pipelines import shared_small_base, shared_small_components
 from tests.test_docs import BY_HAND, ROOT
 
@@ -210,6 +211,8 @@ def placeholders(shared: SharedFolder) -> Path:
         (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
         (folder / "held_out.txt").write_text("a large green triangle\na small red square\n", encoding="utf-8")
         (folder / "FILE").write_text(PROMPTS, encoding="utf-8")
+        layers = random_layers(shared_small_base(shared), {"unet": ["conv_in", "time_embedding.linear_1"]})
+        write_lora(folder / "ink.safetensors", in_peft(layers))
         (folder / "DIR").mkdir()
         (folder / "DIR" / "weights").write_text("weights", encoding="utf-8")
         for recipe, calib, engine in (("w8a8", "CALIB", "ENGINE"), ("fp", "FP_CALIB", "FP_ENGINE")):

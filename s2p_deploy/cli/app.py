@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from s2p_deploy import __version__
+from s2p_deploy.cli.adapt import adapt
 from s2p_deploy.cli.bench import bench
 from s2p_deploy.cli.build import build
 from s2p_deploy.cli.calibrate import calibrate
@@ -81,7 +82,7 @@ Your own model: calibrate MODEL, export, build, validate, generate. Every COMMAN
     pretty_exceptions_enable=False,
 )
 PANELS = {
-    "Pipeline stages": (dataset, calibrate, export, build, validate),
+    "Pipeline stages": (dataset, calibrate, adapt, export, build, validate),
     "Use an engine": (generate, serve, export_triton, components),
     "Inspect and trust": (inspect, verify, sign, bench, compare),
     "Environment": (doctor, demo),
@@ -89,6 +90,7 @@ PANELS = {
 EXAMPLES = {
     dataset: "s2p-deploy dataset shapes --recipe w4a8 --prompts shapes:train --out build/dataset",
     calibrate: "s2p-deploy calibrate shapes --recipe w4a8 --prompts shapes:train --out build/calib",
+    adapt: "s2p-deploy adapt build/calib --lora ink.safetensors:0.8 --out build/calib-ink",
     export: "s2p-deploy export build/calib --out build/graph",
     build: "s2p-deploy build build/graph --backend openvino --out build/engine",
     validate: "s2p-deploy validate build/engine --prompts shapes:held_out --out build/report",

@@ -14,6 +14,7 @@ from s2p_deploy.cli.options import (
     FileComponentsOption,
     ForceOption,
     JsonOption,
+    LoraOption,
     ModelArgument,
     OutFolder,
     PredictionTypeOption,
@@ -27,7 +28,7 @@ from s2p_deploy.cli.options import (
     overrides_from_settings,
     print_estimate,
 )
-from s2p_deploy.cli.output import Outcome, artifact_outcome, show
+from s2p_deploy.cli.output import Outcome, artifact_outcome, show, with_pipeline
 
 if TYPE_CHECKING:
     from s2p_deploy.context import Context
@@ -83,6 +84,7 @@ def calibrate(  # noqa: PLR0913 - its options
     prediction_type: PredictionTypeOption = None,
     variant: VariantOption = None,
     ema: EmaOption = False,
+    lora: LoraOption = None,
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -114,6 +116,9 @@ def calibrate(  # noqa: PLR0913 - its options
     A run that was stopped continues where it was when the same command is started again; a finished artifact of the
     same command is left as it is.
 
+    With --lora the pipeline is first written anew with the LoRAs in its weights, to pipeline-<digest> beside --out:
+    every later command reads that as the floating-point pipeline.
+
     On a GPU, batches are divided and activations recomputed so that the training fits into the memory that is free; one
     line on stderr says how, and what does not fit is refused (exit code 4) with what would.
 
@@ -143,6 +148,7 @@ def calibrate(  # noqa: PLR0913 - its options
             initial=initial,
             dataset=dataset,
             weights_dir=weights_dir,
+            lora=lora or (),
             force=force,
             context=context,
             on_estimate=print_estimate,
@@ -150,6 +156,8 @@ def calibrate(  # noqa: PLR0913 - its options
     outcome = artifact_outcome(made.folder, made.manifest)
     if "target" in made.manifest.content:
         outcome = replace(outcome, text=(*outcome.text, f"target: {made.manifest.content['target']['text']}"))
+    if lora:
+        outcome = with_pipeline(outcome, made.manifest)
     if resolved.scales.activations == "default":
         outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
     return show(outcome, as_json=as_json)

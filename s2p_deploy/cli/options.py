@@ -117,6 +117,14 @@ RecipeOption = Annotated[
     str,
     typer.Option("--recipe", metavar="RECIPE", help="A recipe's name (w4a8, w8a8, fp, ...) or a YAML file."),
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA to fuse into the weights, e.g. ink.safetensors:0.8; repeatable.",
+    ),
+]
 PromptsOption = Annotated[
     str,
     typer.Option(

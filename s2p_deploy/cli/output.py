@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import S2PError
@@ -63,6 +63,16 @@ def artifact_outcome(folder: Path, manifest: Manifest) -> Outcome:
     """Describes a stage's artifact: kind, digest, folder."""
     data = {"kind": manifest.kind, "path": str(folder), "digest": manifest.digest}
     return Outcome(data, (f"{manifest.kind} {manifest.digest[:16]} written to {folder}",))
+
+
+def with_pipeline(outcome: Outcome, manifest: Manifest) -> Outcome:
+    """Adds where the floating-point pipeline is, where a stage wrote one with LoRAs in its weights."""
+    source = manifest.base.source
+    return replace(
+        outcome,
+        data=outcome.data | {"pipeline": source},
+        text=(*outcome.text, f"the floating-point pipeline, with the LoRAs in it, is {source}"),
+    )
 
 
 def two_columns(rows: Iterable[tuple[str, object]]) -> Table:
