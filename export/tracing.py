@@ -69,7 +69,7 @@ def trace(
     return program.model
 
 
-def trace_denoiser(
+def trace_denoiser(  # noqa: PLR0913 - all but three by keyword
     config: dict[str, Any],
     time: TimeTable | TimestepTable,
     transforms: TransformSpec,

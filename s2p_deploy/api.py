@@ -131,7 +131,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         text_projections: ``graph`` computes keys and values of cross-attention in every step, ``input`` once per
             prompt beside the graph.
         sizes: ``fixed`` takes latents of the trained size, ``dynamic`` of any height and width.
-        chunks: the fewest and most chunks of text that one engine takes, for long prompts and weighted ones (None: one).
+        chunks: the fewest and most chunks of text that one engine takes, for long or weighted prompts (None: one).
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.

@@ -14,7 +14,7 @@ _COPIED, _INFERRED = 0, -1  # what a Reshape's sizes may say besides numbers
 
 
 class OpenSizes(ir.passes.InPlacePass):
-    """Opens a graph to latents [batch, C, height, width] of any size that the network takes, or to any number of tokens.
+    """Opens a graph to latents [batch, C, height, width] of any size that the network takes, or to texts of any length.
 
     1. A Reshape whose sizes are computed at run time gets constants, where each is a number or the size of the same
        dimension before, but for at most one. What computed them goes, where nothing else reads it.
