@@ -110,7 +110,8 @@ def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
         InputError: the graph has one size; a size is no multiple of what its network needs, or above its largest; the
             graph takes texts of one length, or not of those that are asked for.
     """
-    profile = replace(profile, tokens=_tokens_for(graph, profile.tokens))
+    tokens = _tokens_for(graph, profile.tokens)
+    profile = profile if tokens == profile.tokens else replace(profile, tokens=tokens)
     trained = graph.manifest.content.get("latents")
     if trained is not None:
         height, width = (

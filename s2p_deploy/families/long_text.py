@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_UNREAD = 2  # tokens of SD3's third encoder beside every chunk, which are thrown away: room for begin and end
+
+
 def divide_text(pipe: DiffusionPipeline, text: str) -> list[str]:
     """Divides a text at white space into chunks that every CLIP encoder of a pipeline reads whole, as long as can be.
 
@@ -80,10 +83,10 @@ def long_prompt_embeds(
         chunks = [*divided[kind], *[""] * (count - len(divided[kind]))]
         # SDXL takes zeros for a negative prompt that is empty, not for empty chunks of one
         zeros = kind == "negative_" and not text
-        encoded = encode_texts(pipe, chunks, negative=zeros, max_sequence_length=1)
+        encoded = encode_texts(pipe, chunks, negative=zeros, max_sequence_length=_UNREAD)
         states, pooled = encoded.states, encoded.added_cond[:1]
         if isinstance(pipe, StableDiffusion3Pipeline):
-            states = torch.cat([states[:, :-1].flatten(0, 1), _third_states(pipe, text, third, clip.device)])
+            states = torch.cat([states[:, :-_UNREAD].flatten(0, 1), _third_states(pipe, text, third, clip.device)])
         else:
             states = states.flatten(0, 1)
         if isinstance(pipe, StableDiffusionXLPipeline):
