@@ -190,7 +190,7 @@ def text_projections(engine: Engine) -> TextProjections:
 
     def project(states: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         products = graph.run(TEXT_PROJECTIONS, {TEXT: states})
-        wanted = (len(states), *taken.shape[1:])
+        wanted = (*states.shape[:2], taken.shape[2])
         if products.shape != wanted or products.dtype != np.dtype(taken.dtype):
             raise IntegrityError(
                 f"{graph.path} gives {list(products.shape)}, not {list(wanted)}: export the graph again"

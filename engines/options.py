@@ -102,11 +102,16 @@ def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
 
 
 def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
-    """Returns the profile with the latents' heights and widths of an engine of ``graph``; left out, the trained ones.
+    """Returns the profile with latents and texts of an engine of ``graph``.
+
+    Left out, heights and widths are the trained ones; tokens all that the graph takes, tuned for the fewest.
 
     Raises:
-        InputError: the graph has one size; a size is no multiple of what its network needs, or above its largest.
+        InputError: the graph has one size; a size is no multiple of what its network needs, or above its largest; the
+            graph takes texts of one length, or not of those that are asked for.
     """
+    tokens = _tokens_for(graph, profile.tokens)
+    profile = profile if tokens == profile.tokens else replace(profile, tokens=tokens)
     trained = graph.manifest.content.get("latents")
     if trained is not None:
         height, width = (
@@ -117,6 +122,23 @@ def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:
     if profile.height is not None or profile.width is not None:
         raise InputError(f"{graph.folder} takes latents of one size: export it with --sizes dynamic")
     return profile
+
+
+def _tokens_for(graph: ExportedGraph, requested: Span | None) -> Span | None:
+    chunks = graph.chunks
+    if chunks is None:
+        if requested is not None:
+            raise InputError(f"{graph.folder} takes texts of one length: export it with --chunks")
+        return None
+    least, most = chunks.fewest_tokens, chunks.most_tokens
+    if requested is None:
+        return Span(least, least, most)
+    if not least <= requested.minimum <= requested.maximum <= most:
+        raise InputError(
+            f"texts of {requested} tokens: {graph.folder} takes {chunks.fewest} to {chunks.most} chunks of "
+            f"{chunks.tokens} tokens, export it with other --chunks"
+        )
+    return requested
 
 
 def _span_for(requested: Span | None, trained: int, step: int, largest: int | None) -> Span:

@@ -68,8 +68,10 @@ def default_profile(graph: ExportedGraph, backend: Backend, execution: Execution
     weights = sum(path.stat().st_size for path in graph.folder.glob("denoiser.onnx*"))
     model = read_onnx(graph.folder, graph.onnx_file.name, graph.manifest.files)
     sizes = latent_sizes(graph)
-    each = _LIVE * largest_tensor(model, sizes)
-    largest = largest_batch(ASSUMED_FREE if free is None else free, weights, each, math.prod(sizes.values()))
+    positions = math.prod(sizes.values())
+    tokens = {} if graph.chunks is None else {"tokens": graph.chunks.most_tokens}
+    each = _LIVE * largest_tensor(model, sizes | tokens)
+    largest = largest_batch(ASSUMED_FREE if free is None else free, weights, each, positions)
     where = "for a GPU with 8 GB, as there is none here" if free is None else f"for the {free / 1e9:.3g} GB free here"
     return DefaultProfile(
         ShapeProfile(1, 2, largest), f"{where}: weights {weights / 1e9:.2g} GB, a sample up to {each / 1e9:.2g} GB"
@@ -94,9 +96,9 @@ def latent_sizes(graph: ExportedGraph) -> dict[str, int]:
 def largest_tensor(model: ir.Model, sizes: Mapping[str, int]) -> int:
     """Returns the bytes of the largest tensor that a sample of a batch has in a graph, with open sizes by name.
 
-    Graphs leave sizes without a name open: some of an attention's scores, and inner ones where the picture's size is
-    open. In scores there are as many queries as latent positions then, and as many keys as queries; other tensors with
-    such a size do not count.
+    Graphs leave sizes without a name open: some of an attention's scores, and inner ones where the picture's size or
+    the number of the text's tokens is open. In scores there are as many queries as latent positions and open tokens
+    then, and as many keys as queries; other tensors with such a size do not count.
     """
     tensors = (
         (math.prod(_sizes_of_a_sample(node.op_type, value.shape, sizes)), value.dtype.bitwidth)
@@ -113,7 +115,7 @@ def _sizes_of_a_sample(op: str, shape: ir.Shape, sizes: Mapping[str, int]) -> li
     known = [size if isinstance(size, int) else sizes.get(str(size), 0) for size in inner]
     if op == "Softmax" and len(known) > 1:  # an attention's scores: batch, heads, queries, keys
         *heads, queries, keys = known
-        queries = queries or math.prod(sizes.values())
+        queries = queries or sizes["height"] * sizes["width"] + sizes.get("tokens", 0)
         return [*heads, queries, keys or queries]
     return known if batch == "batch" else [0]
 

@@ -133,7 +133,7 @@ class BoundRunner(ClosingRunner):
 
     Values are cast to the types of the engine's inputs. ``timesteps`` says which timestep every index is; ``features``
     gives their projected time features, and ``texts`` the products of the text, where the engine takes those as an
-    input. ``profile`` says which latents the engine takes (None: those of the size that its inputs have).
+    input. ``profile`` says which latents and texts the engine takes (None: those of the sizes that its inputs have).
 
     Example:
         >>> with load_engine("build/engine") as runner:
@@ -164,10 +164,10 @@ class BoundRunner(ClosingRunner):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Lists the inputs of a call; the batch is a name, an open height or width is the one tuned for."""
-        latents = {name: size for name, size in self.profile.sizes("optimum").items() if name != "batch"}
+        """Lists the inputs of a call; the batch is a name, another open size is the one tuned for."""
+        tuned = {name: size for name, size in self.profile.sizes("optimum").items() if name != "batch"}
         return tuple(
-            replace(spec, shape=tuple(latents.get(str(size), size) for size in spec.shape))
+            replace(spec, shape=tuple(tuned.get(str(size), size) for size in spec.shape))
             for spec in (*self._inputs, *self._added)
         )
 
@@ -201,7 +201,7 @@ class BoundRunner(ClosingRunner):
         return self.infer(inputs if added_cond is None else inputs | {ADDED_COND: added_cond})[OUTPUT]
 
     def tune(self, *batches: int) -> None:
-        """Makes batches of these sizes, at the latents' size that the engine is tuned for, as fast as they can be."""
+        """Makes batches of these sizes, at the other sizes that the engine is tuned for, as fast as they can be."""
         if isinstance(self._runner, ShapedRunner):
             sizes = [self.profile.sizes("optimum") | {"batch": batch} for batch in batches]
             self._runner.tune([{spec.name: shape_at(spec, one) for spec in self._taken} for one in sizes])
@@ -223,18 +223,24 @@ class BoundRunner(ClosingRunner):
             shape = np.shape(inputs[spec.name])  # a tensor has one too
             wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape)
             if shape != wanted:
-                raise InputError(f"input {spec.name} has shape {list(shape)}, the engine takes {list(wanted)}")
+                longer = shape[:1] + shape[2:] == wanted[:1] + wanted[2:] and spec.name == TEXT
+                advice = ": for texts of several chunks, export and build with --chunks" if longer else ""
+                raise InputError(f"input {spec.name} has shape {list(shape)}, the engine takes {list(wanted)}{advice}")
         count, index = len(self.timesteps), np.asarray(inputs["timestep_index"])
         if ((index < 0) | (index >= count)).any():
             raise InputError(f"a timestep_index is outside the scale table, whose indices are 0 to {count - 1}")
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Returns the open sizes by name: the batch, and the latents' height and width, which the profile must span."""
+        """Returns the open sizes by name: the batch, and those of latents and text, which the profile must span."""
         sizes = {"batch": len(inputs["timestep_index"]) if "timestep_index" in inputs else 0}
         shape = np.shape(inputs["sample"]) if "sample" in inputs else ()
         if len(shape) == 4:
             sizes |= {"height": shape[2], "width": shape[3]}
             self.profile.check_latents(shape[2], shape[3])
+        text = np.shape(inputs[TEXT]) if TEXT in inputs else ()
+        if len(text) == 3:
+            sizes["tokens"] = text[1]
+            self.profile.check_tokens(text[1])
         return sizes
 
 

@@ -45,7 +45,15 @@ from s2p_deploy.records import (
     check_vacant,
     write_artifact,
 )
-from s2p_deploy.records.exported_graph import CONDITIONING_FILE, GRAPH_FILE, TEXT_FILE, LatentSizes, QuantizerRange
+from s2p_deploy.records.exported_graph import (
+    CONDITIONING_FILE,
+    GRAPH_FILE,
+    MOST_CHUNKS,
+    TEXT_FILE,
+    LatentSizes,
+    QuantizerRange,
+    TextChunks,
+)
 from s2p_deploy.records.files import check_room
 from s2p_deploy.records.precision_plan import PLAN_FILE, write_plan
 from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_scale_table, write_timestep_table
@@ -75,6 +83,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     time_path: TimePath | None = None,
     text_projections: TextProjectionsForm = "graph",
     sizes: Sizes = "fixed",
+    chunks: tuple[int, int] | None = None,
     replace: bool = False,
     context: Context = Context(),
 ) -> ExportedGraph:
@@ -93,21 +102,25 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             which ``text.onnx`` computes once per prompt.
         sizes: ``fixed`` takes latents of the trained size; ``dynamic`` any whose height and width are multiples of what
             the network's levels or patches ask for.
+        chunks: the fewest and most chunks of text that the graph takes, each as long as the calibrated one; it stays
+            open for any number of tokens in between (None: one chunk).
         replace: whether an artifact at ``out`` may be replaced.
         context: its progress is called after every tensor that is written.
 
     Raises:
         InputError: ``out`` exists; its disk has no room; a ratio of scales or a weight is out of the range of
-            ``dtype``; the model has no such form; ``time_path`` is missing, or not that of the model's time table.
+            ``dtype``; the model has no such form; ``chunks`` are no such numbers; ``time_path`` is missing, or not that
+            of the model's time table.
         GraphContractError: a planned layer is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
     _check_exportable(calibrated, time_table, text_projections)
+    text = None if chunks is None else _text_chunks(calibrated, *chunks)
     form: TimeTableForm = time_table or ("input" if calibrated.added_width else "constant")
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     config = calibrated.denoiser_config()
-    graph = _canonical_graph(calibrated, config, dtype, form, text_projections, sizes)
+    graph = _canonical_graph(calibrated, config, dtype, form, text_projections, sizes, open_tokens=text is not None)
     conditioning = None
     if form == "input" and calibrated.added_width:
         conditioning = conditioning_model(calibrated, config, half=dtype == "fp16")
@@ -129,6 +142,8 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         write_scale_table(calibrated.scales, folder / SCALES_FILE)
         write_plan(calibrated.plan, folder / PLAN_FILE)
         write_timestep_table(calibrated.timesteps, folder / TIMESTEPS_FILE)
+        opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
+        opened |= {} if text is None else {"chunks": json_data(text)}
         return {
             "dtype": dtype,
             "opset": OPSET,
@@ -140,7 +155,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             "time_table": form,
             "text_projections": text_projections,
             "float32_layers": list(graph.float32_layers),
-        } | ({"latents": _latent_sizes(config)} if sizes == "dynamic" else {})
+        } | opened
 
     write_artifact(
         out,
@@ -190,21 +205,36 @@ class _CanonicalGraph:
     text: tuple[GraphTap, ...] = ()
 
 
-def _canonical_graph(
+def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChunks:
+    """Makes the record of chunks as long as the text that a model was calibrated on. Raises InputError for others."""
+    if not 1 <= fewest <= most <= MOST_CHUNKS:
+        raise InputError(f"{fewest} to {most} chunks of text: 1 to {MOST_CHUNKS} are possible, ascending")
+    return TextChunks(calibrated.tokens, fewest, most)
+
+
+def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     calibrated: CalibratedModel,
     config: dict[str, Any],
     dtype: DType,
     time_table: TimeTableForm,
     text_projections: TextProjectionsForm,
     sizes: Sizes,
+    *,
+    open_tokens: bool,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
     kind, plan, source = DTYPES[dtype], calibrated.plan, calibrated.time_source()
     traced = trace_denoiser(
-        config, source, calibrated.transforms, tokens=calibrated.tokens, dtype=_TORCH[dtype], sizes=sizes
+        config,
+        source,
+        calibrated.transforms,
+        tokens=calibrated.tokens,
+        dtype=_TORCH[dtype],
+        sizes=sizes,
+        open_tokens=open_tokens,
     )
     model, direct = traced.model, DirectWeights()
-    _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" else []))
+    _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" or open_tokens else []))
     if isinstance(source, TimeTable):
         _run(model, TimeProjections(source.projections, time_table, kind))
     _run(model, direct, TransposedKeys(), ReadableNames())

@@ -69,7 +69,7 @@ def trace(
     return program.model
 
 
-def trace_denoiser(
+def trace_denoiser(  # noqa: PLR0913 - all but three by keyword
     config: dict[str, Any],
     time: TimeTable | TimestepTable,
     transforms: TransformSpec,
@@ -77,21 +77,22 @@ def trace_denoiser(
     tokens: int,
     dtype: torch.dtype,
     sizes: Sizes = "fixed",
+    open_tokens: bool = False,
 ) -> TracedDenoiser:
     """Traces the transformed indexed denoiser; its initializers have shapes and no data.
 
     Inputs are ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch] and ``encoder_hidden_states``
     [batch, tokens, D], without a table of features ``time_projections`` [batch, P] too; the output is ``noise_pred``.
     Every node's metadata names the modules it came from. With ``sizes`` dynamic, H and W are open: any multiples of
-    what the network's kind asks for.
+    what the network's kind asks for. With ``open_tokens`` the text may have any number of tokens.
     """
     denoiser = indexed_skeleton(config, time).denoiser.to(dtype=dtype).eval()
     apply_transforms(denoiser, transforms)
     step = denoiser.family.size_multiple(config) if sizes == "dynamic" else None
-    examples = _examples(denoiser, tokens, step)
+    examples = _examples(denoiser, 2 * tokens + 1 if open_tokens else tokens, step)
     traced = denoiser if isinstance(time, TimeTable) else denoiser.with_given_features()
     names = (*INPUTS, TIME_PROJECTIONS)[: len(examples)]
-    model = trace(traced, examples, names, [OUTPUT], _open_dimensions(len(examples), step))
+    model = trace(traced, examples, names, [OUTPUT], _open_dimensions(len(examples), step, open_tokens=open_tokens))
     return TracedDenoiser(model, denoiser.family.blocks(denoiser.network))
 
 
@@ -109,12 +110,14 @@ def _examples(denoiser: IndexedDenoiser, tokens: int, step: int | None) -> tuple
     return sample, *inputs[1:3], sample.new_zeros(2, width)
 
 
-def _open_dimensions(inputs: int, step: int | None) -> tuple[dict[int, Any], ...]:
-    """Returns the dimensions that stay open: the batch, and with ``step`` height and width, multiples of it."""
-    if step is None:
+def _open_dimensions(inputs: int, step: int | None, *, open_tokens: bool) -> tuple[dict[int, Any], ...]:
+    """Returns the dimensions that stay open: the batch, with ``step`` height and width, multiples of it, and tokens."""
+    if step is None and not open_tokens:
         return ({0: "batch"},) * inputs
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-    return {0: batch, 2: step * height, 3: step * width}, *({0: batch},) * (inputs - 1)
+    batch, height, width, tokens = (torch.export.Dim(name) for name in ("batch", "height", "width", "tokens"))
+    sample = {0: batch} if step is None else {0: batch, 2: step * height, 3: step * width}
+    text = {0: batch, 1: tokens} if open_tokens else {0: batch}
+    return sample, {0: batch}, text, *({0: batch},) * (inputs - 3)
 
 
 @contextmanager

@@ -167,6 +167,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
     time_table: Literal["constant", "input"] | None = None,
     text_projections: Literal["graph", "input"] = "graph",
     sizes: Literal["fixed", "dynamic"] = "fixed",
+    chunks: tuple[int, int] | None = None,
     model: str | Path | BasePipeline | None = None,
     force: bool = False,
     context: Context = Context(),
@@ -182,6 +183,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         text_projections: ``graph`` computes keys and values of cross-attention in every step, ``input`` once per
             prompt beside the graph.
         sizes: ``fixed`` takes latents of the trained size, ``dynamic`` of any height and width.
+        chunks: the fewest and most chunks of text that one engine takes, for long or weighted prompts (None: one).
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.
@@ -208,6 +210,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         time_path=load_time_path(base_of(opened.manifest, model)) if needs_path else None,
         text_projections=text_projections,
         sizes=sizes,
+        chunks=chunks,
         replace=force,
         context=context,
     )

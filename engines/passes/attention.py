@@ -93,7 +93,7 @@ def _scaled_heads(value: ir.Value | None, *, turned: bool) -> Heads | None:
 
 
 def _heads(value: ir.Value | None) -> Heads | None:
-    """Matches a value in heads; ``tokens`` is -1 where the graph leaves their number open."""
+    """Matches a value in heads; ``tokens`` is -1 where the graph leaves their number open, as a Reshape's 0 may too."""
     transpose = producer_of(value, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != _HEADS_FORWARD:
         return None
@@ -101,8 +101,9 @@ def _heads(value: ir.Value | None) -> Heads | None:
     shape = constant_of(reshape.inputs[1]) if reshape is not None else []
     if reshape is None or reshape.inputs[0] is None or len(shape) != 4:
         return None
-    tokens, heads, width = map(int, shape[1:])
-    return Heads(reshape.inputs[0], reshape, tokens, heads, width)
+    source, (tokens, heads, width) = reshape.inputs[0], map(int, shape[1:])
+    copied = source.shape[1] if tokens == 0 and source.shape is not None else tokens
+    return Heads(source, reshape, copied if isinstance(copied, int) else -1, heads, width)
 
 
 def producer_of(value: ir.Value | None, op_type: str) -> ir.Node | None:

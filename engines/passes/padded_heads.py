@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.passes.attention import Attention, Heads
 
 _TILE = 32  # bfloat16 values in a row of an AMX tile
+_TEXT_TOKENS = "tokens"
 _LONG = 512  # tokens from which on the product of scores is worth more than the copies
 
 
@@ -21,10 +22,10 @@ class PaddedHeads(ir.passes.InPlacePass):
 
         Reshape(x, [B, T, H, D])  ->  Pad(Reshape(x, [B, T, H, D]), up to D')
 
-    Zeros add nothing to a score, so the numbers stay. Condition: at least 512 tokens, or an open number: on a core
-    with AMX and D = 40, one attention of Stable Diffusion v1 with 4096 tokens took 111 instead of 136 ms (119 with
-    padded values, which were cut off again), with 512 2.9 instead of 3.2; with 256 and with 77 nothing was gained, and
-    float32 lost a fifth. ``benchmarks/engines/attention_forms.py`` measures again.
+    Zeros add nothing to a score, so the numbers stay. Condition: at least 512 tokens, or an open number that is not the
+    text's: on a core with AMX and D = 40, one attention of Stable Diffusion v1 with 4096 tokens took 111 instead of 136
+    ms (119 with padded values, which were cut off again), with 512 2.9 instead of 3.2; with 256 and with 77 nothing was
+    gained, and float32 lost a fifth. ``benchmarks/engines/attention_forms.py`` measures again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,7 +39,13 @@ class PaddedHeads(ir.passes.InPlacePass):
 
 def _gains(match: Attention) -> bool:
     width, tokens = match.keys.width, match.keys.tokens
-    return match.queries.width == width and width % _TILE != 0 and (tokens >= _LONG or tokens < 0)
+    many = tokens >= _LONG or (tokens < 0 and not _of_text(match.keys.source))
+    return match.queries.width == width and width % _TILE != 0 and many
+
+
+def _of_text(keys: ir.Value) -> bool:
+    """Returns whether an open number of tokens is that of the text: it alone has a name."""
+    return keys.shape is not None and keys.shape[1] == _TEXT_TOKENS
 
 
 def _pad(graph: ir.Graph, heads: Heads) -> ir.Value:

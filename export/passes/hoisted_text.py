@@ -54,6 +54,7 @@ class HoistedText(ir.passes.InPlacePass):
         made = [value for node in graph if node in self.moved & of_text for value in node.outputs]
         ends = [value for value in made if any(reader not in self.moved for reader in value.consumers())]
         self.text_graph = ir.Model(ir.convenience.extract(graph, [text], ends), ir_version=model.ir_version)
+        _sort_initializers(self.text_graph.graph, graph)
         _join(self.text_graph.graph)
         self.columns = _divide(graph, text, ends)
         _remove_unread(graph, self.moved)
@@ -101,6 +102,12 @@ def _behind(graph: ir.Graph, moved: set[ir.Node], of_text: Collection[ir.Node]) 
         if node.op_type == "Add" and node in of_text and makers <= found:
             found.add(node)
     return frozenset(found)
+
+
+def _sort_initializers(graph: ir.Graph, whole: ir.Graph) -> None:
+    """Gives initializers the order that they had in the whole graph; what extracts leaves it to chance."""
+    for name in [name for name in whole.initializers if name in graph.initializers]:
+        graph.initializers.add(graph.initializers.pop(name))
 
 
 def _join(graph: ir.Graph) -> None:

@@ -1,4 +1,4 @@
-"""Makes a graph traced with any height and width readable: constant shapes where they can be, and names for sizes."""
+"""Makes a graph traced with open sizes readable: constant shapes where they can be, and names for sizes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from s2p_deploy.export.tensors import constant
 
-BATCH, HEIGHT, WIDTH = "batch", "height", "width"
+BATCH, HEIGHT, WIDTH, TOKENS = "batch", "height", "width", "tokens"
 SAMPLE = "sample"
 _COPIED, _INFERRED = 0, -1  # what a Reshape's sizes may say besides numbers
 
 
 class OpenSizes(ir.passes.InPlacePass):
-    """Opens a graph to latents [batch, C, height, width] of any size that the network takes.
+    """Opens a graph to latents [batch, C, height, width] of any size that the network takes, or to texts of any length.
 
     1. A Reshape whose sizes are computed at run time gets constants, where each is a number or the size of the same
        dimension before, but for at most one. What computed them goes, where nothing else reads it.
-    2. ``sample`` and the output are [batch, C, height, width]; other sizes that depend on these have no name.
+    2. Where height and width are open, ``sample`` and the output are [batch, C, height, width]; other sizes that depend
+       on these have no name. Texts keep their [batch, tokens, ...].
 
-    Requires: ``sample`` of rank 4. Ensures: no symbolic size but ``batch``, ``height`` and ``width`` has a name.
+    Requires: ``sample`` of rank 4. Ensures: no symbolic size but ``batch``, ``height``, ``width`` and ``tokens`` has a
+    name.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -31,6 +33,9 @@ class OpenSizes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites in place."""
         graph = model.graph
+        sample = next(value for value in graph.inputs if value.name == SAMPLE)
+        assert sample.shape is not None  # traced
+        latents = (sample, *graph.outputs) if not isinstance(sample.shape[2], int) else ()
         for node in graph:
             target = _constant_target(node) if node.op_type == "Reshape" else None
             if target is not None:
@@ -39,7 +44,7 @@ class OpenSizes(ir.passes.InPlacePass):
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
             if value.shape is not None:
                 value.shape = ir.Shape([_known(size) for size in value.shape])
-        for value in (*(value for value in graph.inputs if value.name == SAMPLE), *graph.outputs):
+        for value in latents:
             assert value.shape is not None  # traced
             value.shape = ir.Shape([BATCH, value.shape[1], HEIGHT, WIDTH])
         return ir.passes.PassResult(model, modified=True)
@@ -71,7 +76,7 @@ def _reshape_to(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
 
 
 def _known(size: int | ir.SymbolicDim) -> int | str | None:
-    return size if isinstance(size, int) else BATCH if size == BATCH else None
+    return size if isinstance(size, int) else size.value if size.value in {BATCH, TOKENS} else None
 
 
 def _rank(value: ir.Value) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines import ShapeProfile, Span
     from s2p_deploy.engines.options import Lowering
+    from s2p_deploy.records import ExportedGraph
     from s2p_deploy.records.engine import LayerPrecision
 
 _LOWERINGS: tuple[Lowering, ...] = ("auto", "rescale", "runtime_q")
@@ -63,6 +64,13 @@ def build(  # noqa: PLR0913 - its options
     ] = None,
     height: SpanOption = None,
     width: SpanOption = None,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Chunks of text, where the graph takes several; all of these, tuned for the fewest, if omitted.",
+        ),
+    ] = None,
     lowering: Annotated[
         str, typer.Option(metavar="FORM", help="Form of timestep-dependent scales: auto, rescale or runtime_q.")
     ] = "auto",
@@ -116,7 +124,8 @@ def build(  # noqa: PLR0913 - its options
     derived = default_profile_of(opened, backend, options, device) if batch is None else None
     profile = derived.profile if derived is not None else profile_from_option(str(batch))
     tall, wide = span_from_option("--height", height), span_from_option("--width", width)
-    options = replace(options, profile=replace(profile, height=tall, width=wide))
+    tokens = None if chunks is None else tokens_from_option(chunks, opened)
+    options = replace(options, profile=replace(profile, height=tall, width=wide, tokens=tokens))
     limits = Limits(seconds_from_option(timeout), None if memory_limit is None else bytes_from_option(memory_limit))
     options = check_build(opened, backend, out, options, limits, replace=force, device=device)
     needed = estimate(opened, backend)
@@ -173,6 +182,21 @@ def span_from_option(option: str, text: str | None) -> Span | None:
     from s2p_deploy.engines import Span
 
     return None if text is None else Span(*_three(option, text, "64:64:128"))
+
+
+def tokens_from_option(text: str, graph: ExportedGraph) -> Span:
+    """Parses ``MIN:OPT:MAX`` chunks of a graph's text to tokens.
+
+    Raises:
+        InputError: it is anything else, or the graph takes one chunk alone.
+    """
+    from s2p_deploy.engines import Span
+
+    counts = _three("--chunks", text, "1:1:4")
+    if graph.chunks is None:
+        raise InputError(f"{graph.folder} takes texts of one length: export it with --chunks")
+    least, tuned, most = (graph.chunks.tokens * count for count in counts)
+    return Span(least, tuned, most)
 
 
 def _three(option: str, text: str, example: str) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from s2p_deploy.cli.options import ForceOption, JsonOption, ModelOption, OutFolder, context_from_options
 from s2p_deploy.cli.output import artifact_outcome, show
+from s2p_deploy.errors import InputError
 
 
 def export(  # noqa: PLR0913 - its options
@@ -38,6 +40,14 @@ def export(  # noqa: PLR0913 - its options
         Literal["fixed", "dynamic"],
         typer.Option(help="Latents of the trained size, or of any size, within bounds that build sets."),
     ] = "fixed",
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN..MAX",
+            help="Chunks of text, e.g. 1..4: long prompts as texts of several chunks, each as long as the encoder's "
+            "own; one if omitted.",
+        ),
+    ] = None,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -49,6 +59,7 @@ def export(  # noqa: PLR0913 - its options
     """
     from s2p_deploy import api
 
+    span = None if chunks is None else chunks_from_option(chunks)
     with context_from_options() as context:
         made = api.export_graph(
             calibrated,
@@ -57,8 +68,17 @@ def export(  # noqa: PLR0913 - its options
             time_table=time_table,
             text_projections=text_projections,
             sizes=sizes,
+            chunks=span,
             model=model,
             force=force,
             context=context,
         )
     return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)
+
+
+def chunks_from_option(text: str) -> tuple[int, int]:
+    """Parses ``MIN..MAX`` chunks of text. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d{1,3})\.\.(\d{1,3})", text, re.ASCII)
+    if found is None:
+        raise InputError(f"--chunks {text!r} must be MIN..MAX, e.g. 1..4")
+    return int(found[1]), int(found[2])

@@ -46,6 +46,13 @@ def generate(  # noqa: PLR0913 - its options
     ] = None,
     height: SizeOption = None,
     width: SizeOption = None,
+    long_prompts: Annotated[
+        bool,
+        typer.Option(
+            help="Read prompts longer than the text encoder in chunks, with an engine that takes several; else their "
+            "end is left out."
+        ),
+    ] = False,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",
@@ -63,6 +70,7 @@ def generate(  # noqa: PLR0913 - its options
         raise InputError(f"--out {out} must end in .png")
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
+    from s2p_deploy.families import divide_text
     from s2p_deploy.pipeline import Schedule, picture_size, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
@@ -86,13 +94,23 @@ def generate(  # noqa: PLR0913 - its options
         schedule = replace(schedule, size=picture_size(pipeline.pipe, height, width))
         timesteps = timesteps_of(pipeline.pipe, schedule)
         request = Prompt("command line", prompt)
-        picture = draw(pipeline.pipe, request, schedule=schedule, guidance_scale=guidance, seed=seed)
+        picture = draw(
+            pipeline.pipe,
+            request,
+            schedule=schedule,
+            guidance_scale=guidance,
+            seed=seed,
+            long_prompts=long_prompts,
+        )
+        chunks = len(divide_text(pipeline.pipe, prompt))
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     data = {"picture": str(out), "prompt": prompt, "seed": seed, "scheduler": scheduler, "steps": schedule.steps}
-    origins = scale_origins(timesteps, opened.timesteps)
+    origins, cut = scale_origins(timesteps, opened.timesteps), chunks > 1 and not long_prompts
     text = (
         f"{out}: {picture.width}x{picture.height} pixels, {schedule.steps} steps, seed {seed}",
         f"Scales of the timesteps: {origins}",
+        *([f"The prompt has {chunks} chunks, only the first was read (--long-prompts reads all)"] if cut else []),
     )
-    return show(Outcome(data | {"guidance_scale": guidance, "timesteps": asdict(origins)}, text), as_json=as_json)
+    more = {"guidance_scale": guidance, "timesteps": asdict(origins), "chunks": 1 if cut else chunks, "cut": cut}
+    return show(Outcome(data | more, text), as_json=as_json)

@@ -95,9 +95,11 @@ def _graph(folder: Path, manifest: Manifest) -> tuple[RenderableType, ...]:
     tensors = [("in", t.name, t.dtype, t.shape) for t in graph.inputs] + [
         ("out", t.name, t.dtype, t.shape) for t in graph.outputs
     ]
+    chunks = graph.chunks
+    text = "one length" if chunks is None else f"{chunks.fewest} to {chunks.most} chunks of {chunks.tokens} tokens"
     return (
         _timesteps(graph.timesteps),
-        two_columns([("layers in float32", full), ("layers in text.onnx", of_text or "none")]),
+        two_columns([("layers in float32", full), ("layers in text.onnx", of_text or "none"), ("text", text)]),
         table("Inputs and outputs", ("", "name", "type", "shape"), tensors),
         *_plan(graph.plan),
     )

@@ -24,6 +24,7 @@ from s2p_deploy.families.layers import (
     readers_by_tensor,
     zero_inputs,
 )
+from s2p_deploy.families.long_text import divide_text, long_prompt_embeds
 from s2p_deploy.families.model_family import Block, Config, ModelFamily, Tap
 from s2p_deploy.families.own_scheduler import load_scheduler
 from s2p_deploy.families.pipelines import (
@@ -73,6 +74,7 @@ __all__ = [
     "check_base",
     "denoiser_of",
     "discover_layers",
+    "divide_text",
     "encode_texts",
     "family_of",
     "family_of_config",
@@ -85,6 +87,7 @@ __all__ = [
     "load_pipeline",
     "load_scheduler",
     "load_time_path",
+    "long_prompt_embeds",
     "module_of_type",
     "network_config",
     "new_indexed_denoiser",

@@ -48,6 +48,8 @@ _ADVICE = {
     "enable_freeu": "FreeU cannot be switched on: use the floating-point pipeline",
     "enable_tiling": "pictures are decoded whole: leave tiling off",
     "enable_slicing": "pictures are decoded whole: leave slicing off, or ask for fewer at once",
+    "get_input_embeddings": "it knows no new tokens: load textual inversions into PyTorch's text encoder",
+    "resize_token_embeddings": "it knows no new tokens: load textual inversions into PyTorch's text encoder",
     "text_model": "its layers cannot be reached: leave clip_skip out, or use PyTorch's text encoder",
 }
 
@@ -132,7 +134,7 @@ class EngineDenoiser(EngineComponent):
         config: diffusers' configuration of the network that the engine was made from.
         timesteps: the runner's timestep indices. Timesteps are looked up by their values in every call, so any
             scheduler whose timesteps the table covers may be put into the pipeline at any time.
-        profile: the sizes of latents that the runner takes (None: the size that the network was trained on).
+        profile: the sizes of latents and texts that the runner takes (None: those that the network was trained on).
         engine: the engine on disk that the runner runs, if it is one.
     """
 
@@ -210,6 +212,8 @@ class EngineDenoiser(EngineComponent):
                 f"an engine's network is fixed, it cannot take {refused[0]}: merge it before you calibrate"
             )
         self._check_size(sample)
+        if self.profile is not None:
+            self.profile.check_tokens(text.shape[1])
         inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
         if self._added_width:
             added = self._family.added_cond(conditions)
@@ -270,7 +274,8 @@ class EngineUNet(EngineDenoiser):
 
         Raises:
             InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
-                the table or has no index, or the latents have another size than the engine's.
+                the table or has no index, or the latents have another size, or the text another number of tokens, than
+                the engine takes.
         """
         result = self._predict(sample, timestep, encoder_hidden_states, conditions)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)

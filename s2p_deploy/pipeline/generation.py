@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,15 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import BasePipeline, denoiser_of, latent_shape_of, load_scheduler, with_denoiser
+from s2p_deploy.families import (
+    BasePipeline,
+    denoiser_of,
+    latent_shape_of,
+    load_scheduler,
+    long_prompt_embeds,
+    text_tokens,
+    with_denoiser,
+)
 from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
 
 if TYPE_CHECKING:
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.recipe import Sampling
-    from s2p_deploy.records import Prompt
+    from s2p_deploy.records import Prompt, ShapeProfile
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,13 @@ def initial_noise(
 
 
 def generate(
-    pipe: DiffusionPipeline, prompt: Prompt, *, schedule: Schedule, guidance_scale: float, seed: int | None = None
+    pipe: DiffusionPipeline,
+    prompt: Prompt,
+    *,
+    schedule: Schedule,
+    guidance_scale: float,
+    seed: int | None = None,
+    long_prompts: bool = False,
 ) -> Image:
     """Generates one picture.
 
@@ -103,10 +118,11 @@ def generate(
         schedule: scheduler, steps and size.
         guidance_scale: strength of classifier-free guidance; 1 is none.
         seed: of all noise, also of what some schedulers add at every step (None: from the prompt's id).
+        long_prompts: reads texts that are longer than what the encoders read at once in chunks, and does not cut them.
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
-            take the size.
+            take the size, or a text of so many chunks.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
     denoiser = denoiser_of(pipe)
@@ -114,6 +130,9 @@ def generate(
     # noise of later steps is another stream than the first noise, which has the seed itself
     generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
     arguments = call_arguments(pipe, [prompt], schedule, guidance_scale)
+    if long_prompts:
+        del arguments["prompt"], arguments["negative_prompt"]
+        arguments |= _chunked(pipe, prompt, schedule, guided=guidance_scale > 1)
     picture: Image = with_schedule(pipe, schedule)(**arguments, latents=latents, generator=generator).images[0]
     return picture
 
@@ -162,3 +181,12 @@ def call_arguments(
     if schedule.size is not None:
         arguments["height"], arguments["width"] = schedule.size
     return arguments
+
+
+def _chunked(pipe: DiffusionPipeline, prompt: Prompt, schedule: Schedule, *, guided: bool) -> dict[str, Tensor]:
+    """Encodes a prompt of any length; texts are filled up to the fewest tokens that an engine takes."""
+    profile: ShapeProfile | None = getattr(denoiser_of(pipe), "profile", None)
+    one = text_tokens(pipe, schedule.max_sequence_length)
+    fewest = 1 if profile is None or profile.tokens is None else math.ceil(profile.tokens.minimum / one)
+    options = {"guided": guided, "fewest": fewest, "max_sequence_length": schedule.max_sequence_length}
+    return long_prompt_embeds(pipe, prompt.text, prompt.negative, **options)

@@ -40,7 +40,7 @@ _TUNED_FOR = Annotated[int, Field(le=4096)]  # one set of a backend's kernels is
 @with_config(OPEN)
 @dataclass(frozen=True)
 class Span:
-    """Latent heights or widths of an engine: smallest, tuned for, largest; all are multiples of ``step``.
+    """Latent heights or widths of an engine, or its texts' tokens: smallest, tuned for, largest; multiples of ``step``.
 
     Example:
         >>> 96 in Span(64, 64, 128, step=8), 100 in Span(64, 64, 128, step=8)
@@ -62,7 +62,8 @@ class Span:
     def __str__(self) -> str:
         if self.minimum == self.maximum:
             return str(self.minimum)
-        return f"{self.minimum} to {self.maximum} in steps of {self.step}"
+        steps = f" in steps of {self.step}" if self.step > 1 else ""
+        return f"{self.minimum} to {self.maximum}{steps}"
 
     def __contains__(self, size: int) -> bool:
         return self.minimum <= size <= self.maximum and size % self.step == 0
@@ -95,7 +96,8 @@ class ShapeProfile:
     """Batch sizes of an engine: the smallest, the one it is tuned for, the largest.
 
     TensorRT engines refuse others; the CPU backends take any. Where a graph's latents may have any size, ``height`` and
-    ``width`` say which ones the engine takes (None: the trained size); every backend's refuse others.
+    ``width`` say which ones the engine takes (None: the trained size); every backend's refuse others. So do ``tokens``
+    where a graph's text may have any number of them (None: one chunk's).
 
     Example:
         >>> ShapeProfile(2, 4, 16, height=Span(64, 64, 128, step=8), width=Span(64, 64, 128, step=8)).sizes("maximum")
@@ -107,20 +109,21 @@ class ShapeProfile:
     maximum: int = 32
     height: Span | None = None
     width: Span | None = None
+    tokens: Span | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise InputError(f"batch profile {self.minimum}/{self.optimum}/{self.maximum} must be ascending from 1")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the profile as a mapping; without height and width where those are fixed."""
+        """Returns the profile as a mapping; without height, width and tokens where those are fixed."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def sizes(self, end: Literal["minimum", "optimum", "maximum"]) -> dict[str, int]:
         """Returns every open size by its name in the graph."""
-        spans = {"height": self.height, "width": self.width}
-        latents = {name: int(getattr(span, end)) for name, span in spans.items() if span is not None}
-        return {"batch": int(getattr(self, end))} | latents
+        spans = {"height": self.height, "width": self.width, "tokens": self.tokens}
+        others = {name: int(getattr(span, end)) for name, span in spans.items() if span is not None}
+        return {"batch": int(getattr(self, end))} | others
 
     def check_latents(self, height: int, width: int) -> None:
         """Raises InputError where latents of that size are outside the profile."""
@@ -130,6 +133,14 @@ class ShapeProfile:
             raise InputError(
                 f"this engine takes latents of height {self.height} and width {self.width}, got {height}x{width}: "
                 "build one for that size"
+            )
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises InputError where a text of so many tokens is outside the profile."""
+        if self.tokens is not None and tokens not in self.tokens:
+            raise InputError(
+                f"this engine takes texts of {self.tokens} tokens, got {tokens}: build one for that many (export and "
+                "build with --chunks)"
             )
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 GRAPH_FILE, CONDITIONING_FILE, TEXT_FILE = "graph.json", "conditioning.onnx", "text.onnx"
 
 Width = Annotated[int, Field(ge=0, le=2**20)]
+ChunkTokens = Annotated[int, Field(ge=1, le=4096)]
+MOST_CHUNKS = 16  # of text, each as long as what the encoder reads at once
+ChunkCount = Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
 
 
 @with_config(EXACT)
@@ -133,18 +136,51 @@ class LatentSizes:
 
 
 @with_config(OPEN)
+@dataclass(frozen=True)
+class TextChunks:
+    """Texts of several chunks: the tokens of one, which the model was calibrated on, and the fewest and most chunks.
+
+    Example:
+        >>> TextChunks(77, 1, 4).most_tokens
+        308
+    """
+
+    tokens: ChunkTokens
+    fewest: ChunkCount
+    most: ChunkCount
+
+    @model_validator(mode="after")
+    def _check_order(self) -> TextChunks:
+        if self.fewest > self.most:
+            raise ValueError("fewest must not be above most")
+        return self
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Returns the tokens of the shortest text."""
+        return self.tokens * self.fewest
+
+    @property
+    def most_tokens(self) -> int:
+        """Returns the tokens of the longest text."""
+        return self.tokens * self.most
+
+
+@with_config(OPEN)
 @dataclass(frozen=True, kw_only=True)
 class GraphContent:
     """The graph's own part of its manifest.
 
     ``denoiser_config`` is what a diffusers pipeline reads from its denoiser; ``added_width`` the width of what the
-    projected time features depend on besides the timestep; ``latents`` is None where they have one size.
+    projected time features depend on besides the timestep; ``latents`` is None where they have one size, ``chunks``
+    where the text has.
     """
 
     denoiser_config: dict[str, Any]
     quantizers: dict[str, QuantizerRange]
     added_width: Width = 0
     latents: LatentSizes | None = None
+    chunks: TextChunks | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

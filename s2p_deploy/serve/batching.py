@@ -133,11 +133,15 @@ class RequestLevelBatching:
     def next_batch(
         self, active: Sequence[GenerationTask], keys: Sequence[BatchKey | None], capacity: Capacity
     ) -> list[GenerationTask]:
-        """Selects the whole group once every request of it waits for the engine."""
-        group = [task for task in active if not task.denoised]
-        if not all(isinstance(task.waiting_for, EngineCall) for task in group):
+        """Selects the group once every request of it waits for the engine; parts of it take turns, where keys differ.
+
+        They do where prompts have other numbers of tokens.
+        """
+        keyed = [(task, key) for task, key in zip(active, keys, strict=True) if not task.denoised]
+        if not keyed or not all(isinstance(task.waiting_for, EngineCall) for task, _ in keyed):
             return []
-        return _fitting(group, capacity.samples)
+        _, turn = min(keyed, key=lambda one: one[0].done)
+        return _fitting([task for task, key in keyed if key == turn], capacity.samples)
 
 
 def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:

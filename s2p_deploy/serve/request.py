@@ -16,7 +16,8 @@ class ImageRequest:
     """One picture to draw.
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
-    :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone.
+    :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. With
+    ``long_prompts`` texts longer than what the encoders read at once are read in chunks.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class ImageRequest:
     negative: str = ""
     size: tuple[int, int] | None = None
     scheduler: str | None = None
+    long_prompts: bool = False
 
     @property
     def samples(self) -> int:

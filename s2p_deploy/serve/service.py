@@ -72,7 +72,8 @@ class ModelInfo:
 
     ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
     the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
-    may be requested, in words; ``schedulers`` those that run with ``steps`` steps.
+    may be requested, in words; ``schedulers`` those that run with ``steps`` steps. ``long_prompts`` says whether texts
+    of several chunks may be requested.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ModelInfo:
     size: tuple[int, int]
     sizes: str
     schedulers: tuple[str, ...]
+    long_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class ServedEngine:
         """Counts the calls of the denoiser that a request takes.
 
         Raises:
-            InputError: no such scheduler, a step count or a size that the engine does not take.
+            InputError: no such scheduler; a step count, a size or long prompts, which the engine does not take.
         """
         calls = self.calls(request.steps, request.scheduler)
         trained = latent_shape_of(dict(denoiser_of(self.pipe).config))[1:]
         size = latent_size(self.pipe, self._schedule(request)) or trained
         profile = self.stock.runner.profile
+        if request.long_prompts and profile.tokens is None:
+            raise InputError("this engine takes texts of one chunk: leave long_prompts out, or export with --chunks")
         profile.check_latents(*size)
         if profile.height is None and size != trained:
             raise InputError(f"this engine draws {self.info.sizes} pixels: leave the size out")
@@ -132,6 +136,7 @@ class ServedEngine:
             schedule=self._schedule(request),
             guidance_scale=request.guidance_scale,
             seed=request.seed,
+            long_prompts=request.long_prompts,
         )
         return GenerationTask(future, draw)
 
@@ -268,6 +273,7 @@ def load_served_engine(
         if dynamic
         else f"{height}x{width}",
         schedulers=tuple(name for name in scheduler_names() if _runs(calls, sampling.steps, name)),
+        long_prompts=runner.profile.tokens is not None,
     )
     pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
     return ServedEngine(info, stock, runner, profile, pipe, calls, engine.mixed_timesteps, sampling.max_sequence_length)

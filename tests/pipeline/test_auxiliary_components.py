@@ -13,7 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 from s2p_deploy.engines.component_engines import build_component_engines
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import load_pipeline, with_components
+from s2p_deploy.families import load_pipeline, long_prompt_embeds, with_components
 from s2p_deploy.pipeline import EngineAutoencoder, EngineTextEncoder, auxiliary_components
 from s2p_deploy.records import ShapeProfile, Span
 from tests.small_pipelines import FACTOR, WIDTH, shared_small_base, shared_small_components, t5_base, whole_denoiser
@@ -99,6 +99,22 @@ def test_what_a_text_encoder_cannot_take_is_refused(pipe: StableDiffusionPipelin
         pipe.text_encoder(IDS[:, :3])
     with pytest.raises(InputError, match="leave clip_skip out"):
         drawn(pipe, clip_skip=1)
+
+
+def test_a_text_encoder_learns_no_new_tokens_and_the_tokenizer_stays(pipe: StableDiffusionPipeline) -> None:
+    before = len(pipe.tokenizer)
+    with pytest.raises(InputError, match="knows no new tokens: load textual inversions into PyTorch's text encoder"):
+        pipe.load_textual_inversion({"<mine>": torch.randn(2, 128)})
+    assert len(pipe.tokenizer) == before
+
+
+def test_a_long_prompt_is_encoded_in_chunks_too(
+    floating: StableDiffusionPipeline, pipe: StableDiffusionPipeline
+) -> None:
+    found, expected = (long_prompt_embeds(one, ", ".join([PROMPT] * 4), "blue") for one in (pipe, floating))
+    assert found["prompt_embeds"].shape == (1, 3 * 24, 128)
+    for name, states in expected.items():
+        torch.testing.assert_close(found[name], states, atol=1e-4, rtol=0)
 
 
 def test_an_autoencoder_gives_what_diffusers_gives(

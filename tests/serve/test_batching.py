@@ -36,10 +36,14 @@ if TYPE_CHECKING:
 CAPACITY = Capacity(samples=4, requests=8)
 
 
-def future(name: str, steps: int = 3, guidance: float = 2.0, size: tuple[int, int] | None = None) -> RequestFuture:
-    return RequestFuture(
-        name, ImageRequest("", steps, guidance, 0, size=size), calls=steps, submitted=0.0, deadline=1.0
-    )
+TOKENS = 24  # of a chunk; a prompt of a request has as many chunks as it has words
+
+
+def future(
+    name: str, steps: int = 3, guidance: float = 2.0, size: tuple[int, int] | None = None, prompt: str = "one"
+) -> RequestFuture:
+    request = ImageRequest(prompt, steps, guidance, 0, size=size)
+    return RequestFuture(name, request, calls=steps, submitted=0.0, deadline=1.0)
 
 
 def begun(one: RequestFuture) -> GenerationTask:
@@ -50,7 +54,9 @@ def begun(one: RequestFuture) -> GenerationTask:
     def draw() -> Image.Image:
         for step in range(one.request.steps):
             sample = np.zeros((samples, 4, height, width), np.float32)
-            pause(EngineCall({"sample": sample, "timestep_index": np.full(samples, step)}))
+            text = np.zeros((samples, TOKENS * len(one.request.prompt.split()), 8), np.float32)
+            inputs = {"sample": sample, "timestep_index": np.full(samples, step), "encoder_hidden_states": text}
+            pause(EngineCall(inputs))
         return Image.new("RGB", (8, 8))
 
     task = GenerationTask(one, draw)
@@ -111,6 +117,16 @@ def test_step_by_step_sizes_take_turns() -> None:
     assert engine.turns(4) == [["a", "b"], ["large0", "large1"]] * 2
 
 
+@pytest.mark.parametrize("batching", ["step", "request"])
+def test_prompts_of_other_numbers_of_chunks_take_turns(batching: Batching) -> None:
+    """No step joins them: without a mask, padding would change the picture."""
+    long = [future(f"long{i}", 2, prompt="one two three") for i in range(2)]
+    capacity = Capacity(samples=8, requests=8)
+    engine = Engine(policy_named(batching), [future("a", 2), *long, future("b", 2)], capacity)
+    assert engine.turns(4) == [["a", "b"], ["long0", "long1"]] * 2
+    assert not engine.active
+
+
 def test_step_by_step_few_begin_ahead_of_their_place() -> None:
     engine = Engine(policy_named("step"), [future(str(i)) for i in range(8)])
     engine.turn()
@@ -153,7 +169,12 @@ def test_an_unknown_policy_is_refused() -> None:
 @given(
     st.sampled_from(BATCHINGS),
     st.lists(
-        st.tuples(st.integers(1, 6), st.sampled_from([1.0, 2.0]), st.sampled_from([None, (16, 16), (16, 8)])),
+        st.tuples(
+            st.integers(1, 6),
+            st.sampled_from([1.0, 2.0]),
+            st.sampled_from([None, (16, 16), (16, 8)]),
+            st.sampled_from(["one", "one two three"]),
+        ),
         max_size=12,
     ),
     st.integers(1, 6),

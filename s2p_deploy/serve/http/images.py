@@ -77,6 +77,7 @@ class ImageForm(BaseModel):
     guidance_scale: Annotated[float | None, Field(ge=0, description="Up to 1: without guidance.")] = None
     negative_prompt: str | None = None
     scheduler: Annotated[str | None, Field(max_length=64)] = None
+    long_prompts: Annotated[bool, Field(description="Reads prompts longer than the text encoder in chunks.")] = False
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
 
     @model_validator(mode="before")
@@ -104,11 +105,13 @@ class ImageForm(BaseModel):
         if guidance > limits.guidance_scale:
             raise _refusal(f"a guidance scale is from 0 to {limits.guidance_scale:g}", "guidance_scale")
         size, negative = self._size(info, limits), self.negative_prompt or ""
+        if self.long_prompts and not info.long_prompts:
+            raise _refusal("this model reads prompts of one chunk: leave long_prompts out", "long_prompts")
         _check_text(self.prompt, "prompt", limits)
         _check_text(negative, "negative_prompt", limits)
         seed = secrets.randbelow(_RANDOM_SEEDS) if self.seed is None else self.seed
         return [
-            ImageRequest(self.prompt, steps, guidance, seed + number, negative, size, self.scheduler)
+            ImageRequest(self.prompt, steps, guidance, seed + number, negative, size, self.scheduler, self.long_prompts)
             for number in range(self.n)
         ]
 
@@ -277,6 +280,7 @@ def _described(name: str, models: ServedModels, limits: HttpLimits) -> dict[str,
         "most_prompt_characters": limits.prompt_characters,
         "sizes": _sizes(info, limits),
         "schedulers": list(info.schedulers),
+        "long_prompts": info.long_prompts,
     }
 
 

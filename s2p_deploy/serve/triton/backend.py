@@ -123,12 +123,13 @@ def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN40
 
 
 def _text_shape(engine: Engine) -> tuple[int, int]:
-    """Returns tokens and width of the text states; -1 for a width that only the graph of the text's products knows."""
-    for spec in engine.inputs:
-        if spec.name == TEXT:
-            return int(spec.shape[1]), int(spec.shape[2])
-    products = next(spec for spec in engine.inputs if spec.name == TEXT_PROJECTIONS)
-    return int(products.shape[1]), -1
+    """Returns tokens and width of the text states.
+
+    -1 for tokens of which there may be several numbers, and a width that only the graph of the text's products knows.
+    """
+    spec = next(spec for spec in engine.inputs if spec.name in {TEXT, TEXT_PROJECTIONS})
+    tokens, width = (size if isinstance(size, int) else -1 for size in spec.shape[1:])
+    return tokens, width if spec.name == TEXT else -1
 
 
 def _plain(dtype: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from s2p_deploy.engines.passes.padded_heads import PaddedHeads
 from s2p_deploy.engines.passes.scaled_queries import ScaledQueries
-from tests.engines.passes.attention_graph import attention, inputs
+from tests.engines.passes.attention_graph import HEADS, WIDTH, attention, inputs
 from tests.engines.passes.reference_run import run_reference
 
 LONG = 512
@@ -59,3 +59,15 @@ def test_openvino_still_fuses_it_with_scaled_queries_too() -> None:
     layers = [str(op.get_rt_info()["layerType"].astype(str)) for op in compiled.get_runtime_model().get_ordered_ops()]
     assert "Subgraph" in layers
     assert not {"MatMul", "Softmax", "FullyConnected"} & set(layers)
+
+
+@pytest.mark.parametrize(("size", "padded"), [("", True), ("tokens", False), ("600", True), ("24", False)])
+def test_a_number_of_tokens_that_a_reshape_copies_is_the_keys_own(size: str, padded: bool) -> None:
+    """An open number of the latents' positions has no name and counts as long; the text's has one, and is short."""
+    model = attention(LONG)
+    answered = model.graph.initializers["answered"]
+    answered.const_value = ir.tensor(np.asarray([0, 0, HEADS, WIDTH]), name="answered")
+    for name in ("k", "v"):
+        keys = next(value for value in model.graph.inputs if value.name == name)
+        keys.shape = ir.Shape(["batch", int(size) if size.isdigit() else size or None, HEADS * WIDTH])
+    assert PaddedHeads()(model).modified is padded

@@ -73,3 +73,30 @@ def test_equal_targets_are_one_constant() -> None:
     OpenSizes()(opened)
     assert all(np.issubdtype(item.const_value.numpy().dtype, np.int64) for item in opened.graph.initializers.values())
     assert len(opened.graph.initializers) == 3
+
+
+def test_texts_of_any_length_keep_their_names_and_other_sizes_their_numbers() -> None:
+    """Keys in heads, and latents joined with the text, as SD3 has them."""
+    sample, text = value("sample", ["batch", 4, 8, 8]), value("encoder_hidden_states", ["batch", "tokens", 6])
+    sizes = ir.node("Shape", [text])
+    heads = ir.node("Reshape", [text, sizes.outputs[0]], {"allowzero": 1})
+    joined = ir.node("Reshape", [text, sizes.outputs[0]])
+    shapes: tuple[list[int | str], ...] = (["batch", "tokens", 2, 3], ["batch", "tokens + 16", 6])
+    for node, shape in zip((heads, joined), shapes, strict=True):
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), FLOAT
+    nodes = [sizes, heads, joined]
+    out = ir.node("Identity", [sample])
+    out.outputs[0].shape, out.outputs[0].type = ir.Shape(["batch", 4, 8, 8]), FLOAT
+    graph = ir.Graph([sample, text], [out.outputs[0]], nodes=[*nodes, out], opset_imports={"": 21})
+    joined.outputs[0].name = "joined"
+    graph.outputs.extend([heads.outputs[0], joined.outputs[0]])
+    OpenSizes()(ir.Model(graph, ir_version=10))
+    assert heads.inputs[1].const_value.numpy().tolist() == [0, 0, 2, 3]
+    assert joined.inputs[1].const_value.numpy().tolist() == [0, -1, 6]
+    assert [[getattr(size, "value", size) for size in one.shape] for one in (sample, text, *graph.outputs)] == [
+        ["batch", 4, 8, 8],
+        ["batch", "tokens", 6],
+        ["batch", 4, 8, 8],
+        ["batch", "tokens", 2, 3],
+        ["batch", None, 6],
+    ]

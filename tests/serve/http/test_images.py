@@ -63,6 +63,7 @@ def test_openais_client_lists_the_models(client: openai.OpenAI) -> None:
     assert found[0]["ready"] is True
     assert (found[0]["steps"], found[0]["guidance_scale"], found[0]["sizes"]) == (20, 2.0, ["64x64"])
     assert "unipc" in found[0]["schedulers"]
+    assert found[0]["long_prompts"] is False
 
 
 def test_what_is_left_out_comes_from_the_model_and_a_seed_by_chance(server: LiveServer) -> None:
@@ -88,6 +89,7 @@ def test_null_is_what_was_left_out(nulls: set[str], prompt: str) -> None:
 def test_a_null_field_beside_others_leaves_them_as_they_are(name: str) -> None:
     every = {"model": "small", "n": 2, "size": "64x64", "response_format": "b64_json", "seed": 3, "stream": True}
     every |= {"num_inference_steps": 4, "guidance_scale": 2.0, "negative_prompt": "x", "scheduler": "ddim"}
+    every |= {"long_prompts": True}
     assert set(every) == set(OPTIONAL)
     found = ImageForm.model_validate({"prompt": PROMPT} | every | {name: None})
     assert found.model_dump() == ImageForm(prompt=PROMPT).model_dump() | every | {
@@ -138,6 +140,8 @@ def test_openais_client_may_send_null(client: openai.OpenAI) -> None:
         ({"guidance_scale": 1e9}, "guidance_scale", "0 to 50"),
         ({"guidance_scale": float("nan")}, "guidance_scale", ""),
         ({"scheduler": "magic"}, None, "unknown scheduler"),
+        ({"long_prompts": True}, "long_prompts", "reads prompts of one chunk"),
+        ({"long_prompts": "yes"}, "long_prompts", ""),
         ({"scheduler": "flow-euler"}, None, "'flow-euler' is for flow matching"),
         ({"line\nbreak": 1}, "line break", "not supported"),
         ({"half of a character: \ud800": 1}, None, "unicode"),
