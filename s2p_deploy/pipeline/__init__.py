@@ -3,7 +3,6 @@
 from s2p_deploy.pipeline.components import (
     AuxiliaryComponent,
     EngineAutoencoder,
-    EngineComponent,
     EngineDenoiser,
     EngineTextEncoder,
     EngineTransformer,
@@ -12,6 +11,7 @@ from s2p_deploy.pipeline.components import (
     denoiser_from_engine,
     engine_denoiser,
 )
+from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
     load_engine_pipeline,

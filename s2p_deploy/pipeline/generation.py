@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import BasePipeline, denoiser_of, latent_shape_of, load_scheduler, with_denoiser
+from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
 
 if TYPE_CHECKING:
@@ -114,7 +115,11 @@ def generate(
     # noise of later steps is another stream than the first noise, which has the seed itself
     generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
     arguments = call_arguments(pipe, [prompt], schedule, guidance_scale)
-    picture: Image = with_schedule(pipe, schedule)(**arguments, latents=latents, generator=generator).images[0]
+    ready = with_schedule(pipe, schedule)
+    if isinstance(denoiser, EngineDenoiser):
+        ready.scheduler.set_timesteps(schedule.steps)  # as the pipeline will
+        denoiser.prepare(ready.scheduler.timesteps.double().numpy())
+    picture: Image = ready(**arguments, latents=latents, generator=generator).images[0]
     return picture
 
 

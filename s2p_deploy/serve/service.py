@@ -24,7 +24,6 @@ from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
 from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
-from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -280,7 +279,7 @@ def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int,
         InputError: no such scheduler, or a timestep that the engine has no scales for.
     """
     timesteps = timesteps_of(pipe, Schedule(steps, scheduler))
-    timestep_indices(timesteps, runner.timesteps)
+    runner.check_timesteps(timesteps)
     return len(timesteps)
 
 
