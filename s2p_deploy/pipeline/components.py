@@ -294,6 +294,7 @@ class AuxiliaryComponent(EngineComponent):
     def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
         super().__init__(config)
         self.runners, self.engines = dict(runners), engines
+        self.most: int | None = None  # samples per run, besides the engine's own largest batch
 
     def close(self) -> None:
         """Closes the runners, which copies of this component share."""
@@ -323,7 +324,9 @@ class AuxiliaryComponent(EngineComponent):
         return next(iter(loaded.values()))
 
     def __deepcopy__(self, _memo: dict[int, object]) -> AuxiliaryComponent:
-        return type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
+        copied = type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
+        copied.most = self.most
+        return copied
 
     def _infer(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
         """Runs a network, in slices where the batch is above its engine's largest.
@@ -331,7 +334,7 @@ class AuxiliaryComponent(EngineComponent):
         The outputs are on the device of ``value`` and in the dtype of the pipeline's tensors.
         """
         largest = len(value) if self.engines.profile is None else self.engines.profile.maximum
-        slices = [self._infer_slice(network, name, part) for part in value.detach().split(largest)]
+        slices = [self._infer_slice(network, name, part) for part in value.detach().split(self.most or largest)]
         if len(slices) == 1:
             return slices[0]
         specs = self.engines.networks[network].outputs
@@ -406,6 +409,14 @@ class EngineAutoencoder(AuxiliaryComponent):
     def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
         # SDXL's pipeline would cast the network's weights to float32, which there are none of
         super().__init__(runners, dict(config) | {"force_upcast": False}, engines)
+
+    def enable_slicing(self) -> None:
+        """Computes one picture at a time from now on, which takes less memory."""
+        self.most = 1
+
+    def disable_slicing(self) -> None:
+        """Computes as many pictures at a time as the engine takes."""
+        self.most = None
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401 - as AutoencoderKL's
         """Encodes pictures [batch, 3, factor * H, factor * W] to the distribution of their latents [batch, C, H, W].

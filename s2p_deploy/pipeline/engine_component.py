@@ -30,7 +30,6 @@ _CHANGE_NOTHING = frozenset(
         "disable_forward_chunking",
         "disable_freeu",
         "disable_lora",
-        "disable_slicing",
         "disable_tiling",
         "fuse_qkv_projections",
         "set_attention_slice",

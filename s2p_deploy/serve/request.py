@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
 from s2p_deploy.errors import S2PError
+
+if TYPE_CHECKING:
+    from s2p_deploy.pipeline import StartPicture
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class ImageRequest:
     """One picture to draw.
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
-    :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone.
+    :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. ``start``
+    is the picture to start from, of this size (None: noise).
     """
 
     prompt: str
@@ -26,6 +31,7 @@ class ImageRequest:
     negative: str = ""
     size: tuple[int, int] | None = None
     scheduler: str | None = None
+    start: StartPicture | None = None
 
     @property
     def samples(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
-from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_of
+from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_from_start, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
@@ -112,7 +112,12 @@ class ServedEngine:
         Raises:
             InputError: no such scheduler, a step count or a size that the engine does not take.
         """
-        calls = self.calls(request.steps, request.scheduler)
+        if request.start is None:
+            calls = self.calls(request.steps, request.scheduler)
+        else:
+            timesteps = timesteps_from_start(self.stock.pipe, self._schedule(request), request.start)
+            self.stock.runner.check_timesteps(timesteps)
+            calls = len(timesteps)
         trained = latent_shape_of(dict(denoiser_of(self.pipe).config))[1:]
         size = latent_size(self.pipe, self._schedule(request)) or trained
         profile = self.stock.runner.profile
@@ -131,6 +136,7 @@ class ServedEngine:
             schedule=self._schedule(request),
             guidance_scale=request.guidance_scale,
             seed=request.seed,
+            start=request.start,
         )
         return GenerationTask(future, draw)
 
