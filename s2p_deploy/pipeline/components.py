@@ -134,7 +134,7 @@ class EngineDenoiser(EngineComponent):
             InputError: the runner is of none.
         """
         if self.engine is None:
-            raise InputError("this denoiser is not that of an engine on disk: there is nothing to save")
+            raise InputError("this denoiser is not that of an engine on disk: save one that open_pipeline opened")
         return self.engine
 
     def prepare(self, timesteps: Timesteps) -> None:
@@ -197,7 +197,10 @@ class EngineDenoiser(EngineComponent):
             return
         expected, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != expected:
-            raise InputError(f"this engine takes latents of {expected}, got {given}: leave height and width out")
+            raise InputError(
+                f"this engine takes latents of {expected}, got {given}: leave height and width out, or give latents of"
+                " that size"
+            )
 
 
 class EngineUNet(EngineDenoiser):
@@ -388,7 +391,10 @@ class EngineTextEncoder(AuxiliaryComponent):
         (name,) = self.runners
         tokens = self.engines.networks[name].input.shape[1]
         if isinstance(tokens, int) and input_ids.shape[1] != tokens:
-            raise InputError(f"this text encoder takes {tokens} tokens, got {input_ids.shape[1]}")
+            raise InputError(
+                f"this text encoder takes {tokens} tokens, got {input_ids.shape[1]}: pad them, or use PyTorch's"
+                " text encoder"
+            )
         outputs = self._infer(name, "input_ids", input_ids)
         if output_hidden_states and LAYERS not in outputs:
             raise InputError("this text encoder gives its last states alone: leave output_hidden_states off")
