@@ -14,12 +14,12 @@ from s2p_deploy.engines.load import check_environment
 from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError, IntegrityError, S2PError
 from s2p_deploy.records import Execution, ShapeProfile, Span, TensorSpec, check_vacant, write_artifact
-from s2p_deploy.records.artifacts import read_verified
+from s2p_deploy.records.artifacts import copy_verified, read_verified
 from s2p_deploy.records.engine import ComponentEngines
 from s2p_deploy.records.files import check_room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import onnx_ir as ir
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records.engine import ComponentEngine
 
+KIND = "ComponentEngines"
 # of engines that have a profile; larger batches are computed in slices, because a decoder's memory grows with its batch
 _BATCHES = ShapeProfile(1, 1, 4)
 _TOKENS = Span(2, 256, 512)  # where they are open, as T5's: Stable Diffusion 3's pipeline gives it 256
@@ -94,7 +95,7 @@ def build_component_engines(  # noqa: PLR0913 - as build_engine's, all but two b
             about["profile"] = spans.to_json()
         return about | {"networks": networks, "sizes": {path.name: path.stat().st_size for path in folder.iterdir()}}
 
-    write_artifact(out, kind="ComponentEngines", base=base.base, recipe={}, fill=fill, replace=replace)
+    write_artifact(out, kind=KIND, base=base.base, recipe={}, fill=fill, replace=replace)
     return ComponentEngines.open(out)
 
 
@@ -111,6 +112,31 @@ def load_component_engines(engines: ComponentEngines, device: str = "auto") -> d
     backend = usable_backend(engines.backend)
     check_environment(engines, backend, device)
     return {name: _loaded(engines, backend, network, device) for name, network in engines.networks.items()}
+
+
+def copy_networks(engines: ComponentEngines, names: Sequence[str], out: Path) -> None:
+    """Writes an artifact of some networks of component engines, byte by byte: what one component of a pipeline needs.
+
+    Raises:
+        InputError: ``out`` exists, or its disk has no room.
+        IntegrityError: a file was changed since the component engines were opened.
+    """
+    content = engines.manifest.content
+    files = [file for name in names for file in engines.networks[name].files]
+    if out.exists():
+        raise InputError(f"{out} exists: choose another folder")
+    check_room(out, sum(engines.sizes[file] for file in files), "choose another folder")
+
+    def fill(folder: Path) -> dict[str, Any]:
+        for file in files:
+            copy_verified(engines, file, folder / file)
+        return content | {
+            "networks": {name: content["networks"][name] for name in names},
+            "sizes": {file: engines.sizes[file] for file in files},
+        }
+
+    parents = {"components": (engines.folder, engines.manifest)}
+    write_artifact(out, kind=KIND, base=engines.manifest.base, recipe={}, fill=fill, parents=parents)
 
 
 def _with_trained_size(base: BasePipeline, profile: ShapeProfile) -> ShapeProfile:

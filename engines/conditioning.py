@@ -37,9 +37,13 @@ _SAME_BITS_EVERYWHERE = "reference"  # the optimization whose results do not dep
 
 
 class TimeFeatures(Protocol):
-    """Projected time features by timestep index. ``added_width`` is A, the width of what else they depend on."""
+    """Projected time features by timestep index.
+
+    ``added_width`` is A, the width of what else they depend on; ``version`` counts the changes of ``table``.
+    """
 
     added_width: int
+    version: int
 
     @property
     def table(self) -> NDArray[np.floating[Any]] | None:
@@ -48,14 +52,19 @@ class TimeFeatures(Protocol):
     def of(self, indices: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
         """Returns features [batch, P] of timestep indices [batch], for ``added_cond`` [batch, A] where A is not 0."""
 
+    def assign(self, indices: Sequence[int], timesteps: NDArray[np.float64]) -> None:
+        """Gives indices, which may lie one behind the last, other timesteps."""
+
 
 class StoredFeatures:
-    """Features [timesteps, P] of all timesteps, where they depend on the timestep alone."""
+    """Features [timesteps, P], as ``condition`` computes them, where they depend on the timestep alone."""
 
     added_width = 0
 
-    def __init__(self, table: NDArray[np.floating[Any]]) -> None:
+    def __init__(self, table: NDArray[np.floating[Any]], condition: Condition | None = None) -> None:
         self.table = table
+        self.version = 0
+        self._condition = condition
 
     def of(
         self, indices: NDArray[np.int64], _added_cond: NDArray[np.float32] | None = None
@@ -63,6 +72,14 @@ class StoredFeatures:
         """Returns indices of the table."""
         features: NDArray[np.floating[Any]] = self.table[indices]
         return features
+
+    def assign(self, indices: Sequence[int], timesteps: NDArray[np.float64]) -> None:
+        """See :class:`TimeFeatures`."""
+        assert self._condition is not None, "that of an engine"
+        features = self._condition(timesteps.astype(np.float32), np.zeros((len(timesteps), 0), np.float32))
+        self.table = _with_room(self.table, indices)
+        self.table[list(indices)] = features
+        self.version += 1
 
 
 class PromptFeatures:
@@ -81,20 +98,31 @@ class PromptFeatures:
         most_bytes: int = _MOST_BYTES,
     ) -> None:
         self.added_width, self._most_bytes = added_width, most_bytes
-        self.table = None
+        self.table, self.version = None, 0
         self._condition, self._timesteps, self._ahead = condition, timesteps.astype(np.float32), tuple(ahead)
         self._kept: OrderedDict[bytes, dict[int, NDArray[np.floating[Any]]]] = OrderedDict()
+        self._together: dict[int, tuple[int, ...]] = {}
 
     def of(self, indices: NDArray[np.int64], added_cond: NDArray[np.float32] | None) -> NDArray[np.floating[Any]]:
         """See :class:`TimeFeatures`."""
         assert added_cond is not None, "the inputs were checked"
         return np.stack([self._one(int(index), added) for index, added in zip(indices, added_cond, strict=True)])
 
+    def assign(self, indices: Sequence[int], timesteps: NDArray[np.float64]) -> None:
+        """See :class:`TimeFeatures`; a prompt's are computed for all indices that were assigned together."""
+        self._timesteps = _with_room(self._timesteps, indices)
+        self._timesteps[list(indices)] = timesteps
+        for known in self._kept.values():
+            for index in indices:
+                known.pop(index, None)
+        self._together |= dict.fromkeys(indices, tuple(indices))
+
     def _one(self, index: int, added: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
         known = self._kept.setdefault(added.tobytes(), {})
         self._kept.move_to_end(added.tobytes())
         if index not in known:
-            missing = [index] if known else list(dict.fromkeys((index, *self._ahead)))
+            wanted = (index, *self._together.get(index, () if known else self._ahead))
+            missing = [one for one in dict.fromkeys(wanted) if one not in known]
             features = self._condition(self._timesteps[missing], np.repeat(added[None], len(missing), 0))
             known.update(zip(missing, features, strict=True))
             self._forget(known[index].nbytes)
@@ -120,7 +148,14 @@ def time_features(engine: Engine, timesteps: NDArray[np.float64], ahead: Sequenc
     if width:
         condition(timesteps[list(ahead[:1])].astype(np.float32), np.zeros((1, width), np.float32))  # is it one?
         return PromptFeatures(condition, timesteps, ahead, width)
-    return StoredFeatures(condition(timesteps.astype(np.float32), np.zeros((len(timesteps), 0), np.float32)))
+    stored = condition(timesteps.astype(np.float32), np.zeros((len(timesteps), 0), np.float32))
+    return StoredFeatures(stored, condition)
+
+
+def _with_room(values: NDArray[Any], indices: Sequence[int]) -> NDArray[Any]:
+    """Returns ``values`` with room for indices behind the last."""
+    missing = max(indices) + 1 - len(values)
+    return values if missing <= 0 else np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
 
 
 def _conditioning(engine: Engine) -> Condition:

@@ -20,30 +20,36 @@ from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.conditioning import text_projections, time_features
 from s2p_deploy.engines.lowerings import RECORDED, STATIC
 from s2p_deploy.engines.machine import private_folder
+from s2p_deploy.engines.options import MOST_TIMESTEPS
 from s2p_deploy.engines.runner import (
     BOUND,
     OUTPUT,
     BoundRunner,
     BoundTensorRunner,
+    RebindingRunner,
     TensorRunner,
     UniformTimestepRunner,
     UniformTimestepTensorRunner,
 )
+from s2p_deploy.engines.spare_timesteps import SpareTimesteps
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
-from s2p_deploy.records import Engine
+from s2p_deploy.records import Engine, ScaleTable
 from s2p_deploy.records.artifacts import verified_files
-from s2p_deploy.timesteps import scales_for_schedule, timestep_indices, with_schedules
+from s2p_deploy.timesteps import scales_for_schedule, scales_of_timesteps, timestep_indices, with_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from s2p_deploy.engines.backend import Backend
     from s2p_deploy.engines.conditioning import TimeFeatures
     from s2p_deploy.engines.runner import Runner
-    from s2p_deploy.records import ComponentEngines, ExportedGraph, ScaleTable, TimestepTable
+    from s2p_deploy.records import ComponentEngines, ExportedGraph, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
 TRIAL_TIMEOUT_S = 900.0
+_SPARE_TIMESTEPS = 1024  # beyond those that are bound; far more than requests are drawn at once
 _RANGE_SLACK = 1e-6  # relative; a table that went through decimal text
 _ROUNDING = {"fp32": 1e-6, "fp16": 2.0**-10}  # of the constant, to the graph's type
 
@@ -63,8 +69,9 @@ def load_engine(
         engine: what to load.
         expected_graph: what it must have been built from.
         scales: the activation scales of the training timesteps; the engine's own where left out.
-        schedules: timesteps of every schedule that will be run. Integer timesteps always have an index; fractional
-            ones only where they are named here, on an engine that takes time projections as an input.
+        schedules: timesteps of schedules that will be run, for which all is computed now. Integer timesteps always
+            have an index; fractional ones need an engine that takes time projections as an input, which computes
+            what is not named here when it is asked for it.
         device: of a context. An engine for a GPU runs on the one of its index, else on PyTorch's current one.
         tried: load it here without a trial run in a child process, which the trial's own child does.
 
@@ -91,15 +98,37 @@ def load_engine(
     features = bound_features(engine, timesteps, schedules)
     texts = text_projections(engine) if engine.takes_text_projections else None
     files = verified_files(engine)
+    spares = 0 if features is None else min(_SPARE_TIMESTEPS, max(0, MOST_TIMESTEPS - len(timesteps)))
+    rows = np.concatenate([table.scales, np.repeat(table.scales[-1:], spares, 0)])
     takes_scales = any(spec.name == BOUND for spec in engine.inputs)
-    runner: Runner = backend.load(engine, files, {BOUND: table.scales} if takes_scales else {}, device)
+    runner: Runner = backend.load(engine, files, {BOUND: rows} if takes_scales else {}, device)
+    spare = None
+    if features is not None and spares and isinstance(runner, RebindingRunner):
+        spare = _spare_timesteps(engine, timesteps, rows, runner, features)
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
     profile = engine.profile
-    return kind(runner, per_step, timesteps, features, texts, profile=profile)
+    return kind(runner, per_step, timesteps, features, texts, profile=profile, spare=spare)
+
+
+def _spare_timesteps(
+    engine: Engine, bound: TimestepTable, rows: NDArray[np.float32], runner: RebindingRunner, features: TimeFeatures
+) -> SpareTimesteps:
+    """Makes the indices behind the bound ones; ``rows`` are the scales that the runner has, with those to spare."""
+    own, names = engine.scales, engine.scales.quantizers
+    given = ScaleTable(rows[timestep_indices(engine.timesteps.timesteps, bound, covered=False)], names, own.calibrated)
+    takes_scales = any(spec.name == BOUND for spec in engine.inputs)
+
+    def assign(indices: Sequence[int], timesteps: NDArray[np.float64]) -> None:
+        if takes_scales:
+            rows[list(indices)] = scales_of_timesteps(timesteps, given, engine.timesteps)
+            runner.rebind(BOUND, rows)
+        features.assign(indices, timesteps)
+
+    return SpareTimesteps(bound, len(rows) - len(bound), assign)
 
 
 def bound_timesteps(engine: Engine, schedules: Sequence[Timesteps]) -> TimestepTable:

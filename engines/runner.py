@@ -10,6 +10,7 @@ import numpy as np
 from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import ShapeProfile, TensorSpec
+from s2p_deploy.timesteps import known_indices, timestep_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.conditioning import TextProjections, TimeFeatures
+    from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
+    from s2p_deploy.timesteps import Timesteps
 
 OUTPUT = "noise_pred"
 BOUND = "act_scales"
@@ -66,6 +69,14 @@ class ShapedRunner(Runner, Protocol):
 
     def tune(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
         """Runs inputs of any of these shapes in a form compiled for them, from now on."""
+
+
+@runtime_checkable
+class RebindingRunner(Runner, Protocol):
+    """Runner whose bound inputs can be replaced while it runs."""
+
+    def rebind(self, name: str, value: NDArray[Any]) -> None:
+        """Gives a bound input other values, of the shape and type that it has."""
 
 
 @runtime_checkable
@@ -131,9 +142,10 @@ class TorchRunner(ClosingRunner):
 class BoundRunner(ClosingRunner):
     """An engine with its scales bound: called by pipelines and comparisons with the same inputs as PyTorch.
 
-    Values are cast to the types of the engine's inputs. ``timesteps`` says which timestep every index is; ``features``
-    gives their projected time features, and ``texts`` the products of the text, where the engine takes those as an
-    input. ``profile`` says which latents and texts the engine takes (None: those of the sizes that its inputs have).
+    Values are cast to the types of the engine's inputs. ``timesteps`` says which timestep every index is, and ``spare``
+    gives indices to further ones (None: they are refused); ``features`` gives their projected time features, and
+    ``texts`` the products of the text, where the engine takes those as an input. ``profile`` says which latents and
+    texts the engine takes (None: those of the sizes that its inputs have).
 
     Example:
         >>> with load_engine("build/engine") as runner:
@@ -142,7 +154,7 @@ class BoundRunner(ClosingRunner):
         (2, 4, 8, 8)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is bound to
         self,
         runner: Runner,
         inputs: tuple[TensorSpec, ...],
@@ -151,8 +163,10 @@ class BoundRunner(ClosingRunner):
         texts: TextProjections | None = None,
         *,
         profile: ShapeProfile | None = None,
+        spare: SpareTimesteps | None = None,
     ) -> None:
         self.timesteps, self.features, self.texts = timesteps, features, texts
+        self._spare = spare
         self.profile = profile or ShapeProfile()
         self._runner = runner
         self._taken = inputs
@@ -170,6 +184,28 @@ class BoundRunner(ClosingRunner):
             replace(spec, shape=tuple(tuned.get(str(size), size) for size in spec.shape))
             for spec in (*self._inputs, *self._added)
         )
+
+    def check_timesteps(self, timesteps: Timesteps) -> None:
+        """Checks that :meth:`indices` has indices for timesteps; from any thread.
+
+        Raises:
+            InputError: one is outside the covered range, or fractional where the engine takes none.
+        """
+        if self._spare is None:
+            timestep_indices(timesteps, self.timesteps)
+        else:
+            known_indices(timesteps, self.timesteps)
+
+    def indices(self, timesteps: Timesteps) -> NDArray[np.int64]:
+        """Looks up the timestep indices, int64 [n], of timesteps by their values.
+
+        Those that no schedule named when the engine was loaded get their scales and time features now, computed
+        together; their indices are good until a thousand others were asked for.
+
+        Raises:
+            InputError: a timestep is outside the covered range, or fractional where the engine takes none.
+        """
+        return timestep_indices(timesteps, self.timesteps) if self._spare is None else self._spare.indices(timesteps)
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Predicts ``noise_pred`` [batch, C, H, W].
@@ -226,7 +262,8 @@ class BoundRunner(ClosingRunner):
                 longer = shape[:1] + shape[2:] == wanted[:1] + wanted[2:] and spec.name == TEXT
                 advice = ": for texts of several chunks, export and build with --chunks" if longer else ""
                 raise InputError(f"input {spec.name} has shape {list(shape)}, the engine takes {list(wanted)}{advice}")
-        count, index = len(self.timesteps), np.asarray(inputs["timestep_index"])
+        count = len(self.timesteps) + (0 if self._spare is None else len(self._spare))
+        index = np.asarray(inputs["timestep_index"])
         if ((index < 0) | (index >= count)).any():
             raise InputError(f"a timestep_index is outside the scale table, whose indices are 0 to {count - 1}")
 
@@ -268,6 +305,7 @@ class BoundTensorRunner(BoundRunner):
 
     _seen: _SeenText | None = None
     _table: torch.Tensor | None = None  # the stored time projections of all timesteps, where the samples are
+    _version = 0  # of the features in it
 
     def infer_tensors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``noise_pred`` [batch, C, H, W] on the GPU, valid until the next call.
@@ -297,8 +335,9 @@ class BoundTensorRunner(BoundRunner):
         assert self.features is not None, "the caller looked"
         indices, device = inputs["timestep_index"], inputs["sample"].device
         if self.features.table is not None:
-            if self._table is None or self._table.device != device:
+            if self._table is None or self._table.device != device or self._version != self.features.version:
                 self._table = torch.from_numpy(self.features.table).to(device)
+                self._version = self.features.version
             return self._table[indices.to(device, non_blocking=True)]
         return torch.from_numpy(self.features.of(indices.numpy(), inputs[ADDED_COND].float().cpu().numpy()))
 

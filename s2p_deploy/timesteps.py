@@ -148,6 +148,15 @@ def timestep_indices(timesteps: Timesteps, table: TimestepTable, *, covered: boo
         InputError: a timestep is outside the covered range, or has no index.
     """
     values = _flat(timesteps)
+    indices = known_indices(values, table, covered=covered)
+    if (indices < 0).any():
+        raise InputError(f"timestep {values[indices < 0][0]:g} is fractional: {_remedy(table)}")
+    return indices
+
+
+def known_indices(timesteps: Timesteps, table: TimestepTable, *, covered: bool = True) -> NDArray[np.int64]:
+    """Looks up timestep indices as :func:`timestep_indices` does, -1 for timesteps that have none."""
+    values = _flat(timesteps)
     if covered:
         _check_covered(values, table)
     whole = _is_training(values, table)
@@ -156,12 +165,15 @@ def timestep_indices(timesteps: Timesteps, table: TimestepTable, *, covered: boo
         return indices
     fractional = _flat(()) if table.fractional is None else table.fractional
     if len(fractional):
-        gaps = np.abs(values[~whole, None] - fractional)
-        nearest = table.integer_indices + gaps.argmin(1)
-        indices[~whole] = np.where(gaps.min(1) <= _SAME, nearest, -1)
-    if (indices < 0).any():
-        raise InputError(f"timestep {values[indices < 0][0]:g} is fractional: {_remedy(table)}")
+        nearest = nearest_timesteps(values[~whole], fractional)
+        indices[~whole] = np.where(nearest < 0, -1, table.integer_indices + nearest)
     return indices
+
+
+def nearest_timesteps(timesteps: Timesteps, known: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Finds the places of timesteps in ``known`` [>= 1], int64 [n], to a thousandth of a timestep; -1 where none is."""
+    gaps = np.abs(_flat(timesteps)[:, None] - known)
+    return np.where(gaps.min(1) <= _SAME, gaps.argmin(1), -1)
 
 
 def scale_origins(timesteps: Timesteps, table: TimestepTable) -> ScaleOrigins:
@@ -199,10 +211,15 @@ def scales_for_schedule(scales: ScaleTable, own: TimestepTable, bound: TimestepT
     if len(bound) == len(own):
         return scales
     present = timestep_indices(own.timesteps, bound, covered=False)
-    calibrated = scales.scales[list(own.calibrated_indices)]
-    interpolated = _interpolate(calibrated, own, angles_of_timesteps(bound.timesteps, own))
+    interpolated = scales_of_timesteps(bound.timesteps, scales, own)
     interpolated[present] = scales.scales
     return dataclasses.replace(scales, scales=interpolated)
+
+
+def scales_of_timesteps(timesteps: Timesteps, scales: ScaleTable, own: TimestepTable) -> NDArray[np.float32]:
+    """Interpolates the scales of any timesteps, float32 [n, quantizers], from the calibrated ones of ``own``."""
+    calibrated = scales.scales[list(own.calibrated_indices)]
+    return _interpolate(calibrated, own, angles_of_timesteps(timesteps, own))
 
 
 def _interpolate(scales: NDArray[np.float32], table: TimestepTable, angles: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,3 +129,18 @@ def test_the_command_line_draws_what_the_engine_spans(
     assert Image.open(picture).size == (96, 64)
     assert main([*draw, "--height", "48"]) == 2
     assert main([*build, "--force", "--height", "8:9:12"]) == 2
+
+
+def test_a_picture_of_another_size_is_drawn_on(
+    base: BasePipeline, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, and as the second pass of the example."""
+    first, out = tmp_path / "first.png", tmp_path / "picture.png"
+    Image.new("RGB", (96, 64), "red").save(first)
+    draw = ["generate", str(engine.folder), "--prompt", PROMPT.text, "--steps", "4", "--model", str(base.folder)]
+    assert main([*draw, "--image", str(first), "--strength", "0.5", "--out", str(out)]) == 0
+    assert Image.open(out).size == (96, 64)
+    asked = [str(engine.folder), PROMPT.text, str(out), "--scale", "1.5", "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", ["hires_fix.py", *asked])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "hires_fix.py"), run_name="__main__")
+    assert Image.open(out).size == (96, 96)

@@ -36,6 +36,10 @@ class OnnxRuntimeRunner(ClosingRunner):
         values = self._session.run(self._outputs, {**inputs, **self._bound})
         return dict(zip(self._outputs, values, strict=True))
 
+    def rebind(self, name: str, value: NDArray[Any]) -> None:
+        """Gives a bound input other values."""
+        self._bound[name] = np.ascontiguousarray(value)
+
     def close(self) -> None:
         """Drops the session."""
         self._session = None
@@ -96,6 +100,10 @@ class DeviceRunner(ClosingRunner):
             torch.cuda.current_stream(self._gpu).synchronize()  # ONNX Runtime has a stream of its own
         self._run(binding)
         return {name: from_dlpack(value) for name, value in binding.outputs.items()}
+
+    def rebind(self, name: str, value: NDArray[Any]) -> None:
+        """Gives a bound input other values, where they are."""
+        self._bound[name].update_inplace(np.ascontiguousarray(value))
 
     def close(self) -> None:
         """Drops the buffers and the session."""

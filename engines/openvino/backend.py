@@ -196,6 +196,10 @@ class OpenVinoRunner(ClosingRunner):
                 self._requests[len(self._tuned)] = request
                 self._tuned.append(one)
 
+    def rebind(self, name: str, value: NDArray[Any]) -> None:
+        """Gives a bound input other values: all requests share its memory."""
+        np.copyto(self._bound[name], value)
+
     def close(self) -> None:
         """Drops what was compiled and the model, then the weights."""
         self._requests = {}

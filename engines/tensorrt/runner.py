@@ -87,6 +87,16 @@ class TensorRtRunner(ClosingRunner):
         # what is below the largest size fills the front of each buffer
         return {name: self._front(name, shape) for name, shape in self._output_shapes.at(shapes | self._bound).items()}
 
+    def rebind(self, name: str, value: NDArray[Any]) -> None:
+        """Gives a bound input other values, behind the runs that are under way; the plan may not read it."""
+        import torch
+
+        if name not in self._bound:
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            # not in the background: the caller writes to the same memory again
+            self._front(name, self._bound[name]).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
     def close(self) -> None:
         """Frees contexts, graphs, the engine and the buffers."""
         if self._launcher is None:

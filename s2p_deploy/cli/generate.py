@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,8 +21,23 @@ from s2p_deploy.cli.options import (
 from s2p_deploy.cli.output import Outcome, show
 from s2p_deploy.errors import InputError
 
+if TYPE_CHECKING:
+    from s2p_deploy.pipeline import StartPicture
+
 SizeOption = Annotated[
     int | None, typer.Option(min=1, metavar="PIXELS", help="Size of the picture, if the engine takes several.")
+]
+
+ImageOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A picture to start from, of the size that is drawn.")
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(metavar="NUMBER", help="How far --image may be left, above 0 to 1; 0.8, with --mask 1 if omitted."),
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What of --image is drawn anew: transparent parts, else white ones."),
 ]
 
 
@@ -53,6 +68,9 @@ def generate(  # noqa: PLR0913 - its options
             "end is left out."
         ),
     ] = False,
+    image: ImageOption = None,
+    strength: StrengthOption = None,
+    mask: MaskOption = None,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",
@@ -62,16 +80,17 @@ def generate(  # noqa: PLR0913 - its options
 ) -> int:
     """Generate one picture with an engine in a stock diffusers pipeline.
 
-    Omitted options are the recipe's; height and width are those that the denoiser was trained on.
+    Omitted options are the recipe's; height and width are those that the denoiser was trained on, or of --image.
     """
     from s2p_deploy.api import as_engine, base_of, open_pipeline
 
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
+    start = _start_picture(image, strength, mask, sized=height is not None or width is not None)
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.families import divide_text
-    from s2p_deploy.pipeline import Schedule, picture_size, timesteps_of
+    from s2p_deploy.pipeline import Schedule, picture_size, timesteps_from_start, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
     from s2p_deploy.records import Prompt
@@ -91,18 +110,23 @@ def generate(  # noqa: PLR0913 - its options
             context=context,
         ) as pipeline,
     ):
-        schedule = replace(schedule, size=picture_size(pipeline.pipe, height, width))
-        timesteps = timesteps_of(pipeline.pipe, schedule)
-        request = Prompt("command line", prompt)
+        pipe, request = pipeline.pipe, Prompt("command line", prompt)
+        if start is None:
+            schedule = replace(schedule, size=picture_size(pipe, height, width))
+            timesteps = timesteps_of(pipe, schedule)
+        else:
+            schedule = replace(schedule, size=start.size)
+            timesteps = timesteps_from_start(pipe, schedule, start)
         picture = draw(
-            pipeline.pipe,
+            pipe,
             request,
             schedule=schedule,
             guidance_scale=guidance,
             seed=seed,
             long_prompts=long_prompts,
+            start=start,
         )
-        chunks = len(divide_text(pipeline.pipe, prompt))
+        chunks = len(divide_text(pipe, prompt))
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
     data = {"picture": str(out), "prompt": prompt, "seed": seed, "scheduler": scheduler, "steps": schedule.steps}
@@ -114,3 +138,30 @@ def generate(  # noqa: PLR0913 - its options
     )
     more = {"guidance_scale": guidance, "timesteps": asdict(origins), "chunks": 1 if cut else chunks, "cut": cut}
     return show(Outcome(data | more, text), as_json=as_json)
+
+
+def _start_picture(
+    image: Path | None, strength: float | None, mask: Path | None, *, sized: bool
+) -> StartPicture | None:
+    """Reads the picture to start from; None where there is none."""
+    if image is None:
+        if strength is not None or mask is not None:
+            raise InputError(f"--{'mask' if strength is None else 'strength'} needs --image: pass the picture too")
+        return None
+    if sized:
+        raise InputError("with --image the picture's own size is drawn: leave --height and --width out")
+    from s2p_deploy.pipeline import StartPicture
+
+    picture, marks = (None if file is None else _bytes_of(file) for file in (image, mask))
+    assert picture is not None, "there is one"
+    try:
+        return StartPicture.read(picture, marks, strength=strength)
+    except InputError as error:
+        raise InputError(f"{image}{'' if mask is None else f' and {mask}'}: {error}") from error
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): give a PNG, JPEG or WebP file") from error

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-_PACKAGES = ("fastapi", "greenlet", "prometheus_client", "uvicorn")
+_PACKAGES = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uvicorn")
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
 

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.assembled import is_assembled, pipeline_digest
@@ -332,6 +332,19 @@ def denoiser_of(pipe: DiffusionPipeline) -> ModelMixin:
 def with_denoiser(pipe: DiffusionPipeline, denoiser: torch.nn.Module) -> DiffusionPipeline:
     """Makes a pipeline of the same class with another denoiser and a fresh scheduler; it shares all else."""
     return with_components(pipe, {denoiser_name(pipe): denoiser})
+
+
+def for_task(pipe: DiffusionPipeline, task: Literal["Img2Img", "Inpaint"]) -> DiffusionPipeline:
+    """Makes the stock pipeline of a text-to-image one's family for another task; it shares all but the scheduler."""
+    import diffusers
+
+    kind = getattr(diffusers, type(pipe).__name__.removesuffix("Pipeline") + f"{task}Pipeline")
+    taken = inspect.signature(kind.__init__).parameters
+    given = pipe.components | {name: value for name, value in pipe.config.items() if name not in pipe.components}
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other: DiffusionPipeline = kind(**{n: v for n, v in given.items() if n in taken} | {"scheduler": scheduler})
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def with_components(pipe: DiffusionPipeline, others: Mapping[str, torch.nn.Module | None]) -> DiffusionPipeline:

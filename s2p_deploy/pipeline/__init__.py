@@ -3,7 +3,6 @@
 from s2p_deploy.pipeline.components import (
     AuxiliaryComponent,
     EngineAutoencoder,
-    EngineComponent,
     EngineDenoiser,
     EngineTextEncoder,
     EngineTransformer,
@@ -12,6 +11,7 @@ from s2p_deploy.pipeline.components import (
     denoiser_from_engine,
     engine_denoiser,
 )
+from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
     load_engine_pipeline,
@@ -27,9 +27,11 @@ from s2p_deploy.pipeline.generation import (
     initial_noise,
     latent_size,
     picture_size,
+    timesteps_from_start,
     timesteps_of,
     with_schedule,
 )
+from s2p_deploy.pipeline.start_picture import StartPicture
 
 __all__ = [
     "AuxiliaryComponent",
@@ -41,6 +43,7 @@ __all__ = [
     "EngineTransformer",
     "EngineUNet",
     "Schedule",
+    "StartPicture",
     "auxiliary_components",
     "call_arguments",
     "denoiser_from_engine",
@@ -54,6 +57,7 @@ __all__ = [
     "pipeline_with_engine",
     "save_engine_pipeline",
     "schedules_to_bind",
+    "timesteps_from_start",
     "timesteps_of",
     "with_schedule",
 ]

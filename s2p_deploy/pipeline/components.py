@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers import ModelMixin  # noqa: F401  # diffusers looks for it beside the classes that it loads
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -16,114 +16,47 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from s2p_deploy.engines import load_engine
-from s2p_deploy.engines.component_engines import load_component_engines
+from s2p_deploy.engines.component_engines import copy_networks, load_component_engines
 from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import family_of_config, latent_shape_of
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
-from s2p_deploy.records import Engine
-from s2p_deploy.records.artifacts import copy_artifact
+from s2p_deploy.pipeline.engine_component import EngineComponent
+from s2p_deploy.records import ComponentEngines, Engine, open_artifact
+from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
 from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
-    from s2p_deploy.records import ComponentEngines, TimestepTable
+    from s2p_deploy.records import TimestepTable
     from s2p_deploy.timesteps import Timesteps
+
+    Indices = Callable[[Timesteps], NDArray[np.int64]]
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
 _PROJECTED = "CLIPTextModelWithProjection"
-# Members of a network that pipelines use to change it, and the advice where there is an engine instead.
-_ADVICE = {
-    "load_lora_adapter": "no LoRA can be loaded: fuse it before you calibrate",
-    "load_attn_procs": "no LoRA can be loaded: fuse it before you calibrate",
-    "fuse_lora": "no LoRA can be fused: fuse it before you calibrate",
-    "set_adapters": "no LoRA can be set: fuse it before you calibrate",
-    "_load_ip_adapter_weights": "no IP-Adapter can be loaded: use the floating-point pipeline",
-    "enable_freeu": "FreeU cannot be switched on: use the floating-point pipeline",
-    "enable_tiling": "pictures are decoded whole: leave tiling off",
-    "enable_slicing": "pictures are decoded whole: leave slicing off, or ask for fewer at once",
-    "get_input_embeddings": "it knows no new tokens: load textual inversions into PyTorch's text encoder",
-    "resize_token_embeddings": "it knows no new tokens: load textual inversions into PyTorch's text encoder",
-    "text_model": "its layers cannot be reached: leave clip_skip out, or use PyTorch's text encoder",
+
+
+_FUSE = "leave it out; a LoRA is fused into the floating-point pipeline before you calibrate"
+_CONDITION_ADVICE = {
+    "cross_attention_kwargs": _FUSE,
+    "joint_attention_kwargs": _FUSE,
+    "attention_mask": "leave the mask out, or use the floating-point pipeline",
+    "encoder_attention_mask": "leave the mask out, or use the floating-point pipeline",
 }
 
 
-class FixedNetworkError(InputError, AttributeError):
-    """An engine has no such member, because its network cannot be changed.
-
-    An ``AttributeError`` too, so that ``hasattr`` returns False.
-    """
-
-
-class EngineComponent(ModelMixin):  # type: ignore[misc]  # diffusers is not typed
-    """A pipeline's component that computes on runners and holds no weights.
-
-    A ``ModelMixin``, because diffusers silently drops other modules on ``save_pretrained`` where this one can refuse.
-    Its device and dtype are those of the pipeline's tensors; the runner's own do not depend on them. A copy shares the
-    runners.
-    """
-
-    placement: torch.nn.Parameter
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._config = FrozenDict(config)
-        # of no elements; accelerate's hooks look at a module's first parameter
-        self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-
-    @property
-    def config(self) -> FrozenDict:
-        """Returns the configuration of the network that the component replaces."""
-        return self._config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Returns the dtype of the pipeline's tensors."""
-        return self.placement.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Returns the device of the pipeline's tensors."""
-        return self.placement.device
-
-    def close(self) -> None:
-        """Closes the runners, which copies of this component share."""
-        raise NotImplementedError
-
-    def place(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Sets the device and dtype of the pipeline's tensors; ``to`` with a dtype would log diffusers' warning."""
-        self.placement = torch.nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
-        return self
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            default = f"it has no {name}: what reads or changes that needs the floating-point pipeline"
-            raise FixedNetworkError(f"an engine's network is fixed, {_ADVICE.get(name, default)}") from error
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, *_options: object) -> None:
-        """Refuses to switch xformers on: an engine's attention was chosen when it was built.
-
-        Raises:
-            InputError: ``valid`` is True.
-        """
-        if valid:
-            raise InputError("an engine's attention was chosen when it was built: leave xformers off")
-
-    def save_pretrained(self, *_args: object, **_options: object) -> NoReturn:
-        """Refuses to save: an engine is an artifact of its own, which is copied as it is.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError("an engine is not saved by save_pretrained: use s2p_deploy.pipeline.save_engine_pipeline")
+def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a condition of any kind
+    """Returns whether a condition changes no prediction: it is empty, masks nothing, or scales a LoRA by one."""
+    if name.endswith("attention_mask") and isinstance(value, torch.Tensor):
+        return bool((value == 1).all())
+    return value is None or (isinstance(value, dict) and value in ({}, {"scale": 1.0}))
 
 
 class EngineDenoiser(EngineComponent):
@@ -136,6 +69,7 @@ class EngineDenoiser(EngineComponent):
             scheduler whose timesteps the table covers may be put into the pipeline at any time.
         profile: the sizes of latents and texts that the runner takes (None: those that the network was trained on).
         engine: the engine on disk that the runner runs, if it is one.
+        indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
     """
 
     def __init__(
@@ -146,10 +80,12 @@ class EngineDenoiser(EngineComponent):
         profile: ShapeProfile | None = None,
         *,
         engine: Engine | None = None,
+        indices: Indices | None = None,
     ) -> None:
         super().__init__(config)
         self.runner = runner
         self.timesteps = timesteps
+        self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
         self.profile = profile
         self.engine = engine
         self._family = family_of_config(config)
@@ -164,7 +100,7 @@ class EngineDenoiser(EngineComponent):
 
         Args:
             folder: the engine.
-            schedules: timesteps of every schedule that will be run; fractional ones must be named here.
+            schedules: timesteps of schedules that will be run, for which all is computed now.
             device: ``cuda:1`` and the like: the GPU of an engine that runs on one.
 
         Raises:
@@ -182,6 +118,15 @@ class EngineDenoiser(EngineComponent):
         """
         copy_artifact(self.saved_engine(), folder)
 
+    def is_saved_in(self, folder: Path) -> bool:
+        """Returns whether ``folder`` holds this engine. Raises IntegrityError where that was changed."""
+        return (folder / MANIFEST).exists() and open_artifact(folder, "Engine") == self.saved_engine().manifest
+
+    @classmethod
+    def opened(cls, folder: Path) -> EngineDenoiser:
+        """Opens an engine; raises as :meth:`load`."""
+        return cls.load(folder)
+
     def saved_engine(self) -> Engine:
         """Returns the engine on disk.
 
@@ -189,28 +134,35 @@ class EngineDenoiser(EngineComponent):
             InputError: the runner is of none.
         """
         if self.engine is None:
-            raise InputError("this denoiser is not that of an engine on disk: there is nothing to save")
+            raise InputError("this denoiser is not that of an engine on disk: save one that open_pipeline opened")
         return self.engine
+
+    def prepare(self, timesteps: Timesteps) -> None:
+        """Computes together what the engine needs at the timesteps of a schedule, unless it has that already.
+
+        Raises:
+            InputError: a timestep is outside the table, or has no index.
+        """
+        self._indices(timesteps)
 
     def close(self) -> None:
         """Closes the runner, which copies of this component share."""
         self.runner.close()
 
     def __deepcopy__(self, _memo: dict[int, object]) -> EngineDenoiser:
-        copied = type(self)(self.runner, self._config, self.timesteps, self.profile, engine=self.engine)
+        copied = type(self)(
+            self.runner, self._config, self.timesteps, self.profile, engine=self.engine, indices=self._indices
+        )
         return copied.place(self.device, self.dtype)
 
     def _predict(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
     ) -> Tensor:
         taken = set(_ADDED) if self._added_width else set()
-        refused = [
-            name for name, value in conditions.items() if name not in taken and value is not None and value != {}
-        ]
+        refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
         if refused:
-            raise InputError(
-                f"an engine's network is fixed, it cannot take {refused[0]}: merge it before you calibrate"
-            )
+            advice = _CONDITION_ADVICE.get(refused[0], "use the floating-point pipeline")
+            raise InputError(f"an engine's network is fixed, it cannot take {refused[0]}: {advice}")
         self._check_size(sample)
         if self.profile is not None:
             self.profile.check_tokens(text.shape[1])
@@ -236,7 +188,7 @@ class EngineDenoiser(EngineComponent):
 
     def _timestep_indices(self, timestep: Tensor | float, batch: int) -> NDArray[np.int64]:
         values = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
-        indices = timestep_indices(values, self.timesteps)
+        indices = self._indices(values)
         if len(indices) not in {1, batch}:
             raise InputError(f"{len(indices)} timesteps for a batch of {batch}: give one, or one for each sample")
         return np.broadcast_to(indices, (batch,)).copy()
@@ -247,7 +199,10 @@ class EngineDenoiser(EngineComponent):
             return
         expected, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != expected:
-            raise InputError(f"this engine takes latents of {expected}, got {given}: leave height and width out")
+            raise InputError(
+                f"this engine takes latents of {expected}, got {given}: leave height and width out, or give latents of"
+                " that size"
+            )
 
 
 class EngineUNet(EngineDenoiser):
@@ -319,15 +274,18 @@ def engine_denoiser(
     profile: ShapeProfile | None = None,
     *,
     engine: Engine | None = None,
+    indices: Indices | None = None,
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine)
+    return component(runner, config, timesteps, profile, engine=engine, indices=indices)
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
-    """Makes the denoiser of a loaded engine, with the timesteps that ``runner`` is bound to."""
-    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps, runner.profile, engine=engine)
+    """Makes the denoiser of a loaded engine, with the timesteps that ``runner`` is bound to or can compute."""
+    return engine_denoiser(
+        runner, engine.denoiser_config, runner.timesteps, runner.profile, engine=engine, indices=runner.indices
+    )
 
 
 class AuxiliaryComponent(EngineComponent):
@@ -342,14 +300,39 @@ class AuxiliaryComponent(EngineComponent):
     def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
         super().__init__(config)
         self.runners, self.engines = dict(runners), engines
+        self.most: int | None = None  # samples per run, besides the engine's own largest batch
 
     def close(self) -> None:
         """Closes the runners, which copies of this component share."""
         for runner in self.runners.values():
             runner.close()
 
+    def save(self, folder: Path) -> None:
+        """Writes an artifact of the component's own networks, copied byte by byte, to ``folder``, which must not exist.
+
+        Raises:
+            InputError: ``folder`` exists, or its disk has no room. IntegrityError: a file was changed.
+        """
+        copy_networks(self.engines, tuple(self.runners), folder)
+
+    def is_saved_in(self, folder: Path) -> bool:
+        """Returns whether ``folder`` holds the component's networks. Raises IntegrityError where they were changed."""
+        files = [file for name in self.runners for file in self.engines.networks[name].files]
+        own = {file: self.engines.manifest.files[file] for file in files}
+        return (folder / MANIFEST).exists() and open_artifact(folder, "ComponentEngines").files == own
+
+    @classmethod
+    def opened(cls, folder: Path) -> AuxiliaryComponent:
+        """Opens the networks of one component; raises as :func:`auxiliary_components`."""
+        loaded = auxiliary_components(ComponentEngines.open(folder))
+        if len(loaded) != 1:
+            raise InputError(f"{folder} has the engines of {len(loaded)} components: give them to open_pipeline")
+        return next(iter(loaded.values()))
+
     def __deepcopy__(self, _memo: dict[int, object]) -> AuxiliaryComponent:
-        return type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
+        copied = type(self)(self.runners, self._config, self.engines).place(self.device, self.dtype)
+        copied.most = self.most
+        return copied
 
     def _infer(self, network: str, name: str, value: Tensor) -> dict[str, Tensor]:
         """Runs a network, in slices where the batch is above its engine's largest.
@@ -357,7 +340,7 @@ class AuxiliaryComponent(EngineComponent):
         The outputs are on the device of ``value`` and in the dtype of the pipeline's tensors.
         """
         largest = len(value) if self.engines.profile is None else self.engines.profile.maximum
-        slices = [self._infer_slice(network, name, part) for part in value.detach().split(largest)]
+        slices = [self._infer_slice(network, name, part) for part in value.detach().split(self.most or largest)]
         if len(slices) == 1:
             return slices[0]
         specs = self.engines.networks[network].outputs
@@ -411,7 +394,10 @@ class EngineTextEncoder(AuxiliaryComponent):
         (name,) = self.runners
         tokens = self.engines.networks[name].input.shape[1]
         if isinstance(tokens, int) and input_ids.shape[1] != tokens:
-            raise InputError(f"this text encoder takes {tokens} tokens, got {input_ids.shape[1]}")
+            raise InputError(
+                f"this text encoder takes {tokens} tokens, got {input_ids.shape[1]}: pad them, or use PyTorch's"
+                " text encoder"
+            )
         outputs = self._infer(name, "input_ids", input_ids)
         if output_hidden_states and LAYERS not in outputs:
             raise InputError("this text encoder gives its last states alone: leave output_hidden_states off")
@@ -432,6 +418,14 @@ class EngineAutoencoder(AuxiliaryComponent):
     def __init__(self, runners: Mapping[str, Runner], config: Mapping[str, Any], engines: ComponentEngines) -> None:
         # SDXL's pipeline would cast the network's weights to float32, which there are none of
         super().__init__(runners, dict(config) | {"force_upcast": False}, engines)
+
+    def enable_slicing(self) -> None:
+        """Computes one picture at a time from now on, which takes less memory."""
+        self.most = 1
+
+    def disable_slicing(self) -> None:
+        """Computes as many pictures at a time as the engine takes."""
+        self.most = None
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:  # noqa: ANN401 - as AutoencoderKL's
         """Encodes pictures [batch, 3, factor * H, factor * W] to the distribution of their latents [batch, C, H, W].
@@ -472,9 +466,11 @@ def auxiliary_components(
         IntegrityError, MissingEnvironmentError: as :func:`s2p_deploy.engines.component_engines.load_component_engines`.
     """
     loaded = load_component_engines(engines, device) if runners is None else dict(runners)
-    halves = {name: loaded.pop(name) for name in (DECODER, ENCODER)}
+    halves = {name: loaded.pop(name) for name in (DECODER, ENCODER) if name in loaded}
     components: dict[str, AuxiliaryComponent] = {
         name: EngineTextEncoder({name: runner}, engines.networks[name].config, engines)
         for name, runner in loaded.items()
     }
-    return components | {AUTOENCODER: EngineAutoencoder(halves, engines.networks[DECODER].config, engines)}
+    if halves:
+        components[AUTOENCODER] = EngineAutoencoder(halves, engines.networks[DECODER].config, engines)
+    return components

@@ -24,11 +24,11 @@ from s2p_deploy.families.network_files import read_index
 from s2p_deploy.families.pipelines import PIPELINES, check_no_code, denoiser_name, load_folder
 from s2p_deploy.pipeline.components import (
     AuxiliaryComponent,
-    EngineComponent,
     EngineDenoiser,
     auxiliary_components,
     denoiser_from_engine,
 )
+from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.generation import timesteps_of
 from s2p_deploy.records import Engine, open_artifact, parent_folder, write_artifact
 from s2p_deploy.records.artifacts import copy_artifact
@@ -157,6 +157,8 @@ def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace
         'Pipeline'
     """
     folder = Path(folder)
+    if folder.exists() and not replace:
+        raise InputError(f"{folder} exists: choose another folder, or pass replace=True")
     denoiser = denoiser_of(pipe)
     if not isinstance(denoiser, EngineDenoiser):
         raise InputError("this pipeline's denoiser is no engine: save it with save_pretrained")
@@ -164,7 +166,10 @@ def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace
     auxiliary = {name: part for name, part in pipe.components.items() if isinstance(part, AuxiliaryComponent)}
     artifacts: dict[str, Engine | ComponentEngines] = {_ENGINE: engine}
     if auxiliary:
-        artifacts[_COMPONENTS] = next(iter(auxiliary.values())).engines
+        first, *others = (part.engines for part in auxiliary.values())
+        if any(other.manifest != first.manifest for other in others):
+            raise InputError("its text encoders and autoencoder are of several artifacts: use pipe.save_pretrained")
+        artifacts[_COMPONENTS] = first
     stock = with_components(pipe, dict.fromkeys((denoiser_name(pipe), *auxiliary)))
     # the runner may be bound to fractional timesteps that the engine does not know by itself
     bound, own = (() if t.fractional is None else t.fractional for t in (denoiser.timesteps, engine.timesteps))

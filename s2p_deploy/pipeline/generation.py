@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,9 @@ from s2p_deploy.families import (
     text_tokens,
     with_denoiser,
 )
+from s2p_deploy.families.pipelines import for_task
+from s2p_deploy.pipeline.components import EngineDenoiser
+from s2p_deploy.records import Span
 from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
 
 if TYPE_CHECKING:
@@ -30,8 +34,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from s2p_deploy.pipeline.start_picture import StartPicture
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt, ShapeProfile
+
+_SD3_INPAINTING = {16, 33}  # channels that a transformer may read: latents, or mask and masked picture too
 
 
 @dataclass(frozen=True)
@@ -109,32 +116,98 @@ def generate(
     guidance_scale: float,
     seed: int | None = None,
     long_prompts: bool = False,
+    start: StartPicture | None = None,
 ) -> Image:
     """Generates one picture.
 
     Args:
-        pipe: a stock pipeline; it stays as it is.
+        pipe: a stock text-to-image pipeline; it stays as it is.
         prompt: its text and negative text.
         schedule: scheduler, steps and size.
         guidance_scale: strength of classifier-free guidance; 1 is none.
         seed: of all noise, also of what some schedulers add at every step (None: from the prompt's id).
         long_prompts: reads texts that are longer than what the encoders read at once in chunks, and does not cut them.
+        start: the picture to start from, whose size the schedule's is then (None: noise alone).
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
-            take the size, or a text of so many chunks.
+            take the size, or a text of so many chunks; as :func:`timesteps_from_start`.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
     denoiser = denoiser_of(pipe)
-    latents = initial_noise([noise_seed], denoiser.config, latent_size(pipe, schedule)).to(denoiser.dtype)
-    # noise of later steps is another stream than the first noise, which has the seed itself
-    generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
     arguments = call_arguments(pipe, [prompt], schedule, guidance_scale)
     if long_prompts:
         del arguments["prompt"], arguments["negative_prompt"]
         arguments |= _chunked(pipe, prompt, schedule, guided=guidance_scale > 1)
-    picture: Image = with_schedule(pipe, schedule)(**arguments, latents=latents, generator=generator).images[0]
+    if start is None:
+        ready = with_schedule(pipe, schedule)
+        size = latent_size(pipe, schedule)
+        arguments["latents"] = initial_noise([noise_seed], denoiser.config, size).to(denoiser.dtype)
+    else:
+        _check_size(pipe, start)
+        ready = with_schedule(_task_pipeline(pipe, start), schedule)
+        taken = inspect.signature(type(ready).__call__).parameters
+        height, width = start.size
+        arguments |= {"image": start.picture, "mask_image": start.mask, "strength": start.strength}
+        arguments |= {"height": height, "width": width}
+        arguments = {name: value for name, value in arguments.items() if name in taken}
+    if isinstance(denoiser, EngineDenoiser):
+        ready.scheduler.set_timesteps(schedule.steps)  # as the pipeline will
+        denoiser.prepare(ready.scheduler.timesteps.double().numpy())
+    # noise of later steps is another stream than the first noise, which has the seed itself
+    generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
+    picture: Image = ready(**arguments, generator=generator).images[0]
     return picture
+
+
+def timesteps_from_start(pipe: DiffusionPipeline, schedule: Schedule, start: StartPicture) -> NDArray[np.float64]:
+    """Lists the timesteps of the denoiser calls that are made from a picture on, as :func:`timesteps_of` does.
+
+    Raises:
+        InputError: as :func:`timesteps_of`; the strength leaves no step, or diffusers' pipeline for this task takes
+            other latents than this one's.
+    """
+    ready = _task_pipeline(pipe, start)
+    own = ready.scheduler
+    named = own if schedule.scheduler is None else scheduler_by_name(schedule.scheduler, own)
+    ready.scheduler = with_steps(named, schedule.steps)
+    timesteps, steps = ready.get_timesteps(schedule.steps, start.strength, torch.device("cpu"))
+    if steps < 1 or not len(timesteps):
+        raise InputError(
+            f"a strength of {start.strength:g} leaves none of {schedule.steps} steps: raise it, or take more steps"
+        )
+    values: NDArray[np.float64] = timesteps.double().numpy()
+    return values
+
+
+def _check_size(pipe: DiffusionPipeline, start: StartPicture) -> None:
+    """Raises InputError unless the pipeline draws pictures of the size of the one to start from."""
+    denoiser, factor = denoiser_of(pipe), pipe.vae_scale_factor
+    height, width = start.size
+    if not isinstance(denoiser, EngineDenoiser):
+        return
+    if denoiser.profile is not None and denoiser.profile.height is not None and denoiser.profile.width is not None:
+        spans = [denoiser.profile.height, denoiser.profile.width]
+    else:
+        spans = [Span(size, size, size) for size in latent_shape_of(dict(denoiser.config))[1:]]
+    pixels = [Span(*(factor * size for size in astuple(span))) for span in spans]
+    if height not in pixels[0] or width not in pixels[1]:
+        raise InputError(
+            f"the picture has {width}x{height} pixels: give one of a width of {pixels[1]} and a height of {pixels[0]},"
+            " as this engine draws them"
+        )
+
+
+def _task_pipeline(pipe: DiffusionPipeline, start: StartPicture) -> DiffusionPipeline:
+    if start.mask is None:
+        return for_task(pipe, "Img2Img")
+    channels = denoiser_of(pipe).config.in_channels
+    if isinstance(pipe, StableDiffusion3Pipeline) and channels not in _SD3_INPAINTING:
+        raise InputError(
+            f"diffusers' inpainting with Stable Diffusion 3 takes latents of 16 channels, this pipeline's have"
+            f" {channels}: leave the mask out"
+        )
+    return for_task(pipe, "Inpaint")
 
 
 def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int] | None:

@@ -230,7 +230,8 @@ def _seconds(runner: BoundRunner, timestep_index: int, batch: int) -> float:
 
 
 def _group(request: ImageRequest) -> tuple[object, ...]:
-    return request.steps, request.scheduler, request.size, request.samples
+    start = None if request.start is None else (request.start.strength, request.start.mask is None)
+    return request.steps, request.scheduler, request.size, request.samples, start
 
 
 def _fitting(tasks: Sequence[GenerationTask], samples: int) -> list[GenerationTask]:

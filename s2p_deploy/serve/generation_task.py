@@ -152,7 +152,7 @@ def pausing_pipeline(base: DiffusionPipeline, config: Mapping[str, Any], runner:
         runner: the engine, for its timesteps and sizes; it is not called.
     """
     pausing = PausingTensorRunner() if isinstance(runner, TensorRunner) else PausingRunner()
-    denoiser = engine_denoiser(pausing, config, runner.timesteps, runner.profile)
+    denoiser = engine_denoiser(pausing, config, runner.timesteps, runner.profile, indices=runner.indices)
     own = denoiser_of(base)
     pipe = with_denoiser(base, denoiser.place(own.device, own.dtype))
     for name in _OFFLOADED:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
 from s2p_deploy.errors import S2PError
+
+if TYPE_CHECKING:
+    from s2p_deploy.pipeline import StartPicture
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class ImageRequest:
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
     :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. With
-    ``long_prompts`` texts longer than what the encoders read at once are read in chunks.
+    ``long_prompts`` texts longer than what the encoders read at once are read in chunks. ``start`` is the picture to
+    start from, of this size (None: noise).
     """
 
     prompt: str
@@ -28,6 +33,7 @@ class ImageRequest:
     size: tuple[int, int] | None = None
     scheduler: str | None = None
     long_prompts: bool = False
+    start: StartPicture | None = None
 
     @property
     def samples(self) -> int:

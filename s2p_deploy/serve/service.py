@@ -16,7 +16,7 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
-from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_of
+from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_from_start, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
@@ -24,7 +24,6 @@ from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
 from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
-from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +114,12 @@ class ServedEngine:
         Raises:
             InputError: no such scheduler; a step count, a size or long prompts, which the engine does not take.
         """
-        calls = self.calls(request.steps, request.scheduler)
+        if request.start is None:
+            calls = self.calls(request.steps, request.scheduler)
+        else:
+            timesteps = timesteps_from_start(self.stock.pipe, self._schedule(request), request.start)
+            self.stock.runner.check_timesteps(timesteps)
+            calls = len(timesteps)
         trained = latent_shape_of(dict(denoiser_of(self.pipe).config))[1:]
         size = latent_size(self.pipe, self._schedule(request)) or trained
         profile = self.stock.runner.profile
@@ -137,6 +141,7 @@ class ServedEngine:
             guidance_scale=request.guidance_scale,
             seed=request.seed,
             long_prompts=request.long_prompts,
+            start=request.start,
         )
         return GenerationTask(future, draw)
 
@@ -286,7 +291,7 @@ def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int,
         InputError: no such scheduler, or a timestep that the engine has no scales for.
     """
     timesteps = timesteps_of(pipe, Schedule(steps, scheduler))
-    timestep_indices(timesteps, runner.timesteps)
+    runner.check_timesteps(timesteps)
     return len(timesteps)
 
 

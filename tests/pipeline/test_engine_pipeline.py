@@ -11,13 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from s2p_deploy.calib import calibrate
 from s2p_deploy.context import Context
-from s2p_deploy.engines import BoundRunner, build_engine, load_engine
+from s2p_deploy.engines import BoundRunner, load_engine
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.export import export_graph
 from s2p_deploy.families import BasePipeline, load_pipeline, resolve_base, with_denoiser
-from s2p_deploy.families.time_path import load_time_path
 from s2p_deploy.pipeline import (
     EngineDenoiser,
     EnginePipeline,
@@ -29,29 +26,13 @@ from s2p_deploy.pipeline import (
     pipeline_with_engine,
     save_engine_pipeline,
 )
-from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, Prompt, open_artifact, verify_chain, write_artifact
-from tests.small_pipelines import tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PROMPT = Prompt("id", "a small red circle at the top left, white background")
 KARRAS = Schedule(3, "euler-karras")
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
-    return tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def engine(origin: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Of the input form: it runs schedules with timesteps between the training timesteps."""
-    folder = tmp_path_factory.mktemp("engine")
-    model = calibrate(origin, Recipe.load("fp"), None, folder / "calib")
-    graph = export_graph(model, folder / "graph", time_table="input", time_path=load_time_path(origin))
-    return build_engine(graph, folder / "engine", backend="onnxruntime")
 
 
 def drawn(opened: EnginePipeline, schedule: Schedule) -> np.ndarray:
@@ -68,6 +49,17 @@ def test_an_engine_opens_as_a_pipeline_in_one_call(engine: Engine, origin: BaseP
             assert np.abs(drawn(opened, schedule).astype(int) - expected).max() <= 1
     with pytest.raises(ValueError, match="closed"):
         drawn(opened, KARRAS)
+
+
+@pytest.mark.parametrize("schedule", [KARRAS, Schedule(7, "euler-karras"), Schedule(5, "euler-linspace")], ids=str)
+def test_a_schedule_that_was_not_named_is_computed_when_it_is_asked_for(
+    engine: Engine, origin: BasePipeline, schedule: Schedule
+) -> None:
+    expected = np.asarray(generate(load_pipeline(origin), PROMPT, schedule=schedule, guidance_scale=2.0))
+    with open_pipeline(engine) as opened, open_pipeline(engine, schedules=[schedule]) as named:
+        found = drawn(opened, schedule)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert np.abs(found.astype(int) - drawn(named, schedule)).max() <= 1
 
 
 class LoadedOnError(Exception):
@@ -140,8 +132,6 @@ def test_a_saved_pipeline_draws_the_same_with_every_schedule_it_was_opened_for(e
     moved = folder.rename(tmp_path / "moved")
     with load_engine_pipeline(moved) as loaded:
         np.testing.assert_array_equal(drawn(loaded, KARRAS), expected)
-        with pytest.raises(InputError, match="fractional"):
-            drawn(loaded, Schedule(5, "euler-karras"))
 
 
 def test_a_denoiser_is_saved_alone_too(engine: Engine, tmp_path: Path) -> None:

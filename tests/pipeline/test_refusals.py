@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import (
+    AttnAddedKVProcessor,
+    AttnProcessor,
+    AttnProcessor2_0,
+    PAGHunyuanAttnProcessor2_0,
+)
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import with_denoiser
-from s2p_deploy.pipeline import EngineUNet
+from s2p_deploy.pipeline import EngineUNet, initial_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 PROMPT = "a small red circle at the top left, white background"
@@ -35,17 +41,18 @@ def compiled_parts(pipe: StableDiffusionPipeline) -> object:
     ("ask", "words"),
     [
         (lambda pipe: pipe.enable_freeu(1.0, 1.0, 1.0, 1.0), "FreeU cannot be switched on"),
-        (lambda pipe: pipe.fuse_qkv_projections(vae=False), "it has no fuse_qkv_projections"),
         (lambda pipe: pipe.fuse_lora(components=["unet"]), "no LoRA can be fused"),
         (lambda pipe: pipe.unet.load_lora_adapter({}, prefix=None), "no LoRA can be loaded"),  # by load_lora_weights
         (lambda pipe: pipe.unet.load_attn_procs({}), "no LoRA can be loaded"),
         (lambda pipe: pipe.load_ip_adapter(FACE, "", "", image_encoder_folder=None), "no IP-Adapter can be loaded"),
-        (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), "it has no set_attn_processor"),
+        (lambda pipe: pipe.unet.set_attn_processor(PAGHunyuanAttnProcessor2_0()), "cannot take PAGHunyuanAttnProc"),
+        (lambda pipe: pipe.unet.set_attn_processor({"mid": AttnAddedKVProcessor()}), "cannot take AttnAddedKV"),
         (lambda pipe: pipe.unet.enable_xformers_memory_efficient_attention(), "leave xformers off"),
         (compiled_parts, "it has no down_blocks"),
         (lambda pipe: pipe(PROMPT, num_inference_steps=2, cross_attention_kwargs={"gligen": 1}), "cross_attention_kw"),
         (lambda pipe: pipe(PROMPT, num_inference_steps=2, ip_adapter_image_embeds=[torch.ones(2, 1, 8)]), "fixed"),
-        (lambda pipe: pipe.save_pretrained("nowhere"), "use s2p_deploy.pipeline.save_engine_pipeline"),
+        (lambda pipe: pipe.unet.save_pretrained("nowhere"), "not that of an engine on disk"),
+        (lambda pipe: pipe.unet.save_pretrained("nowhere", push_to_hub=True), "upload the folder with huggingface_hub"),
     ],
 )
 def test_what_changes_the_network_is_refused(
@@ -61,10 +68,45 @@ def test_what_changes_the_network_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_xformers_may_be_switched_off(pipe: StableDiffusionPipeline) -> None:
-    before = pipe.unet
-    pipe.disable_xformers_memory_efficient_attention()  # asks nothing of an engine, so it is no refusal
-    assert pipe.unet is before
+NOTHING: dict[str, Callable[[StableDiffusionPipeline], object]] = {
+    "disable_freeu": lambda pipe: pipe.disable_freeu(),
+    "unload_ip_adapter": lambda pipe: pipe.unload_ip_adapter(),
+    "unload_lora": lambda pipe: pipe.unet.unload_lora(),  # by unload_lora_weights, which needs peft
+    "unfuse_lora": lambda pipe: pipe.unet.unfuse_lora(),
+    "default_attention": lambda pipe: pipe.unet.set_default_attn_processor(),
+    "attention": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "attentions": lambda pipe: pipe.unet.set_attn_processor({"mid_block": AttnProcessor2_0()}),
+    "same_attentions": lambda pipe: pipe.unet.set_attn_processor(pipe.unet.attn_processors),
+    "attention_slicing": lambda pipe: (pipe.enable_attention_slicing(1), pipe.unet.set_attention_slice("max")),
+    "no_attention_slicing": lambda pipe: pipe.disable_attention_slicing(),
+    "fuse_qkv_projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "unfuse_qkv_projections": lambda pipe: pipe.unet.unfuse_qkv_projections(),
+    "no_xformers": lambda pipe: pipe.disable_xformers_memory_efficient_attention(),
+    "evaluation": lambda pipe: pipe.unet.eval().requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_changes_nothing_passes(base: StableDiffusionPipeline, denoiser: EngineUNet, name: str) -> None:
+    # of its own, because diffusers leaves attributes on it
+    own, asked = copy.deepcopy(denoiser), {"num_inference_steps": 2, "output_type": "latent"}
+    pipe = with_denoiser(base, own)
+    latents = initial_noise([3], denoiser.config)
+    expected = pipe(PROMPT, latents=latents, **asked).images
+    NOTHING[name](pipe)
+    assert pipe.unet is own
+    assert torch.equal(pipe(PROMPT, latents=latents, **asked).images, expected)
+
+
+def test_masks_of_ones_and_a_lora_scale_of_one_pass(denoiser: EngineUNet) -> None:
+    sample, text = initial_noise([1, 2], denoiser.config), torch.ones(2, 24, 128)
+    expected = denoiser(sample, 1, text).sample
+    ones = {"encoder_attention_mask": torch.ones(2, 24), "attention_mask": torch.ones(2, 1, 64, dtype=torch.bool)}
+    found = denoiser(sample, 1, text, cross_attention_kwargs={"scale": 1.0}, **ones).sample
+    assert torch.equal(found, expected)
+    for name, mask in ones.items():
+        with pytest.raises(InputError, match=f"cannot take {name}"):
+            denoiser(sample, 1, text, **{name: torch.cat([mask[..., :-1], 0 * mask[..., -1:]], -1)})
 
 
 def test_residuals_of_a_controlnet_are_refused(pipe: StableDiffusionPipeline) -> None:

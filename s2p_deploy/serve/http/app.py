@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,10 +14,18 @@ from starlette.responses import JSONResponse, Response
 
 from s2p_deploy import __version__
 from s2p_deploy.errors import S2PError
+from s2p_deploy.serve.http.edits import EDITS, VARIATIONS, edit_routes
 from s2p_deploy.serve.http.images import HttpLimits, ImageForm, image_routes
 from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
 from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware
-from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_of, problem_response
+from s2p_deploy.serve.http.problems import (
+    PROBLEMS,
+    Problem,
+    RequestProblem,
+    invalid_form,
+    problem_of,
+    problem_response,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -59,11 +67,13 @@ def create_app(
     title = "s2p-deploy serve"  # no page of FastAPI's: they load scripts from elsewhere
     app = FastAPI(title=title, version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(image_routes(models, limits))
+    app.include_router(edit_routes(models, limits))
     app.include_router(_server_routes(models, metrics))
     app.include_router(_page_routes())
     for kind in (S2PError, RequestProblem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
-    app.add_middleware(BodyLimitMiddleware, limits=limits)  # the last one added is the outermost
+    uploads = frozenset({EDITS, VARIATIONS})
+    app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=uploads)  # the last one added is the outermost
     app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)
     return app
@@ -115,7 +125,8 @@ def _page_routes() -> APIRouter:
 async def _error_response(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            problem = _invalid_form(error.errors()[0])
+            first = error.errors()[0]
+            problem = invalid_form({**first, "loc": first["loc"][1:]}, ImageForm.model_fields)
         case HTTPException():
             problem = Problem(error.status_code, str(error.detail), headers=tuple((error.headers or {}).items()))
         case _:
@@ -123,17 +134,3 @@ async def _error_response(request: Request, error: Exception) -> Response:
     if problem.status == 500:
         LOG.error("%s failed", request.scope["state"]["request_id"], exc_info=error)
     return problem_response(problem, request.scope)
-
-
-def _invalid_form(error: dict[str, Any]) -> Problem:
-    """Describes the first thing that is wrong with a form."""
-    field = ".".join(str(part) for part in error["loc"][1:])
-    match error["type"]:
-        case "json_invalid":
-            return Problem(400, f"the body is not JSON: {error['ctx']['error']}")
-        case "extra_forbidden":
-            return Problem(400, f"{field} is not supported: there are {', '.join(ImageForm.model_fields)}", field)
-        case "missing" if field:
-            return Problem(400, f"{field} is missing", field)
-        case _:
-            return Problem(400, f"{field or 'the body'}: {error['msg']}", field or None)

@@ -36,7 +36,7 @@ _MOST_SEED = 2**63 - 1
 _RANDOM_SEEDS = 2**32  # a number that every client can hold
 _POLL_SECONDS = 0.1  # between looks at the progress
 _LONGEST_SILENCE = 15.0  # seconds; proxies close connections that are silent for 30 to 60
-_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _UNBUFFERED = {"x-accel-buffering": "no"}  # a proxy that buffers would hold progress back
 
 
@@ -44,8 +44,9 @@ _UNBUFFERED = {"x-accel-buffering": "no"}  # a proxy that buffers would hold pro
 class HttpLimits:
     """Bounds on what a client may request. Times are in seconds, ``body_bytes`` covers one request's body.
 
-    ``seconds`` is how long a request may take unless it asks for less. ``sizes`` are heights and widths in pixels that
-    may be requested besides the model's own.
+    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once. ``seconds`` is how long a
+    request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
+    the model's own.
     """
 
     seconds: float = 120.0
@@ -55,6 +56,8 @@ class HttpLimits:
     guidance_scale: float = 50.0
     sizes: frozenset[tuple[int, int]] = frozenset()
     body_bytes: int = 2**20
+    upload_bytes: int = 2**24
+    uploads: int = 16
     body_seconds: float = 15.0
     connections: int = 2000
 
@@ -132,21 +135,12 @@ def image_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
     """Makes the routes ``/v1/images/generations`` and ``/v1/models``."""
     router = APIRouter(prefix="/v1", responses=PROBLEMS)
 
-    @router.post("/images/generations", dependencies=[Depends(_require_json)], responses=_STREAMED)
+    @router.post("/images/generations", dependencies=[Depends(_require_json)], responses=STREAMED)
     async def generate(form: ImageForm, request: Request) -> Response:
         """Draws pictures."""
         service = models.service(form.model)
         requests = form.requests(service.info, limits)
-        timeout, request_id = _timeout(request.headers.get(_TIMEOUT), limits), request_id_of(request.scope)
-        note(request.scope, f"{len(requests)} x {requests[0].steps} steps")
-        if form.stream:
-            events = _events(service, requests[0], timeout, request_id)
-            first = await anext(events)  # before the status is sent: what is refused gets a status of its own
-            return StreamingResponse(_joined(first, events), media_type="text/event-stream", headers=_UNBUFFERED)
-        with _submitted(service, requests, timeout, request_id) as futures:
-            pictures = await _pictures(futures, request)
-        data = await asyncio.to_thread(_encoded, pictures, requests)
-        return JSONResponse({"created": int(time.time()), "data": data})
+        return await answer(service, requests, request, limits, stream=form.stream)
 
     @router.get("/models")
     async def list_models() -> JSONResponse:
@@ -154,6 +148,26 @@ def image_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
         return JSONResponse({"object": "list", "data": [_described(name, models, limits) for name in models.names]})
 
     return router
+
+
+async def answer(
+    service: ImageService, requests: Sequence[ImageRequest], request: Request, limits: HttpLimits, *, stream: bool
+) -> Response:
+    """Draws requests and answers with their pictures, or as a stream with the progress of the only one.
+
+    Raises:
+        S2PError: what a request ended with. RequestProblem: the deadline is no time.
+    """
+    timeout, request_id = _timeout(request.headers.get(_TIMEOUT), limits), request_id_of(request.scope)
+    note(request.scope, f"{len(requests)} x {requests[0].steps} steps")
+    if stream:
+        events = _events(service, requests[0], timeout, request_id)
+        first = await anext(events)  # before the status is sent: what is refused gets a status of its own
+        return StreamingResponse(_joined(first, events), media_type="text/event-stream", headers=_UNBUFFERED)
+    with _submitted(service, requests, timeout, request_id) as futures:
+        pictures = await _pictures(futures, request)
+    data = await asyncio.to_thread(_encoded, pictures, requests)
+    return JSONResponse({"created": int(time.time()), "data": data})
 
 
 @contextmanager
@@ -315,6 +329,11 @@ def _require_json(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestProblem(Problem(415, "the body must be application/json (the Content-Type header says otherwise)"))
+    check_encoding(request)
+
+
+def check_encoding(request: Request) -> None:
+    """Refuses a compressed body, whose size says nothing. Raises RequestProblem."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestProblem(Problem(415, "the body must not be compressed (the Content-Encoding header says it is)"))
 

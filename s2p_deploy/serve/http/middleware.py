@@ -135,19 +135,24 @@ class AuthMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Reads a request's body to its end, as long and as slow as the limits allow, before a route sees the request."""
+    """Reads a request's body to its end, as long and as slow as the limits allow, before a route sees the request.
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
-        self._app, self._limits = app, limits
+    ``uploads`` are the paths whose bodies hold pictures: they may be longer, and few of them are read at once.
+    """
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits, uploads: frozenset[str] = frozenset()) -> None:
+        self._app, self._limits, self._uploads = app, limits, uploads
+        self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on with its whole body, or answers 413 or 408."""
+        """Passes a request on with its whole body, or answers 413, 408 or 429."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most = self._limits.body_bytes
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                body = await self._body(scope, receive)
+            upload = scope["path"] in self._uploads
+            body = await (self._upload(scope, receive) if upload else self._timed(scope, receive, most))
         except (RequestProblem, TimeoutError) as error:
             problem = error.problem if isinstance(error, RequestProblem) else Problem(408, "the body came too slowly")
             await problem_response(problem, scope)(scope, receive, send)
@@ -155,28 +160,49 @@ class BodyLimitMiddleware:
         if body is None:
             return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        del body  # not kept while the picture is drawn
 
         async def receive_body() -> Message:
             return unread.pop() if unread else await receive()  # after the body: that the client has left
 
         await self._app(scope, receive_body, send)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the body; None where the client left before it ended."""
-        too_long = RequestProblem(Problem(413, f"the body may have {self._limits.body_bytes} bytes"))
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._limits.body_bytes:
+    async def _upload(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Returns the body of an upload, if there is room for one."""
+        if self._uploading >= self._limits.uploads:
+            waited = (("retry-after", "1"),)
+            raise RequestProblem(
+                Problem(
+                    429, f"{self._uploading} uploads are read already: try again", code="overloaded", headers=waited
+                )
+            )
+        self._uploading += 1
+        try:
+            return await self._timed(scope, receive, self._limits.upload_bytes)
+        finally:
+            self._uploading -= 1
+
+    async def _timed(self, scope: Scope, receive: Receive, most: int) -> bytes | None:
+        """Returns the body, None where the client left before it ended; raises TimeoutError where it is too slow."""
+        async with asyncio.timeout(self._limits.body_seconds):
+            return await _body(scope, receive, most)
+
+
+async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:
+    too_long = RequestProblem(Problem(413, f"the body may have {most} bytes"))
+    length = Headers(scope=scope).get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise too_long
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > most:  # a body in chunks announces no length
             raise too_long
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._limits.body_bytes:  # a body in chunks announces no length
-                raise too_long
-            if not message.get("more_body", False):
-                return bytes(body)
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 def note(scope: Scope, text: str) -> None:

@@ -17,6 +17,8 @@ from s2p_deploy.serve.request import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from starlette.types import Scope
 
 CLIENT_LEFT = 499  # nobody reads it; the log does
@@ -70,6 +72,20 @@ def problem_of(error: Exception) -> Problem:
             return Problem(400, str(error))
         case _:
             return Problem(500, "internal error: the server's log says more under this request id", code="internal")
+
+
+def invalid_form(error: Mapping[str, Any], fields: Iterable[str]) -> Problem:
+    """Describes the first thing that is wrong with a form which has these fields; ``error`` is one of pydantic's."""
+    field = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "json_invalid":
+            return Problem(400, f"the body is not JSON: {error['ctx']['error']}")
+        case "extra_forbidden":
+            return Problem(400, f"{field} is not supported: there are {', '.join(fields)}", field)
+        case "missing" if field:
+            return Problem(400, f"{field} is missing", field)
+        case _:
+            return Problem(400, f"{field or 'the body'}: {error['msg']}", field or None)
 
 
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
