@@ -143,7 +143,7 @@ def _generation(base: BasePipeline, recipe: Recipe, steps: int, engines: Sequenc
         "folder": str(base.folder),
         "source": base.base.source,
         "digest": base.base.digest,
-        "guidance_scale": recipe.sampling.guidance_scale or base.default_guidance,
+        "guidance_scale": recipe.sampling.guidance(base.default_guidance),
         "pipeline_class": base.pipeline_class,
         "max_sequence_length": recipe.sampling.max_sequence_length,
         "steps": steps,

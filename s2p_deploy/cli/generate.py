@@ -42,7 +42,7 @@ def generate(  # noqa: PLR0913 - its options
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; the recipe's if omitted.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1.0, help="Guidance scale; the recipe's or the pipeline's if omitted.")
+        float | None, typer.Option(min=0, help="Guidance scale; the recipe's or the pipeline's if omitted.")
     ] = None,
     height: SizeOption = None,
     width: SizeOption = None,
@@ -70,7 +70,7 @@ def generate(  # noqa: PLR0913 - its options
     from s2p_deploy.timesteps import scale_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
-    guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
+    guidance = sampling.guidance(base.default_guidance) if guidance_scale is None else guidance_scale
     schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
     with (
         context_from_options(device, threads) as context,

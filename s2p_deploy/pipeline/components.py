@@ -19,8 +19,10 @@ from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.component_engines import load_component_engines
 from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import family_of_config, latent_shape_of
+from s2p_deploy.families import family_of_config
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
+from s2p_deploy.families.layers import sample_shape_of
+from s2p_deploy.families.model_family import guidance_width
 from s2p_deploy.records import Engine
 from s2p_deploy.records.artifacts import copy_artifact
 from s2p_deploy.timesteps import timestep_indices
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from s2p_deploy.timesteps import Timesteps
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
+_GUIDANCE = "timestep_cond"  # the keyword for LCM's embedding of the guidance scale
 _PROJECTED = "CLIPTextModelWithProjection"
 # Members of a network that pipelines use to change it, and the advice where there is an engine instead.
 _ADVICE = {
@@ -202,6 +205,8 @@ class EngineDenoiser(EngineComponent):
         self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
     ) -> Tensor:
         taken = set(_ADDED) if self._added_width else set()
+        if guidance_width(dict(self.config)):
+            taken.add(_GUIDANCE)
         refused = [
             name for name, value in conditions.items() if name not in taken and value is not None and value != {}
         ]
@@ -213,8 +218,9 @@ class EngineDenoiser(EngineComponent):
         inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
         if self._added_width:
             added = self._family.added_cond(conditions)
-            if added is None:
-                raise InputError("this engine needs the pooled text that its own pipeline gives: use that pipeline")
+            if added is None or added.shape[1] != self._added_width:
+                what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
+                raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
         return prediction
@@ -241,7 +247,7 @@ class EngineDenoiser(EngineComponent):
         if self.profile is not None and self.profile.height is not None:
             self.profile.check_latents(*sample.shape[2:])
             return
-        expected, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
+        expected, given = sample_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != expected:
             raise InputError(f"this engine takes latents of {expected}, got {given}: leave height and width out")
 

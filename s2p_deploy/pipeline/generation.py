@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import BasePipeline, denoiser_of, latent_shape_of, load_scheduler, with_denoiser
-from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
+from s2p_deploy.families.pipelines import task_of
+from s2p_deploy.families.text import is_sd3
+from s2p_deploy.schedulers import on_host, scheduler_by_name, skipped_calls, with_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt
 
@@ -34,6 +36,7 @@ class Schedule:
         scheduler: its name (None: the pipeline's own).
         max_sequence_length: number of tokens of SD3's third text encoder, which other pipelines do not have.
         size: height and width in pixels (None: the size that the denoiser was trained on).
+        strength: share of the schedule that is run where a picture is changed; others run all of it.
 
     Example:
         >>> open_pipeline("build/engine", schedules=[Schedule(20, "ddim")]).close()
@@ -45,11 +48,13 @@ class Schedule:
     scheduler: str | None = None
     max_sequence_length: int = 256
     size: tuple[int, int] | None = None
+    strength: float = 1.0
 
     @staticmethod
     def of(sampling: Sampling) -> Schedule:
         """Makes the schedule of a recipe, with the pipeline's own scheduler."""
-        return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length)
+        strength = 1.0 if sampling.strength is None else sampling.strength
+        return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length, strength=strength)
 
 
 def with_schedule(pipe: DiffusionPipeline, schedule: Schedule) -> DiffusionPipeline:
@@ -76,8 +81,8 @@ def timesteps_of(source: DiffusionPipeline | BasePipeline, schedule: Schedule) -
     """
     own = load_scheduler(source) if isinstance(source, BasePipeline) else source.scheduler
     scheduler = own if schedule.scheduler is None else scheduler_by_name(schedule.scheduler, own)
-    timesteps: NDArray[np.float64] = with_steps(scheduler, schedule.steps).timesteps.double().numpy()
-    return timesteps
+    whole: NDArray[np.float64] = with_steps(scheduler, schedule.steps).timesteps.double().numpy()
+    return whole[skipped_calls(scheduler, schedule.steps, schedule.strength) :]
 
 
 def initial_noise(
@@ -93,7 +98,13 @@ def initial_noise(
 
 
 def generate(
-    pipe: DiffusionPipeline, prompt: Prompt, *, schedule: Schedule, guidance_scale: float, seed: int | None = None
+    pipe: DiffusionPipeline,
+    prompt: Prompt,
+    *,
+    schedule: Schedule,
+    guidance_scale: float,
+    seed: int | None = None,
+    inputs: PictureInputs | None = None,
 ) -> Image:
     """Generates one picture.
 
@@ -103,19 +114,33 @@ def generate(
         schedule: scheduler, steps and size.
         guidance_scale: strength of classifier-free guidance; 1 is none.
         seed: of all noise, also of what some schedulers add at every step (None: from the prompt's id).
+        inputs: the one picture that is changed, with its mask, where the pipeline inpaints or refines.
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
             take the size.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
-    denoiser = denoiser_of(pipe)
-    latents = initial_noise([noise_seed], denoiser.config, latent_size(pipe, schedule)).to(denoiser.dtype)
-    # noise of later steps is another stream than the first noise, which has the seed itself
-    generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
-    arguments = call_arguments(pipe, [prompt], schedule, guidance_scale)
-    picture: Image = with_schedule(pipe, schedule)(**arguments, latents=latents, generator=generator).images[0]
+    arguments = call_arguments(pipe, [prompt], schedule, guidance_scale, inputs)
+    noise = noise_arguments(pipe, [noise_seed], latent_size(pipe, schedule))
+    picture: Image = with_schedule(pipe, schedule)(**arguments, **noise).images[0]
     return picture
+
+
+def noise_arguments(
+    pipe: DiffusionPipeline, seeds: Sequence[int], size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Makes the keyword arguments of a stock pipeline that decide all its noise; each sample's by its own seed.
+
+    ``size`` is height and width of the latents (None: the size that the denoiser was trained on).
+    """
+    # noise of later steps is another stream than the first noise, which has the seed itself
+    generators = [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in seeds]
+    if task_of(type(pipe).__name__) == "refining":
+        return {"generator": generators}  # which takes given latents as noised already
+    denoiser = denoiser_of(pipe)
+    latents = initial_noise(seeds, denoiser.config, size).to(pipe.device, denoiser.dtype)
+    return {"generator": generators, "latents": latents}
 
 
 def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int] | None:
@@ -146,9 +171,17 @@ def latent_size(pipe: DiffusionPipeline, schedule: Schedule) -> tuple[int, int] 
 
 
 def call_arguments(
-    pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    schedule: Schedule,
+    guidance_scale: float,
+    inputs: PictureInputs | None = None,
 ) -> dict[str, Any]:
-    """Makes the keyword arguments of a stock pipeline that generate pictures of ``prompts``."""
+    """Makes the keyword arguments of a stock pipeline that generate pictures of ``prompts``.
+
+    Raises:
+        InputError: the pipeline inpaints or refines, and ``inputs`` are missing.
+    """
     negatives = [prompt.negative for prompt in prompts]
     arguments: dict[str, Any] = {
         "prompt": [prompt.text for prompt in prompts],
@@ -157,8 +190,17 @@ def call_arguments(
         "num_inference_steps": schedule.steps,
         "guidance_scale": guidance_scale,
     }
-    if isinstance(pipe, StableDiffusion3Pipeline):
+    if is_sd3(pipe):
         arguments["max_sequence_length"] = schedule.max_sequence_length
-    if schedule.size is not None:
-        arguments["height"], arguments["width"] = schedule.size
-    return arguments
+    task = task_of(type(pipe).__name__)
+    if task == "text-to-image":
+        return arguments | _size_arguments(schedule)
+    if inputs is None:
+        needed = "a picture and a mask" if task == "inpainting" else "the picture to refine"
+        raise InputError(f"a {type(pipe).__name__} does not draw from text alone: give it {needed}")
+    arguments |= {"image": inputs.pictures, "strength": schedule.strength}
+    return arguments if task == "refining" else arguments | {"mask_image": inputs.masks} | _size_arguments(schedule)
+
+
+def _size_arguments(schedule: Schedule) -> dict[str, int]:
+    return {} if schedule.size is None else {"height": schedule.size[0], "width": schedule.size[1]}

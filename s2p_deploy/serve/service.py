@@ -246,7 +246,7 @@ def load_served_engine(
     schedules = (Schedule.of(sampling), *settings.schedules)
     stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)
     runner, factor = stock.runner, stock.pipe.vae_scale_factor
-    guidance = sampling.guidance_scale or base.default_guidance
+    guidance = sampling.guidance(base.default_guidance)
     batches = settings.batches or (_BATCHES[1:] if guidance > 1 else _BATCHES)
     profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))

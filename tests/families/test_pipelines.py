@@ -75,7 +75,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_another_kind_of_pipeline(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(
-        InputError, match="FluxPipeline: supported pipelines are StableDiffusion3Pipeline, StableDiffusionPipe"
+        InputError, match="FluxPipeline: supported pipelines are LatentConsistencyModelPipeline, StableDiffusion3"
     ):
         resolve_base(str(folder))
 
