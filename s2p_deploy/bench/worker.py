@@ -172,17 +172,23 @@ class EngineWorkload:
 
     def draw(self, number: int) -> None:
         """Generates one picture; ``number`` decides its noise."""
-        from s2p_deploy.pipeline import Schedule, generate
+        from s2p_deploy.families.pictures import PictureInputs
+        from s2p_deploy.pipeline import Schedule, generate, trained_size
 
         assert self._pipe is not None  # the pipeline is opened first
         generation = self._generation
-        schedule = Schedule(generation["steps"], max_sequence_length=generation["max_sequence_length"])
+        schedule = Schedule(
+            generation["steps"],
+            max_sequence_length=generation["max_sequence_length"],
+            strength=generation["strength"],
+        )
         generate(
             self._pipe,
             Prompt("bench", _PROMPT),
             schedule=schedule,
             guidance_scale=generation["guidance_scale"],
             seed=number,
+            inputs=PictureInputs.whole(1, *trained_size(self._pipe)),
         )
 
 

@@ -63,6 +63,7 @@ def generate(  # noqa: PLR0913 - its options
         raise InputError(f"--out {out} must end in .png")
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
+    from s2p_deploy.families.pipelines import check_draws_from_text
     from s2p_deploy.pipeline import Schedule, picture_size, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
@@ -71,6 +72,7 @@ def generate(  # noqa: PLR0913 - its options
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
     guidance = sampling.guidance(base.default_guidance) if guidance_scale is None else guidance_scale
+    check_draws_from_text(base)
     schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
     with (
         context_from_options(device, threads) as context,

@@ -33,7 +33,7 @@ def check_sample_size(config: Config, *, one_number: bool) -> None:
 
 def latent_channels(config: Config) -> int:
     """Returns the channels of the latents that a network denoises, which are those that it writes."""
-    return int(config["out_channels"] or config["in_channels"])
+    return int(config.get("out_channels") or config["in_channels"])
 
 
 def reads_mask(config: Config) -> bool:
@@ -47,7 +47,7 @@ def check_channels(config: Config) -> None:
     Raises:
         InputError: it reads other channels.
     """
-    latents = latent_channels(config)
+    latents = config["out_channels"] or config["in_channels"]
     if config["in_channels"] not in {latents, 2 * latents + 1}:
         raise InputError(
             f"a denoiser that reads {config['in_channels']} channels and writes {latents} is not supported: one reads"

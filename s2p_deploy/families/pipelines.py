@@ -153,6 +153,19 @@ def task_of(pipeline_class: str) -> Task:
     return "inpainting" if pipeline_class in _INPAINTING else "text-to-image"
 
 
+def check_draws_from_text(base: BasePipeline) -> None:
+    """Checks that a pipeline needs nothing but a text, which is all that a server is sent.
+
+    Raises:
+        InputError: it inpaints or refines.
+    """
+    if base.task != "text-to-image":
+        raise InputError(
+            f"{base.base.source} is a {base.pipeline_class}, which changes pictures: a text alone is not enough:"
+            " open it with s2p_deploy.open_pipeline"
+        )
+
+
 def _check_components_fit(base: BasePipeline) -> None:
     """Checks from configurations that a pipeline has the components that it runs with, and that their widths fit.
 

@@ -29,6 +29,7 @@ from s2p_deploy.pipeline.generation import (
     noise_arguments,
     picture_size,
     timesteps_of,
+    trained_size,
     with_schedule,
 )
 
@@ -57,5 +58,6 @@ __all__ = [
     "save_engine_pipeline",
     "schedules_to_bind",
     "timesteps_of",
+    "trained_size",
     "with_schedule",
 ]

@@ -150,9 +150,14 @@ def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None)
     """
     if height is None and width is None:
         return None
-    factor = pipe.vae_scale_factor
-    _, *trained = latent_shape_of(dict(denoiser_of(pipe).config))
-    return height or factor * trained[0], width or factor * trained[1]
+    trained = trained_size(pipe)
+    return height or trained[0], width or trained[1]
+
+
+def trained_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Returns height and width in pixels of the pictures that the denoiser was trained on."""
+    _, height, width = latent_shape_of(dict(denoiser_of(pipe).config))
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 def latent_size(pipe: DiffusionPipeline, schedule: Schedule) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
+from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
@@ -242,6 +243,7 @@ def load_served_engine(
     context: Context = Context(),
 ) -> ServedEngine:
     """Loads an engine and times its batches; raises as :func:`open_service`."""
+    check_draws_from_text(base)
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
     schedules = (Schedule.of(sampling), *settings.schedules)
     stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from s2p_deploy.context import silent
-from s2p_deploy.families import denoiser_of, latent_shape_of, with_denoiser
+from s2p_deploy.families import with_denoiser
 from s2p_deploy.families.pictures import PictureInputs, pictures_of
 from s2p_deploy.families.pipelines import task_of
-from s2p_deploy.pipeline import Schedule, call_arguments, noise_arguments, with_schedule
+from s2p_deploy.pipeline import Schedule, call_arguments, noise_arguments, trained_size, with_schedule
 from s2p_deploy.records import Number, Skipped
 from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.scenes import parse
@@ -168,8 +168,7 @@ def pictures_to_change(
     """
     if task_of(type(pipe).__name__) == "text-to-image":
         return None
-    _, *latents = latent_shape_of(dict(denoiser_of(pipe).config))
-    height, width = (size * pipe.vae_scale_factor for size in latents)
+    height, width = trained_size(pipe)
     if sampling.pictures is not None:
         pictures = pictures_of(sampling.pictures, prompts, sampling.steps, (height, width), pipe.device)
     else:

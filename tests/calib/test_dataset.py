@@ -48,7 +48,7 @@ def test_what_a_dataset_holds(dataset: LatentDataset, recipe: Recipe, prompts: P
     content = dataset.manifest.content
     assert (content["samples"], content["width"], content["prompts"]) == (18, 2, prompts.digest)
     assert (content["threads"], content["device"]) == (1, "cpu")
-    assert content["sampling"] == {"scheduler": "PNDMScheduler", "steps": 6, "guidance_scale": 2.5}
+    assert content["sampling"] == {"scheduler": "PNDMScheduler", "steps": 6, "guidance_scale": 2.5, "guided": True}
     assert set(dataset.manifest.recipe) == {"sampling", "dataset"}
     assert dataset.manifest.recipe["dataset"] == recipe.dataset.model_dump(mode="json")
     assert [path.name for path in dataset.folder.parent.iterdir()] == ["dataset"]
