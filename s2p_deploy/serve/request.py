@@ -17,6 +17,7 @@ class ImageRequest:
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
     :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone.
+    ``embedded`` says that the network reads the guidance scale (LCM); a service sets it for all of its requests.
     """
 
     prompt: str
@@ -26,11 +27,12 @@ class ImageRequest:
     negative: str = ""
     size: tuple[int, int] | None = None
     scheduler: str | None = None
+    embedded: bool = False
 
     @property
     def samples(self) -> int:
-        """Latents per call of the denoiser: guidance above 1 predicts with the text and without."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Latents per call of the denoiser: guidance above 1 predicts with the text and without, unless embedded."""
+        return 2 if self.guidance_scale > 1 and not self.embedded else 1
 
 
 class RequestFuture(Future[Image]):
