@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +21,7 @@ from s2p_deploy.families.pictures import (
     synthetic_mask,
 )
 from s2p_deploy.records import Prompt, PromptSet
+from s2p_deploy.shapes.scenes import parse, render
 from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
@@ -51,11 +53,12 @@ def test_one_mask_in_eight_covers_everything() -> None:
 
 
 def test_latents_are_those_of_a_trained_autoencoder(pipe: DiffusionPipeline) -> None:
-    pictures = pictures_of("shapes", PROMPTS, 10, (64, 64), CPU)
+    scene = render(parse(PROMPTS.prompts[0].text), np.random.default_rng(0))
+    pictures = torch.from_numpy(scene).permute(2, 0, 1)[None] / 255
     latents = picture_latents(pipe, pictures)
     assert latents.shape == (1, 4, 8, 8)
     assert 0.5 < float(latents.std()) < 2, "scaled to about one"
-    assert float((latent_pictures(pipe, latents) - pictures).square().mean()) < 1e-3, "and back to the picture"
+    assert float((latent_pictures(pipe, latents) - pictures).square().mean()) < 2e-3, "and back to the picture"
 
 
 def test_a_masked_picture_is_grey_under_the_mask(pipe: DiffusionPipeline) -> None:
