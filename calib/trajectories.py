@@ -194,7 +194,7 @@ def _encoded(pipe: DiffusionPipeline, prompts: PromptSet, options: dict[str, Any
     ]
     cond = torch.tensor([texts.index(prompt.text) for prompt in prompts.prompts])
     if not guided:
-        return PromptTexts(EncodedText.cat(encoded), cond, cond)
+        return PromptTexts(EncodedText.cat(encoded), cond, cond.clone())  # a file takes no tensor twice
     uncond = torch.tensor([len(texts) + negatives.index(prompt.negative) for prompt in prompts.prompts])
     return PromptTexts(EncodedText.cat(encoded), cond, uncond)
 
