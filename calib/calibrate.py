@@ -19,6 +19,7 @@ from s2p_deploy.calib.memory import memory_of, samples_that_fit, usable_memory
 from s2p_deploy.calib.model_files import WEIGHTS, training_summary, write_model_files
 from s2p_deploy.calib.modelopt import modelopt_scales, set_smoothing, smoothed_layers
 from s2p_deploy.calib.picture_error import sharing_tensors
+from s2p_deploy.calib.pictures import check_pictures
 from s2p_deploy.calib.plan import Transforms, mixed_plan, planned_layers
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.request import (
@@ -135,7 +136,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
         IntegrityError: a finished artifact was changed.
     """
     context.set_threads()
-    resolved = recipe.with_guidance(base.default_guidance).with_target_gates()
+    resolved = recipe.with_sampling(base.default_guidance, base.default_strength).with_target_gates()
     if context.seed is not None:
         resolved = resolved.with_seed(context.seed)
     _check_pipeline(base, resolved)
@@ -190,7 +191,10 @@ def _check_pipeline(base: BasePipeline, recipe: Recipe) -> None:
     """Raises InputError where an engine cannot compute the network or follow the scheduler; reads no weight."""
     config, family = base.denoiser_config(), base.family
     family.check(config)
-    timestep_table_of(load_scheduler(base), recipe.sampling.steps, fractional=bool(family.added_width(config)))
+    if recipe.scales.measured:
+        check_pictures(base.pipeline_class, recipe)
+    fractional, strength = bool(family.added_width(config)), recipe.sampling.strength or base.default_strength
+    timestep_table_of(load_scheduler(base), recipe.sampling.steps, fractional=fractional, strength=strength)
 
 
 def _check_initial(initial: CalibratedModel, base: BasePipeline, plan: PrecisionPlan | None) -> None:
@@ -237,7 +241,8 @@ def _calibrate_from_dataset(
     )
     dataset = open_dataset(of_dataset) if request.dataset is not None else None
     device = request.context.torch_device
-    source = load_float_pipeline(request.base, recipe.sampling.steps, hooks.time_table, device)
+    sampling = recipe.sampling
+    source = load_float_pipeline(request.base, sampling.steps, hooks.time_table, device, strength=sampling.strength)
     transforms = hooks.transforms(source.denoiser, recipe)
     config = source.denoiser.config
     transforms, layers, plan = planned_layers(recipe, transforms, config, source.time_source, request.plan)

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 
 from s2p_deploy import __version__
 from s2p_deploy.calib.memory import memory_of, samples_that_fit
+from s2p_deploy.calib.pictures import changed_pictures, check_pictures
 from s2p_deploy.calib.trajectories import (
     FloatPipeline,
     PromptTexts,
     PromptWalk,
     call_with_zeros,
     encode_prompts,
+    in_parts,
     load_float_pipeline,
     sampler_of,
     seconds_of_call,
@@ -34,6 +36,8 @@ from s2p_deploy.calib.trajectories import (
 from s2p_deploy.context import Context, duration
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import EncodedText, latent_shape, text_tokens
+from s2p_deploy.families.layers import sample_shape_of
+from s2p_deploy.families.model_family import has_branches
 from s2p_deploy.records import LatentDataset, read_manifest, write_artifact
 from s2p_deploy.records.files import check_room, claimed, is_claimed, link_or_copy, write_tensors, write_text
 
@@ -125,7 +129,7 @@ def dataset_request(  # noqa: PLR0913 - a dataset's source and place, and option
     ranks: int = 1,
 ) -> DatasetRequest:
     """Resolves the dataset of a recipe: the prompts that it walks, and the pipeline's guidance where left open."""
-    resolved = recipe.with_guidance(base.default_guidance)
+    resolved = recipe.with_sampling(base.default_guidance, base.default_strength)
     return DatasetRequest(base, prompts.first(recipe.dataset.prompts), resolved, out, replace, rank, ranks)
 
 
@@ -196,9 +200,13 @@ def write_shards(
 ) -> None:
     """Makes the missing shards of the request's rank in its work folder. As :func:`generate_dataset`."""
     context.set_threads()
-    source = source or load_float_pipeline(request.base, request.recipe.sampling.steps, device=context.torch_device)
-    tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
-    sampler = sampler_of(source.pipe, source.timesteps, request.recipe.sampling.steps)
+    sampling = request.recipe.sampling
+    check_pictures(request.base.pipeline_class, request.recipe)
+    source = source or load_float_pipeline(
+        request.base, sampling.steps, device=context.torch_device, strength=sampling.strength
+    )
+    tokens = text_tokens(source.pipe, sampling.max_sequence_length)
+    sampler = sampler_of(source.pipe, source.timesteps, sampling.steps, sampling.strength)
     calls = len(sampler.indices)
     chosen = [request.stored_calls(request.recipe, prompt, calls) for prompt in request.prompts.prompts]
     samples_per_call = _samples_per_call(request, source, tokens, context)
@@ -220,13 +228,20 @@ def write_shards(
         if own and on_estimate is not None:
             on_estimate(_estimate(request, source.denoiser, tokens, queues, chosen, samples_per_call))
         texts = _texts_once(request, source)
+        started = _pictures_once(request, source, samples_per_call)
         walks = [
-            PromptWalk(prompt, stored, texts.distinct[cond], texts.distinct[uncond])
-            for prompt, stored, cond, uncond in zip(
-                request.prompts.prompts, chosen, texts.cond.tolist(), texts.uncond.tolist(), strict=True
+            PromptWalk(
+                prompt,
+                stored,
+                texts.distinct[cond],
+                texts.distinct[uncond],
+                **{name: value[number] for name, value in started.items()},
+            )
+            for number, (prompt, stored, cond, uncond) in enumerate(
+                zip(request.prompts.prompts, chosen, texts.cond.tolist(), texts.uncond.tolist(), strict=True)
             )
         ]
-        guidance = request.recipe.sampling.guidance_scale
+        guidance = sampling.guidance_scale
         assert guidance is not None, "the recipe is resolved"
         total = sum(walks[prompt].length for shard in request.own_shards for prompt in shard.prompts)
         done = total - sum(walks[prompt].length for queue in queues for prompt in queue)
@@ -241,7 +256,10 @@ def write_shards(
                 arrived[prompt] = samples
                 shard = shard_of[prompt]
                 if all(member in arrived for member in shard.prompts):
-                    write_tensors(shard.path, _shard_tensors({member: arrived.pop(member) for member in shard.prompts}))
+                    tensors = _shard_tensors(
+                        {member: arrived.pop(member) for member in shard.prompts}, guided=_is_guided(request)
+                    )
+                    write_tensors(shard.path, tensors)
             done += 1
             context.progress("dataset", done, total)
 
@@ -283,6 +301,7 @@ def merge_shards(request: DatasetRequest) -> LatentDataset:
                     "scheduler": stored["scheduler"],
                     "steps": sampling.steps,
                     "guidance_scale": sampling.guidance_scale,
+                    "guided": _is_guided(request),
                 },
             }
 
@@ -320,23 +339,31 @@ def _estimate(
     samples_per_call: int | None,
 ) -> Estimate:
     calls = max(sum(chosen[prompt][-1] + 1 for prompt in queue) for queue in queues)
-    width = request.recipe.dataset.width
+    branches = 2 if _is_guided(request) else 1
+    batch = branches * request.recipe.dataset.width
     count = sum(len(chosen[prompt]) for queue in queues for prompt in queue)
     size = _bytes(request, denoiser, tokens, count)
-    seconds = calls * seconds_of_call(denoiser, tokens, 2 * width, samples_per_call)
-    return Estimate(count, size, calls, 2 * width, seconds)
+    seconds = calls * seconds_of_call(denoiser, tokens, batch, samples_per_call)
+    return Estimate(count, size, calls, batch, seconds)
+
+
+def _is_guided(request: DatasetRequest) -> bool:
+    guidance = request.recipe.sampling.guidance_scale
+    assert guidance is not None, "the recipe is resolved"
+    return has_branches(request.base.denoiser_config(), guidance)
 
 
 def _bytes(request: DatasetRequest, denoiser: IndexedDenoiser, tokens: int, samples: int) -> int:
     """Bytes on the disk of so many samples, and of the texts where they are not there yet."""
     texts = 0 if request.texts.exists() else text_bytes(request.prompts, denoiser, tokens)
-    return samples * sample_bytes(denoiser) + texts
+    return samples * sample_bytes(denoiser, guided=_is_guided(request)) + texts
 
 
-def sample_bytes(denoiser: IndexedDenoiser) -> int:
+def sample_bytes(denoiser: IndexedDenoiser, *, guided: bool = True) -> int:
     """Bytes of one sample: input and both outputs in float16, timestep index and prompt in int64."""
     channels, height, width = latent_shape(denoiser)
-    return 3 * 2 * channels * height * width + 2 * 8
+    planes = sample_shape_of(denoiser.config)[0] + (2 if guided else 1) * channels
+    return 2 * planes * height * width + 2 * 8
 
 
 def text_bytes(prompts: PromptSet, denoiser: IndexedDenoiser, tokens: int) -> int:
@@ -377,8 +404,10 @@ def _texts_once(request: DatasetRequest, source: FloatPipeline) -> PromptTexts:
     path = request.texts
     with FileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():
-            tokens = request.recipe.sampling.max_sequence_length
-            made = encode_prompts(source.pipe, request.prompts, tokens, source.device)
+            sampling = request.recipe.sampling
+            made = encode_prompts(
+                source.pipe, request.prompts, sampling.max_sequence_length, source.device, sampling.guidance_scale
+            )
             states = made.distinct.states.half()
             if not states.isfinite().all():
                 raise InputError(
@@ -391,12 +420,25 @@ def _texts_once(request: DatasetRequest, source: FloatPipeline) -> PromptTexts:
     return PromptTexts(EncodedText(stored["texts"], stored["added_cond"]), stored["cond_text"], stored["uncond_text"])
 
 
-def _shard_tensors(samples: dict[int, list[Sample]]) -> dict[str, Tensor]:
+def _pictures_once(request: DatasetRequest, source: FloatPipeline, samples_per_call: int | None) -> dict[str, Tensor]:
+    """Makes what walks start from besides noise, as :func:`_texts_once`; empty where that is nothing."""
+    if request.base.task == "text-to-image":
+        return {}
+    path = request.work / "pictures.safetensors"
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            denoise = in_parts(source.denoiser, samples_per_call)
+            write_tensors(path, changed_pictures(source, denoise, request.prompts, request.recipe))
+    return load_file(path)
+
+
+def _shard_tensors(samples: dict[int, list[Sample]], *, guided: bool) -> dict[str, Tensor]:
+    """Stacks samples; both outputs are stored where they differ."""
     flat = [(prompt, sample) for prompt, stored in samples.items() for sample in stored]
-    return {
+    outputs = {"uncond": torch.stack([sample.uncond for _, sample in flat])} if guided else {}
+    return outputs | {
         "latents": torch.stack([sample.latents for _, sample in flat]),
         "cond": torch.stack([sample.cond for _, sample in flat]),
-        "uncond": torch.stack([sample.uncond for _, sample in flat]),
         "timestep_indices": torch.tensor([sample.timestep_index for _, sample in flat]),
         "prompt": torch.tensor([prompt for prompt, _ in flat]),
     }

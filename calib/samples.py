@@ -24,7 +24,8 @@ _ELEMENTS = 8192  # of latents in one batch: 32 of the bundled pipeline's, one o
 class SamplePairs:
     """Samples under both of their texts: the first half of all tensors is unconditional, the second conditional.
 
-    ``sample`` float32 [n, C, H, W] network inputs; ``timestep_index`` int64 [n]; ``text`` int64 [n] indexes ``texts``
+    Of a dataset without guidance there are conditional ones alone. ``sample`` float32 [n, C, H, W] network inputs;
+    ``timestep_index`` int64 [n]; ``text`` int64 [n] indexes ``texts``
     float16 [m, tokens, D] and ``added_cond`` float32 [m, A]; ``output`` float32 [n, C, H, W] the teacher's outputs.
     """
 
@@ -54,13 +55,15 @@ def draw_samples(dataset: LatentDataset, count: int, seed: int) -> SamplePairs:
 def samples_at(dataset: LatentDataset, which: NDArray[np.int64]) -> SamplePairs:
     """Takes the samples of some indices."""
     prompt = dataset.prompt[which]
+    both = ((dataset.uncond_text, dataset.uncond), (dataset.cond_text, dataset.cond))
+    branches = both if dataset.guided else both[1:]
     return SamplePairs(
-        torch.from_numpy(dataset.latents[which]).float().repeat(2, 1, 1, 1),
-        torch.from_numpy(dataset.timestep_indices[which]).repeat(2),
-        torch.from_numpy(np.concatenate([dataset.uncond_text[prompt], dataset.cond_text[prompt]])),
+        torch.from_numpy(dataset.latents[which]).float().repeat(len(branches), 1, 1, 1),
+        torch.from_numpy(dataset.timestep_indices[which]).repeat(len(branches)),
+        torch.from_numpy(np.concatenate([text[prompt] for text, _ in branches])),
         torch.from_numpy(dataset.texts),
         torch.from_numpy(dataset.added_cond),
-        torch.from_numpy(np.concatenate([dataset.uncond[which], dataset.cond[which]])).float(),
+        torch.from_numpy(np.concatenate([output[which] for _, output in branches])).float(),
     )
 
 

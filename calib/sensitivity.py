@@ -93,10 +93,10 @@ def layer_sensitivities(  # noqa: PLR0913 - which scores, of what, from which sa
     generator = torch.Generator().manual_seed(seed)
     pairs = draw_samples(dataset, mixed.latents, seed)
     if mixed.sensitivity == "fisher":
-        directions = torch.randn(pairs.sample.shape, generator=generator)
+        directions = torch.randn(pairs.output.shape, generator=generator)
         loss = _SampleLoss(pairs, directions, {}, _projected, _mean_of_squares)
     elif mixed.sensitivity == "literal":
-        loss = _diffusion_loss(dataset, timesteps, len(pairs.sample) // 2, generator)
+        loss = _diffusion_loss(dataset, timesteps, len(pairs.sample) // (2 if dataset.guided else 1), generator)
     elif mixed.sensitivity == "quantized":
         loss = _SampleLoss(pairs, pairs.output, _weights_on_grids(denoiser, plan), _squared_error, _as_printed)
     else:
@@ -191,22 +191,25 @@ def _weights_on_grids(denoiser: IndexedDenoiser, plan: PrecisionPlan) -> dict[st
 def _diffusion_loss(
     dataset: LatentDataset, timesteps: TimestepTable, count: int, generator: torch.Generator
 ) -> _SampleLoss:
-    """Makes the diffusion loss on ``count`` clean latents, each under both texts of its prompt."""
+    """Makes the diffusion loss on ``count`` clean latents, each under both texts of its prompt, or its one."""
     sources = least_noisy(dataset)
     chosen = torch.randint(len(sources), (count,), generator=generator).numpy()
     pairs = samples_at(dataset, sources[chosen])
     guidance = float(dataset.manifest.content["sampling"]["guidance_scale"])
     kind = "flow" if timesteps.flow_matching else timesteps.scheduler_config["prediction_type"]
-    uncond, cond = pairs.output.chunk(2)
+    uncond, cond = pairs.output[:count], pairs.output[-count:]  # the same without guidance
     guided = uncond + guidance * (cond - uncond)
-    clean = _clean(kind, pairs.sample[:count], guided, *_levels(timesteps, pairs.timestep_index[:count]))
+    latents, mask = pairs.sample[:count].split_with_sizes((guided.shape[1], pairs.sample.shape[1] - guided.shape[1]), 1)
+    clean = _clean(kind, latents, guided, *_levels(timesteps, pairs.timestep_index[:count]))
     index = torch.randint(len(timesteps), (count,), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     alpha, sigma = _levels(timesteps, index)
     velocity = alpha * noise - sigma * clean
     targets = {"epsilon": noise, "v_prediction": velocity, "sample": clean, "flow": noise - clean}
-    noised = replace(pairs, sample=(alpha * clean + sigma * noise).repeat(2, 1, 1, 1), timestep_index=index.repeat(2))
-    return _SampleLoss(noised, targets[kind].repeat(2, 1, 1, 1), {}, _squared_error, _as_printed)
+    branches = len(pairs.sample) // count
+    sample = torch.cat([alpha * clean + sigma * noise, mask], 1)
+    noised = replace(pairs, sample=sample.repeat(branches, 1, 1, 1), timestep_index=index.repeat(branches))
+    return _SampleLoss(noised, targets[kind].repeat(branches, 1, 1, 1), {}, _squared_error, _as_printed)
 
 
 def _levels(timesteps: TimestepTable, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -295,7 +295,12 @@ def resolve_layout(base: BasePipeline, recipe: Recipe, given: PrecisionPlan | No
     config = base.denoiser_config()
     conditioned = bool(base.family.added_width(config))
     pipe = load_pipeline(base, without=component_classes(base.folder, torch.nn.Module))  # scheduler and tokenizers
-    timesteps = timestep_table_of(pipe.scheduler, recipe.sampling.steps, fractional=conditioned)
+    timesteps = timestep_table_of(
+        pipe.scheduler,
+        recipe.sampling.steps,
+        fractional=conditioned,
+        strength=recipe.sampling.strength or base.default_strength,
+    )
     table = None if conditioned else _time_table(base, len(timesteps.angle))
     skeleton = indexed_skeleton(config, table or timesteps)
     denoiser = skeleton.denoiser

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from s2p_deploy.calib.learner import IterationRecord, Learner, SelectionRecord
 from s2p_deploy.calib.losses import Objective, OutputLoss, TimestepErrors, feature_targets, timestep_errors
+from s2p_deploy.calib.pictures import changed_pictures
 from s2p_deploy.calib.samples import BatchOrder, on_device
 from s2p_deploy.calib.trajectories import TrajectoryInputs, final_latents, trajectory_inputs
 from s2p_deploy.errors import InputError
@@ -55,7 +56,8 @@ class HeldOut:
 
 def held_out_trajectories(source: FloatPipeline, teacher: Denoise, prompts: PromptSet, recipe: Recipe) -> HeldOut:
     """Runs the floating-point ``teacher`` over held-out ``prompts`` under the recipe's sampling."""
-    inputs = trajectory_inputs(source, prompts, recipe)
+    started = changed_pictures(source, teacher, prompts, recipe)
+    inputs = trajectory_inputs(source, prompts, recipe, **started)
     return HeldOut(inputs, final_latents(teacher, inputs))
 
 

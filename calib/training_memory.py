@@ -25,7 +25,8 @@ from s2p_deploy.calib.training import TrainingSetting
 from s2p_deploy.calib.training_state import ActScales, TrainingState
 from s2p_deploy.context import duration
 from s2p_deploy.errors import MissingEnvironmentError
-from s2p_deploy.families import latent_shape
+from s2p_deploy.families import latent_shape_of
+from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.numerics import INT4, INT8, fake_quantize, weight_scale_shape
 from s2p_deploy.recipe import Freezing
 
@@ -154,16 +155,16 @@ class TrainingAccount:
 
     def _batch(self, samples: int) -> Batch:
         denoiser = self.network.denoiser
-        shape = (samples, *latent_shape(denoiser))
-        width = denoiser.family.text_width(denoiser.config)
+        config = denoiser.config
+        width = denoiser.family.text_width(config)
         indices = torch.zeros(2, samples, dtype=torch.int64)
         return Batch(
-            sample=torch.empty(shape),
+            sample=torch.empty(samples, *sample_shape_of(config)),
             timestep_index=indices[0],
             position=indices[1],
             texts=torch.empty(samples, self.network.tokens, width),
             added_cond=torch.empty(samples, denoiser.added_width),
-            target=torch.empty(shape),
+            target=torch.empty(samples, *latent_shape_of(config)),
         )
 
 

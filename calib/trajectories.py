@@ -29,7 +29,8 @@ from s2p_deploy.families import (
     time_table_of,
     zero_inputs,
 )
-from s2p_deploy.schedulers import denoiser_input, first_latents, stepped
+from s2p_deploy.families.model_family import has_branches
+from s2p_deploy.schedulers import denoiser_input, first_latents, noised, skipped_calls, stepped
 from s2p_deploy.timesteps import timestep_indices, timestep_table_of
 
 if TYPE_CHECKING:
@@ -115,9 +116,12 @@ def load_float_pipeline(
     steps: int,
     deployed_time_table: Callable[[torch.nn.Module, int], TimeTable] | None = None,
     device: torch.device = CPU,
+    *,
+    strength: float | None = None,
 ) -> FloatPipeline:
     """Loads a pipeline from disk, in float32, for trajectories of ``steps`` steps; its denoiser goes to ``device``.
 
+    ``strength`` is the share of the schedule that is run (None: as the pipeline is meant to).
     ``deployed_time_table`` makes the table to deploy from the network and the number of timesteps; None: the exact one.
 
     Raises:
@@ -126,7 +130,8 @@ def load_float_pipeline(
     pipe = load_pipeline(base)
     network = denoiser_of(pipe).to(device)
     conditioned = bool(family_of(network).added_width(network_config(network)))
-    timesteps = timestep_table_of(pipe.scheduler, steps, fractional=conditioned)
+    share = base.default_strength if strength is None else strength
+    timesteps = timestep_table_of(pipe.scheduler, steps, fractional=conditioned, strength=share)
     table = time_table_of(network, len(timesteps.angle))
     deployed = table if deployed_time_table is None else deployed_time_table(network, len(timesteps.angle))
     # Taking the time path out of the network comes last: both tables are made with its weights.
@@ -136,7 +141,10 @@ def load_float_pipeline(
 
 @dataclass(frozen=True)
 class PromptTexts:
-    """The ``distinct`` texts of prompts; ``cond`` and ``uncond`` int64 [prompts] index them."""
+    """The ``distinct`` texts of prompts; ``cond`` and ``uncond`` int64 [prompts] index them.
+
+    Both are the prompts' own where a pipeline predicts with the prompt alone.
+    """
 
     distinct: EncodedText
     cond: Tensor
@@ -144,15 +152,23 @@ class PromptTexts:
 
 
 def encode_prompts(
-    pipe: DiffusionPipeline, prompts: PromptSet, max_sequence_length: int, device: torch.device | None = None
+    pipe: DiffusionPipeline,
+    prompts: PromptSet,
+    max_sequence_length: int,
+    device: torch.device | None = None,
+    guidance_scale: float | None = None,
 ) -> PromptTexts:
     """Encodes prompts and negative prompts, each distinct text once; the result is on the CPU.
+
+    Negative ones are left out where ``guidance_scale`` makes no use of them (None: both are wanted).
 
     ``device`` is where the text encoders do it (None: where they are); they leave it again, because SD3's take 19 GB in
     float32. ``max_sequence_length`` as for :func:`encode_texts`.
     """
+    guided = guidance_scale is None or has_branches(network_config(denoiser_of(pipe)), guidance_scale)
+    options = {"max_sequence_length": max_sequence_length, "guidance_scale": guidance_scale or 0.0}
     with _text_encoders_on(pipe, device):
-        return _encoded(pipe, prompts, max_sequence_length)
+        return _encoded(pipe, prompts, options, guided=guided)
 
 
 @contextmanager
@@ -168,17 +184,17 @@ def _text_encoders_on(pipe: DiffusionPipeline, device: torch.device | None) -> I
             encoder.to(own)
 
 
-def _encoded(pipe: DiffusionPipeline, prompts: PromptSet, max_sequence_length: int) -> PromptTexts:
+def _encoded(pipe: DiffusionPipeline, prompts: PromptSet, options: dict[str, Any], *, guided: bool) -> PromptTexts:
     texts = list(dict.fromkeys(prompt.text for prompt in prompts.prompts))
-    negatives = list(dict.fromkeys(prompt.negative for prompt in prompts.prompts))
+    negatives = list(dict.fromkeys(prompt.negative for prompt in prompts.prompts)) if guided else []
     encoded = [
-        encode_texts(
-            pipe, group[start : start + TEXT_BATCH], negative=negative, max_sequence_length=max_sequence_length
-        )
+        encode_texts(pipe, group[start : start + TEXT_BATCH], negative=negative, **options)
         for group, negative in ((texts, False), (negatives, True))
         for start in range(0, len(group), TEXT_BATCH)
     ]
     cond = torch.tensor([texts.index(prompt.text) for prompt in prompts.prompts])
+    if not guided:
+        return PromptTexts(EncodedText.cat(encoded), cond, cond.clone())  # a file takes no tensor twice
     uncond = torch.tensor([len(texts) + negatives.index(prompt.negative) for prompt in prompts.prompts])
     return PromptTexts(EncodedText.cat(encoded), cond, uncond)
 
@@ -187,51 +203,62 @@ def _encoded(pipe: DiffusionPipeline, prompts: PromptSet, max_sequence_length: i
 class Sampler:
     """A diffusers scheduler with its timesteps set, and the timestep ``indices`` of its calls.
 
-    Schedulers keep a state, so every trajectory takes a copy.
+    ``skipped`` calls of the schedule come before them: a picture that is changed begins later. Schedulers keep a state,
+    so every trajectory takes a copy.
     """
 
     scheduler: Any  # diffusers' schedulers share no typed base
     indices: tuple[int, ...]
+    skipped: int = 0
 
     def copy(self) -> Sampler:
         """Copies the scheduler with its state."""
-        return Sampler(copy.deepcopy(self.scheduler), self.indices)
+        return replace(self, scheduler=copy.deepcopy(self.scheduler))
 
-    def start(self, noise: Tensor) -> Tensor:
-        """Scales standard normal noise to the first latents."""
-        return first_latents(self.scheduler, noise)
+    def start(self, noise: Tensor, clean: Tensor | None = None) -> Tensor:
+        """Scales standard normal noise to the first latents, or noises ``clean`` ones to that level."""
+        if clean is None:
+            return first_latents(self.scheduler, noise)
+        return noised(self.scheduler, clean, noise, self._timestep(0).reshape(1))
 
     def net_input(self, latents: Tensor, call: int) -> Tensor:
         """Scales latents to the denoiser's input of a call."""
-        return denoiser_input(self.scheduler, latents, self.scheduler.timesteps[call])
+        return denoiser_input(self.scheduler, latents, self._timestep(call))
 
     def step(
         self, output: Tensor, call: int, latents: Tensor, generator: torch.Generator | list[torch.Generator]
     ) -> Tensor:
         """Computes the next latents; ``generator`` draws the noise of schedulers that add some."""
-        return stepped(self.scheduler, output, self.scheduler.timesteps[call], latents, generator)
+        return stepped(self.scheduler, output, self._timestep(call), latents, generator)
+
+    def _timestep(self, call: int) -> Tensor:
+        timestep: Tensor = self.scheduler.timesteps[self.skipped + call]
+        return timestep
 
 
-def call_indices(scheduler: Any, table: TimestepTable) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
-    """Finds the timestep index of every call of a scheduler whose timesteps are set.
+def call_indices(scheduler: Any, table: TimestepTable, skipped: int = 0) -> tuple[int, ...]:  # noqa: ANN401 - diffusers' schedulers share no typed base
+    """Finds the timestep index of every call but the first ``skipped`` of a scheduler whose timesteps are set.
 
     A schedule may visit an index twice: PNDM's 50 steps are 51 calls at 50 timesteps.
 
     Raises:
         InputError: a timestep is not in ``table``.
     """
-    return tuple(timestep_indices(scheduler.timesteps.double().numpy(), table).tolist())
+    return tuple(timestep_indices(scheduler.timesteps[skipped:].double().numpy(), table).tolist())
 
 
-def sampler_of(pipe: DiffusionPipeline, table: TimestepTable, steps: int) -> Sampler:
-    """Copies a pipeline's scheduler and sets its timesteps.
+def sampler_of(pipe: DiffusionPipeline, table: TimestepTable, steps: int, strength: float | None = None) -> Sampler:
+    """Copies a pipeline's scheduler and sets its timesteps, of which the last ``strength`` are run (None: all).
 
     Raises:
         InputError: as :func:`call_indices`.
     """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
-    return Sampler(scheduler, call_indices(scheduler, table))
+    skipped = skipped_calls(scheduler, steps, 1.0 if strength is None else strength)
+    if skipped and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return Sampler(scheduler, call_indices(scheduler, table, skipped), skipped)
 
 
 # Algorithm 1: prompts walk in slots of a batch of fixed width. Every forward pass has the same number of samples, and a
@@ -240,7 +267,7 @@ def sampler_of(pipe: DiffusionPipeline, table: TimestepTable, steps: int) -> Sam
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored call of the denoiser: float16 [C, H, W] input, and the output of each CFG branch."""
+    """A stored call of the denoiser: float16 [C, H, W] input, and the output of each CFG branch, or twice the one."""
 
     latents: Tensor
     timestep_index: int
@@ -250,12 +277,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptWalk:
-    """A prompt to walk: the scheduler calls to store (ascending), and the prompt's two texts."""
+    """A prompt to walk: the scheduler calls to store (ascending), and the prompt's two texts.
+
+    ``mask`` [1 + C, H, W] is what an inpainting network reads behind its latents; ``clean`` [C, H, W] are latents of
+    the picture that is changed (None: it is drawn from noise).
+    """
 
     prompt: Prompt
     calls: tuple[int, ...]
     cond: EncodedText
     uncond: EncodedText
+    mask: Tensor | None = None
+    clean: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -314,7 +347,8 @@ def walk_trajectories(
         if not any(slots):
             return
         inputs = [None if slot is None else slot.net_input() for slot in slots]
-        outputs = _predict(in_parts(denoiser, samples_per_call), denoiser.device, slots, inputs)
+        guided = has_branches(denoiser.config, guidance_scale)
+        outputs = _predict(in_parts(denoiser, samples_per_call), denoiser.device, slots, inputs, guided=guided)
         for number, slot in enumerate(slots):
             net_input = inputs[number]
             if slot is None or net_input is None:
@@ -332,7 +366,8 @@ class _Slot:
         self.index, self.walk = index, walk
         self.sampler = sampler.copy()
         self.generator = torch.Generator().manual_seed(walk.prompt.noise_seed)
-        self.latents = self.sampler.start(torch.randn((1, *shape), generator=self.generator))
+        clean = None if walk.clean is None else walk.clean.float().unsqueeze(0)
+        self.latents = self.sampler.start(torch.randn((1, *shape), generator=self.generator), clean)
         self.call = 0
         self.samples: list[Sample] = []
 
@@ -346,7 +381,9 @@ class _Slot:
 
     def net_input(self) -> Tensor:
         """Returns float32 [C, H, W], rounded to float16: the stored output belongs to the stored input exactly."""
-        return self.sampler.net_input(self.latents, self.call)[0].half().float()
+        scaled = self.sampler.net_input(self.latents, self.call)[0]
+        whole = scaled if self.walk.mask is None else torch.cat([scaled, self.walk.mask])
+        return whole.half().float()
 
     def advance(self, net_input: Tensor, uncond: Tensor, cond: Tensor, guidance_scale: float) -> None:
         """Stores the outputs, float32 [C, H, W], if the call was chosen, and steps unless it is the last."""
@@ -359,23 +396,29 @@ class _Slot:
 
 
 def _predict(
-    denoise: Denoise, device: torch.device, slots: Sequence[_Slot | None], inputs: Sequence[Tensor | None]
+    denoise: Denoise,
+    device: torch.device,
+    slots: Sequence[_Slot | None],
+    inputs: Sequence[Tensor | None],
+    *,
+    guided: bool,
 ) -> Tensor:
     """Denoises 2 * width samples: [2, width, C, H, W], uncond first; idle slots repeat a busy one.
 
-    The result is on the CPU, where the schedulers step.
+    Without guidance it denoises width samples, and the two outputs are the same. The result is on the CPU, where the
+    schedulers step.
     """
     busy = next(number for number, slot in enumerate(slots) if slot is not None)
     filled = [number if slot is not None else busy for number, slot in enumerate(slots)]
     active = [slot for slot in (slots[number] for number in filled) if slot is not None]
     sample = torch.stack([taken for taken in (inputs[number] for number in filled) if taken is not None])
     indices = torch.tensor([slot.timestep_index for slot in active])
-    uncond, cond = ([getattr(slot.walk, branch) for slot in active] for branch in ("uncond", "cond"))
-    texts = EncodedText.stack(uncond + cond).to(device)
-    both_samples, both_indices = torch.cat([sample, sample]).to(device), torch.cat([indices, indices]).to(device)
-    output = denoise(both_samples, both_indices, texts.states.float(), texts.added_cond)
-    both: Tensor = output.cpu().unflatten(0, (2, len(slots)))
-    return both
+    branches = ("uncond", "cond") if guided else ("cond",)
+    texts = EncodedText.stack([getattr(slot.walk, branch) for branch in branches for slot in active]).to(device)
+    samples, calls = (torch.cat([given] * len(branches)).to(device) for given in (sample, indices))
+    output = denoise(samples, calls, texts.states.float(), texts.added_cond)
+    both: Tensor = output.cpu().unflatten(0, (len(branches), len(slots)))
+    return both.expand(2, *both.shape[1:])
 
 
 # Free-running trajectories, to see where a denoiser ends.
@@ -385,17 +428,20 @@ def _predict(
 class TrajectoryInputs:
     """Starting points of trajectories.
 
-    ``noise`` float32 [n, C, H, W], scaled by the scheduler's first sigma; ``cond`` and ``uncond`` n texts;
-    ``generators`` draw the noise of schedulers that add some. ``width`` prompts share a batch.
+    ``noise`` float32 [n, C, H, W], scaled by the scheduler's first sigma; ``cond`` and ``uncond`` n texts, the latter
+    read where ``guided``; ``mask`` [n, 1 + C, H, W] what an inpainting network reads behind its latents, or of no
+    channels; ``generators`` draw the noise of schedulers that add some. ``width`` prompts share a batch.
     """
 
     noise: Tensor
     cond: EncodedText
     uncond: EncodedText
+    mask: Tensor
     generators: tuple[torch.Generator, ...]
     sampler: Sampler
     guidance_scale: float
     width: int
+    guided: bool = True
 
     def batches(self) -> Iterator[TrajectoryInputs]:
         """Yields all of it in order, ``width`` prompts at a time."""
@@ -406,34 +452,48 @@ class TrajectoryInputs:
                 noise=self.noise[some],
                 cond=self.cond[some],
                 uncond=self.uncond[some],
+                mask=self.mask[some],
                 generators=self.generators[some],
             )
 
     def to(self, device: torch.device) -> TrajectoryInputs:
         """Moves the tensors; generators stay on the CPU, so that the noise is the same on every device."""
-        return replace(self, noise=self.noise.to(device), cond=self.cond.to(device), uncond=self.uncond.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("noise", "cond", "uncond", "mask")}
+        return replace(self, **moved)
 
 
-def trajectory_inputs(source: FloatPipeline, prompts: PromptSet, recipe: Recipe) -> TrajectoryInputs:
+def trajectory_inputs(
+    source: FloatPipeline,
+    prompts: PromptSet,
+    recipe: Recipe,
+    *,
+    mask: Tensor | None = None,
+    clean: Tensor | None = None,
+) -> TrajectoryInputs:
     """Prepares prompts under a (resolved) recipe's sampling, on the denoiser's device; the noise is of their own seeds.
+
+    ``mask`` and ``clean`` of every prompt are as for :class:`PromptWalk`.
 
     Raises:
         InputError: the schedule has a fractional timestep, and the denoiser a constant time table.
     """
-    assert recipe.sampling.guidance_scale is not None, "the recipe is resolved"
-    sampler = sampler_of(source.pipe, source.timesteps, recipe.sampling.steps)
-    texts = encode_prompts(source.pipe, prompts, recipe.sampling.max_sequence_length, source.device)
+    sampling, guidance = recipe.sampling, recipe.sampling.guidance_scale
+    assert guidance is not None, "the recipe is resolved"
+    sampler = sampler_of(source.pipe, source.timesteps, sampling.steps, sampling.strength)
+    texts = encode_prompts(source.pipe, prompts, sampling.max_sequence_length, source.device, guidance)
     generators = tuple(torch.Generator().manual_seed(prompt.noise_seed) for prompt in prompts.prompts)
     shape = (1, *latent_shape(source.denoiser))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     return TrajectoryInputs(
-        noise=sampler.start(noise),
+        noise=sampler.start(noise, clean),
         cond=texts.distinct[texts.cond],
         uncond=texts.distinct[texts.uncond],
+        mask=noise[:, :0] if mask is None else mask,
         generators=generators,
         sampler=sampler,
-        guidance_scale=recipe.sampling.guidance_scale,
+        guidance_scale=guidance,
         width=recipe.dataset.width,
+        guided=has_branches(source.denoiser.config, guidance),
     ).to(source.device)
 
 
@@ -444,7 +504,7 @@ class Trajectory:
         self.latents = inputs.noise
         self.call = 0
         self._inputs = inputs
-        self._texts = EncodedText.cat([inputs.uncond, inputs.cond])
+        self._texts = EncodedText.cat([inputs.uncond, inputs.cond]) if inputs.guided else inputs.cond
         self._sampler = inputs.sampler.copy()
         self._generators = [generator.clone_state() for generator in inputs.generators]
 
@@ -466,15 +526,18 @@ class Trajectory:
         return other
 
     def predict(self, denoise: Denoise) -> Tensor:
-        """Runs a denoiser on the next call: [2 n, C, H, W], the empty branches first."""
-        sample = self._sampler.net_input(self.latents, self.call)
-        index = torch.full((2 * len(sample),), self.timestep_index, device=sample.device)
-        return denoise(torch.cat([sample, sample]), index, self._texts.states, self._texts.added_cond)
+        """Runs a denoiser on the next call: [2 n, C, H, W], the empty branches first; without guidance [n, ...]."""
+        sample = torch.cat([self._sampler.net_input(self.latents, self.call), self._inputs.mask], 1)
+        samples = torch.cat([sample, sample]) if self._inputs.guided else sample
+        index = torch.full((len(samples),), self.timestep_index, device=sample.device)
+        return denoise(samples, index, self._texts.states, self._texts.added_cond)
 
     def advance(self, output: Tensor) -> None:
         """Steps by an output of :meth:`predict`."""
-        uncond, cond = output.chunk(2)
-        guided = uncond + self._inputs.guidance_scale * (cond - uncond)
+        guided = output
+        if self._inputs.guided:
+            uncond, cond = output.chunk(2)
+            guided = uncond + self._inputs.guidance_scale * (cond - uncond)
         self.latents = self._sampler.step(guided, self.call, self.latents, self._generators)
         self.call += 1
 

@@ -107,12 +107,20 @@ class Scales(Section):
 class Sampling(Section):
     """The deployed sampling: the pipeline's scheduler, number of steps and guidance scale (null: the pipeline's).
 
-    ``max_sequence_length`` is how many tokens of SD3's third text encoder (or zeros in their place) follow the others'.
+    Guidance up to 1 predicts with the prompt alone. ``max_sequence_length`` is how many tokens of SD3's third text
+    encoder (or zeros in their place) follow the others'. A refiner runs the last ``strength`` of the schedule (null:
+    0.3), and changes pictures of ``pictures``: a folder or hub id, its base model's; inpainting takes null, its own.
     """
 
     steps: int = Field(50, ge=1, le=1000)
     max_sequence_length: int = Field(256, ge=1, le=4096)
-    guidance_scale: float | None = Field(None, ge=1.0)
+    guidance_scale: float | None = Field(None, ge=0)
+    strength: float | None = Field(None, gt=0, le=1)
+    pictures: str | None = None
+
+    def guidance(self, default: float) -> float:
+        """Returns the guidance scale, ``default`` where it is left open."""
+        return default if self.guidance_scale is None else self.guidance_scale
 
 
 class Dataset(Section):
@@ -330,11 +338,14 @@ class Recipe(Section):
         """Returns whether the recipe quantizes nothing (the baseline)."""
         return self.weights == "none" and self.activations == "none" and not self.rules
 
-    def with_guidance(self, default: float) -> Self:
-        """Returns the recipe with ``default`` as its guidance scale, where it leaves that open."""
-        if self.sampling.guidance_scale is not None:
-            return self
-        return self.model_copy(update={"sampling": self.sampling.model_copy(update={"guidance_scale": default})})
+    def with_sampling(self, guidance_scale: float, strength: float) -> Self:
+        """Returns the recipe with defaults for guidance scale and strength, where it leaves them open."""
+        sampling = self.sampling
+        given = {
+            "guidance_scale": sampling.guidance(guidance_scale),
+            "strength": strength if sampling.strength is None else sampling.strength,
+        }
+        return self.model_copy(update={"sampling": sampling.model_copy(update=given)})
 
     def with_target_gates(self) -> Self:
         """Returns the recipe with its target's limits among the gates of its validation."""

@@ -122,6 +122,27 @@ def with_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
     return fresh
 
 
+def skipped_calls(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
+    """Counts the calls that a schedule begins without: a picture that is changed is noised to a share of it.
+
+    Raises:
+        InputError: no step is left.
+    """
+    run = min(int(steps * strength), steps)  # as diffusers' pipelines count
+    if run < 1:
+        raise InputError(f"strength {strength:g} of {steps} steps leaves none: give more of either")
+    return (steps - run) * int(getattr(scheduler, "order", 1))
+
+
+def noised(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Noises clean latents to the noise level of a timestep [1]."""
+    if hasattr(scheduler, "scale_noise"):
+        scaled: Tensor = scheduler.scale_noise(latents, timestep, noise)
+        return scaled
+    added: Tensor = scheduler.add_noise(latents, noise, timestep)
+    return added
+
+
 def first_latents(scheduler: SchedulerMixin, noise: Tensor) -> Tensor:
     """Scales standard normal noise to the first latents; flow matching starts from the noise itself."""
     latents: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)

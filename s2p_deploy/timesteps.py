@@ -48,6 +48,7 @@ def timestep_table_of(
     steps: int,
     *,
     fractional: bool,
+    strength: float = 1.0,
 ) -> TimestepTable:
     """Makes the timestep table of a scheduler with every timestep of its schedule calibrated.
 
@@ -55,12 +56,13 @@ def timestep_table_of(
         scheduler: a diffusers scheduler; left as it is.
         steps: number of denoising steps.
         fractional: allows fractional timesteps, each of which gets an index of its own.
+        strength: share of the schedule that is run, its end.
 
     Raises:
         InputError: as :func:`s2p_deploy.schedulers.with_steps`; it has no known kind of noise schedule, or fractional
             timesteps that are not allowed.
     """
-    from s2p_deploy.schedulers import is_flow_matching, with_steps  # and with them diffusers
+    from s2p_deploy.schedulers import is_flow_matching, skipped_calls, with_steps  # and with them diffusers
 
     name, flow = type(scheduler).__name__, is_flow_matching(scheduler)
     if not (flow or hasattr(scheduler, "alphas_cumprod")):
@@ -74,7 +76,8 @@ def timestep_table_of(
         )
     training = config["num_train_timesteps"]
     levels = np.arange(training + 1) / training if flow else angles_from_alphas(scheduler.alphas_cumprod.numpy())
-    schedule = np.unique(_flat(copied.timesteps.double().numpy()))
+    run = copied.timesteps[skipped_calls(copied, steps, strength) :]
+    schedule = np.unique(_flat(run.double().numpy()))
     whole = _close(schedule, np.rint(schedule))
     if not (fractional or whole.all()):
         raise InputError(

@@ -32,7 +32,7 @@ WIDTH = 256  # of SD3's joint text states
 
 
 def sibling(name: str) -> BasePipeline:
-    """The trained ``sd2``, ``sdxl`` or ``sd3``: 8x8x4 latents, the bundled pipeline's autoencoder and tokenizer."""
+    """A trained pipeline of another kind, such as ``sd2``: 8x8x4 latents, the bundled one's autoencoder, tokenizer."""
     return resolve_base(str(PIPELINES / f"shapes-{name}"))
 
 

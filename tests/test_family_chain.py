@@ -15,22 +15,24 @@ from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import ExportedGraph, LatentDataset
 from s2p_deploy.validation import validate
 from s2p_deploy.validation.reference import choose_latents
-from tests.small_pipelines import sibling
+from tests.small_pipelines import PIPELINES, sibling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from s2p_deploy.engines import BoundRunner
 
-STEPS = {"sd2": 20, "sdxl": 20, "sd3": 14}
-MEDIAN_PSNR = {"sd2": 40.0, "sdxl": 40.0, "sd3": None}  # flow models diverge in content: reported, not bounded
+STEPS = {"sd2": 20, "sdxl": 20, "sd3": 14, "sd35": 14, "inpaint": 20, "lcm": 4, "refiner": 20}
+# flow models diverge in content: reported, not bounded
+MEDIAN_PSNR = dict.fromkeys(STEPS, 40.0) | {"sd3": None, "sd35": None}
+PICTURES = {"refiner": {"pictures": str(PIPELINES / "shapes-sdxl")}}
 MIXED_DB = 100.0  # each sample of a batch on several rows, against its lone run; ONNX Runtime, optimization off
 
 
 def exported(name: str, folder: Path, *, prompts: int, pictures: int) -> ExportedGraph:
     """A W8A8 model of a sibling as a graph, with its calibration beside it."""
     overrides = {
-        "sampling": {"steps": STEPS[name], "max_sequence_length": 8},
+        "sampling": {"steps": STEPS[name], "max_sequence_length": 8} | PICTURES.get(name, {}),
         "dataset": {"prompts": prompts},
         "scales": {"latents": 32},
         "validation": {"pictures": pictures, "latents": 64, "gates": {"median_psnr": MEDIAN_PSNR[name]}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -31,7 +32,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.families import TimePath, indexed_denoiser, load_pipeline, with_denoiser
 from s2p_deploy.pipeline import EngineUNet, Schedule, generate, initial_noise, timesteps_of
 from s2p_deploy.records import Prompt, TimestepTable, TimeTable
-from s2p_deploy.schedulers import on_host, scheduler_by_name, scheduler_names, with_steps
+from s2p_deploy.schedulers import on_host, scheduler_by_name, scheduler_names, skipped_calls, with_steps
 from s2p_deploy.timesteps import (
     angles_from_alphas,
     scale_origins,
@@ -438,3 +439,23 @@ def test_there_are_no_more_steps_than_training_timesteps(base: StableDiffusionPi
     """diffusers would denoise at one timestep over and over."""
     with pytest.raises(InputError, match=r"cannot do 1001 steps: training had 1000 timesteps"):
         timesteps_of(base, Schedule(1001, name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "strength", "skipped"),
+    [
+        (DDIMScheduler, 10, 1.0, 0),
+        (DDIMScheduler, 10, 0.3, 7),
+        (DDIMScheduler, 10, 0.35, 7),
+        (HeunDiscreteScheduler, 10, 0.3, 14),
+    ],
+)
+def test_what_a_schedule_begins_without_is_what_diffusers_skips(
+    kind: type, steps: int, strength: float, skipped: int
+) -> None:
+    scheduler = kind()
+    scheduler.set_timesteps(steps)
+    assert skipped_calls(scheduler, steps, strength) == skipped
+    pipe = SimpleNamespace(scheduler=scheduler)
+    expected, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
+    assert scheduler.timesteps[skipped:].tolist() == expected.tolist()

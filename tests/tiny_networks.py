@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 TOKENS, TEXT, POOLED = 5, 12, 10
 
 
-def tiny_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+def tiny_unet(cross_attention_dim: int, **changes: int) -> UNet2DConditionModel:
     """A UNet of the SD1 kind: 8x8x4 latents, 8 and 16 channels."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
@@ -20,11 +20,12 @@ def tiny_unet(cross_attention_dim: int) -> UNet2DConditionModel:
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=2,
         norm_num_groups=4,
+        **changes,
     )
 
 
-def tiny_sdxl_unet() -> UNet2DConditionModel:
-    """A UNet of the SDXL kind: 8x8x4 latents, text of 12, pooled text of 10 and six size ids."""
+def tiny_sdxl_unet(added: int = POOLED + 6 * 4, **changes: int) -> UNet2DConditionModel:
+    """A UNet of the SDXL kind: 8x8x4 latents, text of 12; unless ``added`` differs, pooled text of 10 and six ids."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
@@ -39,17 +40,23 @@ def tiny_sdxl_unet() -> UNet2DConditionModel:
         norm_num_groups=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=POOLED + 6 * 4,
+        projection_class_embeddings_input_dim=added,
+        **changes,
     ).eval()
 
 
-def tiny_mmdit(dual: tuple[int, ...] = ()) -> SD3Transformer2DModel:
+def tiny_refiner_unet() -> UNet2DConditionModel:
+    """A UNet of SDXL's refiner: five ids, and pooled text as wide as the text."""
+    return tiny_sdxl_unet(TEXT + 5 * 4)
+
+
+def tiny_mmdit(dual: tuple[int, ...] = (), channels: int = 4) -> SD3Transformer2DModel:
     """A transformer of the SD3 kind: 8x8x4 latents, text of 12, pooled text of 10; ``dual`` layers as in SD3.5."""
     torch.manual_seed(0)
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_layers=3,
         num_attention_heads=2,

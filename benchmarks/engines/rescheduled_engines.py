@@ -90,7 +90,7 @@ class Bench:
 
     def pictures(self, schedule: Schedule, engine: Engine | None = None) -> np.ndarray:
         """What the pipeline draws on a schedule, in floating point or by an engine."""
-        guidance = self._recipe(schedule).sampling.guidance_scale or resolve_base("shapes").default_guidance
+        guidance = self._recipe(schedule).sampling.guidance(resolve_base("shapes").default_guidance)
         if engine is None:
             return generate_pictures(self.pipe, self.drawn, schedule, guidance).pictures
         with load_engine(engine, schedules=[timesteps_of(self.pipe, schedule)]) as runner:

@@ -3,7 +3,8 @@
     python examples/shapes --work build/shapes --out s2p_deploy/shapes/pipeline
     python examples/shapes --kind sdxl --work build/siblings --out tests/assets/pipelines/shapes-sdxl
 
-A sibling (``sd2``, ``sdxl``, ``sd3``) takes autoencoder, tokenizer and text encoder from the bundled pipeline. Fixed
+A sibling takes autoencoder, tokenizer and text encoder from the bundled pipeline; a fine-tuned one all but its denoiser
+from the pipeline that it starts from, by links. Fixed
 seeds; killed at any time, a second start goes on where it was. Times are in docs/shapes.md.
 """
 
@@ -11,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from autoencoder import train_vae
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from siblings import SIBLINGS, train_sibling
 from text_encoders import train_text
@@ -28,12 +29,11 @@ from train_unet import new_scheduler, train_unet
 
 from s2p_deploy.shapes.scenes import distinct_captions
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 1_000, 512
 GUIDANCE_SCALE = 2.0  # what the pipeline is meant to be sampled with; docs/shapes.md compares others
 BUNDLED = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
+ASSETS = Path(__file__).parents[2] / "tests" / "assets" / "pipelines"
+INDEX = "model_index.json"
 
 
 def main() -> None:
@@ -50,9 +50,14 @@ def main() -> None:
     if options.kind == "sd1":
         train_bundled(options.work, options.out)
         return
-    base = StableDiffusionPipeline.from_pretrained(BUNDLED)
-    pipeline = train_sibling(options.kind, options.work, base, snapshot=options.snapshot)
-    save_pipeline(pipeline, options.out, SIBLINGS[options.kind].guidance_scale)
+    sibling = SIBLINGS[options.kind]
+    base = BUNDLED if sibling.base is None else ASSETS / f"shapes-{sibling.base}"
+    # told so, diffusers does without what the folder does not have
+    absent = {name: None for name, entry in json.loads((base / INDEX).read_text()).items() if entry == [None, None]}
+    start = DiffusionPipeline.from_pretrained(base, **absent)
+    pipeline = train_sibling(options.kind, options.work, start, snapshot=options.snapshot)
+    save_pipeline(pipeline, options.out, sibling.guidance_scale)
+    share(options.out, base)
 
 
 def train_bundled(work: Path, out: Path) -> None:
@@ -87,6 +92,15 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: flo
     (partial / "sampling.json").write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def share(folder: Path, base: Path) -> None:
+    """Replaces components whose files are another pipeline's by relative links to them."""
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        pairs = [(file, base / part.name / file.name) for file in part.iterdir()]
+        if all(theirs.is_file() and theirs.read_bytes() == file.read_bytes() for file, theirs in pairs):
+            shutil.rmtree(part)
+            part.symlink_to(os.path.relpath(base / part.name, folder))
 
 
 def load_as_float32(config: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import Attention
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SCHEDULE = Schedule(iterations=5_000, peak=1e-3, warmup=300, ema=0.999, weight_decay=0.01)
 GUIDANCE_SCALE = 2.0
@@ -94,20 +94,16 @@ class RepeatedTokenAttention:
         self.count = count
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        **_: object,
-    ) -> tuple[Tensor, Tensor]:
-        """Attends with picture and text tokens [n, tokens, width] to both."""
-        pairs = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
-        query, key, value = (
-            torch.cat([own(hidden_states), added(encoder_hidden_states)], 1)
-            .unflatten(-1, (attn.heads, -1))
-            .transpose(1, 2)
-            for own, added in pairs
-        )
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends with picture and text tokens [n, tokens, width] to both; SD3.5's second attention has no text."""
+        own = _heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+        if encoder_hidden_states is None:
+            mixed = torch.nn.functional.scaled_dot_product_attention(*own)
+            return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        added = _heads(attn, encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k))
+        query, key, value = (torch.cat(pair, 2) for pair in zip(own, added, strict=True))
         bias = query.new_zeros(key.shape[2])
         bias[-1] = math.log(self.count)
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.expand(1, 1, 1, -1))
@@ -115,3 +111,17 @@ class RepeatedTokenAttention:
             mixed.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
         )
         return attn.to_out[0](picture), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def _heads(
+    attn: Attention,
+    states: Tensor,
+    projections: tuple[nn.Module, nn.Module, nn.Module],
+    norms: tuple[nn.Module | None, nn.Module | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects states to queries, keys and values [n, heads, tokens, width], normalized where the network does so."""
+    query, key, value = (
+        projection(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for projection in projections
+    )
+    query, key = (part if norm is None else norm(part) for norm, part in zip(norms, (query, key), strict=True))
+    return query, key, value

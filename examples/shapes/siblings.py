@@ -1,4 +1,4 @@
-"""The siblings of the bundled pipeline: denoisers of the SD2, SDXL and SD3 kind over its autoencoder and captions.
+"""The siblings of the bundled pipeline: denoisers of other kinds over its autoencoder and captions.
 
 A sibling is assembled with an untrained denoiser first; what the denoiser is then trained on comes out of the
 pipeline's own ``encode_prompt``, so it is what the finished pipeline will feed it.
@@ -7,10 +7,14 @@ pipeline's own ``encode_prompt``, so it is what the finished pipeline will feed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import sibling_inpaint
+import sibling_lcm
+import sibling_refiner
 import sibling_sd2
 import sibling_sd3
+import sibling_sd35
 import sibling_sdxl
 import torch
 from autoencoder import scaled_latents
@@ -20,8 +24,9 @@ from training import Schedule, last_weights, train
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import ModuleType
 
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
     Loss = Callable[[torch.Generator], Tensor]
@@ -29,22 +34,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sibling:
-    """How one kind is put together and trained; ``loss(pipe, latents, captions)`` gives the training loss."""
+    """How one kind is put together and trained; ``loss(pipe, latents, captions)`` gives the training loss.
+
+    ``base`` is the sibling that it is fine-tuned from (None: the bundled pipeline).
+    """
 
     schedule: Schedule
     guidance_scale: float
-    assemble: Callable[[Path, StableDiffusionPipeline], DiffusionPipeline]
-    loss: Callable[[DiffusionPipeline, Tensor, list[str]], Loss]
+    assemble: Callable[[Path, Any], DiffusionPipeline]
+    loss: Callable[[Any, Tensor, list[str]], Loss]
+    base: str | None = None
+
+
+def _of(kind: ModuleType, base: str | None = None) -> Sibling:
+    return Sibling(kind.SCHEDULE, kind.GUIDANCE_SCALE, kind.assemble, kind.loss, base)
 
 
 SIBLINGS = {
-    "sd2": Sibling(sibling_sd2.SCHEDULE, sibling_sd2.GUIDANCE_SCALE, sibling_sd2.assemble, sibling_sd2.loss),
-    "sdxl": Sibling(sibling_sdxl.SCHEDULE, sibling_sdxl.GUIDANCE_SCALE, sibling_sdxl.assemble, sibling_sdxl.loss),
-    "sd3": Sibling(sibling_sd3.SCHEDULE, sibling_sd3.GUIDANCE_SCALE, sibling_sd3.assemble, sibling_sd3.loss),
+    "sd2": _of(sibling_sd2),
+    "sdxl": _of(sibling_sdxl),
+    "sd3": _of(sibling_sd3),
+    "sd35": _of(sibling_sd35, "sd3"),
+    "inpaint": _of(sibling_inpaint),
+    "lcm": _of(sibling_lcm),
+    "refiner": _of(sibling_refiner, "sdxl"),
 }
 
 
-def train_sibling(kind: str, folder: Path, base: StableDiffusionPipeline, *, snapshot: bool) -> DiffusionPipeline:
+def train_sibling(kind: str, folder: Path, base: DiffusionPipeline, *, snapshot: bool) -> DiffusionPipeline:
     """Trains (or goes on with) a sibling over the parts of ``base``.
 
     With ``snapshot`` nothing is trained: the denoiser gets the weights of its last checkpoint in ``folder``, which a
@@ -62,5 +79,7 @@ def train_sibling(kind: str, folder: Path, base: StableDiffusionPipeline, *, sna
     loss = sibling.loss(pipe, *scaled_latents(pipe.vae, folder))
     denoiser.load_state_dict(train(denoiser, loss, sibling.schedule, checkpoint))
     denoiser.eval()
-    tokenize(base.tokenizer, [""])  # its file records how it was last called: as the bundled one's
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            tokenize(part, [""])  # its file records how it was last called: as the bundled one's
     return pipe

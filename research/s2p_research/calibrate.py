@@ -59,7 +59,7 @@ def calibrate(
     **options: Any,  # noqa: ANN401 - calibrate's own
 ) -> CalibratedModel:
     """Calibrates by a recipe of a comparison; ``options`` and errors as for :func:`s2p_deploy.calib.calibrate`."""
-    resolved = recipe.with_guidance(base.default_guidance)
+    resolved = recipe.with_sampling(base.default_guidance, base.default_strength)
     if not recipe.scales.measured and not is_product_recipe(recipe):
         raise InputError(
             f"recipe {recipe.name} measures no activation, which a comparison needs: set scales.activations to mse"

@@ -86,7 +86,7 @@ class ComparisonConfig:
     @property
     def guidance_scale(self) -> float:
         """Returns the deployed guidance scale."""
-        return self.recipes[0].sampling.guidance_scale or self.base.default_guidance
+        return self.recipes[0].sampling.guidance(self.base.default_guidance)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

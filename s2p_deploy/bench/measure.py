@@ -137,16 +137,19 @@ def _generation(base: BasePipeline, recipe: Recipe, steps: int, engines: Sequenc
     """
     from s2p_deploy.pipeline import Schedule, schedules_to_bind  # and with them diffusers
 
-    (timesteps,) = {tuple(schedules_to_bind(engine, base, [Schedule(steps)])[0].tolist()) for engine in engines}
+    strength = recipe.sampling.strength or base.default_strength
+    schedule = Schedule(steps, strength=strength)
+    (timesteps,) = {tuple(schedules_to_bind(engine, base, [schedule])[0].tolist()) for engine in engines}
     return {
         "timesteps": timesteps,
         "folder": str(base.folder),
         "source": base.base.source,
         "digest": base.base.digest,
-        "guidance_scale": recipe.sampling.guidance_scale or base.default_guidance,
+        "guidance_scale": recipe.sampling.guidance(base.default_guidance),
         "pipeline_class": base.pipeline_class,
         "max_sequence_length": recipe.sampling.max_sequence_length,
         "steps": steps,
+        "strength": strength,
     }
 
 

@@ -172,17 +172,25 @@ class EngineWorkload:
 
     def draw(self, number: int) -> None:
         """Generates one picture; ``number`` decides its noise."""
-        from s2p_deploy.pipeline import Schedule, generate
+        from s2p_deploy.families.pipelines import task_of
+        from s2p_deploy.pipeline import Schedule, StartPicture, generate, trained_size
 
         assert self._pipe is not None  # the pipeline is opened first
         generation = self._generation
-        schedule = Schedule(generation["steps"], max_sequence_length=generation["max_sequence_length"])
+        schedule = Schedule(
+            generation["steps"],
+            max_sequence_length=generation["max_sequence_length"],
+            strength=generation["strength"],
+        )
+        task, size = task_of(type(self._pipe).__name__), trained_size(self._pipe)
+        blank = StartPicture.blank(*size, schedule.strength, masked=task == "inpainting")
         generate(
             self._pipe,
             Prompt("bench", _PROMPT),
             schedule=schedule,
             guidance_scale=generation["guidance_scale"],
             seed=number,
+            start=None if task == "text-to-image" else blank,
         )
 
 

@@ -219,7 +219,7 @@ class Demo:
         return api.as_recipe(manifest.recipe)
 
     def _guidance(self, recipe: Recipe) -> float:
-        return recipe.sampling.guidance_scale or self.base.default_guidance
+        return recipe.sampling.guidance(self.base.default_guidance)
 
     def _labelled(self, out: Path) -> Context:
         """Copies the context; its progress names the artifact."""

@@ -57,7 +57,7 @@ def generate(  # noqa: PLR0913 - its options
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; the recipe's if omitted.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1.0, help="Guidance scale; the recipe's or the pipeline's if omitted.")
+        float | None, typer.Option(min=0, help="Guidance scale; the recipe's or the pipeline's if omitted.")
     ] = None,
     height: SizeOption = None,
     width: SizeOption = None,
@@ -90,6 +90,7 @@ def generate(  # noqa: PLR0913 - its options
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.families import divide_text
+    from s2p_deploy.families.pipelines import check_draws_from_text
     from s2p_deploy.pipeline import Schedule, picture_size, timesteps_from_start, timesteps_of
     from s2p_deploy.pipeline import generate as draw
     from s2p_deploy.recipe import recipe_from_data
@@ -97,7 +98,9 @@ def generate(  # noqa: PLR0913 - its options
     from s2p_deploy.timesteps import scale_origins
 
     sampling = recipe_from_data(opened.manifest.recipe, str(engine)).sampling
-    guidance = guidance_scale or sampling.guidance_scale or base.default_guidance
+    guidance = sampling.guidance(base.default_guidance) if guidance_scale is None else guidance_scale
+    if start is None:
+        check_draws_from_text(base.pipeline_class)
     schedule = Schedule(steps or sampling.steps, scheduler, sampling.max_sequence_length)
     with (
         context_from_options(device, threads) as context,

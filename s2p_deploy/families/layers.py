@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from s2p_deploy.families.model_family import latent_channels
 from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear, has_bias
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def zero_inputs(denoiser: IndexedDenoiser, *, tokens: int, batch: int = 1) -> De
     """Makes inputs of zeros of the right shapes, on the denoiser's device and in its dtype."""
     like = next(denoiser.network.parameters())
     return DenoiserInputs(
-        like.new_zeros(batch, *latent_shape(denoiser)),
+        like.new_zeros(batch, *sample_shape_of(denoiser.config)),
         torch.zeros(batch, dtype=torch.int64, device=like.device),
         like.new_zeros(batch, tokens, denoiser.family.text_width(denoiser.config)),
         like.new_zeros(batch, denoiser.added_width),
@@ -83,7 +84,12 @@ def latent_shape_of(config: Config) -> tuple[int, int, int]:
     """Returns (C, H, W) of the latents that a network of a diffusers configuration was trained on."""
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    return latent_channels(config), height, width
+
+
+def sample_shape_of(config: Config) -> tuple[int, int, int]:
+    """Returns (C, H, W) of what such a network reads: latents, and for inpainting a mask and a picture's latents."""
+    return config["in_channels"], *latent_shape_of(config)[1:]
 
 
 def discover_layers(denoiser: IndexedDenoiser, tokens: int = 2) -> tuple[QuantizableLayer, ...]:

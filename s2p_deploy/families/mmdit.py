@@ -10,8 +10,15 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import nn
 
-from s2p_deploy.errors import InputError
-from s2p_deploy.families.model_family import Block, Columns, Config, Tap, TimeConsumer, check_sample_size
+from s2p_deploy.families.model_family import (
+    Block,
+    Columns,
+    Config,
+    Tap,
+    TimeConsumer,
+    check_channels,
+    check_sample_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,13 +41,9 @@ class MMDiTFamily:
     flow_matching = True
 
     def check(self, config: Config) -> None:
-        """Refuses a network that writes other channels than it reads."""
+        """Refuses a network that reads other channels than its latents', or for inpainting a mask and a picture's."""
         check_sample_size(config, one_number=True)
-        if config["in_channels"] != (config["out_channels"] or config["in_channels"]):
-            raise InputError(
-                f"a transformer that reads {config['in_channels']} channels and writes {config['out_channels']}"
-                " (inpainting) is not supported: give the text-to-image model"
-            )
+        check_channels(config)
 
     def build(self, config: Config) -> SD3Transformer2DModel:
         """Builds a transformer with untrained weights."""

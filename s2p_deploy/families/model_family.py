@@ -31,6 +31,40 @@ def check_sample_size(config: Config, *, one_number: bool) -> None:
         raise InputError(f"the denoiser's config.json has sample_size={size!r}: set it to {forms} of the latents")
 
 
+def latent_channels(config: Config) -> int:
+    """Returns the channels of the latents that a network denoises, which are those that it writes."""
+    return int(config.get("out_channels") or config["in_channels"])
+
+
+def reads_mask(config: Config) -> bool:
+    """Tells inpainting networks, which read a mask and the latents of the masked picture behind their latents."""
+    return bool(config["in_channels"] != latent_channels(config))
+
+
+def check_channels(config: Config) -> None:
+    """Checks that a network reads its latents, for inpainting with a mask and the latents of the masked picture.
+
+    Raises:
+        InputError: it reads other channels.
+    """
+    latents = config["out_channels"] or config["in_channels"]
+    if config["in_channels"] not in {latents, 2 * latents + 1}:
+        raise InputError(
+            f"a denoiser that reads {config['in_channels']} channels and writes {latents} is not supported: one reads"
+            f" its latents of {latents}, or for inpainting {2 * latents + 1} with a mask and the masked picture's"
+        )
+
+
+def guidance_width(config: Config) -> int:
+    """Returns W of the embedding [batch, W] that a network reads its guidance from (LCM), 0 of others."""
+    return int(config.get("time_cond_proj_dim") or 0)
+
+
+def has_branches(config: Config, guidance_scale: float) -> bool:
+    """Tells whether a pipeline predicts with the prompt and without: not up to 1, nor where guidance is embedded."""
+    return guidance_scale > 1 and not guidance_width(config)
+
+
 @dataclass(frozen=True)
 class Tap:
     """A place where an activation can be observed: the input or the output of a module."""

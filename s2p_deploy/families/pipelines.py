@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.assembled import is_assembled, pipeline_digest
+from s2p_deploy.families.model_family import guidance_width, latent_channels, reads_mask
 from s2p_deploy.families.network_files import (
     absent_components,
     check_components,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from s2p_deploy.families.model_family import Config, ModelFamily
     from s2p_deploy.records import Manifest
 
+Task = Literal["text-to-image", "inpainting", "refining"]
 # Stock pipelines whose denoiser an engine may replace; those besides text-to-image blend latents with a picture's.
 PIPELINES = tuple(
     f"StableDiffusion{family}{task}Pipeline" for family in ("", "XL", "3") for task in ("", "Img2Img", "Inpaint")
@@ -53,18 +55,29 @@ class _Parts:
     optional: tuple[str, ...] = ()
 
 
-_TEXT_TO_IMAGE = {
-    "StableDiffusionPipeline": _Parts("unet", ("text_encoder", "tokenizer")),
-    "StableDiffusionXLPipeline": _Parts(
-        "unet", ("text_encoder_2", "tokenizer_2"), optional=("text_encoder", "tokenizer")
-    ),
-    "StableDiffusion3Pipeline": _Parts(
-        "transformer",
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        optional=("text_encoder_3", "tokenizer_3"),
-    ),
+_SD = _Parts("unet", ("text_encoder", "tokenizer"))
+_SDXL = _Parts("unet", ("text_encoder_2", "tokenizer_2"), optional=("text_encoder", "tokenizer"))
+_SD3 = _Parts(
+    "transformer",
+    ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    optional=("text_encoder_3", "tokenizer_3"),
+)
+_INPAINTING = {
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionXLInpaintPipeline": _SDXL,
+    "StableDiffusion3InpaintPipeline": _SD3,
 }
 _MOST_GUIDANCE = 1000
+_REFINER = "StableDiffusionXLImg2ImgPipeline"
+_BASES = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
+    **_INPAINTING,
+    _REFINER: _SDXL,
+}
+_DRAWN_BY = {"LatentConsistencyModelPipeline": "StableDiffusionPipeline"}  # the same pictures, with any scheduler
+_REFINED = 0.3  # share of the schedule that a refiner runs, as its pipeline has it
 _CODE_KEYS = ("custom_pipeline", "auto_map", "_attn_implementation_internal")
 
 
@@ -78,9 +91,19 @@ class BasePipeline:
     pipeline_class: str = "StableDiffusionPipeline"
 
     @property
+    def task(self) -> Task:
+        """Returns what the pipeline draws from besides a text."""
+        return task_of(self.pipeline_class)
+
+    @property
+    def default_strength(self) -> float:
+        """Returns the share of the schedule that the pipeline is meant to run: all of it, but of a refiner."""
+        return _REFINED if self.task == "refining" else 1.0
+
+    @property
     def denoiser_folder(self) -> Path:
         """Returns the folder of the denoiser's configuration and weights."""
-        return self.folder / _TEXT_TO_IMAGE[self.pipeline_class].denoiser
+        return self.folder / _BASES[self.pipeline_class].denoiser
 
     @property
     def place(self) -> str:
@@ -122,11 +145,13 @@ def resolve_base(source: str, options: BaseOptions = BaseOptions()) -> BasePipel
     found = find_pipeline(source, options)
     folder = found.folder
     index = read_index(folder)
-    pipeline_class = str(index.get("_class_name"))
     if "_class_name" not in index:
         raise InputError(f"{folder / 'model_index.json'} names no class of pipeline: save the pipeline with diffusers")
-    if pipeline_class not in _TEXT_TO_IMAGE:
-        raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {', '.join(sorted(_TEXT_TO_IMAGE))}")
+    written = str(index["_class_name"])
+    pipeline_class = _DRAWN_BY.get(written, written)
+    if pipeline_class not in _BASES:
+        known = ", ".join(sorted({*_BASES, *_DRAWN_BY}))
+        raise InputError(f"{source} is a {pipeline_class}: supported pipelines are {known}")
     check_no_code(folder)
     guidance = _guidance(folder / "sampling.json")
     base = BasePipeline(folder, Base(source, found.digest, options, found.file), guidance, pipeline_class)
@@ -143,9 +168,30 @@ def _guidance(file: Path) -> float:
     if not file.is_file():
         return 7.5
     guidance = read_json(file).get("guidance_scale")
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 1 <= guidance <= _MOST_GUIDANCE:
-        raise InputError(f"{file} has guidance_scale={guidance!r}: write a number of at least 1, or delete the file")
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= _MOST_GUIDANCE:
+        raise InputError(f"{file} has guidance_scale={guidance!r}: write a number from 0 up, or delete the file")
     return float(guidance)
+
+
+def task_of(pipeline_class: str) -> Task:
+    """Returns what pipelines of a class draw from besides a text."""
+    if pipeline_class == _REFINER:
+        return "refining"
+    return "inpainting" if pipeline_class in _INPAINTING else "text-to-image"
+
+
+def check_draws_from_text(pipeline_class: str) -> None:
+    """Checks that pipelines of a class need nothing but a text.
+
+    Raises:
+        InputError: they inpaint or refine.
+    """
+    task = task_of(pipeline_class)
+    if task != "text-to-image":
+        needed = "a picture and a mask" if task == "inpainting" else "the picture to refine"
+        raise InputError(
+            f"a {pipeline_class} does not draw from text alone: give it {needed} (generate --image, or /v1/images/edits)"
+        )
 
 
 def _check_components_fit(base: BasePipeline) -> None:
@@ -154,7 +200,7 @@ def _check_components_fit(base: BasePipeline) -> None:
     Raises:
         InputError: one is missing, or the denoiser reads other text or latents than the others write.
     """
-    classes, parts = component_classes(base.folder), _TEXT_TO_IMAGE[base.pipeline_class]
+    classes, parts = component_classes(base.folder), _BASES[base.pipeline_class]
     needed = ("vae", "scheduler", parts.denoiser, *parts.required)
     if any(name in classes for name in parts.optional):
         needed += parts.optional
@@ -176,17 +222,24 @@ def _check_components_fit(base: BasePipeline) -> None:
                 f"{base.folder / name} pads every text to {tokens} tokens, and its text encoder takes {most}:"
                 " they are of two models"
             )
-    text, pooled = encoded_widths(base.pipeline_class, configs, family.text_width(config))
+    scored = bool(read_index(base.folder).get("requires_aesthetics_score"))
+    text, pooled = encoded_widths(base.pipeline_class, configs, family.text_width(config), scored=scored)
     for what, written, read in (
-        ("channels of latents", configs["vae"]["latent_channels"], config["in_channels"]),
+        ("channels of latents", configs["vae"]["latent_channels"], latent_channels(config)),
         ("numbers per token", text, family.text_width(config)),
-        ("numbers of pooled text and sizes", pooled, family.added_width(config)),
+        ("numbers of pooled text and sizes", pooled, family.added_width(config) - guidance_width(config)),
     ):
         if written != read:
             raise InputError(
                 f"{base.denoiser_folder} reads {read} {what} by its config.json, and the pipeline's other components"
                 f" give {written}: they are of two models"
             )
+    if reads_mask(config) != (base.task == "inpainting"):
+        reads = "a mask and a picture too" if reads_mask(config) else "latents alone"
+        raise InputError(
+            f"{base.denoiser_folder} reads {reads}, and a {base.pipeline_class} gives it something else: name the"
+            f" {'Inpaint' if reads_mask(config) else 'text-to-image'} class in model_index.json"
+        )
 
 
 def check_no_code(folder: Path) -> None:
@@ -286,10 +339,11 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
         InputError: it is no pipeline of a supported class, has adapters that are not fused, or the disk has no room.
         IntegrityError: the saved one was changed.
     """
-    name = type(pipe).__name__
-    if name not in _TEXT_TO_IMAGE:
+    written = type(pipe).__name__
+    name = _DRAWN_BY.get(written, written)
+    if name not in _BASES:
         raise InputError(
-            f"a {name} is not supported: give a {' or '.join(sorted(_TEXT_TO_IMAGE))}, a folder in diffusers format,"
+            f"a {name} is not supported: give a {' or '.join(sorted(_BASES))}, a folder in diffusers format,"
             f" a hub id, or {BUNDLED!r}"
         )
     modules = {part: module for part, module in pipe.components.items() if hasattr(module, "state_dict")}
@@ -298,7 +352,7 @@ def save_pipeline(pipe: DiffusionPipeline, parent: Path) -> BasePipeline:
             raise InputError(f"the {part} of this pipeline has adapters (LoRA): fuse and unload them first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise InputError(f"the {part} of this pipeline is offloaded: load the pipeline without offloading")
-    family_of_config(network_config(pipe.components[_TEXT_TO_IMAGE[name].denoiser]))
+    family_of_config(network_config(pipe.components[_BASES[name].denoiser]))
     size = sum(tensor.nbytes for module in modules.values() for tensor in module.state_dict().values())
     check_room(parent, size, "make room, or choose another folder")
     temporary = parent / ".pipeline.writing"

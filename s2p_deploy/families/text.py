@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
-from s2p_deploy.families.unet import SIZE_IDS
+from s2p_deploy.families.model_family import guidance_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,12 @@ class EncodedText:
 
 @torch.no_grad()
 def encode_texts(
-    pipe: DiffusionPipeline, texts: Sequence[str], *, negative: bool, max_sequence_length: int
+    pipe: DiffusionPipeline,
+    texts: Sequence[str],
+    *,
+    negative: bool,
+    max_sequence_length: int,
+    guidance_scale: float = 1.0,
 ) -> EncodedText:
     """Encodes prompts, or negative prompts, as the pipeline does.
 
@@ -61,56 +66,78 @@ def encode_texts(
         negative: encodes them as negative prompts: SDXL takes zeros for an empty one.
         max_sequence_length: number of tokens of SD3's third encoder, whose states follow the others', or zeros where it
             is absent.
+        guidance_scale: what LCM's networks read as an embedding; others do not.
 
     Returns:
-        The encoded prompts, on the CPU. SDXL's size ids are those of a picture of the model's own size.
+        The encoded prompts, on the CPU. SDXL's size ids are those of a picture of the model's own size, a
+        refiner's aesthetic scores its pipeline's defaults.
     """
     options: dict[str, Any] = {
         "device": _first(pipe, "text_encoder").device,
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
-    if isinstance(pipe, StableDiffusionXLPipeline):
+    guidance = _embedded_guidance(pipe, guidance_scale).expand(len(texts), -1)
+    if _is_sdxl(pipe):
         states, _, pooled, _ = pipe.encode_prompt(list(texts), **options)
         if negative and pipe.config.force_zeros_for_empty_prompt:
             given = torch.tensor([bool(text) for text in texts], device=states.device)
             states, pooled = states * given.view(-1, 1, 1), pooled * given.view(-1, 1)
-        return _on_cpu(states, torch.cat([pooled, _size_ids(pipe, pooled)], 1))
-    if isinstance(pipe, StableDiffusion3Pipeline):
+        ids = _size_ids(pipe, negative=negative).expand(len(texts), -1)
+        return _on_cpu(states, torch.cat([part.to(states) for part in (pooled, ids, guidance)], 1))
+    if is_sd3(pipe):
         states, _, pooled, _ = pipe.encode_prompt(
             list(texts), None, None, max_sequence_length=max_sequence_length, **options
         )
         return _on_cpu(states, pooled)
     states, _ = pipe.encode_prompt(list(texts), **options)
-    return _on_cpu(states, states.new_zeros(len(states), 0))
+    return _on_cpu(states, guidance)
+
+
+def is_sd3(pipe: DiffusionPipeline) -> bool:
+    """Tells pipelines of Stable Diffusion 3, of any task."""
+    return "transformer" in pipe.components
+
+
+def _is_sdxl(pipe: DiffusionPipeline) -> bool:
+    return "unet" in pipe.components and "text_encoder_2" in pipe.components
+
+
+def _embedded_guidance(pipe: DiffusionPipeline, guidance_scale: float) -> Tensor:
+    """Embeds a guidance scale as the pipeline does, [1, W]; W is 0 where the network does not read it."""
+    unet = pipe.components.get("unet")
+    width = 0 if unet is None else guidance_width(dict(unet.config))
+    scale = torch.tensor([guidance_scale - 1])
+    return pipe.get_guidance_scale_embedding(scale, embedding_dim=width) if width else torch.zeros(1, 0)
 
 
 def text_tokens(pipe: DiffusionPipeline, max_sequence_length: int) -> int:
     """Returns the number of tokens of a text state."""
-    padded = max_sequence_length if isinstance(pipe, StableDiffusion3Pipeline) else 0
+    padded = max_sequence_length if is_sd3(pipe) else 0
     return int(_first(pipe, "tokenizer").model_max_length) + padded
 
 
 def encoded_widths(
-    pipeline_class: str, configs: Mapping[str, Mapping[str, Any]], denoiser_width: int
+    pipeline_class: str, configs: Mapping[str, Mapping[str, Any]], denoiser_width: int, *, scored: bool = False
 ) -> tuple[int, int]:
-    """Computes the width of text states, and that of what :class:`EncodedText` adds to the time features.
+    """Computes the width of text states, and that of pooled text and size ids.
 
     Args:
         pipeline_class: name of the pipeline's class.
         configs: configurations of its text encoders, by their names; others are not read.
         denoiser_width: of the text states that the denoiser reads: what is narrower, SD3 pads to it where the third
             encoder is absent.
+        scored: of SDXL's: it gives an aesthetic score in place of the target size.
     """
     encoders = {name: config for name, config in configs.items() if name.startswith("text_encoder")}
     clip = [config for name, config in encoders.items() if name != "text_encoder_3"]
     states = sum(config["hidden_size"] for config in clip)
-    if pipeline_class == "StableDiffusion3Pipeline":
+    if pipeline_class.startswith("StableDiffusion3"):
         third = encoders.get("text_encoder_3")
         padded = denoiser_width if third is None else third["hidden_size"]
         return max(states, padded), sum(config["projection_dim"] for config in clip)
-    if pipeline_class == "StableDiffusionXLPipeline":
-        return states, encoders["text_encoder_2"]["projection_dim"] + SIZE_IDS
+    if pipeline_class.startswith("StableDiffusionXL"):
+        return states, encoders["text_encoder_2"]["projection_dim"] + (5 if scored else 6)
     return states, 0
 
 
@@ -120,11 +147,14 @@ def _first(pipe: DiffusionPipeline, kind: str) -> Any:  # noqa: ANN401 - transfo
     return next(part for part in parts if part is not None)
 
 
-def _size_ids(pipe: StableDiffusionXLPipeline, like: Tensor) -> Tensor:
-    """Returns original size, crop and target size [n, 6] of uncropped pictures of the model's own size."""
+def _size_ids(pipe: DiffusionPipeline, *, negative: bool) -> Tensor:
+    """Returns original size, crop, and target size or aesthetic score of pictures of the model's size, [1, n]."""
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    ids = like.new_tensor([size, size, 0, 0, size, size])
-    return ids.expand(len(like), -1)
+    if not pipe.config.get("requires_aesthetics_score"):
+        return torch.tensor([[size, size, 0, 0, size, size]])
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    score = defaults["negative_aesthetic_score" if negative else "aesthetic_score"].default
+    return torch.tensor([[size, size, 0, 0, score]])
 
 
 def _on_cpu(states: Tensor, added_cond: Tensor) -> EncodedText:

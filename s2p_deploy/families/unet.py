@@ -10,7 +10,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.model_family import Block, Columns, Config, TimeConsumer, check_sample_size
+from s2p_deploy.families.model_family import (
+    Block,
+    Columns,
+    Config,
+    TimeConsumer,
+    check_channels,
+    check_sample_size,
+    guidance_width,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,14 +31,27 @@ _BLOCK = re.compile(
 )
 _TAIL = ("conv_norm_out", "conv_act", "conv_out")
 _ADDED = {"text_embeds", "time_ids"}
-SIZE_IDS = 6  # original height and width, crop top and left, target height and width
 _UNSUPPORTED = (
     "class_embed_type",
     "num_class_embeds",
     "encoder_hid_dim_type",
-    "time_cond_proj_dim",
     "time_embedding_act_fn",
 )
+
+
+def size_ids(config: Config) -> int:
+    """Returns how many ids SDXL's network reads beside the pooled text.
+
+    Original height and width, crop top and left, then target height and width, or an aesthetic score: the latter in
+    refiners, whose one text encoder has states as wide as its pooled text.
+    """
+    pooled = config["projection_class_embeddings_input_dim"] - 5 * config["addition_time_embed_dim"]
+    return 5 if pooled == _text_width(config) else 6
+
+
+def _text_width(config: Config) -> int:
+    width = config["cross_attention_dim"]
+    return int(width if isinstance(width, int) else width[0])
 
 
 class UNetFamily:
@@ -45,7 +66,7 @@ class UNetFamily:
     flow_matching = False
 
     def check(self, config: Config) -> None:
-        """Refuses image conditions, class labels, guidance embeddings and inpainting, each by name."""
+        """Refuses image conditions and class labels, each by name."""
         if config.get("addition_embed_type") not in {None, "text_time"}:
             raise InputError(f"a UNet with addition_embed_type={config['addition_embed_type']!r} is not supported")
         for name in _UNSUPPORTED:
@@ -59,11 +80,7 @@ class UNetFamily:
         widths = config["cross_attention_dim"]
         if not isinstance(widths, int) and len(set(widths or ())) != 1:
             raise InputError(f"a UNet with cross_attention_dim={widths!r} is not supported: it reads one text")
-        if config["in_channels"] != config["out_channels"]:
-            raise InputError(
-                f"a UNet that reads {config['in_channels']} channels and writes {config['out_channels']} (inpainting,"
-                " image conditions) is not supported: give the text-to-image model"
-            )
+        check_channels(config)
 
     def build(self, config: Config) -> UNet2DConditionModel:
         """Builds a UNet with untrained weights."""
@@ -72,15 +89,15 @@ class UNetFamily:
 
     def text_width(self, config: Config) -> int:
         """Returns the width of cross-attention, one for all blocks."""
-        width = config["cross_attention_dim"]
-        return int(width if isinstance(width, int) else width[0])
+        return _text_width(config)
 
     def added_width(self, config: Config) -> int:
-        """Returns the width of SDXL's pooled text and size ids."""
+        """Returns the width of SDXL's pooled text and size ids, and of LCM's guidance embedding behind them."""
         if config.get("addition_embed_type") is None:
-            return 0
-        pooled = config["projection_class_embeddings_input_dim"] - SIZE_IDS * config["addition_time_embed_dim"]
-        return int(pooled + SIZE_IDS)
+            return guidance_width(config)
+        ids = size_ids(config)
+        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
+        return int(pooled + ids + guidance_width(config))
 
     def embedding(self, network: nn.Module) -> nn.Module:
         """Returns the embedding of the timestep, and for SDXL of pooled text and size ids too."""
@@ -119,20 +136,30 @@ class UNetFamily:
         self, network: nn.Module, sample: Tensor, timesteps: Tensor, text: Tensor, added_cond: Tensor
     ) -> Tensor:
         """Calls a whole UNet as its pipeline does."""
-        pooled, ids = added_cond[:, :-SIZE_IDS], added_cond[:, -SIZE_IDS:]
-        conditions = {"text_embeds": pooled, "time_ids": ids} if added_cond.shape[1] else None
-        output: Tensor = network(sample, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0]
+        assert isinstance(network, UNet2DConditionModel), "a network of this family"
+        pooled, ids, guidance = _split(added_cond, dict(network.config))
+        conditions = {"text_embeds": pooled, "time_ids": ids} if pooled.shape[1] else None
+        output: Tensor = network(
+            sample,
+            timesteps,
+            text,
+            timestep_cond=guidance if guidance.shape[1] else None,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
         return output
 
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
-        """Joins pooled text and size ids from SDXL's ``added_cond_kwargs`` to [batch, A]."""
+        """Joins pooled text and size ids of SDXL's ``added_cond_kwargs`` and LCM's ``timestep_cond`` to [batch, A]."""
         given = conditions.get("added_cond_kwargs") or {}
         further = sorted(set(given) - _ADDED)
         if further:
             raise InputError(f"an engine's network is fixed, it cannot take {further[0]}")
-        if set(given) != _ADDED:
+        if given and set(given) != _ADDED:
             return None
-        return torch.cat([given["text_embeds"].float(), given["time_ids"].float()], 1)
+        parts = [given.get("text_embeds"), given.get("time_ids"), conditions.get("timestep_cond")]
+        present = [part.float() for part in parts if part is not None]
+        return torch.cat(present, 1) if present else None
 
     def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
         """Calls a UNet without time path."""
@@ -188,16 +215,27 @@ def _layer_blocks(name: str, module: nn.Module) -> Iterator[Block]:
     yield Block.chain(f"{name}.proj_out", (f"{name}.proj_out",))
 
 
+def _split(added_cond: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits ``added_cond`` [batch, A] into pooled text, size ids and guidance embedding; each may be empty."""
+    ids = 0 if config.get("addition_embed_type") is None else size_ids(config)
+    guidance = guidance_width(config)
+    pooled, sizes, embedded = added_cond.split((added_cond.shape[1] - ids - guidance, ids, guidance), 1)
+    return pooled, sizes, embedded
+
+
 class _Embedding(nn.Module):
-    """Maps timesteps to the time embedding with the UNet's own layers."""
+    """Maps timesteps, and LCM's guidance embedding, to the time embedding with the UNet's own layers."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.features, self.mlp = unet.time_proj, unet.time_embedding
+        self.features, self.mlp, self.config = unet.time_proj, unet.time_embedding, dict(unet.config)
 
-    def forward(self, timesteps: Tensor, _added_cond: Tensor | None = None) -> Tensor:
-        dtype = self.mlp.linear_1.weight.dtype
-        embedding: Tensor = self.mlp(self.features(timesteps).to(dtype))
+    def forward(self, timesteps: Tensor, added_cond: Tensor | None = None) -> Tensor:
+        dtype, guidance = self.mlp.linear_1.weight.dtype, None
+        if guidance_width(self.config):
+            assert added_cond is not None, "this network's time features depend on it"
+            guidance = _split(added_cond, self.config)[2].to(dtype)
+        embedding: Tensor = self.mlp(self.features(timesteps).to(dtype), guidance)
         return embedding
 
 
@@ -211,10 +249,10 @@ class _AddedEmbedding(_Embedding):
     def forward(self, timesteps: Tensor, added_cond: Tensor | None = None) -> Tensor:
         assert added_cond is not None, "this network's time features depend on it"
         dtype = self.added_mlp.linear_1.weight.dtype
-        pooled, ids = added_cond.split((added_cond.shape[1] - SIZE_IDS, SIZE_IDS), 1)
+        pooled, ids, _ = _split(added_cond, self.config)
         sizes = self.id_features(ids.flatten()).view(len(ids), -1)
         added: Tensor = self.added_mlp(torch.cat([pooled.to(dtype), sizes.to(dtype)], 1))
-        return super().forward(timesteps) + added
+        return super().forward(timesteps, added_cond) + added
 
 
 class _Condition(nn.Module):

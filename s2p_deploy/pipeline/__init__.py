@@ -26,9 +26,11 @@ from s2p_deploy.pipeline.generation import (
     generate,
     initial_noise,
     latent_size,
+    noise_arguments,
     picture_size,
     timesteps_from_start,
     timesteps_of,
+    trained_size,
     with_schedule,
 )
 from s2p_deploy.pipeline.start_picture import StartPicture
@@ -52,6 +54,7 @@ __all__ = [
     "initial_noise",
     "latent_size",
     "load_engine_pipeline",
+    "noise_arguments",
     "open_pipeline",
     "picture_size",
     "pipeline_with_engine",
@@ -59,5 +62,6 @@ __all__ = [
     "schedules_to_bind",
     "timesteps_from_start",
     "timesteps_of",
+    "trained_size",
     "with_schedule",
 ]

@@ -19,8 +19,10 @@ from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.component_engines import copy_networks, load_component_engines
 from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import family_of_config, latent_shape_of
+from s2p_deploy.families import family_of_config
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
+from s2p_deploy.families.layers import sample_shape_of
+from s2p_deploy.families.model_family import guidance_width
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     Indices = Callable[[Timesteps], NDArray[np.int64]]
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
+_GUIDANCE = "timestep_cond"  # the keyword for LCM's embedding of the guidance scale
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
@@ -159,6 +162,8 @@ class EngineDenoiser(EngineComponent):
         self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
     ) -> Tensor:
         taken = set(_ADDED) if self._added_width else set()
+        if guidance_width(dict(self.config)):
+            taken.add(_GUIDANCE)
         refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
         if refused:
             advice = _CONDITION_ADVICE.get(refused[0], "use the floating-point pipeline")
@@ -169,8 +174,9 @@ class EngineDenoiser(EngineComponent):
         inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
         if self._added_width:
             added = self._family.added_cond(conditions)
-            if added is None:
-                raise InputError("this engine needs the pooled text that its own pipeline gives: use that pipeline")
+            if added is None or added.shape[1] != self._added_width:
+                what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
+                raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
         return prediction
@@ -197,7 +203,7 @@ class EngineDenoiser(EngineComponent):
         if self.profile is not None and self.profile.height is not None:
             self.profile.check_latents(*sample.shape[2:])
             return
-        expected, given = latent_shape_of(dict(self.config)), tuple(sample.shape[1:])
+        expected, given = sample_shape_of(dict(self.config)), tuple(sample.shape[1:])
         if given != expected:
             raise InputError(
                 f"this engine takes latents of {expected}, got {given}: leave height and width out, or give latents of"

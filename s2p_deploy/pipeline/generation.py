@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import (
@@ -20,10 +19,11 @@ from s2p_deploy.families import (
     text_tokens,
     with_denoiser,
 )
-from s2p_deploy.families.pipelines import for_task
+from s2p_deploy.families.pipelines import check_draws_from_text, for_task, task_of
+from s2p_deploy.families.text import is_sd3
 from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.records import Span
-from s2p_deploy.schedulers import on_host, scheduler_by_name, with_steps
+from s2p_deploy.schedulers import on_host, scheduler_by_name, skipped_calls, with_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.pipeline.start_picture import StartPicture
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt, ShapeProfile
@@ -50,6 +51,7 @@ class Schedule:
         scheduler: its name (None: the pipeline's own).
         max_sequence_length: number of tokens of SD3's third text encoder, which other pipelines do not have.
         size: height and width in pixels (None: the size that the denoiser was trained on).
+        strength: share of the schedule that is run where a picture is changed; others run all of it.
 
     Example:
         >>> open_pipeline("build/engine", schedules=[Schedule(20, "ddim")]).close()
@@ -61,11 +63,13 @@ class Schedule:
     scheduler: str | None = None
     max_sequence_length: int = 256
     size: tuple[int, int] | None = None
+    strength: float = 1.0
 
     @staticmethod
     def of(sampling: Sampling) -> Schedule:
         """Makes the schedule of a recipe, with the pipeline's own scheduler."""
-        return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length)
+        strength = 1.0 if sampling.strength is None else sampling.strength
+        return Schedule(sampling.steps, max_sequence_length=sampling.max_sequence_length, strength=strength)
 
 
 def with_schedule(pipe: DiffusionPipeline, schedule: Schedule) -> DiffusionPipeline:
@@ -92,8 +96,8 @@ def timesteps_of(source: DiffusionPipeline | BasePipeline, schedule: Schedule) -
     """
     own = load_scheduler(source) if isinstance(source, BasePipeline) else source.scheduler
     scheduler = own if schedule.scheduler is None else scheduler_by_name(schedule.scheduler, own)
-    timesteps: NDArray[np.float64] = with_steps(scheduler, schedule.steps).timesteps.double().numpy()
-    return timesteps
+    whole: NDArray[np.float64] = with_steps(scheduler, schedule.steps).timesteps.double().numpy()
+    return whole[skipped_calls(scheduler, schedule.steps, schedule.strength) :]
 
 
 def initial_noise(
@@ -108,7 +112,7 @@ def initial_noise(
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def generate(
+def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
     pipe: DiffusionPipeline,
     prompt: Prompt,
     *,
@@ -135,14 +139,14 @@ def generate(
     """
     noise_seed = prompt.noise_seed if seed is None else seed
     denoiser = denoiser_of(pipe)
-    arguments = call_arguments(pipe, [prompt], schedule, guidance_scale)
+    arguments = _text_arguments(pipe, [prompt], schedule, guidance_scale)
     if long_prompts:
         del arguments["prompt"], arguments["negative_prompt"]
         arguments |= _chunked(pipe, prompt, schedule, guided=guidance_scale > 1)
     if start is None:
+        check_draws_from_text(type(pipe).__name__)
         ready = with_schedule(pipe, schedule)
-        size = latent_size(pipe, schedule)
-        arguments["latents"] = initial_noise([noise_seed], denoiser.config, size).to(denoiser.dtype)
+        arguments |= noise_arguments(pipe, [noise_seed], latent_size(pipe, schedule)) | _size_arguments(schedule)
     else:
         _check_size(pipe, start)
         ready = with_schedule(_task_pipeline(pipe, start), schedule)
@@ -150,13 +154,12 @@ def generate(
         height, width = start.size
         arguments |= {"image": start.picture, "mask_image": start.mask, "strength": start.strength}
         arguments |= {"height": height, "width": width}
+        arguments |= {"generator": _later_noise([noise_seed])}
         arguments = {name: value for name, value in arguments.items() if name in taken}
     if isinstance(denoiser, EngineDenoiser):
         ready.scheduler.set_timesteps(schedule.steps)  # as the pipeline will
         denoiser.prepare(ready.scheduler.timesteps.double().numpy())
-    # noise of later steps is another stream than the first noise, which has the seed itself
-    generator = torch.Generator().manual_seed(noise_seed ^ (1 << 62))
-    picture: Image = ready(**arguments, generator=generator).images[0]
+    picture: Image = ready(**arguments).images[0]
     return picture
 
 
@@ -199,15 +202,42 @@ def _check_size(pipe: DiffusionPipeline, start: StartPicture) -> None:
 
 
 def _task_pipeline(pipe: DiffusionPipeline, start: StartPicture) -> DiffusionPipeline:
+    """Makes the stock pipeline that draws from ``start``; one that changes pictures stays itself."""
+    kind = type(pipe).__name__
+    task = task_of(kind)
+    if task != "text-to-image":
+        if (task == "inpainting") != (start.mask is not None):
+            wanted = "a mask too: what is white in it is drawn anew" if task == "inpainting" else "no mask: it refines"
+            raise InputError(f"a {kind} takes {wanted}")
+        return with_denoiser(pipe, denoiser_of(pipe))
     if start.mask is None:
         return for_task(pipe, "Img2Img")
     channels = denoiser_of(pipe).config.in_channels
-    if isinstance(pipe, StableDiffusion3Pipeline) and channels not in _SD3_INPAINTING:
+    if is_sd3(pipe) and channels not in _SD3_INPAINTING:
         raise InputError(
             f"diffusers' inpainting with Stable Diffusion 3 takes latents of 16 channels, this pipeline's have"
             f" {channels}: leave the mask out"
         )
     return for_task(pipe, "Inpaint")
+
+
+def _later_noise(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Makes the generators of what is drawn behind the first noise, which has the seeds themselves."""
+    return [torch.Generator().manual_seed(seed ^ (1 << 62)) for seed in seeds]
+
+
+def noise_arguments(
+    pipe: DiffusionPipeline, seeds: Sequence[int], size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Makes the keyword arguments of a stock pipeline that decide all its noise; each sample's by its own seed.
+
+    ``size`` is height and width of the latents (None: the size that the denoiser was trained on).
+    """
+    if task_of(type(pipe).__name__) == "refining":
+        return {"generator": _later_noise(seeds)}  # it takes given latents as noised already
+    denoiser = denoiser_of(pipe)
+    latents = initial_noise(seeds, denoiser.config, size).to(pipe.device, denoiser.dtype)
+    return {"generator": _later_noise(seeds), "latents": latents}
 
 
 def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int] | None:
@@ -217,9 +247,14 @@ def picture_size(pipe: DiffusionPipeline, height: int | None, width: int | None)
     """
     if height is None and width is None:
         return None
-    factor = pipe.vae_scale_factor
-    _, *trained = latent_shape_of(dict(denoiser_of(pipe).config))
-    return height or factor * trained[0], width or factor * trained[1]
+    trained = trained_size(pipe)
+    return height or trained[0], width or trained[1]
+
+
+def trained_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Returns height and width in pixels of the pictures that the denoiser was trained on."""
+    _, height, width = latent_shape_of(dict(denoiser_of(pipe).config))
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 def latent_size(pipe: DiffusionPipeline, schedule: Schedule) -> tuple[int, int] | None:
@@ -238,9 +273,29 @@ def latent_size(pipe: DiffusionPipeline, schedule: Schedule) -> tuple[int, int] 
 
 
 def call_arguments(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    schedule: Schedule,
+    guidance_scale: float,
+    inputs: PictureInputs | None = None,
+) -> dict[str, Any]:
+    """Makes the keyword arguments of a stock pipeline that generate pictures of ``prompts``.
+
+    Raises:
+        InputError: the pipeline inpaints or refines, and ``inputs`` are missing.
+    """
+    arguments = _text_arguments(pipe, prompts, schedule, guidance_scale)
+    task = task_of(type(pipe).__name__)
+    if task == "text-to-image" or inputs is None:
+        check_draws_from_text(type(pipe).__name__)
+        return arguments | _size_arguments(schedule)
+    arguments |= {"image": inputs.pictures, "strength": schedule.strength}
+    return arguments if task == "refining" else arguments | {"mask_image": inputs.masks} | _size_arguments(schedule)
+
+
+def _text_arguments(
     pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
 ) -> dict[str, Any]:
-    """Makes the keyword arguments of a stock pipeline that generate pictures of ``prompts``."""
     negatives = [prompt.negative for prompt in prompts]
     arguments: dict[str, Any] = {
         "prompt": [prompt.text for prompt in prompts],
@@ -249,11 +304,13 @@ def call_arguments(
         "num_inference_steps": schedule.steps,
         "guidance_scale": guidance_scale,
     }
-    if isinstance(pipe, StableDiffusion3Pipeline):
+    if is_sd3(pipe):
         arguments["max_sequence_length"] = schedule.max_sequence_length
-    if schedule.size is not None:
-        arguments["height"], arguments["width"] = schedule.size
     return arguments
+
+
+def _size_arguments(schedule: Schedule) -> dict[str, int]:
+    return {} if schedule.size is None else {"height": schedule.size[0], "width": schedule.size[1]}
 
 
 def _chunked(pipe: DiffusionPipeline, prompt: Prompt, schedule: Schedule, *, guided: bool) -> dict[str, Tensor]:

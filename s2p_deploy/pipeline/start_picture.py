@@ -58,6 +58,12 @@ class StartPicture:
         return self.picture.height, self.picture.width
 
     @staticmethod
+    def blank(height: int, width: int, strength: float, *, masked: bool) -> StartPicture:
+        """Makes a grey picture of a size in pixels, all of it masked or without a mask."""
+        mask = Image.new("L", (width, height), "white") if masked else None
+        return StartPicture(Image.new("RGB", (width, height), "grey"), strength, mask)
+
+    @staticmethod
     def read(
         picture: bytes,
         mask: bytes | None = None,

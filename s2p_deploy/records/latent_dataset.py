@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
 # name -> safetensors' dtype, and number of axes
-_LATENTS = {"latents": ("F16", 4), "cond": ("F16", 4), "uncond": ("F16", 4)}
+_LATENTS = {"latents": ("F16", 4), "cond": ("F16", 4)}
+_UNGUIDED = {"uncond": ("F16", 4)}  # where a pipeline predicts without the prompt too
 _INDICES = {"timestep_indices": ("I64", 1), "prompt": ("I64", 1)}
 _TEXTS = {"texts": ("F16", 3), "added_cond": ("F32", 2), "cond_text": ("I64", 1), "uncond_text": ("I64", 1)}
 
@@ -69,8 +70,9 @@ class LatentDataset:
     """Samples of all prompts, in prompt order. What is large stays in its files until it is taken.
 
     ``latents`` float16 [n, C, H, W] denoiser inputs (after ``scale_model_input``); ``timestep_indices`` int64 [n] their
-    timestep indices; ``cond`` and ``uncond`` float16 [n, C, H, W] the teacher's output of either CFG branch; ``prompt``
-    int64 [n] index of the prompt; ``texts`` float16 [m, tokens, D] distinct text states, which the teacher had in this
+    timestep indices; ``cond`` and ``uncond`` float16 [n, C', H, W] the teacher's output of either CFG branch, or of the
+    one where ``guided`` is false; ``prompt`` int64 [n] index of the prompt;
+    ``texts`` float16 [m, tokens, D] distinct text states, which the teacher had in this
     precision too, and ``added_cond`` float32 [m, A], what the time features depend on besides the timestep (A may be
     0); ``cond_text`` and ``uncond_text`` int64 [prompts] index both.
 
@@ -91,6 +93,7 @@ class LatentDataset:
     added_cond: NDArray[np.float32]
     cond_text: NDArray[np.int64]
     uncond_text: NDArray[np.int64]
+    guided: bool = True
 
     @staticmethod
     def open(folder: Path) -> LatentDataset:
@@ -103,12 +106,16 @@ class LatentDataset:
         paths = [folder / name for name in sorted(manifest.files) if name.startswith("shard-")]
         if not paths:
             raise IntegrityError(f"{folder} has no shards: make the dataset again")
-        shards = [_mapped(path, _LATENTS | _INDICES) for path in paths]
+        guided = bool(manifest.content.get("sampling", {}).get("guided", True))
+        planes = _LATENTS | (_UNGUIDED if guided else {})
+        shards = [_mapped(path, planes | _INDICES) for path in paths]
         for path, shard in zip(paths, shards, strict=True):
-            for name in _LATENTS:
-                if shard[name].shape[1:] != shards[0]["latents"].shape[1:]:
+            for name in planes:
+                first = shards[0]["latents" if name == "latents" else "cond"].shape
+                if shard[name].shape[1:] != first[1:] or shard[name].shape[2:] != shard["latents"].shape[2:]:
                     raise _damaged(path, name, shard[name].dtype, shard[name].shape)
-        fields: dict[str, Any] = {name: MappedRows([shard[name] for shard in shards]) for name in _LATENTS}
+        fields: dict[str, Any] = {name: MappedRows([shard[name] for shard in shards]) for name in planes}
+        fields = {"uncond": fields["cond"], "guided": guided} | fields
         fields |= {name: np.concatenate([shard[name] for shard in shards]) for name in _INDICES}
         fields |= _mapped(folder / "texts.safetensors", _TEXTS)
         return LatentDataset(folder, manifest, **fields)

@@ -34,11 +34,12 @@ class ImageRequest:
     scheduler: str | None = None
     long_prompts: bool = False
     start: StartPicture | None = None
+    embedded: bool = False
 
     @property
     def samples(self) -> int:
-        """Latents per call of the denoiser: guidance above 1 predicts with the text and without."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Latents per call of the denoiser: guidance above 1 predicts with the text and without, unless embedded."""
+        return 2 if self.guidance_scale > 1 and not self.embedded else 1
 
 
 class RequestFuture(Future[Image]):

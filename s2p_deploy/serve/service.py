@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +16,8 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
+from s2p_deploy.families.model_family import guidance_width, has_branches
+from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_from_start, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
@@ -108,6 +110,11 @@ class ServedEngine:
     mixed_timesteps: bool
     max_sequence_length: int
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Returns whether the network reads the guidance scale, so that it predicts with the prompt alone."""
+        return guidance_width(dict(denoiser_of(self.pipe).config)) > 0
+
     def check(self, request: ImageRequest) -> int:
         """Counts the calls of the denoiser that a request takes.
 
@@ -115,6 +122,7 @@ class ServedEngine:
             InputError: no such scheduler; a step count, a size or long prompts, which the engine does not take.
         """
         if request.start is None:
+            check_draws_from_text(type(self.stock.pipe).__name__)
             calls = self.calls(request.steps, request.scheduler)
         else:
             timesteps = timesteps_from_start(self.stock.pipe, self._schedule(request), request.start)
@@ -188,6 +196,7 @@ class ImageService:
             OverloadedError: too many requests wait.
             ClosingError: the service is closing. StoppedError: it ended by a defect.
         """
+        request = replace(request, embedded=self._engine.embeds_guidance)
         calls, now = self._engine.check(request), time.monotonic()
         future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout)
         self._queue.put(future, self._overload)
@@ -256,8 +265,9 @@ def load_served_engine(
     schedules = (Schedule.of(sampling), *settings.schedules)
     stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)
     runner, factor = stock.runner, stock.pipe.vae_scale_factor
-    guidance = sampling.guidance_scale or base.default_guidance
-    batches = settings.batches or (_BATCHES[1:] if guidance > 1 else _BATCHES)
+    guidance = sampling.guidance(base.default_guidance)
+    guided = has_branches(engine.denoiser_config, guidance)
+    batches = settings.batches or (_BATCHES[1:] if guided else _BATCHES)
     profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
     _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))

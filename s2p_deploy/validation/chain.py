@@ -31,7 +31,7 @@ class Chain:
     @property
     def guidance_scale(self) -> float:
         """Returns the deployed guidance scale."""
-        return self.recipe.sampling.guidance_scale or self.base.default_guidance
+        return self.recipe.sampling.guidance(self.base.default_guidance)
 
     @property
     def half(self) -> bool:

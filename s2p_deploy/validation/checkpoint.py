@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.context import Progress
+    from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.pipeline import Schedule
     from s2p_deploy.records import PromptSet
 
@@ -78,7 +79,7 @@ class ValidationCheckpoint:
         self._tick()
         return made
 
-    def pictures(
+    def pictures(  # noqa: PLR0913 - as generate_pictures
         self,
         name: str,
         pipe: DiffusionPipeline,
@@ -86,6 +87,8 @@ class ValidationCheckpoint:
         schedule: Schedule,
         guidance_scale: float,
         progress: Progress,
+        *,
+        inputs: PictureInputs | None = None,
     ) -> GeneratedPictures:
         """Generates as :func:`generate_pictures` and keeps finished batches; ``name`` is the stage's and the files'.
 
@@ -95,12 +98,13 @@ class ValidationCheckpoint:
         parts: list[GeneratedPictures] = []
         while (file := self._part(name, len(parts))).exists():
             parts.append(_read_part(file))
-        rest = generate_batches(pipe, prompts, schedule, guidance_scale, stage=name, progress=progress, skip=len(parts))
+        options: dict[str, Any] = {"inputs": inputs, "stage": name, "progress": progress, "skip": len(parts)}
+        rest = generate_batches(pipe, prompts, schedule, guidance_scale, **options)
         for part in rest:
             _write_part(part, self._part(name, len(parts)))
             self._tick()
             parts.append(part)
-        return joined_pictures(parts)
+        return joined_pictures(parts, inputs)
 
     def _part(self, name: str, number: int) -> Path:
         return self.folder / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{number:05d}.safetensors"

@@ -20,7 +20,7 @@ from s2p_deploy.pipeline import Schedule, engine_denoiser
 from s2p_deploy.records import Number
 from s2p_deploy.records.files import write_text
 from s2p_deploy.validation.end_to_end import outputs_on, whole_denoiser
-from s2p_deploy.validation.pictures import generate_pictures
+from s2p_deploy.validation.pictures import generate_pictures, pictures_to_change
 from s2p_deploy.validation.placement import onloaded
 from s2p_deploy.validation.reference import latents_of_pictures
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import CalibratedModel, PromptSet
     from s2p_deploy.validation.pictures import GeneratedPictures
@@ -92,10 +93,15 @@ def compare(  # noqa: PLR0913 - what is compared, on what, to where, and options
     check_comparable(recipes, prompts, held_out)
     context.set_threads()
     sampling, device, progress = recipes[0].sampling, context.torch_device, context.progress
-    schedule, guidance = Schedule.of(sampling), sampling.guidance_scale or base.default_guidance
+    schedule, guidance = Schedule.of(sampling), sampling.guidance(base.default_guidance)
     pipe = load_pipeline(base)
+
+    def drawn(stage: str, inputs: PictureInputs | None) -> GeneratedPictures:
+        return generate_pictures(pipe, held_out, schedule, guidance, inputs=inputs, stage=stage, progress=progress)
+
     with context.arithmetic(), onloaded(pipe, device):
-        reference = generate_pictures(pipe, held_out, schedule, guidance, stage="pictures, FP", progress=progress)
+        changed = pictures_to_change(pipe, held_out, sampling, lambda whole: drawn("pictures to change", whole))
+        reference = drawn("pictures, FP", changed)
     results = []
     for recipe in recipes:
         calibrated = calibrate(
@@ -167,7 +173,9 @@ def _compared(
     guidance = calibrated.manifest.recipe["sampling"]["guidance_scale"]
     stage = f"pictures, {recipe.name}"
     with onloaded(fake_quant, device), onloaded(other, device):
-        candidate = generate_pictures(other, held_out, schedule, guidance, stage=stage, progress=progress)
+        candidate = generate_pictures(
+            other, held_out, schedule, guidance, inputs=reference.inputs, stage=stage, progress=progress
+        )
     psnr = psnr_db(reference.pictures, candidate.pictures)
     timesteps = calibrated.timesteps
     latents = latents_of_pictures(pipe, held_out, reference, recipe.sampling, timesteps, _LATENTS, device=device)

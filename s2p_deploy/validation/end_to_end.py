@@ -62,7 +62,7 @@ def measure_end_to_end(
         floor=sqnr_db(double, quantized),
         floor_change=float(np.mean(to_fp - sqnr_db(reference, double))),
         cosines=np.stack([cosine(reference, quantized), cosine(reference, found)]),
-        guidance=sqnr_db(_guidance(quantized), _guidance(found)),
+        guidance=sqnr_db(_guidance(quantized), _guidance(found)) if latents.guided else np.zeros(0),
     )
 
 

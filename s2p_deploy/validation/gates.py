@@ -181,9 +181,11 @@ def _branch_gate(found: Measurements, gates: Gates) -> GateResult:
     if isinstance(found.end_to_end, Skipped):
         return _not_measured(name, asks, limit, found.end_to_end)
     room = found.end_to_end.room
-    medians = [float(np.median(room[branch::2])) for branch in range(2)]
+    branches = [room[0::2], room[1::2]] if found.end_to_end.guided else [room]
+    medians = [float(np.median(branch)) for branch in branches]
     worse = _lowest(medians)
-    return _at_least(name, asks, medians[worse], limit, len(room[worse::2]), branch_of(worse))
+    where = branch_of(worse, guided=found.end_to_end.guided)
+    return _at_least(name, asks, medians[worse], limit, len(branches[worse]), where)
 
 
 def _latent_gate(found: Measurements, gates: Gates) -> GateResult:
@@ -194,7 +196,9 @@ def _latent_gate(found: Measurements, gates: Gates) -> GateResult:
         return _not_measured(name, asks, limit, found.end_to_end)
     room = found.end_to_end.room
     worst = _lowest(room.tolist())
-    where = f"timestep index {found.end_to_end.timestep_indices[worst]}, {branch_of(worst)}"
+    where = (
+        f"timestep index {found.end_to_end.timestep_indices[worst]}, {branch_of(worst, guided=found.end_to_end.guided)}"
+    )
     return _at_least(name, asks, float(room[worst]), limit, len(room), where)
 
 
@@ -205,6 +209,8 @@ def _guidance_gate(found: Measurements, gates: Gates) -> GateResult:
     guidance = found.end_to_end.guidance
     if guidance is None:
         return _not_measured(name, asks, limit, Skipped("measured by an earlier version"))
+    if not found.end_to_end.guided:
+        return _not_applicable(name, asks, limit, "this pipeline predicts with the prompt alone")
     return _at_least(name, asks, float(np.median(guidance)), limit, len(guidance), "difference of the CFG branches")
 
 

@@ -160,7 +160,7 @@ class EndToEnd:
     ``floor`` is fake-quant in FP32 against itself in FP64: what rounding flips alone do. ``cosines`` float64 [2, n]
     are those of fake-quant and of the engine with the FP denoiser. Latents are pairs, the two CFG branches of a
     sample: first the empty prompt's, then the prompt's; ``guidance`` float64 [n / 2] is the engine's difference of
-    the two against fake-quant's.
+    the two against fake-quant's. Without guidance it is empty, and latents are no pairs.
     """
 
     timestep_indices: Integers
@@ -171,6 +171,11 @@ class EndToEnd:
     floor_change: float
     cosines: Floats | None = None
     guidance: Floats | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Returns whether latents are pairs."""
+        return self.guidance is None or len(self.guidance) > 0
 
     @property
     def change(self) -> Floats:

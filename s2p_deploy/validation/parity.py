@@ -439,7 +439,7 @@ def text_gap(
     ]
     gap = np.concatenate(gaps)
     worst = _largest(gap)
-    return TableGap("text", name, float(gap[worst]), branch_of(worst), len(gap), half)
+    return TableGap("text", name, float(gap[worst]), branch_of(worst, guided=latents.guided), len(gap), half)
 
 
 def _time_gap(

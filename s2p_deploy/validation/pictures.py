@@ -12,21 +12,24 @@ import numpy as np
 import torch
 
 from s2p_deploy.context import silent
-from s2p_deploy.families import denoiser_of, with_denoiser
+from s2p_deploy.families import with_denoiser
+from s2p_deploy.families.pictures import PictureInputs, pictures_of
+from s2p_deploy.families.pipelines import task_of
 from s2p_deploy.metrics import CPU, distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
-from s2p_deploy.pipeline import Schedule, call_arguments, initial_noise, with_schedule
+from s2p_deploy.pipeline import Schedule, call_arguments, noise_arguments, trained_size, with_schedule
 from s2p_deploy.records import Number, Skipped
 from s2p_deploy.shapes.checker import score_picture
 from s2p_deploy.shapes.scenes import parse
 from s2p_deploy.validation.measurements import PictureComparison, Similarity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
 
     from s2p_deploy.context import Progress
+    from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt, PromptSet
 
 BATCH = 16
@@ -39,13 +42,15 @@ class GeneratedPictures:
     """Pictures that a pipeline generated, and the latents on the way.
 
     ``pictures`` float32 [n, H, W, 3] in [0, 1]; ``trajectory`` float32 [calls, n, C, H, W], the latents after each call
-    of the denoiser; the scheduler's ``timesteps`` [calls]; wall ``seconds`` for all.
+    of the denoiser; the scheduler's ``timesteps`` [calls]; wall ``seconds`` for all; ``inputs``, the pictures that were
+    changed, where the pipeline inpaints or refines.
     """
 
     pictures: NDArray[np.float32]
     trajectory: NDArray[np.float32]
     timesteps: tuple[float, ...]
     seconds: float
+    inputs: PictureInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -86,32 +91,35 @@ class PicturePairs:
                 Image.fromarray(picture).save(folder / f"{index:03d}-{name}.png")
 
 
-def generate_pictures(
+def generate_pictures(  # noqa: PLR0913 - what is drawn, how, and options by keyword
     pipe: DiffusionPipeline,
     prompts: PromptSet,
     schedule: Schedule,
     guidance_scale: float,
     *,
+    inputs: PictureInputs | None = None,
     stage: str = "pictures",
     progress: Progress = silent,
 ) -> GeneratedPictures:
     """Generates a picture of every prompt from its own noise, in batches of :data:`BATCH`; ``pipe`` stays unchanged.
 
+    ``inputs`` are the pictures that are changed, one per prompt, where the pipeline inpaints or refines.
+
     Raises:
         InputError: no such scheduler, or an engine's table does not cover the schedule.
     """
-    return joined_pictures(
-        list(generate_batches(pipe, prompts, schedule, guidance_scale, stage=stage, progress=progress))
-    )
+    batches = generate_batches(pipe, prompts, schedule, guidance_scale, inputs=inputs, stage=stage, progress=progress)
+    return joined_pictures(list(batches), inputs)
 
 
-def joined_pictures(parts: Sequence[GeneratedPictures]) -> GeneratedPictures:
-    """Joins the batches of one schedule, at least one."""
+def joined_pictures(parts: Sequence[GeneratedPictures], inputs: PictureInputs | None = None) -> GeneratedPictures:
+    """Joins the batches of one schedule, at least one, which were made from ``inputs``."""
     return GeneratedPictures(
         np.concatenate([part.pictures for part in parts]),
         np.concatenate([part.trajectory for part in parts], axis=1),
         parts[0].timesteps,
         sum(part.seconds for part in parts),
+        inputs,
     )
 
 
@@ -121,6 +129,7 @@ def generate_batches(  # noqa: PLR0913 - what is drawn, how, and options by keyw
     schedule: Schedule,
     guidance_scale: float,
     *,
+    inputs: PictureInputs | None = None,
     stage: str = "pictures",
     progress: Progress = silent,
     skip: int = 0,
@@ -134,10 +143,37 @@ def generate_batches(  # noqa: PLR0913 - what is drawn, how, and options by keyw
     for first in range(skip * BATCH, total, BATCH):
         some = prompts.prompts[first : first + BATCH]
         start = time.perf_counter()
-        pictures, trajectory = _generate_batch(scheduled, some, schedule, guidance_scale)
+        changed = None if inputs is None else inputs[first : first + BATCH]
+        pictures, trajectory = _generate_batch(scheduled, some, schedule, guidance_scale, changed)
         seconds = time.perf_counter() - start
-        yield GeneratedPictures(pictures, trajectory, tuple(float(t) for t in scheduled.scheduler.timesteps), seconds)
+        timesteps = tuple(float(t) for t in scheduled.scheduler.timesteps[-len(trajectory) :])
+        yield GeneratedPictures(pictures, trajectory, timesteps, seconds)
         progress(stage, first + len(some), total)  # behind what the caller does with the batch: it may keep it
+
+
+def pictures_to_change(
+    pipe: DiffusionPipeline,
+    prompts: PromptSet,
+    sampling: Sampling,
+    drawn: Callable[[PictureInputs], GeneratedPictures],
+) -> PictureInputs | None:
+    """Draws the pictures that an inpainting pipeline or a refiner changes, and lays synthetic masks over them.
+
+    They are those of ``sampling.pictures``, or ``pipe``'s own with everything masked, which ``drawn`` generates. None
+    where a pipeline draws from text alone.
+
+    Raises:
+        InputError: ``sampling.pictures`` is missing, or draws none of this size.
+    """
+    if task_of(type(pipe).__name__) == "text-to-image":
+        return None
+    height, width = trained_size(pipe)
+    if sampling.pictures is not None:
+        pictures = pictures_of(sampling.pictures, prompts, sampling.steps, (height, width), pipe.device)
+    else:
+        found = drawn(PictureInputs.whole(len(prompts.prompts), height, width)).pictures
+        pictures = torch.from_numpy(np.ascontiguousarray(found.transpose(0, 3, 1, 2)))
+    return PictureInputs.masked(pictures, [prompt.noise_seed for prompt in prompts.prompts])
 
 
 def compare_pictures(  # noqa: PLR0913 - what is compared, how it was drawn, and where
@@ -260,7 +296,11 @@ def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _generate_batch(
-    pipe: DiffusionPipeline, prompts: Sequence[Prompt], schedule: Schedule, guidance_scale: float
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    schedule: Schedule,
+    guidance_scale: float,
+    inputs: PictureInputs | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     latents: list[NDArray[np.float32]] = []
 
@@ -268,11 +308,9 @@ def _generate_batch(
         latents.append(tensors["latents"].float().cpu().numpy().copy())
         return tensors
 
-    denoiser = denoiser_of(pipe)
-    noise = initial_noise([prompt.noise_seed for prompt in prompts], denoiser.config)
     result = pipe(
-        **call_arguments(pipe, prompts, schedule, guidance_scale),
-        latents=noise.to(pipe.device, denoiser.dtype),
+        **call_arguments(pipe, prompts, schedule, guidance_scale, inputs),
+        **noise_arguments(pipe, [prompt.noise_seed for prompt in prompts]),
         callback_on_step_end=keep,
         output_type="np",
     )

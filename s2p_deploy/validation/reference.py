@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2p_deploy.calib.trajectories import Sampler, call_indices, encode_prompts
-from s2p_deploy.families import EncodedText, apply_transforms, new_indexed_denoiser
+from s2p_deploy.calib.trajectories import encode_prompts, sampler_of
+from s2p_deploy.families import EncodedText, apply_transforms, denoiser_of, new_indexed_denoiser
+from s2p_deploy.families.model_family import has_branches, reads_mask
+from s2p_deploy.families.pictures import mask_channels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.calib import FakeQuantDenoiser
+    from s2p_deploy.calib.trajectories import Sampler
     from s2p_deploy.families import IndexedDenoiser, Tap
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, TimestepTable
@@ -38,13 +41,14 @@ class ValidationLatents:
 
     ``sample`` float32 [n, C, H, W], ``timestep_indices`` int64 [n], ``text`` float32 [n, tokens, D]. ``added_cond``
     float32 [n, A] is what the time features depend on besides the timestep; A may be 0. The two CFG branches of a
-    sample stand side by side: n is even.
+    sample stand side by side: n is even. Where ``guided`` is false, a sample has one branch.
     """
 
     sample: NDArray[np.float32]
     timestep_indices: NDArray[np.int64]
     text: NDArray[np.float32]
     added_cond: NDArray[np.float32]
+    guided: bool = True
 
     def __len__(self) -> int:
         return len(self.timestep_indices)
@@ -80,24 +84,27 @@ class ValidationLatents:
         return self._some(np.stack([2 * pairs, 2 * pairs + 1], 1).ravel())
 
     def _some(self, some: slice | NDArray[np.int64]) -> ValidationLatents:
-        return ValidationLatents(self.sample[some], self.timestep_indices[some], self.text[some], self.added_cond[some])
+        taken = (self.sample[some], self.timestep_indices[some], self.text[some], self.added_cond[some])
+        return ValidationLatents(*taken, guided=self.guided)
 
 
-def branch_of(latent: int) -> str:
-    """Names the CFG branch that a latent of a pair is of."""
-    return "text of the prompt" if latent % 2 else "text of the empty prompt"
+def branch_of(latent: int, *, guided: bool = True) -> str:
+    """Names the CFG branch that a latent is of: of pairs, or the one where nothing is guided."""
+    return "text of the prompt" if latent % 2 or not guided else "text of the empty prompt"
 
 
 def choose_latents(dataset: LatentDataset, count: int) -> ValidationLatents:
     """Chooses at least ``count`` latents (all, where there are fewer), evenly spaced in order of their timesteps."""
     chosen = _chosen_samples(dataset, count)
     prompt = dataset.prompt[chosen]
-    text = np.stack([dataset.uncond_text[prompt], dataset.cond_text[prompt]], 1).ravel()
+    branches = [dataset.uncond_text, dataset.cond_text] if dataset.guided else [dataset.cond_text]
+    text = np.stack([branch[prompt] for branch in branches], 1).ravel()
     return ValidationLatents(
-        sample=np.repeat(dataset.latents[chosen].astype(np.float32), 2, axis=0),
-        timestep_indices=np.repeat(dataset.timestep_indices[chosen], 2),
+        sample=np.repeat(dataset.latents[chosen].astype(np.float32), len(branches), axis=0),
+        timestep_indices=np.repeat(dataset.timestep_indices[chosen], len(branches)),
         text=dataset.texts[text].astype(np.float32),
         added_cond=dataset.added_cond[text],
+        guided=dataset.guided,
     )
 
 
@@ -107,12 +114,13 @@ def stored_predictions(dataset: LatentDataset, count: int) -> NDArray[np.float32
     The dataset keeps them in float16.
     """
     chosen = _chosen_samples(dataset, count)
-    pairs = np.stack([dataset.uncond[chosen], dataset.cond[chosen]], 1)
+    branches = [dataset.uncond, dataset.cond] if dataset.guided else [dataset.cond]
+    pairs = np.stack([branch[chosen] for branch in branches], 1)
     return pairs.reshape(-1, *pairs.shape[2:]).astype(np.float32)
 
 
 def _chosen_samples(dataset: LatentDataset, count: int) -> NDArray[np.int64]:
-    samples = min((count + 1) // 2, len(dataset.timestep_indices))
+    samples = min((count + 1) // 2 if dataset.guided else count, len(dataset.timestep_indices))
     order = np.lexsort((dataset.prompt, dataset.timestep_indices))
     return order[np.linspace(0, len(order) - 1, samples).round().astype(np.int64)]
 
@@ -131,14 +139,16 @@ def latents_of_pictures(  # noqa: PLR0913 - the pictures, how they were drawn, a
 
     ``device`` is where the text encoders encode (None: where they are).
     """
-    texts = encode_prompts(pipe, prompts, sampling.max_sequence_length, device)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(sampling.steps)
-    sampler = Sampler(scheduler, call_indices(scheduler, timesteps))
+    guidance, config = sampling.guidance_scale, dict(denoiser_of(pipe).config)
+    texts = encode_prompts(pipe, prompts, sampling.max_sequence_length, device, guidance)
+    sampler = sampler_of(pipe, timesteps, sampling.steps, sampling.strength)
     cond, uncond = texts.distinct[texts.cond], texts.distinct[texts.uncond]
-    return latents_of_trajectory(
-        trajectory_inputs(sampler, walk.trajectory), np.asarray(sampler.indices[1:]), cond, uncond, count
-    )
+    seen = trajectory_inputs(sampler, walk.trajectory)
+    if walk.inputs is not None and reads_mask(config):
+        mask = mask_channels(pipe, walk.inputs).numpy()
+        seen = np.concatenate([seen, np.broadcast_to(mask, (len(seen), *mask.shape))], 2)
+    guided = guidance is None or has_branches(config, guidance)
+    return latents_of_trajectory(seen, np.asarray(sampler.indices[1:]), cond, uncond if guided else None, count)
 
 
 def trajectory_inputs(sampler: Sampler, trajectory: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -156,7 +166,7 @@ def latents_of_trajectory(
     trajectory: NDArray[np.float32],
     timestep_indices: NDArray[np.int64],
     cond: EncodedText,
-    uncond: EncodedText,
+    uncond: EncodedText | None,
     count: int,
 ) -> ValidationLatents:
     """Chooses latents as :func:`choose_latents` does, from a pipeline's own trajectory.
@@ -166,21 +176,23 @@ def latents_of_trajectory(
     Args:
         trajectory: float32 [calls, n, C, H, W], the denoiser's input in each call.
         timestep_indices: int64 [calls] of the scheduler's timesteps.
-        cond: the n prompts; ``uncond`` the negative ones.
-        uncond: as ``cond``.
+        cond: the n prompts.
+        uncond: the n negative ones; None where nothing is guided.
         count: how many.
     """
     calls, prompts = trajectory.shape[:2]
     total = calls * prompts
-    points = np.linspace(0, total - 1, min((count + 1) // 2, total)).round().astype(np.int64)
+    branches = [cond] if uncond is None else [uncond, cond]
+    points = np.linspace(0, total - 1, min(-(-count // len(branches)), total)).round().astype(np.int64)
     call, prompt = points // prompts, points % prompts
-    each = [branch[int(index)] for index in prompt for branch in (uncond, cond)]
+    each = [branch[int(index)] for index in prompt for branch in branches]
     texts = EncodedText.stack(each)
     return ValidationLatents(
-        sample=np.repeat(trajectory[call, prompt], 2, axis=0),
-        timestep_indices=np.repeat(timestep_indices[call], 2),
+        sample=np.repeat(trajectory[call, prompt], len(branches), axis=0),
+        timestep_indices=np.repeat(timestep_indices[call], len(branches)),
         text=texts.states.numpy(),
         added_cond=texts.added_cond.numpy(),
+        guided=uncond is not None,
     )
 
 

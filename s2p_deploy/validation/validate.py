@@ -29,7 +29,7 @@ from s2p_deploy.validation.end_to_end import measure_end_to_end, measure_floors,
 from s2p_deploy.validation.measurements import NO_WEIGHTS, Measurements
 from s2p_deploy.validation.parity import measure_parity
 from s2p_deploy.validation.perceptual import measure_perceptual
-from s2p_deploy.validation.pictures import PicturePairs, compare_pictures
+from s2p_deploy.validation.pictures import PicturePairs, compare_pictures, pictures_to_change
 from s2p_deploy.validation.placement import onloaded, reference_device
 from s2p_deploy.validation.reference import choose_latents, latents_of_pictures
 from s2p_deploy.validation.report import Validated, write_report
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib import FakeQuantDenoiser
     from s2p_deploy.context import Progress
     from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.records import Engine, PromptSet, ValidationReport
     from s2p_deploy.validation.measurements import EndToEnd, Floor, PictureComparison
@@ -163,7 +164,8 @@ class ValidationRun:
     def schedules(self) -> tuple[Schedule, ...]:
         """Lists the schedules to draw, the recipe's own first."""
         own = Schedule.of(self.chain.recipe.sampling)
-        others = (replace(one, max_sequence_length=own.max_sequence_length) for one in self.request.schedules)
+        length, strength = own.max_sequence_length, own.strength
+        others = (replace(one, max_sequence_length=length, strength=strength) for one in self.request.schedules)
         return (own, *others)
 
     @contextmanager
@@ -214,11 +216,23 @@ class ValidationRun:
         """Returns the model that the engine was made from, as PyTorch simulates it."""
         return fake_quant_denoiser(self.chain.calibrated)
 
+    @cached_property
+    def changed(self) -> PictureInputs | None:
+        """Returns the pictures that are changed, with synthetic masks; None where all are drawn from text alone."""
+        prompts, (own, *_) = self.request.prompts, self.schedules
+
+        def drawn(whole: PictureInputs) -> GeneratedPictures:
+            stage, guidance = "pictures to change", self.chain.guidance_scale
+            return self.checkpoint.pictures(stage, self.pipe, prompts, own, guidance, self.progress, inputs=whole)
+
+        with onloaded(self.pipe, self.device):
+            return pictures_to_change(self.pipe, prompts, self.chain.recipe.sampling, drawn)
+
     def generated(self, pipe: DiffusionPipeline, schedule: Schedule, stage: str) -> GeneratedPictures:
         """Generates the prompts' pictures with ``pipe``."""
-        guidance = self.chain.guidance_scale
+        prompts, guidance, changed = self.request.prompts, self.chain.guidance_scale, self.changed
         with onloaded(pipe, self.device):
-            return self.checkpoint.pictures(stage, pipe, self.request.prompts, schedule, guidance, self.progress)
+            return self.checkpoint.pictures(stage, pipe, prompts, schedule, guidance, self.progress, inputs=changed)
 
     def latents(self, reference: GeneratedPictures) -> ValidationLatents:
         """Chooses latents of the calibration's dataset, or of the FP pictures where there was none."""
@@ -227,7 +241,13 @@ class ValidationRun:
             return choose_latents(chain.dataset, count)
         sampling, timesteps = chain.recipe.sampling, chain.calibrated.timesteps
         return latents_of_pictures(
-            self.pipe, self.request.prompts, reference, sampling, timesteps, count, device=self.device
+            self.pipe,
+            self.request.prompts,
+            reference,
+            sampling,
+            timesteps,
+            count,
+            device=self.device,
         )
 
     def parity(self, latents: ValidationLatents, runner: BoundRunner | Skipped) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from s2p_deploy.calib import dataset_request, generate_dataset
 from s2p_deploy.calib.dataset import DatasetRequest, Estimate, write_shards
@@ -48,10 +49,30 @@ def test_what_a_dataset_holds(dataset: LatentDataset, recipe: Recipe, prompts: P
     content = dataset.manifest.content
     assert (content["samples"], content["width"], content["prompts"]) == (18, 2, prompts.digest)
     assert (content["threads"], content["device"]) == (1, "cpu")
-    assert content["sampling"] == {"scheduler": "PNDMScheduler", "steps": 6, "guidance_scale": 2.5}
+    assert content["sampling"] == {"scheduler": "PNDMScheduler", "steps": 6, "guidance_scale": 2.5, "guided": True}
     assert set(dataset.manifest.recipe) == {"sampling", "dataset"}
     assert dataset.manifest.recipe["dataset"] == recipe.dataset.model_dump(mode="json")
     assert [path.name for path in dataset.folder.parent.iterdir()] == ["dataset"]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_guidance_up_to_1_walks_with_the_prompt_alone(
+    guidance: float, base: BasePipeline, recipe: Recipe, prompts: PromptSet, source: FloatPipeline, tmp_path: Path
+) -> None:
+    """As Turbo and Lightning are deployed: half the calls, no text of an empty prompt, one output per sample."""
+    sampling = recipe.sampling.model_copy(update={"guidance_scale": guidance})
+    request = dataset_request(base, recipe.model_copy(update={"sampling": sampling}), prompts, tmp_path / "dataset")
+    estimates: list[Estimate] = []
+    alone = generate_dataset(request, source, on_estimate=estimates.append)
+    assert not alone.guided
+    assert estimates[0].batch == recipe.dataset.width
+    assert len(alone.texts) == len(prompts.prompts)
+    assert "uncond" not in load_file(alone.folder / "shard-00000.safetensors")
+    pairs = samples_at(alone, np.arange(len(alone.timestep_indices)))
+    assert len(pairs.sample) == len(alone.timestep_indices)
+    with torch.no_grad():
+        found = source.denoiser(*pairs.inputs(torch.arange(len(pairs.sample))))
+    torch.testing.assert_close(found, pairs.output, atol=5e-3, rtol=2e-3)  # outputs are stored in float16
 
 
 def test_recipes_that_agree_in_sampling_and_dataset_share_one(

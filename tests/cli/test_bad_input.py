@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.records import read_manifest, write_artifact
 from tests.cli.commands import Chain, Finished, Run, quick_settings
-from tests.small_pipelines import sibling
+from tests.small_pipelines import PIPELINES, sibling
 
+REFINER = str(PIPELINES / "shapes-refiner")
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 
@@ -52,6 +53,10 @@ def calibrate(
         ),
         (["calibrate", "shapes", "--recipe", "fp", "--prompts", "no.txt", "--out", "x"], ["no.txt", "does not exist"]),
         (["calibrate", "shapes", "--recipe", "w2a2", "--prompts", "no.txt", "--out", "x"], ["w2a2", "w4a8"]),
+        (
+            ["calibrate", REFINER, "--recipe", "w8a8", "--prompts", "shapes:train", "--out", "x"],
+            ["a refiner changes another pipeline's pictures", "--set sampling.pictures=MODEL"],
+        ),
     ],
 )
 def test_usage(run: Run, arguments: list[str], words: list[str]) -> None:

@@ -34,7 +34,11 @@ def inputs(config: Config, batch: int = len(INDICES)) -> tuple[torch.Tensor, Enc
     """Samples, and for each a text and ``added_cond`` of its own."""
     kind = family_of_config(config)
     generator = torch.Generator().manual_seed(1)
-    shapes = ((batch, 4, 8, 8), (batch, TOKENS, kind.text_width(config)), (batch, kind.added_width(config)))
+    shapes = (
+        (batch, config["in_channels"], 8, 8),
+        (batch, TOKENS, kind.text_width(config)),
+        (batch, kind.added_width(config)),
+    )
     sample, states, added = (torch.randn(shape, generator=generator) for shape in shapes)
     return sample, EncodedText(states, added.abs() * 8)
 

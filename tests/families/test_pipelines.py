@@ -10,6 +10,7 @@ import torch
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, load_pipeline, resolve_base, with_denoiser
+from s2p_deploy.families.pipelines import check_draws_from_text
 from tests.small_pipelines import sibling
 
 BUNDLED = Path(str(resources.files("s2p_deploy") / "shapes" / "pipeline"))
@@ -75,7 +76,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_another_kind_of_pipeline(folder: Path) -> None:
     edit(folder / "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(
-        InputError, match="FluxPipeline: supported pipelines are StableDiffusion3Pipeline, StableDiffusionPipe"
+        InputError, match="FluxPipeline: supported pipelines are LatentConsistencyModelPipeline, StableDiffusion3"
     ):
         resolve_base(str(folder))
 
@@ -205,3 +206,39 @@ def test_components_of_two_models(
     edit(copy / component / "config.json", **changes)
     with pytest.raises(InputError, match=message):
         resolve_base(str(copy))
+
+
+def test_a_latent_consistency_pipeline_is_drawn_by_the_stock_one_that_takes_its_network() -> None:
+    base = sibling("lcm")
+    assert json.loads((base.folder / "model_index.json").read_text())["_class_name"] == "LatentConsistencyModelPipeline"
+    assert (base.pipeline_class, base.task, base.default_strength) == ("StableDiffusionPipeline", "text-to-image", 1.0)
+    check_draws_from_text(base)
+
+
+@pytest.mark.parametrize(("name", "task", "strength"), [("inpaint", "inpainting", 1.0), ("refiner", "refining", 0.3)])
+def test_what_changes_pictures_is_told_from_its_class(name: str, task: str, strength: float) -> None:
+    base = sibling(name)
+    assert (base.task, base.default_strength) == (task, strength)
+    with pytest.raises(InputError, match=f"{base.pipeline_class}, which changes pictures: a text alone is not enough"):
+        check_draws_from_text(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "words"),
+    [
+        ("inpaint", "StableDiffusionPipeline", "reads a mask and a picture too.*: name the Inpaint class"),
+        ("sd2", "StableDiffusionInpaintPipeline", "reads latents alone.*: name the text-to-image class"),
+    ],
+)
+def test_a_class_that_feeds_another_network_is_refused(name: str, written: str, words: str, tmp_path: Path) -> None:
+    shutil.copytree(sibling(name).folder, tmp_path / "pipeline")
+    edit(tmp_path / "pipeline" / "model_index.json", _class_name=written)
+    with pytest.raises(InputError, match=words):
+        resolve_base(str(tmp_path / "pipeline"))
+
+
+def test_a_refiner_that_is_told_no_score_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(sibling("refiner").folder, tmp_path / "pipeline")
+    edit(tmp_path / "pipeline" / "model_index.json", requires_aesthetics_score=False)
+    with pytest.raises(InputError, match="numbers of pooled text and sizes"):
+        resolve_base(str(tmp_path / "pipeline"))

@@ -49,11 +49,10 @@ def test_a_configuration_that_lacks_a_value_is_refused_in_one_line(network: torc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_channels": 9}, "reads 9 channels and writes 4 .inpainting"),
+        ({"in_channels": 8}, "reads 8 channels and writes 4 is not supported"),
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported"),
         ({"num_class_embeds": 10}, "num_class_embeds=10 is not supported"),
         ({"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type='ip_image_proj' is not supported"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported"),
         ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn='silu' is not supported"),
         ({"addition_embed_type": "image"}, "addition_embed_type='image' is not supported"),
         ({"addition_embed_type": "text"}, "addition_embed_type='text' is not supported"),
@@ -66,8 +65,11 @@ def test_a_unet_that_takes_more_than_text_is_refused_by_name(
         family_of_config(network_config(tiny_unet) | changes)
 
 
-def test_a_transformer_for_inpainting_is_refused(mmdit: SD3Transformer2DModel) -> None:
+def test_a_transformer_reads_its_latents_or_a_mask_and_a_picture_too(mmdit: SD3Transformer2DModel) -> None:
     config = network_config(mmdit)
-    with pytest.raises(InputError, match=r"reads 33 channels and writes 4 .inpainting"):
+    with pytest.raises(
+        InputError, match=r"reads 33 channels and writes 4 .*latents of 4, or for inpainting 9 with a mask"
+    ):
         family_of_config(config | {"in_channels": 33})
+    assert family_of_config(config | {"in_channels": 33, "out_channels": 16})
     assert family_of_config(config | {"out_channels": None}), "as many as it reads"

@@ -15,8 +15,9 @@ from s2p_deploy.families import (
     network_config,
     time_table_of,
 )
+from s2p_deploy.families.unet import size_ids
 from s2p_deploy.records import TransformSpec
-from tests.tiny_networks import POOLED, TEXT, TOKENS
+from tests.tiny_networks import POOLED, TEXT, TOKENS, tiny_refiner_unet, tiny_sdxl_unet, tiny_unet
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -53,6 +54,35 @@ def test_added_conditions_are_taken_from_what_a_pipeline_passes(sdxl_unet: UNet2
     found = kind.added_cond({"added_cond_kwargs": given})
     assert found.dtype == torch.float32
     assert found.tolist() == [[1, 1, 64, 64, 0, 0, 64, 64]]
+
+
+@torch.no_grad()
+def test_the_embedding_of_a_guidance_scale_by_hand() -> None:
+    """LCM: the condition passes a layer of its own into the MLP of the timestep."""
+    unet = tiny_unet(cross_attention_dim=12, time_cond_proj_dim=6).eval()
+    condition = torch.linspace(-1, 1, 6)[None]
+    hidden = unet.time_proj(torch.tensor([12.0])) + unet.time_embedding.cond_proj(condition)
+    embedding = unet.time_embedding.linear_2(torch.nn.functional.silu(unet.time_embedding.linear_1(hidden)))
+    expected = unet.mid_block.resnets[0].time_emb_proj(torch.nn.functional.silu(embedding))
+    path = TimePath(unet)
+    start, stop = path.slices["mid_block.resnets.0"]
+    assert torch.allclose(path(torch.tensor([12.0]), condition)[:, start:stop], expected, atol=1e-6)
+    assert time_table_of(unet, 10) is None, "there is no table: the features depend on the guidance too"
+    assert family_of(unet).added_cond({"timestep_cond": condition}).tolist() == condition.tolist()
+
+
+def test_what_depends_on_the_guidance_follows_pooled_text_and_ids() -> None:
+    unet = tiny_sdxl_unet(time_cond_proj_dim=3)
+    given = {"text_embeds": torch.ones(1, POOLED), "time_ids": torch.full((1, 6), 2.0)}
+    found = family_of(unet).added_cond({"added_cond_kwargs": given, "timestep_cond": torch.full((1, 3), 3.0)})
+    assert found.tolist() == [[1.0] * POOLED + [2.0] * 6 + [3.0] * 3]
+    assert family_of(unet).added_width(network_config(unet)) == POOLED + 6 + 3
+
+
+def test_a_refiner_has_five_ids() -> None:
+    assert size_ids(network_config(tiny_refiner_unet())) == 5
+    assert size_ids(network_config(tiny_sdxl_unet())) == 6
+    assert family_of(tiny_refiner_unet()).added_width(network_config(tiny_refiner_unet())) == TEXT + 5
 
 
 @torch.no_grad()

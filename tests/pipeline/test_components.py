@@ -197,3 +197,29 @@ def test_inpainting_blends_latents_of_sixteen_channels() -> None:
         other.set_progress_bar_config(disable=True)
         found.append(other(generator=torch.Generator().manual_seed(5), **asked).images.numpy())
     np.testing.assert_array_equal(*found)
+
+
+def test_a_guidance_scale_that_is_embedded_must_be_and_is_refused_elsewhere(denoiser: EngineUNet) -> None:
+    pipe = load_pipeline(sibling("lcm"))
+    engine, (sample, text) = whole_denoiser(pipe, 4), inputs()
+    for condition in (None, torch.zeros(2, 3)):
+        with pytest.raises(InputError, match="needs the embedded guidance scale that its own pipeline gives"):
+            engine(sample, 999, text, timestep_cond=condition)
+    with pytest.raises(InputError, match="cannot take timestep_cond"):
+        denoiser(sample, 501, text, timestep_cond=torch.zeros(2, 32))
+
+
+def test_guidance_of_a_latent_consistency_model_is_an_embedding() -> None:
+    """Any scale may be asked for, and no second branch is predicted."""
+    pipe = load_pipeline(sibling("lcm"))
+    engine = with_denoiser(pipe, whole_denoiser(pipe, 4))
+    noise, drawn = initial_noise([7], pipe.unet.config), []
+    for scale in (1.5, 3.0):
+        asked: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "latent"}
+        found, expected = (
+            one(PROMPT, latents=noise, generator=torch.Generator().manual_seed(1), **asked).images.numpy()
+            for one in (engine, pipe)
+        )
+        np.testing.assert_array_equal(found, expected)
+        drawn.append(found)
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3

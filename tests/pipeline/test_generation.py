@@ -8,12 +8,14 @@ from diffusers import StableDiffusionPipeline
 from s2p_deploy.engines import TorchRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline, with_denoiser
+from s2p_deploy.families.pictures import PictureInputs
 from s2p_deploy.pipeline import (
     EngineUNet,
     Schedule,
     call_arguments,
     generate,
     initial_noise,
+    timesteps_of,
     with_schedule,
 )
 from s2p_deploy.records import Prompt, TimestepTable
@@ -101,3 +103,21 @@ def test_no_negative_prompt_is_none_where_no_prompt_has_any(base: StableDiffusio
     assert call_arguments(base, [plain, other], schedule, 2.0)["negative_prompt"] == ["", "blurry"]
     assert "max_sequence_length" not in call_arguments(base, [plain], schedule, 2.0)
     assert call_arguments(load_pipeline(sibling("sd3")), [plain], schedule, 2.0)["max_sequence_length"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("inpaint", "give it a picture and a mask"), ("refiner", "give it the picture to refine")]
+)
+def test_a_pipeline_that_changes_pictures_is_not_asked_for_one_from_text(name: str, words: str) -> None:
+    pipe = load_pipeline(sibling(name), without={"unet", "vae", "text_encoder", "text_encoder_2"})
+    with pytest.raises(InputError, match=words):
+        call_arguments(pipe, [Prompt("id", PROMPT)], Schedule(5), 2.0)
+    found = call_arguments(pipe, [Prompt("id", PROMPT)], Schedule(5, strength=0.4), 2.0, PictureInputs.whole(1, 64, 64))
+    assert found["strength"] == 0.4
+    assert ("mask_image" in found) == (name == "inpaint")
+
+
+def test_part_of_a_schedule_is_its_end() -> None:
+    base = sibling("refiner")
+    whole, part = (timesteps_of(base, Schedule(10, strength=strength)) for strength in (1.0, 0.3))
+    assert part.tolist() == whole[-3:].tolist()

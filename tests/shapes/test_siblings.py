@@ -13,8 +13,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.families.pictures import PictureInputs, pictures_of
+from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import read_prompts
 from s2p_deploy.shapes.checker import attribute_accuracy
+from s2p_deploy.validation.pictures import generate_pictures, to_bytes
+from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,6 +31,9 @@ SIBLINGS = {
     "shapes-sdxl": StableDiffusionXLPipeline,
     "shapes-sd3": StableDiffusion3Pipeline,
 }
+
+
+FINE_TUNED = {"shapes-sd35": "sd3", "shapes-inpaint": None, "shapes-lcm": None, "shapes-refiner": "sdxl"}
 
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told, whatever the folder says
@@ -119,3 +127,31 @@ def test_sd3_takes_any_number_of_missing_t5_tokens() -> None:
 def _centre_of_red(picture: np.ndarray) -> np.ndarray:
     """Mean (row, column) of the red pixels of a picture float [64, 64, 3] in [0, 1]."""
     return np.argwhere((picture[..., 0] > 0.6) & (picture[..., 1] < 0.4)).mean(0)
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_a_fine_tuned_sibling_has_a_denoiser_of_its_own_and_shares_the_rest(name: str) -> None:
+    kind = FINE_TUNED[name]
+    start = BUNDLED if kind is None else PIPELINES / f"shapes-{kind}"
+    own = [file for file in (PIPELINES / name).rglob("*") if file.is_file() and not file.parent.is_symlink()]
+    assert 0 < sum(file.stat().st_size for file in own) <= 10_000_000
+    shared = [part for part in (PIPELINES / name).iterdir() if part.is_symlink()]
+    assert {"vae", "tokenizer_2" if (start / "tokenizer_2").exists() else "tokenizer"} <= {part.name for part in shared}
+    assert all(part.resolve() == (start / part.name).resolve() for part in shared)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("sd35", 14), ("lcm", 4), ("inpaint", 20), ("refiner", 20)])
+@torch.no_grad()
+def test_a_fine_tuned_sibling_draws_what_held_out_prompts_say(name: str, steps: int) -> None:
+    base = sibling(name)
+    prompts = read_prompts(BUNDLED / "prompts" / "held_out.jsonl").first(12)
+    inputs = None
+    if base.task == "inpainting":
+        inputs = PictureInputs.whole(12, 64, 64)
+    if base.task == "refining":
+        drawn = pictures_of(str(PIPELINES / "shapes-sdxl"), prompts, steps, (64, 64), torch.device("cpu"))
+        inputs = PictureInputs.masked(drawn, range(12))
+    schedule = Schedule(steps, max_sequence_length=8, strength=base.default_strength)
+    found = generate_pictures(load_pipeline(base), prompts, schedule, base.default_guidance, inputs=inputs)
+    accuracy = attribute_accuracy(list(to_bytes(found.pictures)), [prompt.text for prompt in prompts.prompts])
+    assert accuracy >= 0.8

@@ -288,3 +288,13 @@ def test_hostile_text_stays_text() -> None:
     assert suite[0].get("name") == clean
     assert len(suite) == len(suite[0]) == 1
     junit_xml((GateResult(name, "x", None, None, 0, "failed", name),), name).encode("utf-8")
+
+
+def test_where_nothing_is_guided_no_branches_are_compared() -> None:
+    """The median of all latents counts: by halves, as of pairs, the first would fail."""
+    alone = replace(room(-9, 9, 9, 9, 9, -5), guidance=np.zeros(0))
+    found = results(end_to_end=alone)
+    assert found[GUIDANCE].status == "not applicable"
+    assert "with the prompt alone" in found[GUIDANCE].reason
+    assert (found[OWN_BRANCH].status, found[OWN_BRANCH].value, found[OWN_BRANCH].n) == ("passed", 9.0, 6)
+    assert found[OWN_BRANCH].where == "text of the prompt"

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from s2p_deploy.calib.trajectories import Sampler
 from s2p_deploy.families import EncodedText
 from s2p_deploy.records import Base, LatentDataset, Manifest
-from s2p_deploy.validation.reference import choose_latents, latents_of_trajectory, trajectory_inputs
+from s2p_deploy.validation.reference import choose_latents, latents_of_trajectory, stored_predictions, trajectory_inputs
 
 
 def dataset(points: int = 10) -> LatentDataset:
@@ -41,6 +41,15 @@ def test_latents_are_spread_over_the_timesteps_with_both_branches_side_by_side()
     assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 1, 0, 2]
     assert chosen.added_cond.tolist() == [[10 * text] * 2 for text in (0, 1, 0, 1, 0, 2)]
     assert chosen.sample.dtype == chosen.text.dtype == chosen.added_cond.dtype == np.float32
+
+
+def test_without_guidance_every_sample_has_the_branch_of_its_prompt_alone() -> None:
+    chosen = choose_latents(replace(dataset(), guided=False), 3)
+    assert chosen.timestep_indices.tolist() == [0, 400, 900]
+    assert chosen.text[:, 0, 0].tolist() == [1, 1, 2]
+    assert not chosen.guided
+    assert not chosen.first(2).guided
+    assert stored_predictions(replace(dataset(), guided=False), 3)[:, 0, 0, 0].tolist() == [0, 4, 9]
 
 
 def test_an_added_condition_is_an_input_only_where_there_is_one() -> None:
@@ -97,3 +106,7 @@ def test_a_walk_gives_what_every_call_saw() -> None:
     assert chosen.sample[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert chosen.text[:, 0, 0].tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
     assert chosen.added_cond[:, 0].tolist() == [3, 10, 4, 20, 3, 10, 4, 20]
+    alone = latents_of_trajectory(seen, np.array([500, 100]), cond, None, 4)
+    assert alone.timestep_indices.tolist() == [500, 500, 100, 100]
+    assert alone.text[:, 0, 0].tolist() == [1, 2, 1, 2]
+    assert not alone.guided

@@ -64,7 +64,7 @@ class LoopModel:
         self._timesteps = bound_timesteps(engine, settings.schedules)
         self._profile = engine.profile
         self._sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
-        self._guidance = self._sampling.guidance_scale or base.default_guidance
+        self._guidance = self._sampling.guidance(base.default_guidance)
         self._pipe = with_denoiser(load_pipeline(base), self._component(lambda: False))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -208,8 +208,8 @@ def check_request(request: ImageRequest, most_steps: int) -> None:
     """Checks a request's numbers and texts; raises InputError where one is out of its range."""
     if not 1 <= request.steps <= most_steps:
         raise InputError(f"steps is {request.steps}: give 1 to {most_steps}")
-    if not (math.isfinite(request.guidance_scale) and 1 <= request.guidance_scale <= _MOST_GUIDANCE):
-        raise InputError(f"guidance_scale is {request.guidance_scale}: give 1 to {_MOST_GUIDANCE:g}")
+    if not (math.isfinite(request.guidance_scale) and 0 <= request.guidance_scale <= _MOST_GUIDANCE):
+        raise InputError(f"guidance_scale is {request.guidance_scale}: give 0 to {_MOST_GUIDANCE:g}")
     if request.seed < 0:
         raise InputError(f"seed is {request.seed}: give 0 or more")
     if min(request.size or (1, 1)) < 1:

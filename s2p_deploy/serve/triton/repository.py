@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families import resolve_base
+from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import Schedule, schedules_to_bind
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Manifest, check_vacant, write_artifact
@@ -106,6 +107,7 @@ def export_repository(
     check_vacant(out, replace=replace)
     if options.native:
         check_native(engine)
+    check_draws_from_text(base.pipeline_class)
     copied = tuple(_pipeline_files(base)) if options.with_pipeline else ()
     files = [engine.folder / name for name in engine.manifest.files]
     check_room(out, sum(path.stat().st_size for path in (*files, *copied)) + 2**20)
