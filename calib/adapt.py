@@ -16,11 +16,11 @@ from s2p_deploy.calib.model_files import WEIGHT_SCALES, WEIGHTS
 from s2p_deploy.calib.quantized_denoiser import WeightQuantizer
 from s2p_deploy.calib.request import KIND
 from s2p_deploy.calib.starting_scales import weight_scale
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.calib.streaming import DenoiserWeights, shifted_sources, split_sources
 from s2p_deploy.context import Context
 from s2p_deploy.families import check_base, indexed_skeleton, load_time_path
 from s2p_deploy.families.checkpoint import DTYPES, Checkpoint, TensorForm
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.families.time_path import table_of_path
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.recipe import recipe_from_data

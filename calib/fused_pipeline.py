@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from s2p_deploy.calib.streamed_tensors import write_tensor_file
 from s2p_deploy.context import silent
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint
 from s2p_deploy.families.lora import GivenLora, Lora, LoraLayer, fused_weight
 from s2p_deploy.families.network_files import check_network, component_classes, read_json
 from s2p_deploy.families.pipelines import BasePipeline, resolve_base
+from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.records import file_digest
 from s2p_deploy.records.files import check_room, claimed, link_or_copy, write_text, writing
 

@@ -82,9 +82,10 @@ class CalibrationRequest:
     def conditions(self) -> dict[str, Any]:
         """Names everything that decides the bits of the result."""
         # What is asked of the result decides nothing of the work behind it: another target goes on with that.
-        asked = {"target": {"psnr", "ssim", "at"}, "validation": True}
+        recipe = self.recipe.model_dump(mode="json", exclude={"validation"})
+        recipe["target"] = {name: recipe["target"][name] for name in ("ranked", "searched", "verified")}
         return self.identity() | {
-            "recipe": self.recipe.model_dump(mode="json", exclude=asked),
+            "recipe": recipe,
             "device and number of threads": f"{self.context.torch_device}, {torch.get_num_threads()}",
             "arithmetic": self.context.arithmetic_name,
             "memory limit": self.context.memory_limit,

@@ -380,7 +380,7 @@ def _metrics(request: CalibrationRequest, device: torch.device) -> dict[str, Met
     if request.recipe.target.lpips is not None:
         file = lpips_file(request.weights)
         network = load_weights(Lpips(), file).to(device)
-        metrics["lpips"] = lambda first, second: lpips_distances(network, *map(_as_bytes, (first, second)), device)
+        metrics["lpips"] = lambda first, second: lpips_distances(network, _as_bytes(first), _as_bytes(second), device)
     return metrics
 
 

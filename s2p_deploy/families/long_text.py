@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 
-from s2p_deploy.families.text import encode_texts
-from s2p_deploy.families.unet import SIZE_IDS
+from s2p_deploy.families.text import encode_texts, is_sd3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,17 +83,21 @@ def long_prompt_embeds(
         # SDXL takes zeros for a negative prompt that is empty, not for empty chunks of one
         zeros = kind == "negative_" and not text
         encoded = encode_texts(pipe, chunks, negative=zeros, max_sequence_length=_UNREAD)
-        states, pooled = encoded.states, encoded.added_cond[:1]
-        if isinstance(pipe, StableDiffusion3Pipeline):
+        states = encoded.states
+        if is_sd3(pipe):
             states = torch.cat([states[:, :-_UNREAD].flatten(0, 1), _third_states(pipe, text, third, clip.device)])
         else:
             states = states.flatten(0, 1)
-        if isinstance(pipe, StableDiffusionXLPipeline):
-            pooled = pooled[:, :-SIZE_IDS]
         embeds[f"{kind}prompt_embeds"] = states[None].to(clip.device, clip.dtype)
-        if pooled.shape[1]:
+        if "text_encoder_2" in pipe.components:
+            pooled = encoded.added_cond[:1] if is_sd3(pipe) else encoded.added_cond[:1, : _pooled_width(pipe)]
             embeds[f"{kind}pooled_prompt_embeds"] = pooled.to(clip.device, clip.dtype)
     return embeds
+
+
+def _pooled_width(pipe: DiffusionPipeline) -> int:
+    """Returns the width of SDXL's pooled text, which size ids follow."""
+    return int(pipe.text_encoder_2.config.projection_dim)
 
 
 def _clip_tokenizers(pipe: DiffusionPipeline) -> list[Any]:
@@ -107,12 +110,14 @@ def _sized_words(pipe: DiffusionPipeline, text: str, room: int) -> Iterator[tupl
     for word in text.split():
         rest = word
         while (size := _tokens(pipe, rest)) > room:
-            fitting = max(
-                1, bisect_right(range(1, len(rest)), room, key=lambda end, rest=rest: _tokens(pipe, rest[:end]))
-            )
+            fitting = max(1, bisect_right(range(1, len(rest)), room, key=partial(_tokens_until, pipe, rest)))
             yield rest[:fitting], _tokens(pipe, rest[:fitting])
             rest = rest[fitting:]
         yield rest, size
+
+
+def _tokens_until(pipe: DiffusionPipeline, word: str, end: int) -> int:
+    return _tokens(pipe, word[:end])
 
 
 def _tokens(pipe: DiffusionPipeline, word: str) -> int:
@@ -134,8 +139,9 @@ def _third_parts(pipe: DiffusionPipeline, text: str, max_sequence_length: int) -
     return 1 if tokenizer is None else math.ceil(len(tokenizer(text).input_ids) / max_sequence_length)
 
 
-def _third_states(pipe: StableDiffusion3Pipeline, text: str, tokens: int, device: torch.device) -> Tensor:
+def _third_states(pipe: DiffusionPipeline, text: str, tokens: int, device: torch.device) -> Tensor:
     """Encodes a text by SD3's third encoder, or as zeros where it is absent: float32 [tokens, D] on the CPU."""
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "max_sequence_length": tokens}
-    states, *_ = pipe.encode_prompt([""], None, [text], device=device, **options)
-    return states[0, -tokens:].float().cpu()
+    encoded, *_ = pipe.encode_prompt([""], None, [text], device=device, **options)
+    states: Tensor = encoded[0, -tokens:].float().cpu()
+    return states

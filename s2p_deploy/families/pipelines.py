@@ -190,7 +190,7 @@ def check_draws_from_text(pipeline_class: str) -> None:
     if task != "text-to-image":
         needed = "a picture and a mask" if task == "inpainting" else "the picture to refine"
         raise InputError(
-            f"a {pipeline_class} does not draw from text alone: give it {needed} (generate --image, or /v1/images/edits)"
+            f"a {pipeline_class} does not draw from text alone: give it {needed} (generate --image, /v1/images/edits)"
         )
 
 
