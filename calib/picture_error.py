@@ -12,17 +12,18 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
+from s2p_deploy.calib.pictures import autoencoder_on, changed_pictures
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.starting_scales import weight_scale
 from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.calib.trajectories import final_latents, trajectory_inputs
+from s2p_deploy.families.pictures import latent_pictures
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from s2p_deploy.families import IndexedDenoiser
     from s2p_deploy.records import PromptSet
 
+LATENTS = "latents"
 RELIEVED = "target"  # rule of a layer that was left in higher precision
 _WIDER = "int8"  # what INT4 weights become
 
@@ -131,27 +133,24 @@ class Drawing:
     reference: Tensor
 
     @staticmethod
-    def of(source: FloatPipeline, prompts: PromptSet, request: CalibrationRequest, reference: Tensor) -> Drawing:
-        """Prepares ``prompts`` under the deployed sampling; ``reference`` is :func:`reference_latents` of them."""
-        return Drawing(source.pipe, trajectory_inputs(source, prompts, request.recipe), reference)
+    def of(
+        source: FloatPipeline, prompts: PromptSet, request: CalibrationRequest, drawn: Mapping[str, Tensor]
+    ) -> Drawing:
+        """Prepares ``prompts`` under the deployed sampling; ``drawn`` is :func:`drawn_in_float` of them."""
+        started = {name: tensor for name, tensor in drawn.items() if name != LATENTS}
+        return Drawing(source.pipe, trajectory_inputs(source, prompts, request.recipe, **started), drawn[LATENTS])
 
     def __getitem__(self, some: slice) -> Drawing:
         """Takes some of the prompts."""
-        inputs = replace(
-            self.inputs,
-            noise=self.inputs.noise[some],
-            cond=self.inputs.cond[some],
-            uncond=self.inputs.uncond[some],
-            generators=self.inputs.generators[some],
-        )
-        return Drawing(self.pipe, inputs, self.reference[some])
+        return Drawing(self.pipe, self.inputs[some], self.reference[some])
 
     def pairs(self, denoise: Denoise) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Draws with ``denoise``; yields every floating-point picture with its own, both float32 [1, H, W, 3]."""
         drawn = final_latents(denoise, self.inputs)
-        for pair in zip(self.reference.to(drawn.device), drawn, strict=True):
-            first, second = (decoded(self.pipe, latents[None]) for latents in pair)
-            yield first, second
+        with autoencoder_on(self.pipe, drawn.device):
+            for pair in zip(self.reference, drawn, strict=True):
+                first, second = (_picture(self.pipe, latents) for latents in pair)
+                yield first, second
 
     def metric(
         self, denoise: Denoise, *metrics: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float64]]
@@ -161,15 +160,18 @@ class Drawing:
         return np.array(values, dtype=np.float64).reshape(-1, len(metrics)).T
 
 
-def reference_latents(
+def drawn_in_float(
     source: FloatPipeline, state: TrainingState, prompts: PromptSet, request: CalibrationRequest
-) -> Tensor:
-    """Draws ``prompts`` with nothing quantized; returns the last latents float32 [n, C, H, W], on the CPU.
+) -> dict[str, Tensor]:
+    """Draws ``prompts`` with nothing quantized; returns the last :data:`LATENTS` float32 [n, C, H, W], on the CPU.
 
-    ``state`` is as it was before training.
+    Beside them is what :func:`changed_pictures` has for a pipeline that changes pictures. ``state`` is as it was before
+    training.
     """
-    floating = with_plan(state, alone(state.denoiser.plan, None), request)
-    return final_latents(floating.predict, trajectory_inputs(source, prompts, request.recipe)).cpu()
+    denoise = with_plan(state, alone(state.denoiser.plan, None), request).predict
+    started = changed_pictures(source, denoise, prompts, request.recipe)
+    inputs = trajectory_inputs(source, prompts, request.recipe, **started)
+    return started | {LATENTS: final_latents(denoise, inputs).cpu()}
 
 
 def squared_error(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -191,19 +193,6 @@ def error_alone(
     return errors
 
 
-@torch.no_grad()
-def decoded(pipe: DiffusionPipeline, latents: Tensor) -> NDArray[np.float32]:
-    """Decodes last latents [n, C, H, W] to pictures float32 [n, H, W, 3] in [0, 1], as the pipeline does."""
-    vae = pipe.vae.to(latents.device)
-    config = vae.config
-    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
-    scaled = latents.to(vae.dtype)
-    if mean is not None and std is not None:
-        spread, middle = (torch.tensor(values).view(1, -1, 1, 1).to(scaled) for values in (std, mean))
-        scaled = scaled * spread / config.scaling_factor + middle
-    else:
-        scaled = scaled / config.scaling_factor + (config.get("shift_factor") or 0.0)
-    pictures: NDArray[np.float32] = pipe.image_processor.postprocess(
-        vae.decode(scaled, return_dict=False)[0].float(), output_type="np"
-    )
-    return pictures
+def _picture(pipe: DiffusionPipeline, latents: Tensor) -> NDArray[np.float32]:
+    picture: NDArray[np.float32] = latent_pictures(pipe, latents[None]).permute(0, 2, 3, 1).numpy()
+    return picture

@@ -16,6 +16,7 @@ from s2p_deploy.families.pipelines import task_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from s2p_deploy.calib.trajectories import Denoise, FloatPipeline
@@ -46,7 +47,7 @@ def changed_pictures(source: FloatPipeline, denoise: Denoise, prompts: PromptSet
     if task == "text-to-image":
         return {}
     few = prompts if task == "refining" else prompts.first(MASKED)
-    with _on(source):
+    with autoencoder_on(source.pipe, source.device):
         if recipe.sampling.pictures is None:
             pictures = _own_pictures(source, denoise, few, recipe)
         else:
@@ -94,12 +95,11 @@ def _picture_size(source: FloatPipeline) -> tuple[int, int]:
 
 
 @contextmanager
-def _on(source: FloatPipeline) -> Iterator[None]:
-    """Puts the autoencoder on the denoiser's device meanwhile."""
-    vae = source.pipe.vae
-    before = vae.device
+def autoencoder_on(pipe: DiffusionPipeline, device: torch.device) -> Iterator[None]:
+    """Keeps a pipeline's autoencoder on ``device`` while the context lasts."""
+    before = pipe.vae.device
     try:
-        vae.to(source.device)
+        pipe.vae.to(device)
         yield
     finally:
-        vae.to(before)
+        pipe.vae.to(before)

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from s2p_deploy.calib.picture_error import (
     Drawing,
     alone,
+    drawn_in_float,
     error_alone,
-    reference_latents,
     reliefs,
     relieved,
     with_plan,
@@ -112,12 +112,11 @@ def search_time(request: CalibrationRequest, source: FloatPipeline, plan: Precis
 class Ranking:
     """What each quantizer by itself does to the pictures.
 
-    ``errors`` float64 [ranked] by :attr:`Relief.key`; ``reference`` float32 [n, C, H, W], the last latents of all
-    prompts of the search.
+    ``errors`` float64 [ranked] by :attr:`Relief.key`; ``drawn`` is :func:`drawn_in_float` of all prompts of the search.
     """
 
     errors: dict[str, NDArray[np.float64]]
-    reference: Tensor
+    drawn: dict[str, Tensor]
 
     def of_layers(self, plan: PrecisionPlan) -> dict[str, float]:
         """Computes the mean squared error of the pictures by layer: of its input's quantizer and its INT4 weights."""
@@ -142,9 +141,9 @@ def rank_by_picture(request: CalibrationRequest, source: FloatPipeline, state: T
     folder, progress = request.partial, request.context.progress
     latents = folder / _LATENTS
     if not latents.exists():
-        write_tensors(latents, {"latents": reference_latents(source, state, request.judged, request)})
-    reference = load_file(latents)["latents"]
-    drawing = Drawing.of(source, request.judged, request, reference)[:count]
+        write_tensors(latents, drawn_in_float(source, state, request.judged, request))
+    drawn = load_file(latents)
+    drawing = Drawing.of(source, request.judged, request, drawn)[:count]
     file, errors = folder / _ERRORS, _read(folder / _ERRORS)
     all_reliefs = reliefs(state.denoiser.plan)
     for done, relief in enumerate(all_reliefs):
@@ -153,7 +152,7 @@ def rank_by_picture(request: CalibrationRequest, source: FloatPipeline, state: T
             errors[relief.key] = error_alone(state, relief, drawing, request).tolist()
             write_text(file, json.dumps(errors, indent=1) + "\n")
     progress("sensitivity by picture", len(all_reliefs), len(all_reliefs))
-    return Ranking({key: np.array(values) for key, values in errors.items()}, reference)
+    return Ranking({key: np.array(values) for key, values in errors.items()}, drawn)
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ class _Search:
     ) -> None:
         self.request, self.state = request, state
         self.target: Target = request.recipe.target
-        self.drawing = Drawing.of(source, request.judged, request, ranking.reference)
+        self.drawing = Drawing.of(source, request.judged, request, ranking.drawn)
         self.metrics = _metrics(request, state.device)
         self.file = request.partial / _TRIALS
         self.trials: dict[str, Any] = _read(self.file)

@@ -446,15 +446,18 @@ class TrajectoryInputs:
     def batches(self) -> Iterator[TrajectoryInputs]:
         """Yields all of it in order, ``width`` prompts at a time."""
         for start in range(0, len(self.noise), self.width):
-            some = slice(start, start + self.width)
-            yield replace(
-                self,
-                noise=self.noise[some],
-                cond=self.cond[some],
-                uncond=self.uncond[some],
-                mask=self.mask[some],
-                generators=self.generators[some],
-            )
+            yield self[start : start + self.width]
+
+    def __getitem__(self, some: slice) -> TrajectoryInputs:
+        """Takes some of the prompts."""
+        return replace(
+            self,
+            noise=self.noise[some],
+            cond=self.cond[some],
+            uncond=self.uncond[some],
+            mask=self.mask[some],
+            generators=self.generators[some],
+        )
 
     def to(self, device: torch.device) -> TrajectoryInputs:
         """Moves the tensors; generators stay on the CPU, so that the noise is the same on every device."""

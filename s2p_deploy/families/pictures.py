@@ -115,7 +115,12 @@ def picture_latents(pipe: DiffusionPipeline, pictures: Tensor) -> Tensor:
 def latent_pictures(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Decodes scaled latents [n, C, h, w] to pictures float32 [n, 3, H, W] in [0, 1]."""
     config, place = pipe.vae.config, {"device": pipe.vae.device, "dtype": pipe.vae.dtype}
-    plain = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))  # SDXL's of some fine-tunes
+    if mean is None or std is None:
+        plain = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    else:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+        plain = latents * std / config.scaling_factor + mean
     parts = [pipe.vae.decode(part.to(**place), return_dict=False)[0].float().cpu() for part in plain.split(_AT_ONCE)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from s2p_deploy.calib import QuantizedConv2d, calibrate, fake_quant_denoiser
 from s2p_deploy.calib.hooks import PRODUCT
-from s2p_deploy.calib.picture_error import Drawing, Relief, alone, decoded, error_alone, reliefs, relieved, with_plan
+from s2p_deploy.calib.picture_error import Drawing, Relief, alone, error_alone, reliefs, relieved, with_plan
 from s2p_deploy.calib.request import CalibrationRequest
 from s2p_deploy.calib.target import (
     Ranking,
@@ -33,6 +33,7 @@ from s2p_deploy.calib.trajectories import FloatPipeline, final_latents, load_flo
 from s2p_deploy.context import Context
 from s2p_deploy.errors import GateFailedError, InputError
 from s2p_deploy.families import BasePipeline, IndexedDenoiser, load_pipeline, resolve_base, text_tokens, zero_inputs
+from s2p_deploy.families.pictures import latent_pictures
 from s2p_deploy.metric_networks import LPIPS, open_weights
 from s2p_deploy.metrics import psnr_db
 from s2p_deploy.pipeline import Schedule
@@ -118,14 +119,6 @@ def asking(request: CalibrationRequest, **limits: object) -> CalibrationRequest:
     return replace(request, recipe=request.recipe.model_copy(update={"target": target}))
 
 
-def test_the_pipeline_decodes_the_same_pictures(source: FloatPipeline) -> None:
-    pipe, side = source.pipe, source.denoiser.config["sample_size"]
-    latents = torch.randn((2, 4, side, side), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    assert np.array_equal(decoded(pipe, latents), pipe.image_processor.postprocess(image, output_type="np"))
-
-
 @pytest.mark.parametrize("name", ["shapes", "sd2", "sdxl", "sd3"])
 def test_a_search_draws_the_pipelines_own_pictures(name: str) -> None:
     base = resolve_base("shapes") if name == "shapes" else sibling(name)
@@ -136,7 +129,8 @@ def test_a_search_draws_the_pipelines_own_pictures(name: str) -> None:
     expected = generate_pictures(load_pipeline(base), prompts, schedule, 2.0).pictures
     floating = load_float_pipeline(base, 3)
     latents = final_latents(floating.denoiser, trajectory_inputs(floating, prompts, recipe))
-    assert np.abs(decoded(floating.pipe, latents) - expected).max() < 1e-4
+    found = latent_pictures(floating.pipe, latents).permute(0, 2, 3, 1).numpy()
+    assert np.abs(found - expected).max() < 1e-4
 
 
 def test_reliefs_are_activations_and_four_bit_weights(state: TrainingState) -> None:
@@ -255,7 +249,7 @@ def test_the_ranking_has_every_quantizer(state: TrainingState, ranked: tuple[Pat
     ranking = ranked[1]
     assert set(ranking.errors) == {each.key for each in reliefs(state.denoiser.plan)}
     assert all(len(errors) == 2 and (errors >= 0).all() for errors in ranking.errors.values())
-    assert len(ranking.reference) == 5
+    assert len(ranking.drawn["latents"]) == 5
 
 
 def test_the_ranking_is_kept_and_goes_on(
@@ -279,13 +273,13 @@ def test_the_ranking_is_kept_and_goes_on(
     again = rank_by_picture(request_of, source, state, 2)
     assert drawn == [key]
     assert again.errors[key].tolist() == errors
-    assert torch.equal(again.reference, ranked[1].reference)
+    assert torch.equal(again.drawn["latents"], ranked[1].drawn["latents"])
 
 
 def test_a_layers_error_is_of_its_input_and_its_weights(state: TrainingState, tmp_path: Path) -> None:
     plan = state.denoiser.plan
     errors = {each.key: np.array([1.0, 3.0]) for each in reliefs(plan)}
-    scored = with_errors(plan, Ranking(errors, torch.zeros(0)))
+    scored = with_errors(plan, Ranking(errors, {}))
     by_name = {layer.name: layer for layer in scored.layers}
     both = next(layer for layer in plan.layers if layer.weights == "int4" and layer.activation_quantizer)
     weights_only = next(layer for layer in plan.layers if layer.weights == "int4" and not layer.activation_quantizer)
@@ -313,7 +307,7 @@ def test_what_holds_already_costs_nothing(
 def test_a_target_is_reached_and_verified_on_other_prompts(
     state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    drawing = Drawing.of(source, request_of.judged, request_of, rank_by_picture(request_of, source, state, 2).reference)
+    drawing = Drawing.of(source, request_of.judged, request_of, rank_by_picture(request_of, source, state, 2).drawn)
     plan = state.denoiser.plan
     least, most = (
         drawing.metric(with_plan(state, relieved(plan, given), request_of).predict, psnr_db)[0]
@@ -359,10 +353,10 @@ def test_says_where_other_prompts_do_not_agree(
     state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
     ranking = rank_by_picture(request_of, source, state, 2)
-    far = ranking.reference.clone()
+    far = ranking.drawn["latents"].clone()
     far[3:] = 20 * torch.randn(far[3:].shape, generator=torch.Generator().manual_seed(0))  # of the verifying prompts
     with pytest.raises(GateFailedError, match=r"was reached on 3 prompts and not on 2 others"):
-        reach_target(asking(request_of, psnr=18.0), source, state, replace(ranking, reference=far))
+        reach_target(asking(request_of, psnr=18.0), source, state, replace(ranking, drawn={"latents": far}))
 
 
 @pytest.mark.parametrize(("given", "enough"), [(9, False), (12, True)])
