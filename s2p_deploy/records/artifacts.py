@@ -86,6 +86,13 @@ class BaseOptions:
     ``components`` is the folder or hub id that gives what a single file lacks, and ``vae`` the file or folder of
     another autoencoder. ``prediction_type`` replaces the scheduler's, ``variant`` names files (``fp16``), and ``ema``
     takes a single file's averaged weights.
+
+    Example:
+        >>> turned = calibrate(
+        ...     "shapes", recipe="fp", out="build/turned", options=BaseOptions(prediction_type="v_prediction")
+        ... )
+        >>> turned.manifest.base.options.prediction_type
+        'v_prediction'
     """
 
     components: str | None = None
