@@ -83,9 +83,13 @@ def adapt(
         if not calibrated.added_width:
             _write_time_table(calibrated, base, fused, folder / TIME_TABLE)
         content = {name: value for name, value in calibrated.manifest.content.items() if name not in _OF_DATASET}
-        identity = {"pipeline": fused.base.digest, "fused LoRAs": fused_loras(fused)}
-        adapted = {"from": calibrated.manifest.digest, "layers": sorted(weights.touched)}
-        return content | {"request": content.get("request", {}) | identity, "adapted": adapted}
+        # with the model as its initial one, no calibration of the fused pipeline takes it for its own result
+        identity = {
+            "pipeline": fused.base.digest,
+            "fused LoRAs": fused_loras(fused),
+            "initial model": calibrated.manifest.digest,
+        }
+        return content | {"request": content.get("request", {}) | identity, "adapted": sorted(weights.touched)}
 
     write_artifact(
         out,

@@ -80,8 +80,11 @@ def test_what_was_trained_is_kept(base: BasePipeline, prompts: PromptSet, recipe
         expected = least_squares_weight_scale(torch.from_numpy(after[name]), fmt)
         np.testing.assert_allclose(scales_after[layer.name], expected.numpy(), rtol=1e-6)
     content = adapted.manifest.content
-    assert content["adapted"] == {"from": calibrated.manifest.digest, "layers": sorted(PATHS[:3])}
+    assert content["adapted"] == sorted(PATHS[:3])
     assert content["request"]["fused LoRAs"] == fused_loras(fused)
+    assert adapted.manifest.parents["adapted_from"].digest == calibrated.manifest.digest
+    with pytest.raises(InputError, match="differs in initial model"):
+        calibrate(fused, recipe, prompts, tmp_path / "adapted")
     assert adapted.manifest.base == fused.base
     assert {"training", "dataset"} & content.keys() == set()
 
