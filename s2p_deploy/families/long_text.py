@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,27 +109,29 @@ def _sized_words(pipe: DiffusionPipeline, text: str, room: int) -> Iterator[tupl
     for word in text.split():
         rest = word
         while (size := _tokens(pipe, rest)) > room:
-            fitting = max(1, bisect_right(range(1, len(rest)), room, key=partial(_tokens_until, pipe, rest)))
-            yield rest[:fitting], _tokens(pipe, rest[:fitting])
-            rest = rest[fitting:]
+            part = rest[: _fitting(pipe, rest, room)]
+            yield part, _tokens(pipe, part)
+            rest = rest[len(part) :]
         yield rest, size
 
 
-def _tokens_until(pipe: DiffusionPipeline, word: str, end: int) -> int:
-    return _tokens(pipe, word[:end])
+def _fitting(pipe: DiffusionPipeline, word: str, room: int) -> int:
+    """Returns how many characters of a word, at least one, have at most ``room`` tokens."""
+
+    def size(end: int) -> int:
+        return _tokens(pipe, word[:end])
+
+    return max(1, bisect_right(range(1, len(word)), room, key=size))
 
 
 def _tokens(pipe: DiffusionPipeline, word: str) -> int:
     """Returns the number of tokens of a word, of the CLIP tokenizer that needs most."""
-    converts = isinstance(pipe, TextualInversionLoaderMixin)
-    return max(
-        len(
-            tokenizer(
-                pipe.maybe_convert_prompt(word, tokenizer) if converts else word, add_special_tokens=False
-            ).input_ids
-        )
-        for tokenizer in _clip_tokenizers(pipe)
-    )
+    sizes = []
+    for tokenizer in _clip_tokenizers(pipe):
+        converts = isinstance(pipe, TextualInversionLoaderMixin)
+        converted = pipe.maybe_convert_prompt(word, tokenizer) if converts else word
+        sizes.append(len(tokenizer(converted, add_special_tokens=False).input_ids))
+    return max(sizes)
 
 
 def _third_parts(pipe: DiffusionPipeline, text: str, max_sequence_length: int) -> int:
@@ -142,6 +143,5 @@ def _third_parts(pipe: DiffusionPipeline, text: str, max_sequence_length: int) -
 def _third_states(pipe: DiffusionPipeline, text: str, tokens: int, device: torch.device) -> Tensor:
     """Encodes a text by SD3's third encoder, or as zeros where it is absent: float32 [tokens, D] on the CPU."""
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "max_sequence_length": tokens}
-    encoded, *_ = pipe.encode_prompt([""], None, [text], device=device, **options)
-    states: Tensor = encoded[0, -tokens:].float().cpu()
-    return states
+    states: Tensor = pipe.encode_prompt([""], None, [text], device=device, **options)[0]
+    return states[0, -tokens:].float().cpu()

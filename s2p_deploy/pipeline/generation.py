@@ -318,7 +318,7 @@ def _chunked(pipe: DiffusionPipeline, prompt: Prompt, schedule: Schedule, *, gui
     profile: ShapeProfile | None = getattr(denoiser_of(pipe), "profile", None)
     one = text_tokens(pipe, schedule.max_sequence_length)
     fewest = 1 if profile is None or profile.tokens is None else math.ceil(profile.tokens.minimum / one)
-    longest = schedule.max_sequence_length
+    third = schedule.max_sequence_length
     return long_prompt_embeds(
-        pipe, prompt.text, prompt.negative, guided=guided, fewest=fewest, max_sequence_length=longest
+        pipe, prompt.text, prompt.negative, guided=guided, fewest=fewest, max_sequence_length=third
     )

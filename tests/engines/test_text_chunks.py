@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,9 +33,11 @@ from tests.artifacts import TOKENS, tiny_calibrated, tiny_inputs
 if TYPE_CHECKING:
     from tests.engines.conftest import GraphOf
 
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
 LEVEL = 25  # dB: rounding flips
 SPAN = Span(TOKENS, TOKENS, 4 * TOKENS)
+
+EngineFor = Callable[[str], Engine]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +51,14 @@ def graph(calibrated: CalibratedModel) -> ExportedGraph:
 
 
 @pytest.fixture(scope="module")
-def engines(graph: ExportedGraph) -> dict[str, Engine]:
-    folder = graph.folder.parent
-    return {backend: build_engine(graph, folder / backend, backend=backend) for backend in BACKENDS}
+def engine_for(graph: ExportedGraph) -> EngineFor:
+    """Backend -> its engine."""
+
+    @cache
+    def built(backend: str) -> Engine:
+        return build_engine(graph, graph.folder.parent / backend, backend=backend)
+
+    return built
 
 
 def inputs(tokens: int, batch: int = 2) -> dict[str, np.ndarray]:
@@ -63,10 +72,10 @@ def sqnr(expected: np.ndarray, found: np.ndarray) -> float:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_engine_takes_every_text_in_its_range(
-    calibrated: CalibratedModel, engines: dict[str, Engine], backend: str
+    calibrated: CalibratedModel, engine_for: EngineFor, backend: str
 ) -> None:
     """One chunk, for which OpenVINO compiles, and others, for which it compiles once."""
-    engine, reference = engines[backend], TorchRunner(fake_quant_denoiser(calibrated))
+    engine, reference = engine_for(backend), TorchRunner(fake_quant_denoiser(calibrated))
     assert engine.profile.tokens == SPAN
     with load_engine(engine) as runner:
         assert next(s.shape for s in runner.inputs if s.name == "encoder_hidden_states") == ("batch", TOKENS, 48)
@@ -79,9 +88,9 @@ def test_an_engine_takes_every_text_in_its_range(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_parts_of_an_engine_take_several_chunks(graph: ExportedGraph, engines: dict[str, Engine], backend: str) -> None:
+def test_parts_of_an_engine_take_several_chunks(graph: ExportedGraph, engine_for: EngineFor, backend: str) -> None:
     given = inputs(3 * TOKENS)
-    with load_engine(engines[backend]) as whole, engine_subgraphs(engines[backend], graph) as parts:
+    with load_engine(engine_for(backend)) as whole, engine_subgraphs(engine_for(backend), graph) as parts:
         expected = whole.infer(given)["noise_pred"]
         assert parts is not None
         part = parts.between(["sample"], ["noise_pred"])
@@ -89,8 +98,8 @@ def test_parts_of_an_engine_take_several_chunks(graph: ExportedGraph, engines: d
     assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_triton_is_told_that_the_text_has_any_number_of_tokens(engines: dict[str, Engine]) -> None:
-    text = next(spec for spec in remote_inputs(engines["onnxruntime"]) if spec.name == "encoder_hidden_states")
+def test_triton_is_told_that_the_text_has_any_number_of_tokens(engine_for: EngineFor) -> None:
+    text = next(spec for spec in remote_inputs(engine_for("onnxruntime")) if spec.name == "encoder_hidden_states")
     assert text == TensorSpec("encoder_hidden_states", "float32", ("batch", -1, 48))
 
 
@@ -157,12 +166,12 @@ def test_chunks_of_a_record_are_ascending() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_products_of_the_text_it_answers_the_same(
-    graph: ExportedGraph, calibrated: CalibratedModel, engines: dict[str, Engine], backend: str
+    graph: ExportedGraph, calibrated: CalibratedModel, engine_for: EngineFor, backend: str
 ) -> None:
     folder = graph.folder.parent
     apart = export_graph(calibrated, folder / f"apart-{backend}", chunks=(1, 4), text_projections="input")
     engine = build_engine(apart, folder / f"engine-{backend}", backend=backend)
-    with load_engine(engine) as one, load_engine(engines[backend]) as other:
+    with load_engine(engine) as one, load_engine(engine_for(backend)) as other:
         for tokens in (TOKENS, 4 * TOKENS, TOKENS):
             given = inputs(tokens)
             assert sqnr(other.infer(given)["noise_pred"], one.infer(given)["noise_pred"]) > LEVEL
@@ -172,12 +181,12 @@ def test_without_the_products_of_the_text_it_answers_the_same(
 
 @pytest.mark.slow
 def test_bfloat16_on_openvino_takes_several_chunks(
-    graph: ExportedGraph, calibrated: CalibratedModel, engines: dict[str, Engine]
+    graph: ExportedGraph, calibrated: CalibratedModel, engine_for: EngineFor
 ) -> None:
     """Its attention passes look at numbers of tokens."""
     out = graph.folder.parent / "bf16"
     engine = build_engine(graph, out, backend="openvino", options=BuildOptions(precision="bf16"))
-    with load_engine(engine) as half, load_engine(engines["openvino"]) as full:
+    with load_engine(engine) as half, load_engine(engine_for("openvino")) as full:
         for tokens in (TOKENS, 4 * TOKENS):
             given = inputs(tokens)
             assert sqnr(full.infer(given)["noise_pred"], half.infer(given)["noise_pred"]) > 15
