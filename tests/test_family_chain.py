@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import BoundRunner
 
 STEPS = {"sd2": 20, "sdxl": 20, "sd3": 14, "sd35": 14, "inpaint": 20, "lcm": 4, "refiner": 20}
-# flow models diverge in content: reported, not bounded
-MEDIAN_PSNR = dict.fromkeys(STEPS, 40.0) | {"sd3": None, "sd35": None}
+# Flow models diverge in content: reported, not bounded. 20 steps of PNDM amplify errors: so few samples give the
+# bundled pipeline, which inpainting was fine-tuned from, 38 dB.
+MEDIAN_PSNR = dict.fromkeys(STEPS, 40.0) | {"sd3": None, "sd35": None, "inpaint": 36.0}
 PICTURES = {"refiner": {"pictures": str(PIPELINES / "shapes-sdxl")}}
 MIXED_DB = 100.0  # each sample of a batch on several rows, against its lone run; ONNX Runtime, optimization off
 

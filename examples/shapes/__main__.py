@@ -4,8 +4,8 @@
     python examples/shapes --kind sdxl --work build/siblings --out tests/assets/pipelines/shapes-sdxl
 
 A sibling takes autoencoder, tokenizer and text encoder from the bundled pipeline; a fine-tuned one all but its denoiser
-from the pipeline that it starts from, by links. Fixed
-seeds; killed at any time, a second start goes on where it was. Times are in docs/shapes.md.
+from the pipeline that it starts from, by links. Fixed seeds; killed at any time, a second start goes on where it was.
+Times are in docs/shapes.md.
 """
 
 from __future__ import annotations
@@ -95,10 +95,12 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: flo
 
 
 def share(folder: Path, base: Path) -> None:
-    """Replaces components whose files are another pipeline's by relative links to them."""
+    """Replaces components that are another pipeline's by relative links: tokenizers, and those whose files are equal."""
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         pairs = [(file, base / part.name / file.name) for file in part.iterdir()]
-        if all(theirs.is_file() and theirs.read_bytes() == file.read_bytes() for file, theirs in pairs):
+        if part.name.startswith("tokenizer") or all(
+            theirs.is_file() and theirs.read_bytes() == file.read_bytes() for file, theirs in pairs
+        ):
             shutil.rmtree(part)
             part.symlink_to(os.path.relpath(base / part.name, folder))
 

@@ -79,7 +79,5 @@ def train_sibling(kind: str, folder: Path, base: DiffusionPipeline, *, snapshot:
     loss = sibling.loss(pipe, *scaled_latents(pipe.vae, folder))
     denoiser.load_state_dict(train(denoiser, loss, sibling.schedule, checkpoint))
     denoiser.eval()
-    for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and part is not None:
-            tokenize(part, [""])  # its file records how it was last called: as the bundled one's
+    tokenize(base.tokenizer, [""])  # its file records how it was last called: as the bundled one's
     return pipe
