@@ -226,7 +226,7 @@ def convert_autoencoder(file: Path, folder: Path, network_class: type[torch.nn.M
 def is_single_file(source: str) -> bool:
     """Tells whether a model is given as one file, also where it is of a kind that is refused, or is not there."""
     path = Path(source)
-    return path.is_file() or (path.suffix.lower() in {".safetensors", *_REFUSED} and not path.is_dir())
+    return path.suffix.lower() in {".safetensors", *_REFUSED} and not path.is_dir()
 
 
 def _opened(path: Path) -> Checkpoint:

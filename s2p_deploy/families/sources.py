@@ -55,7 +55,7 @@ def find_pipeline(source: str, options: BaseOptions) -> Found:
         InputError: there is no such pipeline, or an option does not fit it.
         IntegrityError: what the cache has was changed.
     """
-    if source != BUNDLED and is_single_file(source):
+    if is_single_file(source):
         file = Path(source)
         of_file = assembly_of_file(SingleFile(file), options)
         return Found(*assembled(of_file), of_file.digest_of(file))
@@ -260,7 +260,8 @@ def _locate(source: str, patterns: Sequence[str] = _WHOLE) -> Path:
     if (path / "model_index.json").is_file():
         return path
     if path.exists():
-        raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json")
+        what = ", and no .safetensors file" if path.is_file() else ": it has no model_index.json"
+        raise InputError(f"{source} is no diffusers pipeline{what}")
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise InputError(
             f"model {source!r} does not exist: give a folder in diffusers format, a .safetensors file, a hub id"

@@ -400,7 +400,7 @@ def test_files_that_are_not_there(name: str) -> None:
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "m.txt").write_text("hello")
-    with pytest.raises(InputError, match=r"m\.txt is damaged or not whole"):
+    with pytest.raises(InputError, match=r"m\.txt is no diffusers pipeline, and no \.safetensors file"):
         resolve_base(str(tmp_path / "m.txt"))
 
 
