@@ -371,7 +371,8 @@ def _class(folder: Path, name: str, entry: list[Any]) -> type:
     found = None if module is None else getattr(importlib.import_module(module), str(class_name), None)
     if not isinstance(found, type):
         raise InputError(
-            f"{folder / _INDEX}: the {name} is a {class_name} of {library}, which the installed libraries do not have"
+            f"{folder / _INDEX}: the {name} is a {class_name} of {library}, which the installed libraries do not have:"
+            " give a floating-point pipeline of diffusers"
         )
     return found
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
 
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
+from s2p_deploy.families import resolve_base
 from s2p_deploy.pipeline import (
     EngineAutoencoder,
     EngineDenoiser,
@@ -170,6 +171,11 @@ def test_what_is_missing_or_changed_is_refused_in_one_line(
     with pytest.raises(error, match=words) as refused:
         DiffusionPipeline.from_pretrained(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_a_pipeline_with_an_engine_is_not_calibrated(saved: Path) -> None:
+    with pytest.raises(InputError, match=r"the unet is a EngineUNet .* give a floating-point pipeline of diffusers"):
+        resolve_base(str(saved))
 
 
 def test_an_engine_is_not_spread_over_devices(saved: Path) -> None:
