@@ -88,7 +88,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, guidance_scale: flo
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
     for config in partial.glob("text_encoder*/config.json"):
         load_as_float32(config)
-    forget_origin(partial / "vae" / "config.json")
+    for config in partial.glob("*/config.json"):
+        forget_origin(config)
     (partial / "sampling.json").write_text(json.dumps({"guidance_scale": guidance_scale}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

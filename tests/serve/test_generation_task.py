@@ -79,3 +79,8 @@ def test_an_offloaded_module_runs_in_the_background_and_is_itself_otherwise() ->
     while isinstance(task.waiting_for, BackgroundTask):
         task.resume(task.waiting_for.run())
     assert heard == [6, -4]
+
+
+@pytest.mark.parametrize(("guidance", "embedded", "samples"), [(1.0, False, 1), (2.0, False, 2), (2.0, True, 1)])
+def test_guidance_that_the_network_reads_takes_no_second_latent(guidance: float, embedded: bool, samples: int) -> None:
+    assert ImageRequest("", 4, guidance, 0, embedded=embedded).samples == samples

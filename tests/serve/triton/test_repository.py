@@ -196,7 +196,7 @@ def test_only_engines_of_one_timestep_per_batch_need_one(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 11}, {"seed": -1}, {"size": (0, 8)}, {"guidance_scale": 0.5}]
+    "wrong", [{"steps": 0}, {"steps": 11}, {"seed": -1}, {"size": (0, 8)}, {"guidance_scale": -0.5}]
 )
 def test_a_request_is_checked(wrong: dict[str, Any]) -> None:
     from s2p_deploy.serve.request import ImageRequest
