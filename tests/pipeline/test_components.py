@@ -223,3 +223,28 @@ def test_guidance_of_a_latent_consistency_model_is_an_embedding() -> None:
         np.testing.assert_array_equal(found, expected)
         drawn.append(found)
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("inpaint", {"strength": 1.0}),
+        ("inpaint", {"strength": 0.5, "guidance_scale": 1.0}),
+        ("refiner", {"strength": 0.3}),
+        ("refiner", {"denoising_start": 0.7, "aesthetic_score": 5.0}),
+        ("refiner", {"denoising_start": 0.5, "denoising_end": 0.9}),
+    ],
+)
+def test_pipelines_that_change_pictures_draw_the_same(name: str, options: dict[str, Any]) -> None:
+    """All of a schedule or a part, with masks over any part of a picture."""
+    pipe = load_pipeline(sibling(name))
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    masks = {"mask_image": (torch.arange(64) > 20).float().expand(1, 1, 64, 64)} if name == "inpaint" else {}
+    asked = (
+        {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "latent", "image": picture} | masks | options
+    )
+    found, expected = (
+        one(PROMPT, generator=torch.Generator().manual_seed(3), **asked).images.numpy()
+        for one in (with_denoiser(pipe, whole_denoiser(pipe, 10)), pipe)
+    )
+    np.testing.assert_array_equal(found, expected)
