@@ -155,7 +155,7 @@ def test_a_saved_pipeline_that_was_changed_is_refused(pipe: diffusers.DiffusionP
 
 
 def test_what_is_no_supported_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a Linear is not supported: give a StableDiffusion3Pipeline or"):
+    with pytest.raises(InputError, match="a Linear is not supported: give a StableDiffusion3InpaintPipeline or"):
         api.as_base(torch.nn.Linear(1, 1), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

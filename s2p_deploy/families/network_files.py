@@ -324,6 +324,8 @@ def tokens_of(folder: Path) -> int:
         InputError: its configuration does not say so, or no such number.
     """
     file = folder / "tokenizer_config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: get the whole pipeline")
     given = read_json(file).get("model_max_length") if file.is_file() else None
     try:
         tokens = int(given)  # type: ignore[arg-type]  # what is no number is refused here

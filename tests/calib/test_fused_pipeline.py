@@ -326,6 +326,7 @@ def test_calibrations_name_their_loras_and_refuse_to_go_on_with_others(
         recipe,
         prompts,
         PromptSet(()),
+        PromptSet(()),
         trained,
         None,
         None,

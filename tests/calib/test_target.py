@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from s2p_deploy.calib import QuantizedConv2d, calibrate, fake_quant_denoiser
+from s2p_deploy.calib import QuantizedConv2d, calibrate, dataset_request, fake_quant_denoiser, generate_dataset
 from s2p_deploy.calib.hooks import PRODUCT
 from s2p_deploy.calib.picture_error import Drawing, Relief, alone, error_alone, reliefs, relieved, with_plan
 from s2p_deploy.calib.request import CalibrationRequest
@@ -42,13 +43,14 @@ from s2p_deploy.records import Prompt, PromptSet
 from s2p_deploy.records.precision_plan import read_plan, write_plan
 from s2p_deploy.validation.pictures import generate_pictures
 from tests.small_pipelines import sibling
+from tests.training_states import new_state
 from tests.validation.networks import write_weights
 
 TARGET = {"psnr": 30.0, "ranked": 2, "searched": 3, "verified": 2}
 
 
-@pytest.fixture(scope="session")
-def recipe() -> Recipe:
+@pytest.fixture(scope="module")
+def few_layers() -> Recipe:
     """W4A8 of a few layers, the rest in floating point: a search draws with every quantizer by itself."""
     data = {
         "name": "tiny",
@@ -68,7 +70,26 @@ def recipe() -> Recipe:
     return recipe_from_data(data, "test")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def few_source(base: BasePipeline, few_layers: Recipe) -> FloatPipeline:
+    """Not for tests that change its denoiser."""
+    return load_float_pipeline(base, few_layers.sampling.steps)
+
+
+@pytest.fixture(scope="module")
+def few_untrained(
+    base: BasePipeline, few_layers: Recipe, prompts: PromptSet, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingState:
+    folder = tmp_path_factory.mktemp("few") / "dataset"
+    return new_state(base, few_layers, generate_dataset(dataset_request(base, few_layers, prompts, folder)))
+
+
+@pytest.fixture
+def few_state(few_untrained: TrainingState) -> TrainingState:
+    return copy.deepcopy(few_untrained)
+
+
+@pytest.fixture(scope="module")
 def judged() -> PromptSet:
     return PromptSet(tuple(Prompt(f"j{number}", f"a red circle, {number}") for number in range(5)))
 
@@ -84,32 +105,32 @@ def new_request(
     return request
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranked(  # noqa: PLR0917 - fixtures
     base: BasePipeline,
-    recipe: Recipe,
+    few_layers: Recipe,
     prompts: PromptSet,
     judged: PromptSet,
-    source: FloatPipeline,
-    untrained: TrainingState,
+    few_source: FloatPipeline,
+    few_untrained: TrainingState,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Ranking]:
     """The work folder of a ranking, and the ranking."""
-    request = new_request(base, recipe, prompts, judged, tmp_path_factory.mktemp("ranked") / "model")
-    return request.partial, rank_by_picture(request, source, untrained, TARGET["ranked"])
+    request = new_request(base, few_layers, prompts, judged, tmp_path_factory.mktemp("ranked") / "model")
+    return request.partial, rank_by_picture(request, few_source, few_untrained, TARGET["ranked"])
 
 
 @pytest.fixture
 def request_of(
     base: BasePipeline,
-    recipe: Recipe,
+    few_layers: Recipe,
     prompts: PromptSet,
     judged: PromptSet,
     ranked: tuple[Path, Ranking],
     tmp_path: Path,
 ) -> CalibrationRequest:
     """A request whose quantizers were ranked."""
-    request = new_request(base, recipe, prompts, judged, tmp_path / "model")
+    request = new_request(base, few_layers, prompts, judged, tmp_path / "model")
     shutil.copytree(ranked[0], request.partial, dirs_exist_ok=True)
     return request
 
@@ -133,8 +154,8 @@ def test_a_search_draws_the_pipelines_own_pictures(name: str) -> None:
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_reliefs_are_activations_and_four_bit_weights(state: TrainingState) -> None:
-    plan = state.denoiser.plan
+def test_reliefs_are_activations_and_four_bit_weights(few_state: TrainingState) -> None:
+    plan = few_state.denoiser.plan
     found = reliefs(plan)
     four_bit = [layer.name for layer in plan.layers if layer.weights == "int4"]
     assert [each.name for each in found if each.kind == "activations"] == list(plan.quantizer_names())
@@ -142,15 +163,15 @@ def test_reliefs_are_activations_and_four_bit_weights(state: TrainingState) -> N
     assert len({each.key for each in found}) == len(found)
 
 
-def test_all_reliefs_leave_eight_bit_weights_alone(state: TrainingState) -> None:
-    plan = relieved(state.denoiser.plan, reliefs(state.denoiser.plan))
+def test_all_reliefs_leave_eight_bit_weights_alone(few_state: TrainingState) -> None:
+    plan = relieved(few_state.denoiser.plan, reliefs(few_state.denoiser.plan))
     assert plan.activation_quantizers == ()
     assert {layer.weights for layer in plan.layers} == {"int8", "none"}
     assert {layer.activation_quantizer for layer in plan.layers} == {None}
 
 
-def test_one_relief_changes_its_layers_alone(state: TrainingState) -> None:
-    plan = state.denoiser.plan
+def test_one_relief_changes_its_layers_alone(few_state: TrainingState) -> None:
+    plan = few_state.denoiser.plan
     one = next(each for each in reliefs(plan) if len(each.layers) > 1)
     found = relieved(plan, [one])
     changed = [new.name for new, old in zip(found.layers, plan.layers, strict=True) if new != old]
@@ -159,39 +180,43 @@ def test_one_relief_changes_its_layers_alone(state: TrainingState) -> None:
 
 
 def test_a_quantizer_alone_quantizes_nothing_else(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    plan = state.denoiser.plan
-    none = with_plan(state, alone(plan, None), request_of)
-    inputs = zero_inputs(source.denoiser, tokens=text_tokens(source.pipe, 77), batch=2)
+    plan = few_state.denoiser.plan
+    none = with_plan(few_state, alone(plan, None), request_of)
+    inputs = zero_inputs(few_source.denoiser, tokens=text_tokens(few_source.pipe, 77), batch=2)
     sample = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0))
-    index = state.calibrated[:1].repeat(2)
+    index = few_state.calibrated[:1].repeat(2)
     text = torch.randn(inputs.encoder_hidden_states.shape, generator=torch.Generator().manual_seed(1))
     arguments = (sample, index, text, inputs.added_cond)
     with torch.no_grad():
-        assert torch.equal(none.predict(*arguments), source.denoiser(*arguments))
+        assert torch.equal(none.predict(*arguments), few_source.denoiser(*arguments))
         for one in reliefs(plan)[:1] + reliefs(plan)[-1:]:
-            only = with_plan(state, alone(plan, one), request_of)
-            assert not torch.equal(only.predict(*arguments), source.denoiser(*arguments))
+            only = with_plan(few_state, alone(plan, one), request_of)
+            assert not torch.equal(only.predict(*arguments), few_source.denoiser(*arguments))
     quantizers = [module for module in only.denoiser.modules() if isinstance(module, QuantizedConv2d)]
     assert quantizers
 
 
-def test_another_plan_shares_the_tensors_and_changes_none(state: TrainingState, request_of: CalibrationRequest) -> None:
-    before = {name: value.clone() for name, value in state.denoiser.inner.state_dict().items()}
-    plan = state.denoiser.plan
-    made = with_plan(state, relieved(plan, reliefs(plan)[:2]), request_of, bake=False)
+def test_another_plan_shares_the_tensors_and_changes_none(
+    few_state: TrainingState, request_of: CalibrationRequest
+) -> None:
+    before = {name: value.clone() for name, value in few_state.denoiser.inner.state_dict().items()}
+    plan = few_state.denoiser.plan
+    made = with_plan(few_state, relieved(plan, reliefs(plan)[:2]), request_of, bake=False)
     name = f"{plan.layers[1].name}.weight"
-    assert made.denoiser.inner.network.get_parameter(name) is state.denoiser.inner.network.get_parameter(name)
-    with_plan(state, relieved(plan, reliefs(plan)), request_of)
-    assert all(torch.equal(value, before[name]) for name, value in state.denoiser.inner.state_dict().items())
+    assert made.denoiser.inner.network.get_parameter(name) is few_state.denoiser.inner.network.get_parameter(name)
+    with_plan(few_state, relieved(plan, reliefs(plan)), request_of)
+    assert all(torch.equal(value, before[name]) for name, value in few_state.denoiser.inner.state_dict().items())
 
 
-def test_weights_that_stay_as_they_were_keep_their_scales(state: TrainingState, request_of: CalibrationRequest) -> None:
-    plan = state.denoiser.plan
+def test_weights_that_stay_as_they_were_keep_their_scales(
+    few_state: TrainingState, request_of: CalibrationRequest
+) -> None:
+    plan = few_state.denoiser.plan
     wide = next(each for each in reliefs(plan) if each.kind == "weights")
-    made = with_plan(state, relieved(plan, [wide]), request_of, bake=False)
-    before, after = state.denoiser.weight_scales(), made.denoiser.weight_scales()
+    made = with_plan(few_state, relieved(plan, [wide]), request_of, bake=False)
+    before, after = few_state.denoiser.weight_scales(), made.denoiser.weight_scales()
     for name, scale in before.items():
         if name == wide.name:  # a finer grid
             assert (after[name] < scale / 4).all()
@@ -224,9 +249,9 @@ def test_every_quantizer_is_ordered_once(errors: list[list[float]], floor: float
     assert sorted(order) == sorted(ranking)
 
 
-def test_costs_are_shares_of_the_multiplications(state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
-    costs = costs_by_products(float_denoiser, state.denoiser.plan, tokens=8)
-    activations = [each for each in reliefs(state.denoiser.plan) if each.kind == "activations"]
+def test_costs_are_shares_of_the_multiplications(few_state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
+    costs = costs_by_products(float_denoiser, few_state.denoiser.plan, tokens=8)
+    activations = [each for each in reliefs(few_state.denoiser.plan) if each.kind == "activations"]
     assert all(costs.products[each.key] > 0 for each in activations)
     assert sum(costs.products[each.key] for each in activations) < 1  # attention and the others have the rest
     conv = next(each for each in activations if "resnets.0.conv1" in each.name)
@@ -234,27 +259,27 @@ def test_costs_are_shares_of_the_multiplications(state: TrainingState, float_den
     assert costs.of[conv.key] > costs.of[linear.key] > 0
 
 
-def test_a_convolutions_share_is_by_its_weights(state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
-    costs = costs_by_products(float_denoiser, state.denoiser.plan, tokens=8)
-    activations = {each.name: each for each in reliefs(state.denoiser.plan) if each.kind == "activations"}
+def test_a_convolutions_share_is_by_its_weights(few_state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
+    costs = costs_by_products(float_denoiser, few_state.denoiser.plan, tokens=8)
+    activations = {each.name: each for each in reliefs(few_state.denoiser.plan) if each.kind == "activations"}
     found = {}
     for name in ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2"):
-        weight = state.denoiser.layer(name).get_parameter("weight")
+        weight = few_state.denoiser.layer(name).get_parameter("weight")
         found[name] = costs.products[activations[name].key] / weight.numel()  # at one size of the picture
     first, second = found.values()
     assert first == pytest.approx(second)
 
 
-def test_the_ranking_has_every_quantizer(state: TrainingState, ranked: tuple[Path, Ranking]) -> None:
+def test_the_ranking_has_every_quantizer(few_state: TrainingState, ranked: tuple[Path, Ranking]) -> None:
     ranking = ranked[1]
-    assert set(ranking.errors) == {each.key for each in reliefs(state.denoiser.plan)}
+    assert set(ranking.errors) == {each.key for each in reliefs(few_state.denoiser.plan)}
     assert all(len(errors) == 2 and (errors >= 0).all() for errors in ranking.errors.values())
     assert len(ranking.drawn["latents"]) == 5
 
 
 def test_the_ranking_is_kept_and_goes_on(
-    state: TrainingState,
-    source: FloatPipeline,
+    few_state: TrainingState,
+    few_source: FloatPipeline,
     request_of: CalibrationRequest,
     ranked: tuple[Path, Ranking],
     monkeypatch: pytest.MonkeyPatch,
@@ -270,14 +295,14 @@ def test_the_ranking_is_kept_and_goes_on(
         return error_alone(_state, one, drawing, request)
 
     monkeypatch.setattr("s2p_deploy.calib.target.error_alone", draw)
-    again = rank_by_picture(request_of, source, state, 2)
+    again = rank_by_picture(request_of, few_source, few_state, 2)
     assert drawn == [key]
     assert again.errors[key].tolist() == errors
     assert torch.equal(again.drawn["latents"], ranked[1].drawn["latents"])
 
 
-def test_a_layers_error_is_of_its_input_and_its_weights(state: TrainingState, tmp_path: Path) -> None:
-    plan = state.denoiser.plan
+def test_a_layers_error_is_of_its_input_and_its_weights(few_state: TrainingState, tmp_path: Path) -> None:
+    plan = few_state.denoiser.plan
     errors = {each.key: np.array([1.0, 3.0]) for each in reliefs(plan)}
     scored = with_errors(plan, Ranking(errors, {}))
     by_name = {layer.name: layer for layer in scored.layers}
@@ -295,28 +320,30 @@ def search(request: CalibrationRequest, source: FloatPipeline, state: TrainingSt
 
 
 def test_what_holds_already_costs_nothing(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    found, reached = search(asking(request_of, psnr=0.5), source, state)
+    found, reached = search(asking(request_of, psnr=0.5), few_source, few_state)
     assert reached.relieved == ()
     assert reached.step == 1.0
-    assert found.denoiser.plan == state.denoiser.plan
-    assert torch.allclose(found.act_scales.table(), state.act_scales.table(), rtol=1e-6)
+    assert found.denoiser.plan == few_state.denoiser.plan
+    assert torch.allclose(found.act_scales.table(), few_state.act_scales.table(), rtol=1e-6)
 
 
 def test_a_target_is_reached_and_verified_on_other_prompts(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    drawing = Drawing.of(source, request_of.judged, request_of, rank_by_picture(request_of, source, state, 2).drawn)
-    plan = state.denoiser.plan
+    drawing = Drawing.of(
+        few_source, request_of.judged, request_of, rank_by_picture(request_of, few_source, few_state, 2).drawn
+    )
+    plan = few_state.denoiser.plan
     least, most = (
-        drawing.metric(with_plan(state, relieved(plan, given), request_of).predict, psnr_db)[0]
+        drawing.metric(with_plan(few_state, relieved(plan, given), request_of).predict, psnr_db)[0]
         for given in ((), reliefs(plan))
     )
     wanted = float(least.max() + most.min()) / 2
     assert least.max() < wanted < most.min()
     asked = asking(request_of, psnr=wanted, at="worst")
-    found, reached = search(asked, source, state)
+    found, reached = search(asked, few_source, few_state)
     assert 0 < len(reached.relieved) <= len(reliefs(plan))
     assert reached.prompts == 2
     assert reached.statistics["psnr"]["worst"] >= wanted
@@ -330,54 +357,54 @@ def test_a_target_is_reached_and_verified_on_other_prompts(
 
 
 def test_fewer_are_relieved_where_less_is_asked(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    ranking = rank_by_picture(request_of, source, state, 2)
+    ranking = rank_by_picture(request_of, few_source, few_state, 2)
     counts = []
     for psnr in (5.0, 15.0, 20.0):
         try:
-            counts.append(len(reach_target(asking(request_of, psnr=psnr), source, state, ranking)[1].relieved))
+            counts.append(len(reach_target(asking(request_of, psnr=psnr), few_source, few_state, ranking)[1].relieved))
         except GateFailedError:
             counts.append(10**6)
     assert counts == sorted(counts)
 
 
 def test_refuses_what_no_plan_reaches(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
     with pytest.raises(GateFailedError, match=r"target of PSNR 99\.9 dB at the median cannot be reached: with every"):
-        search(asking(request_of, psnr=99.9), source, state)
+        search(asking(request_of, psnr=99.9), few_source, few_state)
 
 
 def test_says_where_other_prompts_do_not_agree(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
-    ranking = rank_by_picture(request_of, source, state, 2)
+    ranking = rank_by_picture(request_of, few_source, few_state, 2)
     far = ranking.drawn["latents"].clone()
     far[3:] = 20 * torch.randn(far[3:].shape, generator=torch.Generator().manual_seed(0))  # of the verifying prompts
     with pytest.raises(GateFailedError, match=r"was reached on 3 prompts and not on 2 others"):
-        reach_target(asking(request_of, psnr=18.0), source, state, replace(ranking, drawn={"latents": far}))
+        reach_target(asking(request_of, psnr=18.0), few_source, few_state, replace(ranking, drawn={"latents": far}))
 
 
 @pytest.mark.parametrize(("given", "enough"), [(9, False), (12, True)])
-def test_prompts_of_a_target_follow_those_that_calibrate(recipe: Recipe, given: int, enough: bool) -> None:
-    asked = recipe_from_data(recipe.model_dump() | {"target": TARGET}, "test")
+def test_prompts_of_a_target_follow_those_that_calibrate(few_layers: Recipe, given: int, enough: bool) -> None:
+    asked = recipe_from_data(few_layers.model_dump() | {"target": TARGET}, "test")
     prompts = PromptSet(tuple(Prompt(str(number), f"text {number}") for number in range(given)))
     if not enough:
         with pytest.raises(InputError, match=r"draws 5 prompts behind the 6 that calibrate, of 9"):
             target_prompts(asked, prompts)
         return
     assert [prompt.id for prompt in target_prompts(asked, prompts).prompts] == ["6", "7", "8", "9", "10", "11"]
-    assert target_prompts(recipe, prompts).prompts == ()
+    assert target_prompts(few_layers, prompts).prompts == ()
 
 
 def test_a_calibration_with_a_target_can_be_deployed_and_goes_on_with_another(
-    base: BasePipeline, prompts: PromptSet, recipe: Recipe, judged: PromptSet, tmp_path: Path
+    base: BasePipeline, prompts: PromptSet, few_layers: Recipe, judged: PromptSet, tmp_path: Path
 ) -> None:
     texts, out = PromptSet((*prompts.prompts, *judged.prompts)), tmp_path / "model"
 
     def with_target(psnr: float) -> Recipe:
-        return recipe_from_data(recipe.model_dump() | {"target": TARGET | {"psnr": psnr}}, "test")
+        return recipe_from_data(few_layers.model_dump() | {"target": TARGET | {"psnr": psnr}}, "test")
 
     with pytest.raises(GateFailedError, match="cannot be reached"):
         calibrate(base, with_target(99.9), texts, out)
@@ -400,10 +427,10 @@ def test_a_streamed_recipe_has_no_target(base: BasePipeline, tmp_path: Path) -> 
 
 
 def test_mixed_precision_by_picture_scores_every_layer(
-    base: BasePipeline, prompts: PromptSet, recipe: Recipe, judged: PromptSet, tmp_path: Path
+    base: BasePipeline, prompts: PromptSet, few_layers: Recipe, judged: PromptSet, tmp_path: Path
 ) -> None:
     mixed = {"sensitivity": "pictures", "prompts": 2, "top": 0.1, "bottom": 0, "sensitive": {"weights": "int8"}}
-    data = recipe.model_dump() | {"mixed": mixed, "training": {"iterations": 0}}
+    data = few_layers.model_dump() | {"mixed": mixed, "training": {"iterations": 0}}
     texts = PromptSet((*prompts.prompts, *judged.prompts))
     model = calibrate(base, recipe_from_data(data, "test"), texts, tmp_path / "model")
     scores = {layer.name: layer.sensitivity for layer in model.plan.layers}
@@ -414,14 +441,14 @@ def test_mixed_precision_by_picture_scores_every_layer(
 
 
 def test_lpips_is_a_target_of_its_own_weights(
-    state: TrainingState, source: FloatPipeline, request_of: CalibrationRequest, tmp_path: Path
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest, tmp_path: Path
 ) -> None:
     asked = asking(request_of, psnr=None, lpips=0.5)
     with pytest.raises(InputError, match=r"a target of LPIPS needs its weights: pass --weights-dir"):
-        search(asked, source, state)
+        search(asked, few_source, few_state)
     weights = open_weights(write_weights(tmp_path / "weights", LPIPS))
-    _, reached = search(replace(asked, weights=weights), source, state)
+    _, reached = search(replace(asked, weights=weights), few_source, few_state)
     assert reached.relieved == ()
     assert 0 <= reached.statistics["lpips"]["median"] <= reached.statistics["lpips"]["worst"] < 0.5
     with pytest.raises(GateFailedError, match=r"target of LPIPS 1e-12 at the median cannot be reached"):
-        search(replace(asking(asked, lpips=1e-12), weights=weights), source, state)
+        search(replace(asking(asked, lpips=1e-12), weights=weights), few_source, few_state)

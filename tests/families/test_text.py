@@ -111,7 +111,7 @@ def with_t5(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
     end = core.token_to_id("</s>")
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(words), d_model=256, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
+    config = T5Config(vocab_size=len(words) + 100, d_model=256, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
     pipe = load_pipeline(sibling("sd3"))
     whole = StableDiffusion3Pipeline(
         **pipe.components

@@ -128,7 +128,7 @@ ADVICE: dict[str, tuple[Callable[[Given], object], Callable[[Given], object]]] =
             g.floating.unet(inputs()[0], 1, inputs()[1], encoder_attention_mask=torch.zeros(2, 24)),
         ),
     ),
-    "needs the pooled text that its own pipeline gives": (
+    "that its own pipeline gives": (
         lambda _: denoiser_of(sdxl())(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 24, 224)),
         lambda _: call(sdxl()),
     ),
@@ -226,6 +226,7 @@ ELSEWHERE = {
     "this text encoder gives its last states alone": "test_auxiliary_components.py",
     "{components.folder}: {error}": "the size's own error",
     "has too many pixels": "test_start_picture.py",
+    "a {kind} takes {wanted}": "test_generation.py",
     "pixels: give one of at most": "test_start_picture.py",
 }
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from s2p_deploy.families.pictures import PictureInputs
 from s2p_deploy.pipeline import (
     EngineUNet,
     Schedule,
+    StartPicture,
     call_arguments,
     generate,
     initial_noise,
@@ -121,3 +124,34 @@ def test_part_of_a_schedule_is_its_end() -> None:
     base = sibling("refiner")
     whole, part = (timesteps_of(base, Schedule(10, strength=strength)) for strength in (1.0, 0.3))
     assert part.tolist() == whole[-3:].tolist()
+
+
+def test_a_pipeline_that_changes_pictures_draws_from_one() -> None:
+    pipe = load_pipeline(sibling("inpaint"))
+    prompt, schedule, seed = Prompt("id", PROMPT), Schedule(3), 7
+    grey = StartPicture.blank(64, 64, 1.0, masked=True)
+    with pytest.raises(InputError, match=r"does not draw from text alone: give it a picture and a mask"):
+        generate(pipe, prompt, schedule=schedule, guidance_scale=2.0)
+    with pytest.raises(InputError, match=r"takes a mask too: what is white in it is drawn anew"):
+        generate(pipe, prompt, schedule=schedule, guidance_scale=2.0, start=replace(grey, mask=None))
+    drawn = generate(pipe, prompt, schedule=schedule, guidance_scale=2.0, seed=seed, start=grey)
+    expected = pipe(
+        PROMPT,
+        image=grey.picture,
+        mask_image=grey.mask,
+        strength=1.0,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(seed ^ (1 << 62)),
+    ).images[0]
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+def test_a_refiner_takes_no_mask() -> None:
+    pipe = load_pipeline(sibling("refiner"))
+    masked = StartPicture.blank(64, 64, 0.5, masked=True)
+    with pytest.raises(InputError, match=r"takes no mask: it refines"):
+        generate(pipe, Prompt("id", PROMPT), schedule=Schedule(4), guidance_scale=2.0, start=masked)
+    plain = replace(masked, mask=None)
+    drawn = generate(pipe, Prompt("id", PROMPT), schedule=Schedule(4), guidance_scale=2.0, start=plain)
+    assert drawn.size == (64, 64)

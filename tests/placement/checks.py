@@ -291,6 +291,7 @@ def test_a_benchmark_computes_on_the_device_alone(chain: Chain, check: Check) ->
         "guidance_scale": 3.0,
         "pipeline_class": base.pipeline_class,
         "max_sequence_length": 256,
+        "strength": 1.0,
         "steps": 2,
     }
     begin("load")
