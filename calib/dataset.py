@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from s2p_deploy import __version__
 from s2p_deploy.calib.memory import memory_of, samples_that_fit
-from s2p_deploy.calib.pictures import changed_pictures, check_pictures
+from s2p_deploy.calib.pictures import changed_pictures, check_pictures, drawn_by
 from s2p_deploy.calib.trajectories import (
     FloatPipeline,
     PromptTexts,
@@ -115,7 +115,8 @@ class DatasetRequest:
 
     def identity(self) -> dict[str, Any]:
         """Names the samples. How exactly they are rounded depends on :func:`_conditions` too."""
-        return {"recipe": self.sections, "prompts": self.prompts.digest, "pipeline": self.base.base.digest}
+        named = {"recipe": self.sections, "prompts": self.prompts.digest, "pipeline": self.base.base.digest}
+        return named | drawn_by(self.recipe)
 
 
 def dataset_request(  # noqa: PLR0913 - a dataset's source and place, and options by keyword

@@ -11,7 +11,7 @@ from s2p_deploy.calib.trajectories import final_latents, trajectory_inputs
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import latent_shape
 from s2p_deploy.families.pictures import PictureInputs, latent_pictures, mask_channels, picture_latents, pictures_of
-from s2p_deploy.families.pipelines import task_of
+from s2p_deploy.families.pipelines import resolve_base, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +78,16 @@ def check_pictures(pipeline_class: str, recipe: Recipe) -> None:
         raise InputError(
             f"a {pipeline_class} is calibrated from noise, on whole schedules: leave sampling.strength out"
         )
+
+
+def drawn_by(recipe: Recipe) -> dict[str, str]:
+    """Names the pipeline that draws the pictures to change, where the recipe has one: by its digest.
+
+    Raises:
+        InputError: there is no such pipeline.
+    """
+    name = recipe.sampling.pictures
+    return {} if name is None else {"pictures' pipeline": resolve_base(name).base.digest}
 
 
 def _own_pictures(source: FloatPipeline, denoise: Denoise, prompts: PromptSet, recipe: Recipe) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from s2p_deploy import __version__
 from s2p_deploy.calib.fused_pipeline import fused_loras
+from s2p_deploy.calib.pictures import drawn_by
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import CalibratedModel, read_manifest
 from s2p_deploy.records.artifacts import MANIFEST
@@ -76,6 +77,7 @@ class CalibrationRequest:
             "initial model": None if self.initial is None else self.initial.manifest.digest,
             "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
             "hooks": self.hooks.replaced(),
+            **drawn_by(self.recipe),
             "weights of metrics": None if self.weights is None else self.weights.digests,
         }
 

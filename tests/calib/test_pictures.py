@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from s2p_deploy.calib import dataset_request, generate_dataset
-from s2p_deploy.calib.pictures import MASKED, changed_pictures, check_pictures
+from s2p_deploy.calib.pictures import MASKED, changed_pictures, check_pictures, drawn_by
 from s2p_deploy.calib.samples import samples_at
 from s2p_deploy.calib.trajectories import FloatPipeline, final_latents, load_float_pipeline, trajectory_inputs
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import load_pipeline
+from s2p_deploy.families import load_pipeline, resolve_base
 from s2p_deploy.families.pictures import synthetic_mask
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Prompt, PromptSet
@@ -118,3 +118,12 @@ def test_what_is_changed_has_to_be_said_and_only_there(kind: str, sampling: dict
 def test_a_strength_that_leaves_no_step_is_refused() -> None:
     with pytest.raises(InputError, match=r"strength 0\.3 of 3 steps leaves none: give more of either"):
         load_float_pipeline(sibling("refiner"), 3)
+
+
+def test_the_pipeline_that_draws_the_pictures_is_part_of_the_request() -> None:
+    text = Recipe.load("w8a8")
+    refined = Recipe.load("w8a8", {"sampling": {"pictures": "shapes", "strength": 0.3}})
+    assert drawn_by(text) == {}
+    assert drawn_by(refined) == {"pictures' pipeline": resolve_base("shapes").base.digest}
+    with pytest.raises(InputError, match="does not exist"):
+        drawn_by(Recipe.load("w8a8", {"sampling": {"pictures": "./none"}}))
