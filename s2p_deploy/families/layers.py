@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
+from s2p_deploy.errors import InputError
 from s2p_deploy.families.model_family import latent_channels
 from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear, has_bias
 
@@ -93,14 +94,24 @@ def sample_shape_of(config: Config) -> tuple[int, int, int]:
 
 
 def discover_layers(denoiser: IndexedDenoiser, tokens: int = 2) -> tuple[QuantizableLayer, ...]:
-    """Discovers every layer, in the order in which a forward pass reaches it."""
+    """Discovers every layer, in the order in which a forward pass reaches it.
+
+    Raises:
+        InputError: the network cannot be run, because its configuration has a value that its layers do not take.
+    """
     quantizable = (torch.nn.Conv2d, torch.nn.Linear)
     # watched too: where such a module reads the text, the layers inside it read a function of the text
     rewritten = (SmoothedLinear, ShiftedLayer)
     modules = dict(denoiser.network.named_modules())
     watched = [name for name, module in modules.items() if isinstance(module, quantizable + rewritten)]
     inputs = zero_inputs(denoiser, tokens=tokens)
-    readings = _watch(denoiser, watched, inputs)
+    try:
+        readings = _watch(denoiser, watched, inputs)
+    except Exception as error:  # values of a configuration reach any code of diffusers
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the denoiser's config.json makes a network that cannot be run ({type(error).__name__}: {reason})"
+        ) from error
     sources: dict[int, Literal["sample", "text"]] = {
         id(inputs.sample): "sample",
         id(inputs.encoder_hidden_states): "text",

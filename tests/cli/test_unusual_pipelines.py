@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.cli.commands import Run
@@ -34,7 +36,7 @@ def config(file: str, **values: object) -> Change:
     return change
 
 
-def data(file: str, content: bytes) -> Change:
+def content(file: str, content: bytes) -> Change:
     return lambda folder: (folder / file).write_bytes(content)
 
 
@@ -118,10 +120,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another first kernel": (config(UNET, conv_in_kernel=5), "conv_in.weight is [8, 4, 3, 3]"),
     "a centred sample": (config(UNET, center_input_sample=True), "center_input_sample"),
     "gated attention": (config(UNET, attention_type="gated"), "lacks down_blocks"),
+    "a padding of null": (config(UNET, downsample_padding=None), "makes a network that cannot be run"),
     "an epsilon in words": (config(UNET, norm_eps="small"), "norm_eps='small': write a number"),
     "an epsilon that is no number": (config(UNET, norm_eps=float("nan")), "holds NaN"),
-    "an endless configuration": (data(UNET, b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "cannot be read as JSON"),
-    "an empty configuration": (data(UNET, b""), "config.json cannot be read as JSON"),
+    "an endless configuration": (
+        content(UNET, b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
+        "cannot be read as JSON",
+    ),
+    "an empty configuration": (content(UNET, b""), "config.json cannot be read as JSON"),
     "a configuration that is a folder": (gone(UNET, Path.mkdir), "config.json cannot be read as JSON"),
     "a scaling factor of null": (config(VAE, scaling_factor=None), "scaling_factor=None: write a number above 0"),
     "a scaling factor of zero": (config(VAE, scaling_factor=0), "scaling_factor=0"),
@@ -140,17 +146,17 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a tokenizer of no tokens": (config(TOKENIZER, model_max_length=0), "model_max_length=0"),
     "a tokenizer longer than its encoder": (config(TOKENIZER, model_max_length="77"), "77 tokens"),
     "a tokenizer with more words than its encoder": (vocabulary, "gives tokens up to 1000000"),
-    "weights of no byte": (data(WEIGHTS, b""), "is damaged or not whole"),
+    "weights of no byte": (content(WEIGHTS, b""), "is damaged or not whole"),
     "weights that are a folder": (gone(WEIGHTS, Path.mkdir), "safetensors is missing"),
     "weights that are a link to nowhere": (gone(WEIGHTS, lambda path: path.symlink_to("/no/where")), "is missing"),
-    "a header of 2^60 bytes": (data(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), "is damaged or not whole"),
-    "a header of nothing": (data(WEIGHTS, struct.pack("<Q", 2) + b"{}"), "lacks conv_in.bias"),
+    "a header of 2^60 bytes": (content(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), "is damaged or not whole"),
+    "a header of nothing": (content(WEIGHTS, struct.pack("<Q", 2) + b"{}"), "lacks conv_in.bias"),
     "complex weights": (conv(lambda weight: weight.to(torch.complex64)), "is C64"),
     "weights of eight bits": (conv(lambda weight: weight.to(torch.float8_e4m3fn)), "is F8_E4M3"),
     "weights of double precision": (conv(lambda weight: weight.double()), "is F64"),
-    "a pickle by another name": (data(WEIGHTS, b"PK\x03\x04" + bytes(200)), "is damaged or not whole"),
+    "a pickle by another name": (content(WEIGHTS, b"PK\x03\x04" + bytes(200)), "is damaged or not whole"),
     "guidance in words": (config("sampling.json", guidance_scale="high"), "guidance_scale='high'"),
-    "no guidance": (data("sampling.json", b"{}"), "guidance_scale=None"),
+    "no guidance": (content("sampling.json", b"{}"), "guidance_scale=None"),
     "negative guidance": (config("sampling.json", guidance_scale=-1), "guidance_scale=-1"),
 }
 
@@ -189,3 +195,31 @@ def test_is_refused_in_one_line(name: str, pipeline: Path, run: Run, tmp_path: P
     assert len(lines) == 1
     assert words in lines[0]
     assert not any((tmp_path / name).exists() for name in ("calib", "calib.partial"))
+
+
+FILES = (UNET, VAE, TEXT, SCHEDULER, TOKENIZER, INDEX, "sampling.json")
+NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 7, 10**6, 10**30, 0.5, -0.5, 1e-30, 1e300])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.sampled_from(["", "x", "8", "linear", "epsilon"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=1),
+    max_leaves=3,
+)
+FURTHER = {
+    SCHEDULER: ["timestep_spacing", "use_karras_sigmas", "rescale_betas_zero_snr", "trained_betas"],
+    UNET: ["num_attention_heads", "class_embed_type", "time_cond_proj_dim", "addition_embed_type"],
+}
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(FILES), data=st.data())
+def test_no_value_of_a_configuration_is_an_internal_error(
+    tiny: Path, run: Run, tmp_path_factory: pytest.TempPathFactory, file: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzzed")
+    shutil.copytree(tiny, folder / "pipeline")
+    keys = [*json.loads((folder / "pipeline" / file).read_text()), *FURTHER.get(file, []), "added"]
+    config(file, **{data.draw(st.sampled_from(keys)): data.draw(VALUES)})(folder / "pipeline")
+    finished = run("calibrate", folder / "pipeline", "--recipe", "ptq-stream", "--out", folder / "calib")
+    assert finished.code in {0, 2}, finished.err
+    shutil.rmtree(folder)
