@@ -154,11 +154,11 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
         height, width = start.size
         arguments |= {"image": start.picture, "mask_image": start.mask, "strength": start.strength}
         arguments |= {"height": height, "width": width}
-        arguments |= {"generator": _later_noise([noise_seed])}
         arguments = {name: value for name, value in arguments.items() if name in taken}
     if isinstance(denoiser, EngineDenoiser):
         ready.scheduler.set_timesteps(schedule.steps)  # as the pipeline will
         denoiser.prepare(ready.scheduler.timesteps.double().numpy())
+    (arguments["generator"],) = _later_noise([noise_seed])
     picture: Image = ready(**arguments).images[0]
     return picture
 

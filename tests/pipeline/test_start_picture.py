@@ -218,4 +218,7 @@ def test_every_family_draws_on_from_a_picture(name: str) -> None:
         found = [
             np.asarray(generate(one, Prompt("id", "a red circle"), start=start, **options)) for one in (base, pipe)
         ]
-        np.testing.assert_array_equal(*found)
+        # kernels sum in another order where memory is aligned otherwise: 1e-6 of a prediction, a level at a boundary
+        difference = np.abs(found[0].astype(int) - found[1])
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 1e-3
