@@ -156,8 +156,9 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
         arguments |= {"height": height, "width": width}
         arguments = {name: value for name, value in arguments.items() if name in taken}
     if isinstance(denoiser, EngineDenoiser):
-        ready.scheduler.set_timesteps(schedule.steps)  # as the pipeline will
-        denoiser.prepare(ready.scheduler.timesteps.double().numpy())
+        # those that are run: a refiner's engine has none of the noisiest
+        run = timesteps_of(pipe, schedule) if start is None else timesteps_from_start(pipe, schedule, start)
+        denoiser.prepare(run)
     (arguments["generator"],) = _later_noise([noise_seed])
     picture: Image = ready(**arguments).images[0]
     return picture

@@ -18,7 +18,16 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
-from s2p_deploy.pipeline import Schedule, generate, latent_size, open_pipeline, timesteps_from_start, timesteps_of
+from s2p_deploy.pipeline import (
+    Schedule,
+    StartPicture,
+    generate,
+    latent_size,
+    open_pipeline,
+    timesteps_from_start,
+    timesteps_of,
+    trained_size,
+)
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
@@ -247,8 +256,13 @@ def open_service(
         IntegrityError, MissingEnvironmentError, InputError: as :func:`s2p_deploy.pipeline.open_pipeline`.
     """
     context.set_threads()
-    service = ImageService(load_served_engine(engine, base, settings, name, context), settings, observer)
-    warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0)
+    served = load_served_engine(engine, base, settings, name, context)
+    service = ImageService(served, settings, observer)
+    start = None
+    if base.task != "text-to-image":
+        size = trained_size(served.stock.pipe)
+        start = StartPicture.blank(*size, base.default_strength, masked=base.task == "inpainting")
+    warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0, start=start)
     service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
     return service
 
