@@ -33,7 +33,7 @@ from tests.artifacts import TOKENS, tiny_calibrated, tiny_inputs
 if TYPE_CHECKING:
     from tests.engines.conftest import GraphOf
 
-BACKENDS = ("onnxruntime", pytest.param("openvino", marks=pytest.mark.slow))
+BACKENDS = ("onnxruntime", "openvino")
 LEVEL = 25  # dB: rounding flips
 SPAN = Span(TOKENS, TOKENS, 4 * TOKENS)
 
@@ -70,6 +70,7 @@ def sqnr(expected: np.ndarray, found: np.ndarray) -> float:
     return float(10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum().clip(1e-30)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_engine_takes_every_text_in_its_range(
     calibrated: CalibratedModel, engine_for: EngineFor, backend: str
@@ -87,6 +88,7 @@ def test_an_engine_takes_every_text_in_its_range(
                 runner.infer(inputs(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_an_engine_take_several_chunks(graph: ExportedGraph, engine_for: EngineFor, backend: str) -> None:
     given = inputs(3 * TOKENS)
@@ -98,6 +100,7 @@ def test_parts_of_an_engine_take_several_chunks(graph: ExportedGraph, engine_for
     assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_triton_is_told_that_the_text_has_any_number_of_tokens(engine_for: EngineFor) -> None:
     text = next(spec for spec in remote_inputs(engine_for("onnxruntime")) if spec.name == "encoder_hidden_states")
     assert text == TensorSpec("encoder_hidden_states", "float32", ("batch", -1, 48))
@@ -113,6 +116,7 @@ class Answering:
         """Nothing."""
 
 
+@pytest.mark.slow
 def test_an_engine_of_one_chunk_says_how_to_get_more(calibrated: CalibratedModel) -> None:
     specs = (
         TensorSpec("sample", "float32", ("batch", 4, 8, 8)),
@@ -128,6 +132,7 @@ def test_an_engine_of_one_chunk_says_how_to_get_more(calibrated: CalibratedModel
         runner.infer(inputs(TOKENS) | {"encoder_hidden_states": np.zeros((2, TOKENS, 40), np.float32)})
 
 
+@pytest.mark.slow
 def test_a_profile_spans_the_graphs_chunks_or_fewer(graph: ExportedGraph, graph_of: GraphOf) -> None:
     assert profile_for(graph, ShapeProfile(1, 2, 8)) == ShapeProfile(1, 2, 8, tokens=SPAN)
     fewer = ShapeProfile(1, 2, 8, tokens=Span(2 * TOKENS, 2 * TOKENS, 3 * TOKENS))
@@ -141,6 +146,7 @@ def test_a_profile_spans_the_graphs_chunks_or_fewer(graph: ExportedGraph, graph_
         profile_for(graph_of("fp32", "int8"), fewer)
 
 
+@pytest.mark.slow
 def test_the_longest_text_counts_for_the_memory_of_a_batch(graph: ExportedGraph) -> None:
     """Scores of 8 heads between 64 positions: of the picture's own tokens, and of the text's where it is longer."""
     import onnx_ir as ir

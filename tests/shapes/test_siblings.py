@@ -140,6 +140,7 @@ def test_a_fine_tuned_sibling_has_a_denoiser_of_its_own_and_shares_the_rest(name
     assert all(part.resolve() == (start / part.name).resolve() for part in shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("sd35", 14), ("lcm", 4), ("inpaint", 20), ("refiner", 20)])
 @torch.no_grad()
 def test_a_fine_tuned_sibling_draws_what_held_out_prompts_say(name: str, steps: int) -> None:
