@@ -461,7 +461,7 @@ def _errors_of_layers(
     scales = request.hooks.act_scales(request.recipe, plan, act_scales)
     state = TrainingState(denoiser, scales, calibrated, request.context.samples_per_call)
     state.modules().to(source.device)
-    return rank_by_picture(request, source, state, request.recipe.mixed.prompts).of_layers(plan)
+    return rank_by_picture(request, source, state, request.recipe.mixed.prompts, "mixed").of_layers(plan)
 
 
 def _starting_scales(

@@ -19,6 +19,7 @@ from s2p_deploy.calib.starting_scales import weight_scale
 from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.calib.trajectories import final_latents, trajectory_inputs
 from s2p_deploy.families.pictures import latent_pictures
+from s2p_deploy.metrics import psnr_db
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 
@@ -174,13 +175,6 @@ def drawn_in_float(
     return started | {LATENTS: final_latents(denoise, inputs).cpu()}
 
 
-def squared_error(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Computes the mean squared error float64 [n] of pictures."""
-    difference = candidate.astype(np.float64) - reference
-    errors: NDArray[np.float64] = np.square(difference).mean(axis=tuple(range(1, difference.ndim)))
-    return errors
-
-
 def error_alone(
     state: TrainingState, one: Relief, drawing: Drawing, request: CalibrationRequest
 ) -> NDArray[np.float64]:
@@ -189,7 +183,7 @@ def error_alone(
     ``state`` is as it was before training: its weights are the pipeline's.
     """
     only = with_plan(state, alone(state.denoiser.plan, one), request)
-    errors: NDArray[np.float64] = drawing.metric(only.predict, squared_error)[0]
+    errors: NDArray[np.float64] = 10 ** (-drawing.metric(only.predict, psnr_db)[0] / 10)
     return errors
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from s2p_deploy.context import duration
 from s2p_deploy.errors import GateFailedError, InputError
 from s2p_deploy.families import text_tokens
 from s2p_deploy.metric_networks import LPIPS, Lpips, load_weights, lpips_distances
-from s2p_deploy.metrics import STATISTICS, certain_statistic, picture_statistic, psnr_db, ssim
+from s2p_deploy.metrics import STATISTICS, certain_statistic, picture_statistic, psnr_db, ssim, to_bytes
 from s2p_deploy.records import PromptSet, Skipped
 from s2p_deploy.records.files import write_tensors, write_text
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     Metric = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float64]]
     Statistic = Callable[[NDArray[np.float64], str], float]
 
-_LATENTS, _ERRORS, _TRIALS = "picture_latents.safetensors", "picture_errors.json", "target_trials.json"
+_LATENTS, _TRIALS = "picture_latents.safetensors", "target_trials.json"
 _ROUNDS = 2  # of verification
 _LESS_IS_BETTER = frozenset({"lpips"})
 # A step's time by multiplications alone: a floating-point product takes as long as two of INT8, on tensor cores as with
@@ -99,13 +99,22 @@ class SearchTime:
 def search_time(request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan) -> SearchTime:
     """Estimates the search of a plan from one forward pass of the floating-point denoiser."""
     target, count = request.recipe.target, len(reliefs(plan))
-    trials = 2 + math.ceil(math.log2(count + 1))
-    pictures = target.ranked * count + target.searched * trials + len(request.judged.prompts) + target.verified
+    pictures = (
+        target.ranked * count
+        + target.searched * (1 + _bisections(count))
+        + len(request.judged.prompts)
+        + target.verified
+    )
     width = request.recipe.dataset.width
     tokens = text_tokens(source.pipe, request.recipe.sampling.max_sequence_length)
     seconds = seconds_of_call(source.denoiser, tokens, 2 * width, request.context.samples_per_call) / width
     calls = len(sampler_of(source.pipe, source.timesteps, request.recipe.sampling.steps).indices)
     return SearchTime(pictures, calls, pictures * calls * seconds)
+
+
+def _bisections(count: int) -> int:
+    """Counts the trials that find the fewest of so many quantizers."""
+    return 1 + math.ceil(math.log2(count + 1))
 
 
 @dataclass(frozen=True)
@@ -133,10 +142,17 @@ def with_errors(plan: PrecisionPlan, ranking: Ranking) -> PrecisionPlan:
     return replace(plan, layers=tuple(replace(layer, picture_error=errors[layer.name]) for layer in plan.layers))
 
 
-def rank_by_picture(request: CalibrationRequest, source: FloatPipeline, state: TrainingState, count: int) -> Ranking:
+def rank_by_picture(
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    state: TrainingState,
+    count: int,
+    purpose: Literal["mixed", "target"] = "target",
+) -> Ranking:
     """Measures what each quantizer of ``state`` does to the pictures of the first ``count`` prompts of the search.
 
-    ``state`` is as it was before training. What is measured is kept in the work folder, so that a killed run goes on.
+    ``state`` is as it was before training. What is measured is kept in the work folder, so that a killed run goes on;
+    by its ``purpose``, because mixed precision ranks another plan than the target that follows it.
     """
     folder, progress = request.partial, request.context.progress
     latents = folder / _LATENTS
@@ -144,7 +160,8 @@ def rank_by_picture(request: CalibrationRequest, source: FloatPipeline, state: T
         write_tensors(latents, drawn_in_float(source, state, request.judged, request))
     drawn = load_file(latents)
     drawing = Drawing.of(source, request.judged, request, drawn)[:count]
-    file, errors = folder / _ERRORS, _read(folder / _ERRORS)
+    file = folder / f"{purpose}_picture_errors.json"
+    errors = _read(file)
     all_reliefs = reliefs(state.denoiser.plan)
     for done, relief in enumerate(all_reliefs):
         progress("sensitivity by picture", done, len(all_reliefs))
@@ -317,7 +334,8 @@ class _Search:
             values = self.drawing[start:end].metric(made.predict, *self.metrics.values())
             self.trials[name] = dict(zip(self.metrics, values.tolist(), strict=True))
             write_text(self.file, json.dumps(self.trials, indent=1) + "\n")
-        self.request.context.progress("target", len(self.trials), len(self.trials))
+        done = len(self.trials)  # of the floor, the bisection and one verification, unless others have to verify
+        self.request.context.progress("target", done, max(done, _bisections(len(self.by_key)) + 3))
         found: dict[str, list[float]] = self.trials[name]
         return found
 
@@ -379,7 +397,7 @@ def _metrics(request: CalibrationRequest, device: torch.device) -> dict[str, Met
     if request.recipe.target.lpips is not None:
         file = lpips_file(request.weights)
         network = load_weights(Lpips(), file).to(device)
-        metrics["lpips"] = lambda first, second: lpips_distances(network, _as_bytes(first), _as_bytes(second), device)
+        metrics["lpips"] = lambda first, second: lpips_distances(network, to_bytes(first), to_bytes(second), device)
     return metrics
 
 
@@ -389,11 +407,6 @@ def lpips_file(weights: MetricWeights | None) -> Path:
     if file is None or isinstance(file, Skipped):
         raise InputError(f"a target of LPIPS needs its weights: pass --weights-dir with a folder that has {LPIPS}")
     return file
-
-
-def _as_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
-    rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
-    return rounded
 
 
 def _statistic(found: Mapping[str, list[float]], name: str, at: str, statistic: Statistic) -> float:

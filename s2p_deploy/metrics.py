@@ -121,6 +121,12 @@ def relative_error(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[
     return errors
 
 
+def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Converts pictures to uint8 [n, H, W, 3], rounded as diffusers does."""
+    rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
+    return rounded
+
+
 def psnr_db(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
     """Computes the peak signal to noise ratio float64 [n] in dB."""
     noise = _power(candidate.astype(np.float64) - reference)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from s2p_deploy.metrics import to_bytes
 from s2p_deploy.validation.figures import shown_names, svg
-from s2p_deploy.validation.pictures import to_bytes
 from s2p_deploy.validation.report_page import data_uri
 from s2p_research.comparison_table import NOTE, table_of
 

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.families import with_denoiser
-from s2p_deploy.metrics import distance_of, mean_of, median_of, quantile_of, relative_error
+from s2p_deploy.metrics import distance_of, mean_of, median_of, quantile_of, relative_error, to_bytes
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import Number, PromptSet, Skipped, open_artifact, write_artifact
 from s2p_deploy.shapes.classifier import CLASSIFIER
@@ -23,7 +23,6 @@ from s2p_deploy.validation.pictures import (
     picture_features,
     pixel_shift,
     similarity,
-    to_bytes,
 )
 from s2p_research.comparison import FloatFigures, PictureFigures, Spread, StepErrors
 

@@ -155,7 +155,10 @@ def calibrate(  # noqa: PLR0913 - its options
         )
     outcome = artifact_outcome(made.folder, made.manifest)
     if "target" in made.manifest.content:
-        outcome = replace(outcome, text=(*outcome.text, f"target: {made.manifest.content['target']['text']}"))
+        target = made.manifest.content["target"]
+        outcome = replace(
+            outcome, data=outcome.data | {"target": target}, text=(*outcome.text, f"target: {target['text']}")
+        )
     if lora:
         outcome = with_pipeline(outcome, made.manifest)
     if resolved.scales.activations == "default":

@@ -89,14 +89,11 @@ def long_prompt_embeds(
             states = states.flatten(0, 1)
         embeds[f"{kind}prompt_embeds"] = states[None].to(clip.device, clip.dtype)
         if "text_encoder_2" in pipe.components:
-            pooled = encoded.added_cond[:1] if is_sd3(pipe) else encoded.added_cond[:1, : _pooled_width(pipe)]
+            # size ids follow SDXL's pooled text
+            width = None if is_sd3(pipe) else pipe.text_encoder_2.config.projection_dim
+            pooled = encoded.added_cond[:1, :width]
             embeds[f"{kind}pooled_prompt_embeds"] = pooled.to(clip.device, clip.dtype)
     return embeds
-
-
-def _pooled_width(pipe: DiffusionPipeline) -> int:
-    """Returns the width of SDXL's pooled text, which size ids follow."""
-    return int(pipe.text_encoder_2.config.projection_dim)
 
 
 def _clip_tokenizers(pipe: DiffusionPipeline) -> list[Any]:

@@ -15,7 +15,7 @@ from s2p_deploy.context import silent
 from s2p_deploy.families import with_denoiser
 from s2p_deploy.families.pictures import PictureInputs, pictures_of
 from s2p_deploy.families.pipelines import task_of
-from s2p_deploy.metrics import CPU, distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim
+from s2p_deploy.metrics import CPU, distance_of, haarpsi, psnr_db, ratio_of, relative_error, shifted, ssim, to_bytes
 from s2p_deploy.pipeline import Schedule, call_arguments, noise_arguments, trained_size, with_schedule
 from s2p_deploy.records import Number, Skipped
 from s2p_deploy.shapes.checker import score_picture
@@ -287,12 +287,6 @@ def picture_features(
     with torch.no_grad():
         found: NDArray[np.float64] = load_classifier(classifier).to(device).features(planes).cpu().double().numpy()
     return found
-
-
-def to_bytes(pictures: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Converts pictures to uint8 [n, H, W, 3], rounded as diffusers does."""
-    rounded: NDArray[np.uint8] = (pictures * 255).round().clip(0, 255).astype(np.uint8)
-    return rounded
 
 
 def _generate_batch(

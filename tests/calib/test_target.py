@@ -284,7 +284,7 @@ def test_the_ranking_is_kept_and_goes_on(
     ranked: tuple[Path, Ranking],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = request_of.partial / "picture_errors.json"
+    file = request_of.partial / "target_picture_errors.json"
     kept = json.loads(file.read_text())
     key, errors = kept.popitem()
     file.write_text(json.dumps(kept))
@@ -408,7 +408,7 @@ def test_a_calibration_with_a_target_can_be_deployed_and_goes_on_with_another(
 
     with pytest.raises(GateFailedError, match="cannot be reached"):
         calibrate(base, with_target(99.9), texts, out)
-    kept = (out.parent / "model.partial" / "picture_errors.json").read_bytes()
+    kept = (out.parent / "model.partial" / "target_picture_errors.json").read_bytes()
     model = calibrate(base, with_target(1.0), texts, out)
     assert kept
     assert model.manifest.content["target"]["prompts"] == 2
@@ -452,3 +452,17 @@ def test_lpips_is_a_target_of_its_own_weights(
     assert 0 <= reached.statistics["lpips"]["median"] <= reached.statistics["lpips"]["worst"] < 0.5
     with pytest.raises(GateFailedError, match=r"target of LPIPS 1e-12 at the median cannot be reached"):
         search(replace(asking(asked, lpips=1e-12), weights=weights), few_source, few_state)
+
+
+def test_a_target_ranks_the_plan_that_mixed_precision_left(
+    base: BasePipeline, prompts: PromptSet, few_layers: Recipe, judged: PromptSet, tmp_path: Path
+) -> None:
+    mixed = {"sensitivity": "pictures", "prompts": 1, "top": 0.1, "bottom": 0, "sensitive": {"weights": "int8"}}
+    data = few_layers.model_dump() | {"mixed": mixed, "target": TARGET | {"psnr": 1.0}}
+    texts = PromptSet((*prompts.prompts, *judged.prompts))
+    model = calibrate(base, recipe_from_data(data, "test"), texts, tmp_path / "model")
+    wide = [layer for layer in model.plan.layers if layer.rule == "sensitive" and layer.activation_quantizer is None]
+    assert all(layer.picture_error == 0 for layer in wide)  # nothing of them is ranked any more
+    both = [layer for layer in model.plan.layers if layer.weights == "int4"]
+    assert all(layer.picture_error and layer.sensitivity for layer in both)
+    assert any(layer.picture_error != layer.sensitivity for layer in both)  # of two prompts, and of one

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.families.pictures import PictureInputs, pictures_of
+from s2p_deploy.metrics import to_bytes
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import read_prompts
 from s2p_deploy.shapes.checker import attribute_accuracy
-from s2p_deploy.validation.pictures import generate_pictures, to_bytes
+from s2p_deploy.validation.pictures import generate_pictures
 from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
