@@ -88,18 +88,22 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
             if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
                 copy_verified(graph, name, folder / name, one_link=True)
         context.progress("build", 1, 1)
-        content = compiled | {
-            "sizes": {name: (folder / name).stat().st_size for name in compiled["engine_files"]},
-            "backend": backend,
-            **dataclasses.asdict(resolved.execution),
-            "options": dataclasses.asdict(resolved),
-            "dtype": graph.dtype,
-            "profile": resolved.resolved_profile.to_json(),
-            "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
-            "quantizers": graph.manifest.content["quantizers"],
-            "added_width": graph.added_width,
-            "denoiser_config": graph.manifest.content["denoiser_config"],
-        }
+        content = (
+            compiled
+            | {
+                "sizes": {name: (folder / name).stat().st_size for name in compiled["engine_files"]},
+                "backend": backend,
+                **dataclasses.asdict(resolved.execution),
+                "options": dataclasses.asdict(resolved),
+                "dtype": graph.dtype,
+                "profile": resolved.resolved_profile.to_json(),
+                "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
+                "quantizers": graph.manifest.content["quantizers"],
+                "added_width": graph.added_width,
+                "denoiser_config": graph.manifest.content["denoiser_config"],
+            }
+            | ({} if graph.lora is None else {"lora": graph.manifest.content["lora"]})
+        )
         (folder / CARD).write_text(engine_card(graph, content), encoding="utf-8")
         return content
 

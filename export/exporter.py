@@ -18,11 +18,13 @@ from s2p_deploy.context import Context
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export.float_networks import check_time_path, conditioning_model, time_path_model
 from s2p_deploy.export.graph_contract import check_graph
+from s2p_deploy.export.lora_targets import LoraRequest, lora_targets
 from s2p_deploy.export.lowering.rescale import lower_rescale
 from s2p_deploy.export.passes.float32_layers import Float32Layers
 from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.passes.gather_scales import GatherScales, QuantizerSpec
 from s2p_deploy.export.passes.hoisted_text import HoistedText
+from s2p_deploy.export.passes.lora_branches import LoraBranches
 from s2p_deploy.export.passes.names import ReadableNames, StripMetadata
 from s2p_deploy.export.passes.open_sizes import OpenSizes
 from s2p_deploy.export.passes.time_projections import TimeProjections
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import Block, Tap, TimePath
     from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records.optional_inputs import LoraSlots
 
 DType = Literal["fp32", "fp16"]
 TimeTableForm = Literal["constant", "input"]
@@ -84,6 +87,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     text_projections: TextProjectionsForm = "graph",
     sizes: Sizes = "fixed",
     chunks: tuple[int, int] | None = None,
+    lora: LoraRequest | None = None,
     replace: bool = False,
     context: Context = Context(),
 ) -> ExportedGraph:
@@ -104,13 +108,14 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             the network's levels or patches ask for.
         chunks: the fewest and most chunks of text that the graph takes, each as long as the calibrated one; it stays
             open for any number of tokens in between (None: one chunk).
+        lora: the layers that get low-rank branches, whose matrices are inputs (None: none).
         replace: whether an artifact at ``out`` may be replaced.
         context: its progress is called after every tensor that is written.
 
     Raises:
         InputError: ``out`` exists; its disk has no room; a ratio of scales or a weight is out of the range of
             ``dtype``; the model has no such form; ``chunks`` are no such numbers; ``time_path`` is missing, or not that
-            of the model's time table.
+            of the model's time table; a layer that ``lora`` wants can have no branch.
         GraphContractError: a planned layer is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
@@ -120,7 +125,9 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     config = calibrated.denoiser_config()
-    graph = _canonical_graph(calibrated, config, dtype, form, text_projections, sizes, open_tokens=text is not None)
+    graph = _canonical_graph(
+        calibrated, config, dtype, form, text_projections, sizes, open_tokens=text is not None, lora=lora
+    )
     conditioning = None
     if form == "input" and calibrated.added_width:
         conditioning = conditioning_model(calibrated, config, half=dtype == "fp16")
@@ -144,6 +151,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         write_timestep_table(calibrated.timesteps, folder / TIMESTEPS_FILE)
         opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
         opened |= {} if text is None else {"chunks": json_data(text)}
+        opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}
         return {
             "dtype": dtype,
             "opset": OPSET,
@@ -203,6 +211,7 @@ class _CanonicalGraph:
     float32_layers: tuple[str, ...] = ()
     text_model: ir.Model | None = None
     text: tuple[GraphTap, ...] = ()
+    lora: LoraSlots | None = None
 
 
 def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChunks:
@@ -221,6 +230,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     sizes: Sizes,
     *,
     open_tokens: bool,
+    lora: LoraRequest | None,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
     kind, plan, source = DTYPES[dtype], calibrated.plan, calibrated.time_source()
@@ -245,6 +255,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     # blocks and layers are described before quantizers change what they read
     blocks = _blocks(model.graph, traced.blocks, layers)
     described = tuple(_describe(layer, calibrated) for layer in layers)
+    branches = None if lora is None else LoraBranches(lora_targets(calibrated, layers, lora), lora.rank, kind)
     reference_scales = usable_reference_scales(calibrated.scales, dtype)
     counts = {layer.plan.name: _weights_per_channel(layer) for layer in layers}
     overflowing = overflowing_layers(calibrated, counts, reference_scales) if dtype == "fp16" else frozenset()
@@ -259,13 +270,22 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         kind,
     )
     _run(model, StoredWeights(direct.keys, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
+    if branches is not None:
+        _run(model, branches)
     for quantizer in plan.activation_quantizers:
         fmt = format_by_name(quantizer.activations)
         assert fmt is not None  # an activation quantizer has a format
         members = [layer for layer in layers if layer.plan.activation_quantizer == quantizer.name]
         lower_rescale(model.graph, quantizer.name, fmt, members, scales.scales[quantizer.name])
     _run(model, Float32Layers(full))
-    graph = _CanonicalGraph(model, described, blocks, reference_scales, tuple(layer.plan.name for layer in full))
+    graph = _CanonicalGraph(
+        model,
+        described,
+        blocks,
+        reference_scales,
+        tuple(layer.plan.name for layer in full),
+        lora=None if branches is None else branches.slots,
+    )
     if text_projections == "input":
         graph = _with_text_apart(graph, layers)
     _run(model, StripMetadata())

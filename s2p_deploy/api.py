@@ -168,6 +168,9 @@ def export_graph(  # noqa: PLR0913 - the command's options
     text_projections: Literal["graph", "input"] = "graph",
     sizes: Literal["fixed", "dynamic"] = "fixed",
     chunks: tuple[int, int] | None = None,
+    lora_rank: int | None = None,
+    lora_layers: Sequence[str] = ("attention",),
+    lora_for: Sequence[str | Path] = (),
     model: str | Path | BasePipeline | None = None,
     force: bool = False,
     context: Context = Context(),
@@ -184,6 +187,10 @@ def export_graph(  # noqa: PLR0913 - the command's options
             prompt beside the graph.
         sizes: ``fixed`` takes latents of the trained size, ``dynamic`` of any height and width.
         chunks: the fewest and most chunks of text that one engine takes, for long or weighted prompts (None: one).
+        lora_rank: ranks of the low-rank branches through which an engine takes LoRAs at run time, as many as those that
+            act at once have together (None: no branches, or with ``lora_for`` the largest rank of these files).
+        lora_layers: kinds of layers that get a branch.
+        lora_for: LoRA files; exactly the layers that they change get a branch.
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.
@@ -197,11 +204,16 @@ def export_graph(  # noqa: PLR0913 - the command's options
         ['sample', 'timestep_index', 'encoder_hidden_states', 'act_scales']
     """
     from s2p_deploy.export.exporter import export_graph as export_calibrated
+    from s2p_deploy.export.lora_targets import lora_request
     from s2p_deploy.families import load_time_path
     from s2p_deploy.records import CalibratedModel
 
     opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
     needs_path = time_table == "input" and not opened.added_width
+    lora = None
+    if lora_rank is not None or lora_for:
+        base = base_of(opened.manifest, model) if lora_for else None
+        lora = lora_request(lora_rank, tuple(lora_layers), [Path(file) for file in lora_for], base)
     return export_calibrated(
         opened,
         new_folder(out),
@@ -211,6 +223,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         text_projections=text_projections,
         sizes=sizes,
         chunks=chunks,
+        lora=lora,
         replace=force,
         context=context,
     )

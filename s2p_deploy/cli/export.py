@@ -48,6 +48,26 @@ def export(  # noqa: PLR0913 - its options
             "own; one if omitted.",
         ),
     ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="Slots for LoRAs at run time: a low-rank branch of so many ranks beside layers, shared by all LoRAs "
+            "that act at once.",
+        ),
+    ] = None,
+    lora_layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Which layers have slots: attention (if omitted), feed-forward, projections, convolutions; may be "
+            "repeated.",
+        ),
+    ] = None,
+    lora_for: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Slots at exactly the layers that this LoRA changes; may be repeated."),
+    ] = None,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -69,6 +89,9 @@ def export(  # noqa: PLR0913 - its options
             text_projections=text_projections,
             sizes=sizes,
             chunks=span,
+            lora_rank=lora_rank,
+            lora_layers=lora_layers or ["attention"],
+            lora_for=lora_for or (),
             model=model,
             force=force,
             context=context,

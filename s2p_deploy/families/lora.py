@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.checkpoint import check_no_pointer
+from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, check_no_pointer
+from s2p_deploy.families.network_files import component_classes
 from s2p_deploy.records import file_digest
 from s2p_deploy.records.tensor_file import TensorFile
 
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from s2p_deploy.families.pipelines import BasePipeline
+
     # by component, the shape of every layer's weight by the layer's path in the component's file
     Weights = Mapping[str, Mapping[str, tuple[int, ...]]]
 
+WEIGHT = ".weight"  # ends the names of the tensors that low-rank products are added to
 _MOST_RANK = 4096
 _DENOISERS = ("unet", "transformer")
 _PEFT_CONFIG = "adapter_config.json"
@@ -180,6 +184,20 @@ class LowRank:
         return product.view(len(self.up), *self.down.shape[1:])
 
 
+def check_low_rank(file: Path, layers: Iterable[LoraLayer]) -> None:
+    """Checks that a LoRA's changes are low-rank products alone, which a branch beside a layer computes.
+
+    Raises:
+        InputError: it is a DoRA, which scales the whole weight.
+    """
+    scaling = next((layer for layer in layers if layer.magnitude is not None), None)
+    if scaling is not None:
+        raise InputError(
+            f"{file} is a DoRA: it scales the whole weight of {scaling.path}, which no branch beside it can: fuse it"
+            " (calibrate --lora, or adapt)"
+        )
+
+
 def fused_weight(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Tensor:
     """Adds LoRAs to a weight [out, in, ...], one after the other, each with its own weight; computed in float32.
 
@@ -195,6 +213,26 @@ def fused_weight(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Te
             norms = torch.linalg.vector_norm((plain + difference).flatten(1), dim=1)
             fused = fused * (change.magnitude / norms).view(-1, *[1] * (plain.dim() - 1))
     return fused
+
+
+def component_checkpoints(base: BasePipeline) -> dict[str, Checkpoint]:
+    """Opens the components that LoRAs are for: the denoiser and the text encoders."""
+    names = {base.denoiser_folder.name: DIFFUSERS_WEIGHTS}
+    networks = component_classes(base.folder, torch.nn.Module)
+    names |= {name: TRANSFORMERS_WEIGHTS for name in networks if name.startswith("text_encoder")}
+    return {name: Checkpoint(base.folder / name, weights) for name, weights in names.items()}
+
+
+def changeable_weights(checkpoints: Mapping[str, Checkpoint]) -> Weights:
+    """Finds the shapes of weights that a low-rank product can be added to, by component and path of their layer."""
+    return {
+        component: {
+            name.removesuffix(WEIGHT): stored.shape
+            for name, stored in checkpoint.tensors.items()
+            if name.endswith(WEIGHT) and len(stored.shape) in {2, 4}
+        }
+        for component, checkpoint in checkpoints.items()
+    }
 
 
 class Lora:

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator, with_co
 
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.optional_inputs import LoraSlots
 from s2p_deploy.records.precision_plan import PLAN_FILE, PrecisionPlan, check_columns, plan_from_bytes
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
@@ -173,7 +174,7 @@ class GraphContent:
 
     ``denoiser_config`` is what a diffusers pipeline reads from its denoiser; ``added_width`` the width of what the
     projected time features depend on besides the timestep; ``latents`` is None where they have one size, ``chunks``
-    where the text has.
+    where the text has, ``lora`` where the graph has no low-rank branches.
     """
 
     denoiser_config: dict[str, Any]
@@ -181,6 +182,7 @@ class GraphContent:
     added_width: Width = 0
     latents: LatentSizes | None = None
     chunks: TextChunks | None = None
+    lora: LoraSlots | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
