@@ -23,9 +23,11 @@ from s2p_deploy.families import family_of_config
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
 from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import guidance_width
+from s2p_deploy.pipeline.denoiser_loras import ComponentWithLoras, DenoiserLoras
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
+from s2p_deploy.records.optional_inputs import LORA_STRENGTHS
 from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
+    from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
@@ -46,23 +49,21 @@ _GUIDANCE = "timestep_cond"  # the keyword for LCM's embedding of the guidance s
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
-_FUSE = "leave it out; a LoRA is fused into the floating-point pipeline before you calibrate"
+_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # a pipeline's keywords for its LoRAs' scale
 _CONDITION_ADVICE = {
-    "cross_attention_kwargs": _FUSE,
-    "joint_attention_kwargs": _FUSE,
     "attention_mask": "leave the mask out, or use the floating-point pipeline",
     "encoder_attention_mask": "leave the mask out, or use the floating-point pipeline",
 }
 
 
 def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a condition of any kind
-    """Returns whether a condition changes no prediction: it is empty, masks nothing, or scales a LoRA by one."""
+    """Returns whether a condition changes no prediction: it is empty, or masks nothing."""
     if name.endswith("attention_mask") and isinstance(value, torch.Tensor):
         return bool((value == 1).all())
-    return value is None or (isinstance(value, dict) and value in ({}, {"scale": 1.0}))
+    return value is None or value == {}
 
 
-class EngineDenoiser(EngineComponent):
+class EngineDenoiser(ComponentWithLoras):
     """A denoiser that computes on a runner.
 
     Args:
@@ -73,9 +74,10 @@ class EngineDenoiser(EngineComponent):
         profile: the sizes of latents and texts that the runner takes (None: those that the network was trained on).
         engine: the engine on disk that the runner runs, if it is one.
         indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
+        bank: the engine's low-rank branches (None: it has none).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is bound to
         self,
         runner: Runner,
         config: Mapping[str, Any],
@@ -84,8 +86,9 @@ class EngineDenoiser(EngineComponent):
         *,
         engine: Engine | None = None,
         indices: Indices | None = None,
+        bank: LoraBank | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, DenoiserLoras(bank, config))
         self.runner = runner
         self.timesteps = timesteps
         self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
@@ -156,6 +159,7 @@ class EngineDenoiser(EngineComponent):
         copied = type(self)(
             self.runner, self._config, self.timesteps, self.profile, engine=self.engine, indices=self._indices
         )
+        copied.loras = self.loras.copy()
         return copied.place(self.device, self.dtype)
 
     def _predict(
@@ -164,6 +168,10 @@ class EngineDenoiser(EngineComponent):
         taken = set(_ADDED) if self._added_width else set()
         if guidance_width(dict(self.config)):
             taken.add(_GUIDANCE)
+        attention: dict[str, Any] = {}
+        for name in _ATTENTION:
+            attention |= dict(conditions.get(name) or {})  # type: ignore[call-overload]
+        taken.update(_ATTENTION)
         refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
         if refused:
             advice = _CONDITION_ADVICE.get(refused[0], "use the floating-point pipeline")
@@ -178,6 +186,9 @@ class EngineDenoiser(EngineComponent):
                 what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
                 raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
+        strengths = self.loras.strengths(attention, len(sample))
+        if strengths is not None:
+            inputs[LORA_STRENGTHS] = torch.from_numpy(strengths)
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
         return prediction
 
@@ -273,7 +284,7 @@ class EngineTransformer(EngineDenoiser):
         return Transformer2DModelOutput(sample=result) if return_dict else (result,)
 
 
-def engine_denoiser(
+def engine_denoiser(  # noqa: PLR0913 - as the class that it makes
     runner: Runner,
     config: Mapping[str, Any],
     timesteps: TimestepTable,
@@ -281,17 +292,17 @@ def engine_denoiser(
     *,
     engine: Engine | None = None,
     indices: Indices | None = None,
+    bank: LoraBank | None = None,
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine, indices=indices)
+    return component(runner, config, timesteps, profile, engine=engine, indices=indices, bank=bank)
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
     """Makes the denoiser of a loaded engine, with the timesteps that ``runner`` is bound to or can compute."""
-    return engine_denoiser(
-        runner, engine.denoiser_config, runner.timesteps, runner.profile, engine=engine, indices=runner.indices
-    )
+    options: dict[str, Any] = {"engine": engine, "indices": runner.indices, "bank": runner.loras}
+    return engine_denoiser(runner, engine.denoiser_config, runner.timesteps, runner.profile, **options)
 
 
 class AuxiliaryComponent(EngineComponent):
