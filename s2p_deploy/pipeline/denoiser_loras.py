@@ -64,17 +64,24 @@ class DenoiserLoras:
             InputError: it is none of this network, or of more ranks or other layers than the engine has branches for;
                 its name is taken, or with ``replace`` is not.
         """
-        bank, component = self._opened(), family_of_config(self._config).component
         name = name or next(each for each in map("default_{}".format, count()) if each not in self.loaded)
         if (name in self.loaded) != replace:
             taken = "there is no LoRA of that name to replace" if replace else "that name is taken: unload it first"
             raise InputError(f"LoRA {name!r} cannot be loaded, {taken}")
-        lora = Lora(name, {component: self._weights}, LoraInMemory(tensors, settings))
-        key = self.loaded.get(name) or f"{name}#{next(_KEYS)}"
-        bank.add(key, BranchMatrices.of(lora, component, bank.slots))
-        self.loaded[name] = key
+        self.add(Lora(name, {self._component: self._weights}, LoraInMemory(tensors, settings)), name)
         if not replace:
             self.active = {name: 1.0}
+
+    def add(self, lora: Lora, name: str) -> None:
+        """Adds a LoRA under a name, or in place of the one of that name; it does not act yet.
+
+        Raises:
+            InputError: the engine has no branches, or none that fit.
+        """
+        bank = self._opened()
+        key = self.loaded.get(name) or f"{name}#{next(_KEYS)}"
+        bank.add(key, BranchMatrices.of(lora, self._component, bank.slots))
+        self.loaded[name] = key
 
     def set(self, names: Sequence[str], weights: Sequence[object]) -> None:
         """Lets these LoRAs act, with their weights (None: 1), and no others.
@@ -125,6 +132,10 @@ class DenoiserLoras:
         if not any(scaled):
             return None
         return self._opened().strengths(scaled * (batch // len(rows)))
+
+    @property
+    def _component(self) -> str:
+        return family_of_config(self._config).component
 
     @cached_property
     def _weights(self) -> Mapping[str, tuple[int, ...]]:
