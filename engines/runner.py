@@ -95,8 +95,8 @@ class TorchRunner(ClosingRunner):
     """A PyTorch denoiser, floating point or fake-quant, which computes where its weights are (a function: on the CPU).
 
     It is called with ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch], ``encoder_hidden_states`` [batch,
-    tokens, D] and, where it is given, ``added_cond`` [batch, A]. Floating-point inputs are cast to ``dtype`` (None:
-    float32).
+    tokens, D] and, where it is given, ``added_cond`` [batch, A]; inputs of adapters are a mapping ``optional`` by their
+    names. Floating-point inputs are cast to ``dtype`` (None: float32).
     """
 
     def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
@@ -125,8 +125,11 @@ class TorchRunner(ClosingRunner):
             return inputs[name].to(device, dtype, non_blocking=True)
 
         texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
+        optional = {name: placed(name, self._dtype) for name in inputs if is_optional(name)}
+        named = {"optional": optional} if optional else {}
+        first = placed("sample", self._dtype), placed("timestep_index", torch.int64)
         with torch.no_grad():
-            return {OUTPUT: self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)}
+            return {OUTPUT: self._module(*first, *texts, **named)}
 
     @property
     def _device(self) -> torch.device:
