@@ -62,6 +62,7 @@ from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_sc
 from s2p_deploy.records.typed_json import json_data, json_text
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from s2p_deploy.export.tracing import Sizes
@@ -88,6 +89,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     sizes: Sizes = "fixed",
     chunks: tuple[int, int] | None = None,
     lora: LoraRequest | None = None,
+    controlnet: bool = False,
     replace: bool = False,
     context: Context = Context(),
 ) -> ExportedGraph:
@@ -109,6 +111,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         chunks: the fewest and most chunks of text that the graph takes, each as long as the calibrated one; it stays
             open for any number of tokens in between (None: one chunk).
         lora: the layers that get low-rank branches, whose matrices are inputs (None: none).
+        controlnet: whether the residuals of a ControlNet are inputs.
         replace: whether an artifact at ``out`` may be replaced.
         context: its progress is called after every tensor that is written.
 
@@ -126,7 +129,15 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         check_time_path(time_path, calibrated)
     config = calibrated.denoiser_config()
     graph = _canonical_graph(
-        calibrated, config, dtype, form, text_projections, sizes, open_tokens=text is not None, lora=lora
+        calibrated,
+        config,
+        dtype,
+        form,
+        text_projections,
+        sizes,
+        open_tokens=text is not None,
+        lora=lora,
+        controlnet=controlnet,
     )
     conditioning = None
     if form == "input" and calibrated.added_width:
@@ -231,6 +242,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     *,
     open_tokens: bool,
     lora: LoraRequest | None,
+    controlnet: bool,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
     kind, plan, source = DTYPES[dtype], calibrated.plan, calibrated.time_source()
@@ -242,9 +254,14 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         dtype=_TORCH[dtype],
         sizes=sizes,
         open_tokens=open_tokens,
+        controlnet=controlnet,
     )
     model, direct = traced.model, DirectWeights()
     _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" or open_tokens else []))
+    if sizes == "dynamic":
+        for value in model.graph.inputs:
+            if value.name in traced.optional:
+                value.shape = ir.Shape(traced.optional[value.name])
     if isinstance(source, TimeTable):
         _run(model, TimeProjections(source.projections, time_table, kind))
     _run(model, direct, TransposedKeys(), ReadableNames())
@@ -278,6 +295,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         members = [layer for layer in layers if layer.plan.activation_quantizer == quantizer.name]
         lower_rescale(model.graph, quantizer.name, fmt, members, scales.scales[quantizer.name])
     _run(model, Float32Layers(full))
+    _put_last(model.graph, traced.optional)
     graph = _CanonicalGraph(
         model,
         described,
@@ -307,6 +325,14 @@ def _with_text_apart(whole: _CanonicalGraph, layers: tuple[LayerNode, ...]) -> _
         text_model=hoisted.text_graph,
         text=tuple(GraphTap(made_by[str(v.name)], "output", str(v.name)) for v in hoisted.columns),
     )
+
+
+def _put_last(graph: ir.Graph, optional: Collection[str]) -> None:
+    """Moves inputs behind the others."""
+    moved = [value for value in graph.inputs if value.name in optional]
+    for value in moved:
+        graph.inputs.remove(value)
+    graph.inputs.extend(moved)
 
 
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:

@@ -172,6 +172,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
     lora_rank: int | None = None,
     lora_layers: Sequence[str] = ("attention",),
     lora_for: Sequence[str | Path] = (),
+    controlnet: bool = False,
     model: str | Path | BasePipeline | None = None,
     force: bool = False,
     context: Context = Context(),
@@ -192,6 +193,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
             act at once have together (None: no branches, or with ``lora_for`` the largest rank of these files).
         lora_layers: kinds of layers that get a branch.
         lora_for: LoRA files; exactly the layers that they change get a branch.
+        controlnet: makes the residuals of ControlNets inputs; left out of a call, they are zeros.
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.
@@ -225,6 +227,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         sizes=sizes,
         chunks=chunks,
         lora=lora,
+        controlnet=controlnet,
         replace=force,
         context=context,
     )

@@ -18,10 +18,12 @@ import torch
 from s2p_deploy.calib.quantized_denoiser import InputQuantizer
 from s2p_deploy.context import silent
 from s2p_deploy.engines import PreparedSubgraphs, recorded_lowerings
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.engines.runner import TEXT_PROJECTIONS
 from s2p_deploy.families import Tap
 from s2p_deploy.metrics import pooled_sqnr_db
 from s2p_deploy.records import Execution, Skipped
+from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.validation.measurements import (
     NOT_CUT,
     BlockAgreement,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         GraphTap,
         PrecisionPlan,
         ScaleTable,
+        TensorSpec,
     )
     from s2p_deploy.validation.chain import Chain
     from s2p_deploy.validation.reference import ValidationLatents
@@ -160,13 +163,14 @@ class Part:
     """A part of a graph or an engine, and where the reference has the activations that it reads.
 
     ``scales`` float32 [timesteps, quantizers] are bound to it; ``text`` is where the reference has the products of the
-    text, in the order in which the graph takes them.
+    text, in the order in which the graph takes them. The ``optional`` inputs of the whole graph are zeros.
     """
 
     part: RunnableSubgraph
     entering: dict[str, Tap]
     scales: NDArray[np.float32]
     text: tuple[Tap, ...] = ()
+    optional: tuple[TensorSpec, ...] = ()
 
     def infer(self, call: ReferenceCall) -> dict[str, NDArray[Any]]:
         """Runs the part on one call of the reference; returns its outputs by tensor."""
@@ -179,7 +183,11 @@ class Part:
         types = self.part.types
         if TEXT_PROJECTIONS in types:
             given[TEXT_PROJECTIONS] = np.concatenate([call.seen[tap] for tap in self.text], -1)
-        return self.part.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in types.items()})
+        batch, _, height, width = call.latents.sample.shape
+        sizes = {"batch": batch, "height": height, "width": width}
+        zeros = {s.name: np.zeros(shape_at(s, sizes), np.float32) for s in self.optional if s.name in types}
+        fed = given | zeros
+        return self.part.runner.infer({name: fed[name].astype(kind, copy=False) for name, kind in types.items()})
 
 
 class _Powers:
@@ -257,7 +265,11 @@ def block_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
     text = tuple(map(_tap, graph.text))
     blocks = {
         block.block: Part(
-            parts.between(list(_taps(block.entering)), list(leaving[block.block])), _taps(block.entering), bound, text
+            parts.between(list(_taps(block.entering)), list(leaving[block.block])),
+            _taps(block.entering),
+            bound,
+            text,
+            _optional(graph),
         )
         for block in graph.blocks
     }
@@ -316,7 +328,12 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
     """
     layers = tuple(layer for layer in graph.layers if layer.graph == "denoiser")
     cuts = {
-        layer.name: Part(parts.between([layer.input], [layer.output]), {layer.input: Tap(layer.name, "input")}, scales)
+        layer.name: Part(
+            parts.between([layer.input], [layer.output]),
+            {layer.input: Tap(layer.name, "input")},
+            scales,
+            optional=_optional(graph),
+        )
         for layer in layers
     }
     quantized = _quantized_layers(graph.plan)
@@ -354,6 +371,10 @@ def _beside(twin: torch.nn.Module, powers: _Powers) -> _Hook:
         powers.add(to_numpy(output), to_numpy(twin(args[0])))
 
     return compare
+
+
+def _optional(graph: ExportedGraph) -> tuple[TensorSpec, ...]:
+    return tuple(spec for spec in graph.inputs if is_optional(spec.name))
 
 
 def _quantized_layers(plan: PrecisionPlan) -> set[str]:
