@@ -99,6 +99,7 @@ class _Branches:
         strengths = ir.Value(name=LORA_STRENGTHS, type=ir.TensorType(dtype), shape=ir.Shape(["batch", rank]))
         graph.inputs.extend((self._down, self._up, strengths))
         self._down_size = self._up_size = 0
+        self._sums: dict[ir.Value, ir.Value] = {}  # of a layer's result and its branch, by the result
         gates = (("tokens", [1], ("batch", 1, rank)), ("pixels", [2, 3], ("batch", rank, 1, 1)))
         self._tokens, self._pixels = (
             self._early("Unsqueeze", [strengths, self._integers(f"{name}/axes", axes)], name, shape)
@@ -136,7 +137,8 @@ class _Branches:
     def _products(self, group: Sequence[LoraTarget]) -> list[ir.Value]:
         """Multiplies what a group reads with its down matrices, and gives every layer its part."""
         target, name = group[0], f"{group[0].path}/lora"
-        read, conv, ranks = target.read, target.is_conv, self._rank * len(group)
+        conv, ranks = target.is_conv, self._rank * len(group)
+        read = self._sums.get(target.read, target.read)  # another layer's result may have its branch by now
         shape = (ranks, *target.weight[1:]) if conv else (target.weight[0], ranks)
         matrix = self._down_matrix(shape, f"{name}/down")
         if conv:
@@ -177,6 +179,7 @@ class _Branches:
         if result in self._graph.outputs:
             self._graph.outputs[self._graph.outputs.index(result)] = total.outputs[0]
         result.name, total.outputs[0].name = f"{layer.plan.name}/without_lora", result_name
+        self._sums[result] = total.outputs[0]
 
     def _down_matrix(self, shape: tuple[int, ...], name: str) -> ir.Value:
         """Takes the next numbers of ``lora_down`` as a matrix."""

@@ -142,6 +142,10 @@ class DenoiserLoras:
         with torch.device("meta"):
             return network_weights(family_of_config(self._config).build(self._config))
 
+    def check_branches(self) -> None:
+        """Raises InputError where the engine has no branches for LoRAs."""
+        self._opened()
+
     def _opened(self) -> LoraBank:
         if self._bank is None:
             raise InputError(
@@ -170,7 +174,7 @@ class ComponentWithLoras(EngineComponent):
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: Mapping[str, Tensor],
-        prefix: str = "unet",
+        prefix: str | None = "unet",
         *,
         hotswap: bool = False,
         **options: Any,  # noqa: ANN401 - diffusers' own
@@ -179,18 +183,20 @@ class ComponentWithLoras(EngineComponent):
 
         Args:
             pretrained_model_name_or_path_or_dict: its tensors; of other components' names none is read.
-            prefix: what the denoiser's names begin with.
+            prefix: what the denoiser's names begin with (None: all tensors are its own).
             hotswap: replaces the LoRA of that name.
             options: diffusers' own; ``adapter_name``, ``network_alphas`` and ``metadata`` are read.
 
         Raises:
             InputError: as :meth:`DenoiserLoras.load`; the tensors are not in memory.
         """
+        self.loras.check_branches()
         given = pretrained_model_name_or_path_or_dict
         if not isinstance(given, dict):
             raise InputError("an engine takes the tensors of a LoRA: load it with the pipeline's load_lora_weights")
         alphas = {name: torch.tensor(float(alpha)) for name, alpha in (options.get("network_alphas") or {}).items()}
-        own = {name: tensor for name, tensor in {**given, **alphas}.items() if name.startswith(f"{prefix}.")}
+        begin = "" if prefix is None else f"{prefix}."
+        own = {name: tensor for name, tensor in {**given, **alphas}.items() if name.startswith(begin)}
         if own:
             self.loras.load(own, options.get("adapter_name"), options.get("metadata") or {}, replace=hotswap)
 
