@@ -18,6 +18,7 @@ import torch
 from s2p_deploy.bench.worker import random_inputs
 from s2p_deploy.engines.runner import OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
+from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.serve.generation_task import EngineCall
 
 if TYPE_CHECKING:
@@ -145,9 +146,12 @@ class RequestLevelBatching:
 
 
 def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
-    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one."""
+    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one.
+
+    Inputs of adapters need not be shared: where a call has none, its samples get zeros.
+    """
     inputs: dict[str, Any] = dict(call.inputs)
-    shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs))
+    shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs) if not is_optional(name))
     return shapes if mixed_timesteps else (*shapes, tuple(sorted(set(call.inputs["timestep_index"].tolist()))))
 
 
@@ -160,10 +164,11 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     """
     sizes = [call.samples for call in calls]
     missing = max(0, batch - sum(sizes))
-    pieces: dict[str, list[Any]] = {
-        name: [*(call.inputs[name] for call in calls), *[calls[0].inputs[name][:1]] * missing]
-        for name in calls[0].inputs
-    }
+    given: dict[str, Any] = {name: value for call in calls for name, value in call.inputs.items()}
+    pieces: dict[str, list[Any]] = {}
+    for name, like in given.items():
+        each = [call.inputs[name] if name in call.inputs else _zeros(call.samples, like) for call in calls]
+        pieces[name] = [*each, *[each[0][:1]] * missing]
     if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
         assert isinstance(runner, TensorRunner), "its pausing runner is one"
         joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
@@ -171,6 +176,12 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
         return [{OUTPUT: output} for output in own.split(sizes)]
     output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
     return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
+
+
+def _zeros(samples: int, like: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
+    """Makes what samples get that have not the input of an adapter which others of their batch have."""
+    shape = (samples, *like.shape[1:])
+    return like.new_zeros(shape) if isinstance(like, torch.Tensor) else np.zeros(shape, like.dtype)
 
 
 @dataclass(frozen=True)
