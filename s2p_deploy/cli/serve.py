@@ -193,8 +193,10 @@ def _controlnets(texts: list[str]) -> tuple[tuple[str, Path], ...]:
         name, equals, folder = text.partition("=")
         if not equals or not _NAME.fullmatch(name) or name in folders:
             raise InputError(f"--controlnet {text!r} must be NAME=FOLDER, each name once, of letters, digits and ._-")
-        if not (Path(folder) / "config.json").is_file():
-            raise InputError(f"--controlnet {text}: {folder} is no ControlNet in diffusers format (no config.json)")
+        if not any((Path(folder) / file).is_file() for file in ("config.json", "manifest.json")):
+            raise InputError(
+                f"--controlnet {text}: {folder} is no ControlNet in diffusers format, and no engine of one"
+            )
         folders[name] = Path(folder).resolve()
     return tuple(folders.items())
 

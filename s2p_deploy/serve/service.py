@@ -16,7 +16,6 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
-from s2p_deploy.families.controlnets import load_controlnet
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import (
@@ -25,6 +24,7 @@ from s2p_deploy.pipeline import (
     StartPicture,
     generate,
     latent_size,
+    open_controlnet,
     open_pipeline,
     timesteps_from_start,
     timesteps_of,
@@ -346,7 +346,7 @@ def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...])
     if folders and not denoiser.takes_residuals:
         raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
     config, factor = dict(denoiser.config), pipe.vae_scale_factor
-    return {name: load_controlnet(folder, config, factor, denoiser.dtype).to(pipe.device) for name, folder in folders}
+    return {name: open_controlnet(folder, config, factor, denoiser.dtype).to(pipe.device) for name, folder in folders}
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:
