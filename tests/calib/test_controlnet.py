@@ -65,7 +65,7 @@ def test_a_calibrated_one_takes_the_place_of_diffusers_own(
     model = calibrate_controlnet(base, folder, Recipe.load(recipe, overrides), PROMPTS, PICTURES, tmp_path / "calib")
     planned = {layer.name: layer for layer in model.plan.layers}
     assert planned["controlnet_mid_block"].activation_quantizer is None
-    assert (planned["mid_block.resnets.0.conv1"].activation_quantizer is None) == (recipe == "fp")
+    assert any(layer.activation_quantizer for layer in model.plan.layers) == (recipe != "fp")
     scales = model.scales.scales[list(model.scales.calibrated)]
     assert recipe == "fp" or (scales.std(0) > 0).any()  # scales per timestep
     graph = api.export_graph(model, out=tmp_path / "graph")
