@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.conditioning import TextProjections, TimeFeatures
+    from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
     from s2p_deploy.timesteps import Timesteps
@@ -150,7 +151,7 @@ class BoundRunner(ClosingRunner):
     gives indices to further ones (None: they are refused); ``features`` gives their projected time features, and
     ``texts`` the products of the text, where the engine takes those as an input. ``profile`` says which latents and
     texts the engine takes (None: those of the sizes that its inputs have). Inputs of adapters (``optional``) are zeros
-    where a call leaves them out.
+    where a call leaves them out; ``loras`` makes those of LoRAs (None: the engine has no branches for them).
 
     Example:
         >>> with load_engine("build/engine") as runner:
@@ -169,8 +170,10 @@ class BoundRunner(ClosingRunner):
         *,
         profile: ShapeProfile | None = None,
         spare: SpareTimesteps | None = None,
+        loras: LoraBank | None = None,
     ) -> None:
         self.timesteps, self.features, self.texts = timesteps, features, texts
+        self.loras = loras
         self._spare = spare
         self.profile = profile or ShapeProfile()
         self._runner = runner

@@ -24,6 +24,7 @@ from s2p_deploy.export.passes.float32_layers import Float32Layers
 from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.passes.gather_scales import GatherScales, QuantizerSpec
 from s2p_deploy.export.passes.hoisted_text import HoistedText
+from s2p_deploy.export.passes.image_attention import ImageAttention
 from s2p_deploy.export.passes.lora_branches import LoraBranches
 from s2p_deploy.export.passes.names import ReadableNames, StripMetadata
 from s2p_deploy.export.passes.open_sizes import OpenSizes
@@ -59,6 +60,7 @@ from s2p_deploy.records.exported_graph import (
     TextChunks,
 )
 from s2p_deploy.records.files import check_room
+from s2p_deploy.records.image_slots import MOST_IMAGE_ADAPTERS, MOST_IMAGE_TOKENS
 from s2p_deploy.records.precision_plan import PLAN_FILE, write_plan
 from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_scale_table, write_timestep_table
 from s2p_deploy.records.typed_json import json_data, json_text
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import Block, Tap, TimePath
     from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records.image_slots import ImageSlots
     from s2p_deploy.records.optional_inputs import LoraSlots
 
 DType = Literal["fp32", "fp16"]
@@ -92,6 +95,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     chunks: tuple[int, int] | None = None,
     lora: LoraRequest | None = None,
     controlnet: bool = False,
+    images: tuple[int, int] | None = None,
     replace: bool = False,
     context: Context = Context(),
 ) -> ExportedGraph:
@@ -114,13 +118,16 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             open for any number of tokens in between (None: one chunk).
         lora: the layers that get low-rank branches, whose matrices are inputs (None: none).
         controlnet: whether the residuals of a ControlNet are inputs.
+        images: the most tokens of an image prompt, and how many of these act at once, each of its own IP-Adapter (None:
+            the graph takes none).
         replace: whether an artifact at ``out`` may be replaced.
         context: its progress is called after every tensor that is written.
 
     Raises:
         InputError: ``out`` exists; its disk has no room; a ratio of scales or a weight is out of the range of
             ``dtype``; the model has no such form; ``chunks`` are no such numbers; ``time_path`` is missing, or not that
-            of the model's time table; a layer that ``lora`` wants can have no branch.
+            of the model's time table; a layer that ``lora`` wants can have no branch; ``images`` are out of range, or
+            the denoiser has no cross-attention.
         GraphContractError: a planned layer is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
@@ -140,6 +147,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         open_tokens=text is not None,
         lora=lora,
         controlnet=controlnet,
+        image_attention=None if images is None else _image_attention(config, *images, DTYPES[dtype]),
     )
     conditioning = None
     if form == "input" and calibrated.added_width:
@@ -167,6 +175,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
         opened |= {} if text is None else {"chunks": json_data(text)}
         opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}
+        opened |= {} if graph.images is None else {"images": json_data(graph.images)}
         return {
             "dtype": dtype,
             "opset": OPSET,
@@ -227,6 +236,7 @@ class _CanonicalGraph:
     text_model: ir.Model | None = None
     text: tuple[GraphTap, ...] = ()
     lora: LoraSlots | None = None
+    images: ImageSlots | None = None
 
 
 def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChunks:
@@ -234,6 +244,21 @@ def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChu
     if not 1 <= fewest <= most <= MOST_CHUNKS:
         raise InputError(f"{fewest} to {most} chunks of text: 1 to {MOST_CHUNKS} are possible, ascending")
     return TextChunks(calibrated.tokens, fewest, most)
+
+
+def _image_attention(config: dict[str, Any], tokens: int, adapters: int, dtype: ir.DataType) -> ImageAttention:
+    """Makes the pass that lets a graph take image prompts. Raises InputError where it cannot, or not so many."""
+    for given, most, what in (
+        (tokens, MOST_IMAGE_TOKENS, "tokens of an image prompt"),
+        (adapters, MOST_IMAGE_ADAPTERS, "IP-Adapters at once"),
+    ):
+        if not 1 <= given <= most:
+            raise InputError(f"{given} {what}: 1 to {most} are possible")
+    if family_of_config(config).component != "unet":
+        raise InputError(
+            "no IP-Adapter can act on this denoiser, which has no cross-attention: leave --image-tokens out"
+        )
+    return ImageAttention(tokens, adapters, dtype)
 
 
 def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
@@ -247,6 +272,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     open_tokens: bool,
     lora: LoraRequest | None,
     controlnet: bool,
+    image_attention: ImageAttention | None,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
     kind, plan, source = DTYPES[dtype], calibrated.plan, calibrated.time_source()
@@ -291,8 +317,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         kind,
     )
     _run(model, StoredWeights(direct.keys, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
-    if branches is not None:
-        _run(model, branches)
+    _run(model, *(adapters for adapters in (branches, image_attention) if adapters is not None))
     for quantizer in plan.activation_quantizers:
         fmt = format_by_name(quantizer.activations)
         assert fmt is not None  # an activation quantizer has a format
@@ -307,6 +332,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         reference_scales,
         tuple(layer.plan.name for layer in full),
         lora=None if branches is None else branches.slots,
+        images=None if image_attention is None else image_attention.slots,
     )
     if text_projections == "input":
         graph = _with_text_apart(graph, layers)

@@ -71,6 +71,15 @@ def export(  # noqa: PLR0913 - its options
     controlnet: Annotated[
         bool, typer.Option("--controlnet", help="Inputs for the residuals of ControlNets, which engines then take.")
     ] = False,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Image prompts at run time: a second cross-attention for up to so many tokens of an IP-Adapter (4 an "
+            "image, 16 of a Plus adapter).",
+        ),
+    ] = None,
+    image_adapters: Annotated[int, typer.Option(metavar="M", help="How many IP-Adapters may act at once.")] = 1,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -96,6 +105,8 @@ def export(  # noqa: PLR0913 - its options
             lora_layers=lora_layers or ["attention"],
             lora_for=lora_for or (),
             controlnet=controlnet,
+            image_tokens=image_tokens,
+            image_adapters=image_adapters,
             model=model,
             force=force,
             context=context,

@@ -24,10 +24,11 @@ from s2p_deploy.families import family_of_config
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
 from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import guidance_width
+from s2p_deploy.pipeline.denoiser_loras import ComponentWithLoras, DenoiserLoras
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
-from s2p_deploy.records.optional_inputs import is_residual
+from s2p_deploy.records.optional_inputs import LORA_STRENGTHS, is_residual
 from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
+    from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import TensorSpec, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
@@ -51,10 +53,8 @@ _RESIDUALS = (_DOWN, _MIDDLE, _BLOCKS)  # the keywords for what a ControlNet giv
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
-_FUSE = "leave it out; a LoRA is fused into the floating-point pipeline before you calibrate"
+_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # a pipeline's keywords for its LoRAs' scale
 _CONDITION_ADVICE = {
-    "cross_attention_kwargs": _FUSE,
-    "joint_attention_kwargs": _FUSE,
     "attention_mask": "leave the mask out, or use the floating-point pipeline",
     "encoder_attention_mask": "leave the mask out, or use the floating-point pipeline",
     **dict.fromkeys(_RESIDUALS, "for ControlNets, export with --controlnet and build again"),
@@ -62,13 +62,13 @@ _CONDITION_ADVICE = {
 
 
 def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a condition of any kind
-    """Returns whether a condition changes no prediction: it is empty, masks nothing, or scales a LoRA by one."""
+    """Returns whether a condition changes no prediction: it is empty, or masks nothing."""
     if name.endswith("attention_mask") and isinstance(value, torch.Tensor):
         return bool((value == 1).all())
-    return value is None or (isinstance(value, dict) and value in ({}, {"scale": 1.0}))
+    return value is None or value == {}
 
 
-class EngineDenoiser(EngineComponent):
+class EngineDenoiser(ComponentWithLoras):
     """A denoiser that computes on a runner.
 
     Args:
@@ -79,6 +79,7 @@ class EngineDenoiser(EngineComponent):
         profile: the sizes of latents and texts that the runner takes (None: those that the network was trained on).
         engine: the engine on disk that the runner runs, if it is one.
         indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
+        bank: the engine's low-rank branches (None: it has none).
         optional: the inputs of adapters that the runner takes.
     """
 
@@ -91,9 +92,10 @@ class EngineDenoiser(EngineComponent):
         *,
         engine: Engine | None = None,
         indices: Indices | None = None,
+        bank: LoraBank | None = None,
         optional: tuple[TensorSpec, ...] = (),
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, DenoiserLoras(bank, config))
         self.runner = runner
         self.timesteps = timesteps
         self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
@@ -171,6 +173,7 @@ class EngineDenoiser(EngineComponent):
             indices=self._indices,
             optional=self.optional,
         )
+        copied.loras = self.loras.copy()
         return copied.place(self.device, self.dtype)
 
     @property
@@ -188,6 +191,10 @@ class EngineDenoiser(EngineComponent):
         taken = set(_ADDED) if self._added_width else set()
         if guidance_width(dict(self.config)):
             taken.add(_GUIDANCE)
+        attention: dict[str, Any] = {}
+        for name in _ATTENTION:
+            attention |= dict(conditions.get(name) or {})  # type: ignore[call-overload]
+        taken.update(_ATTENTION)
         if self.takes_residuals:
             taken |= set(_RESIDUALS)
         refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
@@ -205,6 +212,9 @@ class EngineDenoiser(EngineComponent):
                 what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
                 raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
+        strengths = self.loras.strengths(attention, len(sample))
+        if strengths is not None:
+            inputs[LORA_STRENGTHS] = torch.from_numpy(strengths)
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
         return prediction
 
@@ -341,11 +351,12 @@ def engine_denoiser(  # noqa: PLR0913 - as the class
     *,
     engine: Engine | None = None,
     indices: Indices | None = None,
+    bank: LoraBank | None = None,
     optional: tuple[TensorSpec, ...] = (),
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine, indices=indices, optional=optional)
+    return component(runner, config, timesteps, profile, engine=engine, indices=indices, bank=bank, optional=optional)
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
@@ -357,6 +368,7 @@ def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
         runner.profile,
         engine=engine,
         indices=runner.indices,
+        bank=runner.loras,
         optional=runner.optional,
     )
 

@@ -23,7 +23,6 @@ from s2p_deploy.engines.runner import TEXT_PROJECTIONS
 from s2p_deploy.families import Tap
 from s2p_deploy.metrics import pooled_sqnr_db
 from s2p_deploy.records import Execution, Skipped
-from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.validation.measurements import (
     NOT_CUT,
     BlockAgreement,
@@ -163,7 +162,7 @@ class Part:
     """A part of a graph or an engine, and where the reference has the activations that it reads.
 
     ``scales`` float32 [timesteps, quantizers] are bound to it; ``text`` is where the reference has the products of the
-    text, in the order in which the graph takes them. The ``optional`` inputs of the whole graph are zeros.
+    text, in the order in which the graph takes them. ``optional`` are inputs for adapters, none of which acts.
     """
 
     part: RunnableSubgraph
@@ -174,20 +173,18 @@ class Part:
 
     def infer(self, call: ReferenceCall) -> dict[str, NDArray[Any]]:
         """Runs the part on one call of the reference; returns its outputs by tensor."""
-        given = {
+        given: dict[str, NDArray[Any]] = {
             **call.latents.inputs(),
             "act_scales": self.scales,
             "time_projections": call.time_projections,
             **{tensor: call.seen[tap] for tensor, tap in self.entering.items()},
         }
-        types = self.part.types
+        types, (batch, _, height, width) = self.part.types, call.latents.sample.shape
+        sizes = {"batch": batch, "height": height, "width": width, "tokens": call.latents.text.shape[1]}
+        given |= {spec.name: np.zeros(shape_at(spec, sizes)) for spec in self.optional if spec.name in types}
         if TEXT_PROJECTIONS in types:
             given[TEXT_PROJECTIONS] = np.concatenate([call.seen[tap] for tap in self.text], -1)
-        batch, _, height, width = call.latents.sample.shape
-        sizes = {"batch": batch, "height": height, "width": width}
-        zeros = {s.name: np.zeros(shape_at(s, sizes), np.float32) for s in self.optional if s.name in types}
-        fed = given | zeros
-        return self.part.runner.infer({name: fed[name].astype(kind, copy=False) for name, kind in types.items()})
+        return self.part.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in types.items()})
 
 
 class _Powers:
@@ -216,7 +213,12 @@ def code_agreement(
     taps = {name: Tap(layer.name, "input") for name, layer in firsts.items()}
     cuts, scales = PreparedSubgraphs(graph, *REFERENCE), graph.scales.scales
     parts = {
-        name: Part(cuts.between([layer.input], [codes[name]]), {layer.input: taps[name]}, scales)
+        name: Part(
+            cuts.between([layer.input], [codes[name]]),
+            {layer.input: taps[name]},
+            scales,
+            optional=graph.optional_inputs,
+        )
         for name, layer in firsts.items()
     }
     differing, largest, counts = (dict.fromkeys(quantizers, 0) for _ in range(3))
@@ -269,7 +271,7 @@ def block_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
             _taps(block.entering),
             bound,
             text,
-            _optional(graph),
+            graph.optional_inputs,
         )
         for block in graph.blocks
     }
@@ -332,7 +334,7 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
             parts.between([layer.input], [layer.output]),
             {layer.input: Tap(layer.name, "input")},
             scales,
-            optional=_optional(graph),
+            optional=graph.optional_inputs,
         )
         for layer in layers
     }
@@ -371,10 +373,6 @@ def _beside(twin: torch.nn.Module, powers: _Powers) -> _Hook:
         powers.add(to_numpy(output), to_numpy(twin(args[0])))
 
     return compare
-
-
-def _optional(graph: ExportedGraph) -> tuple[TensorSpec, ...]:
-    return tuple(spec for spec in graph.inputs if is_optional(spec.name))
 
 
 def _quantized_layers(plan: PrecisionPlan) -> set[str]:
