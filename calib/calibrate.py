@@ -256,20 +256,20 @@ def _calibrate_from_dataset(
     if dataset is None:
         dataset = generate_dataset(of_dataset, source, on_estimate=on_estimate, context=context)
     teacher = _teacher(request, source)
-    state, transforms = _starting_state(request, source, transforms, layers, plan, dataset)
+    state, transforms = starting_state(request, source, transforms, layers, plan, dataset)
     if teacher is not None:
         transforms.apply(teacher)  # exact while not fitted: the trained denoiser's module paths, the pipeline's outputs
     ranking = None
     if recipe.target.limits:  # with the pipeline's own weights, so before they are trained
         ranking = rank_by_picture(request, source, state, recipe.target.ranked)
         state.denoiser.plan = with_errors(state.denoiser.plan, ranking)
-    setting = _training_setting(request, source, teacher, state, dataset)
+    setting = training_setting(request, source, teacher, state, dataset)
     outcome = train(state, dataset, setting, request.partial, context.progress)
     about: dict[str, Any] = {"training": training_summary(request, state.calibrated.tolist(), outcome)}
     if ranking is not None:
         state, reached = reach_target(request, source, state, ranking)
         about["target"] = asdict(reached) | {"text": str(reached)}
-    _write_model(request, source, state, transforms, dataset, about)
+    write_model(request, source, state, transforms, dataset, about)
     shutil.rmtree(request.partial)
 
 
@@ -330,7 +330,7 @@ def _teacher(request: CalibrationRequest, source: FloatPipeline) -> IndexedDenoi
     return copy.deepcopy(source.denoiser).requires_grad_(requires_grad=False)
 
 
-def _starting_state(
+def starting_state(
     request: CalibrationRequest,
     source: FloatPipeline,
     transforms: Transforms,
@@ -479,7 +479,7 @@ def _starting_scales(
     return {name.removeprefix(_WEIGHTS): scale for name, scale in stored.items()}, act_scales
 
 
-def _training_setting(
+def training_setting(
     request: CalibrationRequest,
     source: FloatPipeline,
     teacher: IndexedDenoiser | None,
@@ -503,7 +503,7 @@ def _training_setting(
     )
 
 
-def _write_model(
+def write_model(
     request: CalibrationRequest,
     source: FloatPipeline,
     state: TrainingState,

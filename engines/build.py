@@ -30,7 +30,7 @@ from s2p_deploy.engines.profile import DefaultProfile, default_profile
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 from s2p_deploy.records import Engine, ExportedGraph, check_vacant, write_artifact
 from s2p_deploy.records.artifacts import copy_verified
-from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
+from s2p_deploy.records.exported_graph import CONDITIONING_FILE, CONTROL_FILE, TEXT_FILE
 from s2p_deploy.records.files import available_memory, free_bytes
 
 TIMEOUT_S = 3600.0
@@ -86,7 +86,7 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
             compiled = call_in_child("s2p_deploy.engines.build:compile_in_child", message, limits)
         for name in graph.manifest.files:
             side_graph = name.startswith((CONDITIONING_FILE, TEXT_FILE))
-            if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
+            if side_graph or name in {"act_scales.safetensors", "timesteps.json", CONTROL_FILE}:
                 copy_verified(graph, name, folder / name, one_link=True)
         context.progress("build", 1, 1)
         content = (

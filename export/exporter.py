@@ -48,8 +48,10 @@ from s2p_deploy.records import (
     check_vacant,
     write_artifact,
 )
+from s2p_deploy.records.artifacts import copy_verified
 from s2p_deploy.records.exported_graph import (
     CONDITIONING_FILE,
+    CONTROL_FILE,
     GRAPH_FILE,
     MOST_CHUNKS,
     TEXT_FILE,
@@ -168,6 +170,8 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         write_scale_table(calibrated.scales, folder / SCALES_FILE)
         write_plan(calibrated.plan, folder / PLAN_FILE)
         write_timestep_table(calibrated.timesteps, folder / TIMESTEPS_FILE)
+        if CONTROL_FILE in calibrated.manifest.files:
+            copy_verified(calibrated, CONTROL_FILE, folder / CONTROL_FILE)
         opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
         opened |= {} if text is None else {"chunks": json_data(text)}
         opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
     from s2p_deploy.calib.dataset import Estimate
     from s2p_deploy.calib.target import SearchTime
@@ -117,6 +118,43 @@ def calibrate(  # noqa: PLR0913 - the command's options
         on_estimate=on_estimate,
         weights=None if weights_dir is None else open_weights(Path(weights_dir)),
         context=context,
+    )
+
+
+def calibrate_controlnet(  # noqa: PLR0913 - the command's options
+    model: str | Path | BasePipeline,
+    *,
+    controlnet: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    prompts: str | Path | Sequence[str] | PromptSet,
+    pictures: str | Path | Sequence[Image],
+    out: str | Path,
+    force: bool = False,
+    context: Context = Context(),
+) -> CalibratedModel:
+    """Calibrates a ControlNet of a UNet, which is then exported and built as a denoiser is.
+
+    Args:
+        model: the floating-point pipeline that it acts in: its folder, a hub id, or ``shapes``.
+        controlnet: its folder, in diffusers format.
+        recipe: a recipe's name or file, or its values.
+        prompts: a prompt file, or prompts; the first ``dataset.prompts`` are walked.
+        pictures: what the ControlNet reads, or a folder of PNG, JPEG or WebP files of it: one for each prompt, in turn.
+        out: folder of the artifact to write.
+        force: replaces an artifact at ``out``, once the new one is complete.
+        context: device, threads, progress.
+
+    Raises:
+        InputError: an argument is wrong, ``out`` exists, or the ControlNet does not fit. S2PError: training diverged.
+    """
+    from s2p_deploy.calib.controlnet import calibrate_controlnet as calibrate_pictures
+    from s2p_deploy.pipeline.start_picture import read_pictures
+
+    given = read_pictures(Path(pictures), "control picture") if isinstance(pictures, str | Path) else list(pictures)
+    folder = new_folder(out)
+    base, walked = as_base(model, folder), as_prompts(prompts)
+    return calibrate_pictures(
+        base, Path(controlnet), as_recipe(recipe), walked, given, folder, replace=force, context=context
     )
 
 

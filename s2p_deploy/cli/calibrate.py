@@ -29,6 +29,7 @@ from s2p_deploy.cli.options import (
     print_estimate,
 )
 from s2p_deploy.cli.output import Outcome, artifact_outcome, show, with_pipeline
+from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from s2p_deploy.context import Context
@@ -85,6 +86,14 @@ def calibrate(  # noqa: PLR0913 - its options
     variant: VariantOption = None,
     ema: EmaOption = False,
     lora: LoraOption = None,
+    controlnet: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Calibrate this ControlNet of the model's, in diffusers format."),
+    ] = None,
+    control_images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Pictures that --controlnet reads, one for each prompt, in turn."),
+    ] = None,
     settings: SettingsOption = None,
     dry_run: Annotated[
         bool,
@@ -136,6 +145,20 @@ def calibrate(  # noqa: PLR0913 - its options
         context = replace(
             plain, memory_limit=limit, samples_per_call=samples_per_call, tf32=tf32, deterministic=deterministic
         )
+        if controlnet is not None or control_images is not None:
+            others = {"--plan": plan, "--from": initial, "--dataset": dataset, "--lora": lora, "--target-*": asked}
+            _check_control(controlnet, control_images, prompts, [name for name, value in others.items() if value])
+            made = api.calibrate_controlnet(
+                api.as_base(model, out, options),
+                controlnet=str(controlnet),
+                recipe=resolved,
+                prompts=str(prompts),
+                pictures=str(control_images),
+                out=out,
+                force=force,
+                context=context,
+            )
+            return show(artifact_outcome(made.folder, made.manifest), as_json=as_json)
         if dry_run:
             return show(_plan_of_training(api.as_base(model, out, options), resolved, plan, context), as_json=as_json)
         made = api.calibrate(
@@ -164,6 +187,14 @@ def calibrate(  # noqa: PLR0913 - its options
     if resolved.scales.activations == "default":
         outcome = replace(outcome, data=outcome.data | {"note": _DEFAULT_SCALES}, text=(*outcome.text, _DEFAULT_SCALES))
     return show(outcome, as_json=as_json)
+
+
+def _check_control(controlnet: Path | None, pictures: Path | None, prompts: str | None, others: list[str]) -> None:
+    """Raises InputError unless all is there that a ControlNet is calibrated with, and nothing else."""
+    if controlnet is None or pictures is None or prompts is None:
+        raise InputError("a ControlNet is calibrated with --controlnet, --control-images and --prompts: give all three")
+    if others:
+        raise InputError(f"{others[0]} cannot be used with --controlnet: leave it out")
 
 
 def _asked(target: dict[str, float | None], at: str) -> list[str]:

@@ -172,8 +172,7 @@ def _named_controls(folders: list[Path], images: list[Path], scales: list[float]
 def _control(pipe: DiffusionPipeline, folder: Path, image: Path, scale: float) -> Control:
     """Loads a ControlNet for a pipeline, and its picture."""
     from s2p_deploy.families import denoiser_of
-    from s2p_deploy.families.controlnets import load_controlnet
-    from s2p_deploy.pipeline import Control
+    from s2p_deploy.pipeline import Control, open_controlnet
     from s2p_deploy.pipeline.start_picture import read_picture
 
     try:
@@ -181,7 +180,7 @@ def _control(pipe: DiffusionPipeline, folder: Path, image: Path, scale: float) -
     except InputError as error:
         raise InputError(f"{image}: {error}") from error
     denoiser = denoiser_of(pipe)
-    network = load_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype)
+    network = open_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype)
     return Control(network.to(pipe.device), picture, scale)
 
 

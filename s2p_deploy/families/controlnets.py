@@ -12,6 +12,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.families.model_family import latent_channels
 from s2p_deploy.families.network_files import load_network, read_json
 from s2p_deploy.families.registry import family_of_config
+from s2p_deploy.families.unet import shortcut_maps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,32 +49,48 @@ def load_controlnet(
             f"{folder} holds a {config.get('_class_name')}: {' and '.join(_CLASSES)} are supported as ControlNets"
         )
     network: ModelMixin = load_network(folder, kind, dtype or torch.float32)
-    _check_fits(folder, network, denoiser_config, pixels_per_latent)
+    if isinstance(network, ControlNetModel):
+        maps = shortcut_maps(network)
+        maps.append(maps[-1])
+    elif network.config.use_pos_embed and network.config.joint_attention_dim is not None:
+        maps = [(network.inner_dim, network.config.patch_size)]
+    else:
+        raise InputError(f"{folder} takes its positions from the transformer's weights, which an engine has not")
+    check_fits(folder, dict(network.config), maps, denoiser_config, pixels_per_latent)
     return network.eval().requires_grad_(requires_grad=False)
 
 
-def _check_fits(folder: Path, network: ModelMixin, config: Config, pixels_per_latent: int) -> None:
-    """Raises InputError where a ControlNet gives other residuals than a denoiser takes, or reads something else."""
+def check_fits(
+    folder: Path, own: Config, maps: Sequence[tuple[int, int]], config: Config, pixels_per_latent: int
+) -> None:
+    """Checks that a ControlNet gives the residuals that a denoiser takes, and reads what its pipeline gives.
+
+    Args:
+        folder: of the ControlNet, for errors.
+        own: its configuration.
+        maps: the channels of its residuals, and the latents on a side of each of their places.
+        config: of the denoiser.
+        pixels_per_latent: pixels on a side of a picture for one latent.
+
+    Raises:
+        InputError: it does not fit.
+    """
     family = family_of_config(config)
     with torch.device("meta"):
-        shapes = family.residual_inputs(family.build(config))
-    own = network.config
-    text = getattr(own, "joint_attention_dim", None) or getattr(own, "cross_attention_dim", None)
-    compared: list[tuple[str, Any, Any]] = [("channels of latents", own.in_channels, latent_channels(config))]
-    if isinstance(network, SD3ControlNetModel):
-        if not own.use_pos_embed or own.joint_attention_dim is None:
-            raise InputError(f"{folder} takes its positions from the transformer's weights, which an engine has not")
+        shapes = list(family.residual_inputs(family.build(config)).values())
+    compared: list[tuple[str, Any, Any]] = [("channels of latents", own["in_channels"], latent_channels(config))]
+    if family.component == "unet":
+        halved = len(own.get("conditioning_embedding_out_channels") or ()) - 1
         compared += [
-            ("channels of residuals", network.inner_dim, next(iter(shapes.values()))[-1]),
-            ("latents per patch", own.patch_size, config.get("patch_size")),
-        ]
-    else:
-        blocks = (*network.controlnet_down_blocks, network.controlnet_mid_block)
-        halved = len(own.conditioning_embedding_out_channels) - 1
-        compared += [
-            ("channels of residuals", [block.out_channels for block in blocks], [s[1] for s in shapes.values()]),
+            ("channels of residuals", [channels for channels, _ in maps], [shape[1] for shape in shapes]),
             ("pixels per latent", 2**halved, pixels_per_latent),
         ]
+    else:
+        compared += [
+            ("channels of residuals", {channels for channels, _ in maps}, {shape[-1] for shape in shapes}),
+            ("latents per patch", own.get("patch_size"), config["patch_size"]),
+        ]
+    text = own.get("joint_attention_dim") or own.get("cross_attention_dim")
     compared.append(("numbers per token", text, family.text_width(config)))
     for what, given, taken in compared:
         if given != taken:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.model_family import latent_channels
+from s2p_deploy.families.registry import family_of_config
 from s2p_deploy.families.transforms import ShiftedLayer, SmoothedLinear, has_bias
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def latent_shape_of(config: Config) -> tuple[int, int, int]:
 
 def sample_shape_of(config: Config) -> tuple[int, int, int]:
     """Returns (C, H, W) of what such a network reads: latents, and for inpainting a mask and a picture's latents."""
-    return config["in_channels"], *latent_shape_of(config)[1:]
+    return family_of_config(config).sample_channels(config), *latent_shape_of(config)[1:]
 
 
 def discover_layers(denoiser: IndexedDenoiser, tokens: int = 2) -> tuple[QuantizableLayer, ...]:

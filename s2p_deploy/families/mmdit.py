@@ -52,6 +52,10 @@ class MMDiTFamily:
         transformer: SD3Transformer2DModel = SD3Transformer2DModel.from_config(config)
         return transformer
 
+    def sample_channels(self, config: Config) -> int:
+        """Returns the channels of the latents, and for inpainting of a mask and a picture's latents."""
+        return int(config["in_channels"])
+
     def text_width(self, config: Config) -> int:
         """Returns the width of the joint text states."""
         return int(config["joint_attention_dim"])

@@ -138,6 +138,9 @@ class ModelFamily(Protocol):
     def build(self, config: Config) -> nn.Module:
         """Builds a network with untrained weights."""
 
+    def sample_channels(self, config: Config) -> int:
+        """Returns C of what the network reads, ``sample`` [batch, C, H, W]."""
+
     def text_width(self, config: Config) -> int:
         """Returns D of the text states [batch, tokens, D]."""
 

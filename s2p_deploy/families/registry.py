@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError
+from s2p_deploy.families.controlnet_family import ControlNetFamily
 from s2p_deploy.families.mmdit import MMDiTFamily
 from s2p_deploy.families.unet import UNetFamily
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from s2p_deploy.families.model_family import Config, ModelFamily
 
 _CLASS = "_class_name"
-_FAMILIES: dict[str, ModelFamily] = {"UNet2DConditionModel": UNetFamily(), "SD3Transformer2DModel": MMDiTFamily()}
+_FAMILIES: dict[str, ModelFamily] = {
+    "UNet2DConditionModel": UNetFamily(),
+    "SD3Transformer2DModel": MMDiTFamily(),
+    "ControlNetModel": ControlNetFamily(),
+}
 
 
 def family_of(network: torch.nn.Module) -> ModelFamily:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from s2p_deploy.errors import InputError
@@ -31,6 +31,7 @@ _BLOCK = re.compile(
     r"conv_in|(?:down|up)_blocks\.\d+\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+"
     r"|mid_block\.(?:resnets|attentions)\.\d+"
 )
+_NETWORKS = (UNet2DConditionModel, ControlNetModel)  # with the same time path
 _TAIL = ("conv_norm_out", "conv_act", "conv_out")
 _ADDED = {"text_embeds", "time_ids"}
 _UNSUPPORTED = (
@@ -89,6 +90,10 @@ class UNetFamily:
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         return unet
 
+    def sample_channels(self, config: Config) -> int:
+        """Returns the channels of the latents, and for inpainting of a mask and a picture's latents."""
+        return int(config["in_channels"])
+
     def text_width(self, config: Config) -> int:
         """Returns the width of cross-attention, one for all blocks."""
         return _text_width(config)
@@ -103,7 +108,7 @@ class UNetFamily:
 
     def embedding(self, network: nn.Module) -> nn.Module:
         """Returns the embedding of the timestep, and for SDXL of pooled text and size ids too."""
-        assert isinstance(network, UNet2DConditionModel), "a network of this family"
+        assert isinstance(network, _NETWORKS), "a network of this family"
         return _Embedding(network) if network.config.addition_embed_type is None else _AddedEmbedding(network)
 
     def consumers(self, network: nn.Module) -> Iterator[TimeConsumer]:
@@ -124,7 +129,7 @@ class UNetFamily:
 
         diffusers hands that to the time embedding's MLP, so the network needs no code of its own.
         """
-        assert isinstance(network, UNet2DConditionModel), "a network of this family"
+        assert isinstance(network, _NETWORKS), "a network of this family"
         network.time_proj, network.time_embedding = nn.Identity(), _Condition()
         if network.config.addition_embed_type is not None:
             network.register_to_config(addition_embed_type=None)
@@ -182,12 +187,7 @@ class UNetFamily:
     def residual_inputs(self, network: nn.Module) -> dict[str, Shape]:
         """Returns one input per shortcut, and that of the middle block."""
         assert isinstance(network, UNet2DConditionModel), "a network of this family"
-        factor, shapes = 1, [_map(network.conv_in.out_channels, 1)]
-        for block in network.down_blocks:
-            shapes += [_map(resnet.out_channels, factor) for resnet in block.resnets]
-            for downsampler in block.downsamplers or ():
-                factor *= 2
-                shapes.append(_map(downsampler.out_channels, factor))
+        shapes = [_shape(*each) for each in shortcut_maps(network)]
         inputs = {down_residual(number): shape for number, shape in enumerate(shapes)}
         return inputs | {MID_RESIDUAL: shapes[-1]}
 
@@ -196,9 +196,7 @@ class UNetFamily:
 
         A transformer of several layers is several blocks, because flips of rounding grow from layer to layer.
         """
-        matched = ((name, module) for name, module in network.named_modules() if _BLOCK.fullmatch(name))
-        blocks = (block for name, module in matched for block in _layer_blocks(name, module))
-        return (*blocks, Block.chain("output", _TAIL))
+        return (*layer_blocks(network), Block.chain("output", _TAIL))
 
     def size_multiple(self, config: Config) -> int:
         """Returns 2 per level but the last, which halve the size; other sizes would be interpolated on the way up."""
@@ -228,7 +226,25 @@ class UNetFamily:
         return shortcuts
 
 
-def _map(channels: int, factor: int) -> Shape:
+def layer_blocks(network: nn.Module) -> tuple[Block, ...]:
+    """Returns the blocks of a UNet, or a part of one, but the tail."""
+    matched = ((name, module) for name, module in network.named_modules() if _BLOCK.fullmatch(name))
+    return tuple(block for name, module in matched for block in _layer_blocks(name, module))
+
+
+def shortcut_maps(network: nn.Module) -> list[tuple[int, int]]:
+    """Returns the channels of every shortcut, in order, and the latents on a side of each place of its map."""
+    assert isinstance(network, _NETWORKS), "a network of this family"
+    factor, maps = 1, [(network.conv_in.out_channels, 1)]
+    for block in network.down_blocks:
+        maps += [(resnet.out_channels, factor) for resnet in block.resnets]
+        for downsampler in block.downsamplers or ():
+            factor *= 2
+            maps.append((downsampler.out_channels, factor))
+    return maps
+
+
+def _shape(channels: int, factor: int) -> Shape:
     """Returns the shape of a map of features, ``factor`` latents high and wide at each of its places."""
     sides = ("height", "width") if factor == 1 else (f"height/{factor}", f"width/{factor}")
     return "batch", channels, *sides

@@ -13,6 +13,7 @@ from s2p_deploy.pipeline.components import (
 )
 from s2p_deploy.pipeline.control import Control
 from s2p_deploy.pipeline.engine_component import EngineComponent
+from s2p_deploy.pipeline.engine_controlnet import EngineControlNet, open_controlnet
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
     load_engine_pipeline,
@@ -41,6 +42,7 @@ __all__ = [
     "Control",
     "EngineAutoencoder",
     "EngineComponent",
+    "EngineControlNet",
     "EngineDenoiser",
     "EnginePipeline",
     "EngineTextEncoder",
@@ -57,6 +59,7 @@ __all__ = [
     "latent_size",
     "load_engine_pipeline",
     "noise_arguments",
+    "open_controlnet",
     "open_pipeline",
     "picture_size",
     "pipeline_with_engine",

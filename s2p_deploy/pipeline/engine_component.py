@@ -78,7 +78,7 @@ class EngineComponent(ModelMixin):  # type: ignore[misc]  # diffusers is not typ
     placement: torch.nn.Parameter
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
+        ModelMixin.__init__(self)  # not that of a network whose class a component has too
         self._config = FrozenDict(config)
         # of no elements; accelerate's hooks look at a module's first parameter
         self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)

@@ -33,6 +33,7 @@ from s2p_deploy.pipeline.generation import timesteps_of
 from s2p_deploy.records import Engine, open_artifact, parent_folder, write_artifact
 from s2p_deploy.records.artifacts import copy_artifact
 from s2p_deploy.records.engine import ComponentEngines
+from s2p_deploy.records.exported_graph import CONTROL_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,6 +110,8 @@ def open_pipeline(
     if base is None:
         base = base_of(engine.manifest)
     check_base(base, engine.manifest)
+    if CONTROL_FILE in engine.manifest.files:
+        raise InputError(f"{engine.folder} is an engine of a ControlNet: give it beside the denoiser's (--controlnet)")
     timesteps = schedules_to_bind(engine, base, schedules)  # what is refused is, before networks are read
     loaded = _load_components(engine, components, context.device)
     stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})

@@ -13,10 +13,12 @@ from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from PIL.Image import Image as Picture
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _PNG, _BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # where a PNG file says how many bits a sample has; Pillow does not tell
 _MOST_SIDE = 8192  # pixels: 200 MB when it is decoded
@@ -101,6 +103,24 @@ def read_picture(data: bytes, what: str, sizes: Collection[tuple[int, int]] | No
         InputError: as :meth:`StartPicture.read`.
     """
     return _flat(_decoded(data, what, sizes))
+
+
+def read_pictures(folder: Path, what: str) -> list[Picture]:
+    """Reads the picture files of a folder by their names, in order, as :func:`read_picture` does.
+
+    Raises:
+        InputError: there are none, or one cannot be used.
+    """
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise InputError(f"{folder} holds no PNG, JPEG or WebP files: give a folder of pictures")
+    pictures = []
+    for file in files:
+        try:
+            pictures.append(read_picture(file.read_bytes(), what))
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+    return pictures
 
 
 def _decoded(data: bytes, what: str, sizes: Collection[tuple[int, int]] | None) -> Picture:

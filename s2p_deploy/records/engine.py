@@ -11,6 +11,7 @@ from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
 from s2p_deploy.records.exported_graph import (
     CONDITIONING_FILE,
+    CONTROL_FILE,
     TEXT_FILE,
     QuantizerRange,
     TensorSpec,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 # Files of an engine's folder that are read here, not by its backend.
 _READ_BY_OTHERS = frozenset(
-    {SCALES_FILE, TIMESTEPS_FILE} | {f"{name}{end}" for name in (CONDITIONING_FILE, TEXT_FILE) for end in ("", ".data")}
+    {SCALES_FILE, TIMESTEPS_FILE, CONTROL_FILE}
+    | {f"{name}{end}" for name in (CONDITIONING_FILE, TEXT_FILE) for end in ("", ".data")}
 )
 _TUNED_FOR = Annotated[int, Field(le=4096)]  # one set of a backend's kernels is made for it
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GRAPH_FILE, CONDITIONING_FILE, TEXT_FILE = "graph.json", "conditioning.onnx", "text.onnx"
+CONTROL_FILE = "control_embedding.safetensors"  # of a ControlNet: weights of what embeds a control picture
 
 Width = Annotated[int, Field(ge=0, le=2**20)]
 ChunkTokens = Annotated[int, Field(ge=1, le=4096)]

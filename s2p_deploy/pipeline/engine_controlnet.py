@@ -1,0 +1,157 @@
+"""A ControlNet that computes on an engine, in the place of diffusers' own; and either kind opened from a folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, ControlNetOutput
+from safetensors.torch import load as tensors_from
+
+from s2p_deploy.engines import load_engine
+from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.controlnet_family import divided_residuals, residual_maps
+from s2p_deploy.families.controlnets import check_fits, load_controlnet
+from s2p_deploy.pipeline.components import EngineDenoiser
+from s2p_deploy.records import Engine
+from s2p_deploy.records.artifacts import MANIFEST, read_verified
+from s2p_deploy.records.exported_graph import CONTROL_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from diffusers import ModelMixin
+    from torch import Tensor
+
+    from s2p_deploy.engines import BoundRunner
+
+_GUESSED = -1  # exponent of the first residual's strength in guess mode; the last one's is 0
+
+
+class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  # diffusers is not typed
+    """Replaces a ``ControlNetModel``, which it is an instance of because diffusers' pipelines ask for one.
+
+    Args:
+        engine: of a calibrated ControlNet.
+        runner: the engine, loaded.
+        embedding: embeds control pictures, once for all steps of a drawing.
+    """
+
+    def __init__(self, engine: Engine, runner: BoundRunner, embedding: ControlNetConditioningEmbedding) -> None:
+        config = engine.denoiser_config
+        super().__init__(runner, config, runner.timesteps, runner.profile, engine=engine, indices=runner.indices)
+        self.embedding = embedding
+        self._maps = residual_maps(dict(config))
+        self._embedded: tuple[Tensor, Tensor] | None = None  # a control picture, and its embedding
+
+    @classmethod
+    def load(cls, folder: Path, schedules: Any = (), device: str = "auto") -> EngineControlNet:  # noqa: ANN401 - as its base
+        """Loads the ControlNet of an engine on disk.
+
+        Raises:
+            InputError: the engine is none of a ControlNet. Others as :meth:`EngineDenoiser.load`.
+        """
+        engine = Engine.open(folder)
+        if CONTROL_FILE not in engine.manifest.files:
+            raise InputError(f"{folder} is no engine of a ControlNet: give one, or a ControlNet in diffusers format")
+        config = engine.denoiser_config
+        embedding = ControlNetConditioningEmbedding(
+            config["block_out_channels"][0],
+            config["conditioning_channels"],
+            tuple(config["conditioning_embedding_out_channels"]),
+        )
+        try:
+            embedding.load_state_dict(tensors_from(bytes(read_verified(engine, CONTROL_FILE))))
+        except (RuntimeError, ValueError) as error:
+            raise IntegrityError(f"{folder / CONTROL_FILE} is damaged: build the engine again") from error
+        runner = load_engine(engine, schedules=schedules, device=device)
+        return cls(engine, runner, embedding.eval().requires_grad_(requires_grad=False))
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> EngineControlNet:
+        return type(self)(self.saved_engine(), self.runner, self.embedding).place(self.device, self.dtype)  # type: ignore[arg-type]
+
+    def forward(  # noqa: PLR0913 - as ControlNetModel's
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        *,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
+        """Computes the residuals for the down blocks and the middle block, as ControlNetModel does.
+
+        Args:
+            sample: [batch, C, H, W] latents after ``scale_model_input``.
+            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
+            encoder_hidden_states: [batch, tokens, D] text states.
+            controlnet_cond: [batch, 3, height, width] control pictures in [0, 1].
+            conditioning_scale: strength of the residuals.
+            guess_mode: lets deeper residuals act more than the first ones.
+            return_dict: returns a record instead of a tuple.
+            conditions: everything else: SDXL's ``added_cond_kwargs``; the rest only where it is empty.
+
+        Raises:
+            InputError: as :meth:`EngineUNet.forward`.
+        """
+        control = self._embedding_of(controlnet_cond)
+        given = torch.cat([sample, control.to(sample.dtype).expand(len(sample), -1, -1, -1)], 1)
+        joined = self._predict(given, timestep, encoder_hidden_states, conditions)
+        residuals = divided_residuals(joined, self._maps)
+        if guess_mode and not self.config.global_pool_conditions:
+            strengths = torch.logspace(_GUESSED, 0, len(residuals), device=sample.device) * conditioning_scale
+            residuals = [each * strength for each, strength in zip(residuals, strengths, strict=True)]
+        else:
+            residuals = [each * conditioning_scale for each in residuals]
+        if self.config.global_pool_conditions:
+            residuals = [each.mean((2, 3), keepdim=True) for each in residuals]
+        *down, middle = residuals
+        if not return_dict:
+            return down, middle
+        return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
+
+    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns none: a ControlNet takes no residuals."""
+        del sample, conditions
+        return {}
+
+    @torch.no_grad()
+    def _embedding_of(self, picture: Tensor) -> Tensor:
+        """Embeds control pictures; those of the call before, as in a sampling loop, are not embedded again."""
+        if self._embedded is None or self._embedded[0] is not picture:
+            pictures = picture.flip(1) if self.config.controlnet_conditioning_channel_order == "bgr" else picture
+            weights = next(self.embedding.parameters())
+            self._embedded = picture, self.embedding(pictures.to(weights.device, weights.dtype))
+        return self._embedded[1]
+
+
+def open_controlnet(
+    folder: Path,
+    denoiser_config: dict[str, Any],
+    pixels_per_latent: int,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+) -> ModelMixin:
+    """Opens a ControlNet: in diffusers format, in floating point, or an engine of a calibrated one.
+
+    Args:
+        folder: of either.
+        denoiser_config: of the network that takes its residuals.
+        pixels_per_latent: pixels on a side of a picture for one latent.
+        dtype: of a floating-point one's weights; None is float32.
+        device: of a context, where an engine runs on a GPU.
+
+    Raises:
+        InputError: there is none, or it does not fit. IntegrityError: an engine was changed.
+        MissingEnvironmentError: an engine does not run here.
+    """
+    if not (folder / MANIFEST).is_file():
+        return load_controlnet(folder, denoiser_config, pixels_per_latent, dtype)
+    network = EngineControlNet.load(folder, device=device)
+    check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+    return network.place(network.device, dtype or torch.float32)

@@ -1,0 +1,125 @@
+"""A ControlNet through all stages: calibrated, exported, built, and in the place of diffusers' own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+
+from s2p_deploy import api
+from s2p_deploy.calib.controlnet import calibrate_controlnet
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import load_pipeline
+from s2p_deploy.families.controlnets import load_controlnet
+from s2p_deploy.pipeline import Control, EngineControlNet, Schedule, generate, open_controlnet, open_pipeline
+from s2p_deploy.recipe import Recipe
+from s2p_deploy.records import Prompt, PromptSet
+from s2p_deploy.records.exported_graph import CONTROL_FILE
+from tests.small_controlnets import control_picture, small_controlnet
+from tests.small_pipelines import sibling, tiny_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from s2p_deploy.families import BasePipeline
+
+PROMPTS = PromptSet((Prompt("a", "a large red circle, white background"), Prompt("b", "a small blue square")))
+QUICK = {"sampling": {"steps": 6}, "dataset": {"prompts": 2, "samples_per_prompt": 6}}
+PICTURES = [control_picture(0), control_picture(1)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BasePipeline:
+    return tiny_base(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def folder(base: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controlnet") / "edges"
+    small_controlnet(load_pipeline(base).unet).save_pretrained(folder)
+    return folder
+
+
+def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (found - expected).square().sum()))
+
+
+def residuals(network: ControlNetModel, **options: object) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 24, 128, generator=generator)
+    picture = torch.rand(2, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        down, middle = network(sample, torch.tensor(501), text, picture, return_dict=False, **options)
+    return [*down, middle]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "least"), [("w8a8", 25.0), ("w4a8", 12.0), ("fp", 90.0)])
+def test_a_calibrated_one_takes_the_place_of_diffusers_own(
+    base: BasePipeline, folder: Path, tmp_path: Path, recipe: str, least: float
+) -> None:
+    overrides = QUICK | ({"training": {"iterations": 4, "selection": {"prompts": 0}}} if recipe == "w4a8" else {})
+    model = calibrate_controlnet(base, folder, Recipe.load(recipe, overrides), PROMPTS, PICTURES, tmp_path / "calib")
+    planned = {layer.name: layer for layer in model.plan.layers}
+    assert planned["controlnet_mid_block"].activation_quantizer is None
+    assert any(layer.activation_quantizer for layer in model.plan.layers) == (recipe != "fp")
+    scales = model.scales.scales[list(model.scales.calibrated)]
+    assert recipe == "fp" or (scales.std(0) > 0).any()  # scales per timestep
+    graph = api.export_graph(model, out=tmp_path / "graph")
+    built = api.build_engine(graph, backend="onnxruntime", out=tmp_path / "engine")
+    assert CONTROL_FILE in built.manifest.files
+    own, found = (
+        load_controlnet(folder, base.denoiser_config(), 8),
+        open_controlnet(built.folder, base.denoiser_config(), 8),
+    )
+    assert isinstance(found, EngineControlNet)
+    assert isinstance(found, ControlNetModel)
+    for options in ({}, {"conditioning_scale": 0.5}, {"guess_mode": True}):
+        for one, other in zip(residuals(found, **options), residuals(own, **options), strict=True):
+            assert sqnr(one, other) > least
+    found.close()
+
+
+@pytest.mark.slow
+def test_pictures_drawn_with_it(base: BasePipeline, folder: Path, tmp_path: Path) -> None:
+    """Both floating-point engines: the stock pipeline draws what it draws with diffusers' own networks."""
+    model = calibrate_controlnet(base, folder, Recipe.load("fp", QUICK), PROMPTS, PICTURES, tmp_path / "calib")
+    built = api.build_engine(api.export_graph(model, out=tmp_path / "graph"), backend="onnxruntime", out=tmp_path / "e")
+    denoiser = api.calibrate(base, recipe="fp", out=tmp_path / "unet")
+    graph = api.export_graph(denoiser, out=tmp_path / "unet-graph", controlnet=True)
+    engine = api.build_engine(graph, backend="onnxruntime", out=tmp_path / "unet-engine")
+    stock = load_pipeline(base)
+    networks = [open_controlnet(one, base.denoiser_config(), 8) for one in (folder, built.folder)]
+    pictures = []
+    with open_pipeline(engine, base) as opened:
+        for pipe, network in ((stock, networks[0]), (opened.pipe, networks[1])):
+            for count in (1, 2):
+                controls = [Control(network, picture, 0.7) for picture in PICTURES[:count]]
+                given = {"schedule": Schedule(4, "ddim"), "guidance_scale": 2.0, "seed": 1, "controls": controls}
+                pictures.append(np.asarray(generate(pipe, PROMPTS.prompts[0], **given)).astype(int))
+        with pytest.raises(InputError, match="is an engine of a ControlNet: give it beside"):
+            open_pipeline(built, base)
+    assert np.abs(pictures[0] - pictures[2]).max() <= 1
+    assert np.abs(pictures[1] - pictures[3]).max() <= 1
+    assert not np.array_equal(pictures[0], pictures[1])
+    with pytest.raises(InputError, match="is no engine of a ControlNet"):
+        open_controlnet(engine.folder, base.denoiser_config(), 8)
+
+
+def test_what_cannot_be_calibrated_is_refused(base: BasePipeline, folder: Path, tmp_path: Path) -> None:
+    recipe, out = Recipe.load("w8a8", QUICK), tmp_path / "out"
+    with pytest.raises(InputError, match="give some"):
+        calibrate_controlnet(base, folder, recipe, PROMPTS, [], out)
+    with pytest.raises(InputError, match="has 32x32 pixels: give pictures of 64x64"):
+        calibrate_controlnet(base, folder, recipe, PROMPTS, [control_picture(size=32)], out)
+    with pytest.raises(InputError, match="a ControlNet of a StableDiffusion3Pipeline cannot be calibrated"):
+        calibrate_controlnet(sibling("sd3"), folder, recipe, PROMPTS, PICTURES, out)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no PNG, JPEG or WebP files"):
+        api.calibrate_controlnet(
+            base, controlnet=folder, recipe=recipe, prompts=PROMPTS, pictures=tmp_path / "none", out=out
+        )
+    assert not out.exists()
