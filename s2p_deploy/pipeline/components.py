@@ -24,6 +24,7 @@ from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS
 from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import guidance_width
 from s2p_deploy.pipeline.engine_component import EngineComponent
+from s2p_deploy.pipeline.image_prompts import TakesImagePrompts
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
 from s2p_deploy.timesteps import timestep_indices
@@ -159,7 +160,12 @@ class EngineDenoiser(EngineComponent):
         return copied.place(self.device, self.dtype)
 
     def _predict(
-        self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor,
+        conditions: Mapping[str, object],
+        images: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         taken = set(_ADDED) if self._added_width else set()
         if guidance_width(dict(self.config)):
@@ -171,7 +177,7 @@ class EngineDenoiser(EngineComponent):
         self._check_size(sample)
         if self.profile is not None:
             self.profile.check_tokens(text.shape[1])
-        inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
+        inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach(), **(images or {})}
         if self._added_width:
             added = self._family.added_cond(conditions)
             if added is None or added.shape[1] != self._added_width:
@@ -211,8 +217,12 @@ class EngineDenoiser(EngineComponent):
             )
 
 
-class EngineUNet(EngineDenoiser):
-    """The denoiser of pipelines that call a UNet."""
+class EngineUNet(TakesImagePrompts, EngineDenoiser):
+    """The denoiser of pipelines that call a UNet; arguments as :class:`EngineDenoiser`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - a denoiser's
+        super().__init__(*arguments, **options)
+        self.ip_adapters = None
 
     def forward(
         self,
@@ -230,15 +240,16 @@ class EngineUNet(EngineDenoiser):
             timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
             encoder_hidden_states: [batch, tokens, D] text states.
             return_dict: returns a record with ``sample`` instead of a tuple of one.
-            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
-                it is None or empty.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, and an IP-Adapter's in them;
+                the rest is accepted only where it is None or empty.
 
         Raises:
-            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
-                the table or has no index, or the latents have another size, or the text another number of tokens, than
-                the engine takes.
+            InputError: a condition changes the network (LoRA scale, ControlNet, ...), or is of another IP-Adapter, a
+                timestep is outside the table or has no index, or the latents have another size, or the text another
+                number of tokens, than the engine takes.
         """
-        result = self._predict(sample, timestep, encoder_hidden_states, conditions)
+        rest, images = self.image_inputs(conditions, sample)
+        result = self._predict(sample, timestep, encoder_hidden_states, rest, images)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
 
