@@ -90,15 +90,15 @@ def fused_loras(base: BasePipeline) -> list[dict[str, Any]]:
 
 def _described(loras: Sequence[Lora], given: Sequence[GivenLora]) -> list[dict[str, Any]]:
     """Describes LoRAs for the record. Raises InputError where one is given twice."""
-    digests = [lora.sha256 for lora in loras]
-    for number, digest in enumerate(digests):
-        if digest in digests[:number]:
+    digests = [lora.digests() for lora in loras]
+    whole = [each["sha256"] for each in digests]
+    for number, digest in enumerate(whole):
+        if digest in whole[:number]:
             raise InputError(f"LoRA {given[number].file} is given twice: give it once, with the sum of the weights")
-    described = []
-    for lora, each in zip(loras, given, strict=True):
-        entry = {"file": each.file.name, "sha256": lora.sha256, "weight": each.weight}
-        described.append(entry if lora.settings is None else entry | {"settings": lora.settings})
-    return described
+    return [
+        {"file": each.file.name, "sha256": own["sha256"], "weight": each.weight} | own
+        for own, each in zip(digests, given, strict=True)
+    ]
 
 
 def _write(

@@ -18,6 +18,7 @@ import numpy as np
 from s2p_deploy.child_process import ChildEndedError, Limits, call
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.conditioning import text_projections, time_features
+from s2p_deploy.engines.lora_bank import LoraBank
 from s2p_deploy.engines.lowerings import RECORDED, STATIC
 from s2p_deploy.engines.machine import private_folder
 from s2p_deploy.engines.options import MOST_TIMESTEPS, shape_at
@@ -109,13 +110,16 @@ def load_engine(
     spare = None
     if features is not None and spares and isinstance(runner, RebindingRunner):
         spare = _spare_timesteps(engine, timesteps, rows, runner, features)
+    loras = None
+    if engine.lora is not None and isinstance(runner, RebindingRunner):
+        sizes = {name: bound[name].size for name in BOUND_MATRICES}
+        loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name not in bound)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    profile = engine.profile
-    return kind(runner, per_step, timesteps, features, texts, profile=profile, spare=spare)
+    return kind(runner, per_step, timesteps, features, texts, profile=engine.profile, spare=spare, loras=loras)
 
 
 def _spare_timesteps(

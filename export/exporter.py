@@ -64,6 +64,7 @@ from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_sc
 from s2p_deploy.records.typed_json import json_data, json_text
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from s2p_deploy.export.tracing import Sizes
@@ -91,6 +92,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     sizes: Sizes = "fixed",
     chunks: tuple[int, int] | None = None,
     lora: LoraRequest | None = None,
+    controlnet: bool = False,
     images: tuple[int, int] | None = None,
     replace: bool = False,
     context: Context = Context(),
@@ -113,6 +115,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         chunks: the fewest and most chunks of text that the graph takes, each as long as the calibrated one; it stays
             open for any number of tokens in between (None: one chunk).
         lora: the layers that get low-rank branches, whose matrices are inputs (None: none).
+        controlnet: whether the residuals of a ControlNet are inputs.
         images: the most tokens of an image prompt, and how many of these act at once, each of its own IP-Adapter (None:
             the graph takes none).
         replace: whether an artifact at ``out`` may be replaced.
@@ -141,6 +144,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         sizes,
         open_tokens=text is not None,
         lora=lora,
+        controlnet=controlnet,
         image_attention=None if images is None else _image_attention(config, *images, DTYPES[dtype]),
     )
     conditioning = None
@@ -263,6 +267,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     *,
     open_tokens: bool,
     lora: LoraRequest | None,
+    controlnet: bool,
     image_attention: ImageAttention | None,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
@@ -275,9 +280,14 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         dtype=_TORCH[dtype],
         sizes=sizes,
         open_tokens=open_tokens,
+        controlnet=controlnet,
     )
     model, direct = traced.model, DirectWeights()
     _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" or open_tokens else []))
+    if sizes == "dynamic":
+        for value in model.graph.inputs:
+            if value.name in traced.optional:
+                value.shape = ir.Shape(traced.optional[value.name])
     if isinstance(source, TimeTable):
         _run(model, TimeProjections(source.projections, time_table, kind))
     _run(model, direct, TransposedKeys(), ReadableNames())
@@ -303,16 +313,14 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         kind,
     )
     _run(model, StoredWeights(direct.keys, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
-    if branches is not None:
-        _run(model, branches)
-    if image_attention is not None:
-        _run(model, image_attention)
+    _run(model, *(adapters for adapters in (branches, image_attention) if adapters is not None))
     for quantizer in plan.activation_quantizers:
         fmt = format_by_name(quantizer.activations)
         assert fmt is not None  # an activation quantizer has a format
         members = [layer for layer in layers if layer.plan.activation_quantizer == quantizer.name]
         lower_rescale(model.graph, quantizer.name, fmt, members, scales.scales[quantizer.name])
     _run(model, Float32Layers(full))
+    _put_last(model.graph, traced.optional)
     graph = _CanonicalGraph(
         model,
         described,
@@ -343,6 +351,14 @@ def _with_text_apart(whole: _CanonicalGraph, layers: tuple[LayerNode, ...]) -> _
         text_model=hoisted.text_graph,
         text=tuple(GraphTap(made_by[str(v.name)], "output", str(v.name)) for v in hoisted.columns),
     )
+
+
+def _put_last(graph: ir.Graph, optional: Collection[str]) -> None:
+    """Moves inputs behind the others."""
+    moved = [value for value in graph.inputs if value.name in optional]
+    for value in moved:
+        graph.inputs.remove(value)
+    graph.inputs.extend(moved)
 
 
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.families.lora import GivenLora
     from s2p_deploy.pipeline import EnginePipeline, Schedule
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import (
@@ -171,6 +172,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
     lora_rank: int | None = None,
     lora_layers: Sequence[str] = ("attention",),
     lora_for: Sequence[str | Path] = (),
+    controlnet: bool = False,
     image_tokens: int | None = None,
     image_adapters: int = 1,
     model: str | Path | BasePipeline | None = None,
@@ -193,6 +195,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
             act at once have together (None: no branches, or with ``lora_for`` the largest rank of these files).
         lora_layers: kinds of layers that get a branch.
         lora_for: LoRA files; exactly the layers that they change get a branch.
+        controlnet: makes the residuals of ControlNets inputs; left out of a call, they are zeros.
         image_tokens: the most tokens of an image prompt that an engine takes from an IP-Adapter (None: it takes none).
         image_adapters: how many IP-Adapters may act at once.
         model: the floating-point pipeline, if it was moved since calibration.
@@ -228,6 +231,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         sizes=sizes,
         chunks=chunks,
         lora=lora,
+        controlnet=controlnet,
         images=None if image_tokens is None else (image_tokens, image_adapters),
         replace=force,
         context=context,
@@ -289,6 +293,7 @@ def validate(  # noqa: PLR0913 - the command's options
     floor: str | Path | Engine | None = None,
     weights: str | Path | None = None,
     bench: Mapping[str, Any] | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     graph: str | Path | None = None,
     calib: str | Path | None = None,
     model: str | None = None,
@@ -310,6 +315,8 @@ def validate(  # noqa: PLR0913 - the command's options
         floor: an engine of recipe ``fp`` of the same pipeline, to report beside this one.
         weights: folder of weights for LPIPS, FID and CLIP scores, with ``SHA256SUMS``.
         bench: the object that ``s2p-deploy bench --json`` printed of this engine, for the report.
+        lora: LoRA files, each perhaps with ``:weight`` behind it, which act in all pictures, the pipeline's and the
+            engine's.
         graph: the engine's graph, if it was moved since the build.
         calib: the graph's calibrated model, if it was moved since the export.
         model: the floating-point pipeline, if it was moved since calibration.
@@ -344,6 +351,7 @@ def validate(  # noqa: PLR0913 - the command's options
         floor=None if floor is None else as_engine(floor),
         weights=None if weights is None else open_weights(Path(weights)),
         bench=bench,
+        loras=as_loras(lora),
         replace=force,
         command=command,
         context=context,
@@ -469,10 +477,15 @@ def with_loras(
     if not lora:
         return base
     from s2p_deploy.calib.fused_pipeline import fuse_loras
+
+    return fuse_loras(base, as_loras(lora), beside, context.progress)
+
+
+def as_loras(lora: str | Path | Sequence[str | Path]) -> tuple[GivenLora, ...]:
+    """Parses LoRA files, each perhaps with ``:weight`` behind it. Raises InputError for anything else."""
     from s2p_deploy.families.lora import GivenLora
 
-    given = [GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora)]
-    return fuse_loras(base, given, beside, context.progress)
+    return tuple(GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora))
 
 
 def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:

@@ -68,6 +68,9 @@ def export(  # noqa: PLR0913 - its options
         list[Path] | None,
         typer.Option(metavar="FILE", help="Slots at exactly the layers that this LoRA changes; may be repeated."),
     ] = None,
+    controlnet: Annotated[
+        bool, typer.Option("--controlnet", help="Inputs for the residuals of ControlNets, which engines then take.")
+    ] = False,
     image_tokens: Annotated[
         int | None,
         typer.Option(
@@ -101,6 +104,7 @@ def export(  # noqa: PLR0913 - its options
             lora_rank=lora_rank,
             lora_layers=lora_layers or ["attention"],
             lora_for=lora_for or (),
+            controlnet=controlnet,
             image_tokens=image_tokens,
             image_adapters=image_adapters,
             model=model,

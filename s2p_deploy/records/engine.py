@@ -18,7 +18,7 @@ from s2p_deploy.records.exported_graph import (
     check_quantizers,
 )
 from s2p_deploy.records.image_slots import ImageSlots
-from s2p_deploy.records.optional_inputs import LoraSlots
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, LoraSlots
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
     TIMESTEPS_FILE,
@@ -215,6 +215,10 @@ class EngineContent:
         names = [tensor.name for tensor in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names) or set(self.engine_files) != set(self.sizes):
             raise ValueError("tensors and files must have distinct names, and every file a size")
+        packed = [tensor for tensor in self.inputs if tensor.name in BOUND_MATRICES]
+        fixed = all(len(tensor.shape) == 1 and isinstance(tensor.shape[0], int) for tensor in packed)
+        if len(packed) != (0 if self.lora is None else len(BOUND_MATRICES)) or not fixed:
+            raise ValueError("low-rank branches have two packed inputs of one size each")
         return self
 
 
