@@ -45,6 +45,12 @@ _PACKAGES = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uv
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
 
+ControlNetsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER", help="A ControlNet that requests may name, for an engine exported for it; repeatable."
+    ),
+]
 AgainstOption = Annotated[
     Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
 ]
@@ -89,6 +95,7 @@ def serve(  # noqa: PLR0913 - its options
     size: SizesOption = None,
     schedule: SchedulesOption = None,
     components: ComponentsOption = None,
+    controlnet: ControlNetsOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     token_file: TokenOption = None,
@@ -125,7 +132,7 @@ def serve(  # noqa: PLR0913 - its options
     engines = _named(open_engine(engine, public_key), second, name)
     first = next(iter(engines))
     networks = None if components is None else as_components(components, public_key)
-    settings = partial(_settings, batching, max_queue, max_active, schedule, networks)
+    settings = partial(_settings, batching, max_queue, max_active, schedule, networks, _controlnets(controlnet or []))
     base = cache(partial(base_of, engines[first].manifest, model))
     context = Context(device=device, threads=threads)
     if device != "auto":
@@ -164,11 +171,32 @@ def _settings(
     max_active: int | None,
     schedules: list[str] | None,
     component_engines: ComponentEngines | None,
+    controlnets: tuple[tuple[str, Path], ...],
 ) -> ServiceSettings:
     from s2p_deploy.serve.service import ServiceSettings
 
     bound = tuple(schedule_from_option(text) for text in schedules or ())
-    return ServiceSettings(batching, max_waiting, max_active, schedules=bound, component_engines=component_engines)
+    return ServiceSettings(
+        batching,
+        max_waiting,
+        max_active,
+        schedules=bound,
+        component_engines=component_engines,
+        controlnets=controlnets,
+    )
+
+
+def _controlnets(texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    """Parses names and folders of ControlNets."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not _NAME.fullmatch(name) or name in folders:
+            raise InputError(f"--controlnet {text!r} must be NAME=FOLDER, each name once, of letters, digits and ._-")
+        if not (Path(folder) / "config.json").is_file():
+            raise InputError(f"--controlnet {text}: {folder} is no ControlNet in diffusers format (no config.json)")
+        folders[name] = Path(folder).resolve()
+    return tuple(folders.items())
 
 
 def _open(

@@ -148,10 +148,10 @@ class RequestLevelBatching:
 def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
     """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one.
 
-    Inputs of adapters are not among it: a call that lacks some takes zeros, which change nothing for it.
+    Inputs of adapters need not be shared: where a call has none, its samples get zeros.
     """
-    inputs: dict[str, Any] = {name: value for name, value in call.inputs.items() if not is_optional(name)}
-    shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs))
+    inputs: dict[str, Any] = dict(call.inputs)
+    shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs) if not is_optional(name))
     return shapes if mixed_timesteps else (*shapes, tuple(sorted(set(call.inputs["timestep_index"].tolist()))))
 
 
@@ -164,10 +164,11 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     """
     sizes = [call.samples for call in calls]
     missing = max(0, batch - sum(sizes))
-    pieces: dict[str, list[Any]] = {
-        name: [*(call.inputs[name] for call in calls), *[calls[0].inputs[name][:1]] * missing]
-        for name in calls[0].inputs
-    }
+    given: dict[str, Any] = {name: value for call in calls for name, value in call.inputs.items()}
+    pieces: dict[str, list[Any]] = {}
+    for name, like in given.items():
+        each = [call.inputs[name] if name in call.inputs else _zeros(call.samples, like) for call in calls]
+        pieces[name] = [*each, *[each[0][:1]] * missing]
     if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
         assert isinstance(runner, TensorRunner), "its pausing runner is one"
         joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
@@ -177,12 +178,10 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
 
 
-def _given(call: EngineCall, name: str, example: Any) -> Any:  # noqa: ANN401 - arrays, or tensors
-    """Returns an input of a call, or zeros of as many samples like another call's."""
-    if name in call.inputs:
-        return call.inputs[name]
-    shape = (call.samples, *example.shape[1:])
-    return example.new_zeros(shape) if isinstance(example, torch.Tensor) else np.zeros(shape, example.dtype)
+def _zeros(samples: int, like: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
+    """Makes what samples get that have not the input of an adapter which others of their batch have."""
+    shape = (samples, *like.shape[1:])
+    return like.new_zeros(shape) if isinstance(like, torch.Tensor) else np.zeros(shape, like.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class RequestedControl:
+    """A ControlNet of the service by its ``name``, and what :class:`s2p_deploy.pipeline.Control` has besides it."""
+
+    name: str
+    picture: Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """One picture to draw.
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
     :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. With
     ``long_prompts`` texts longer than what the encoders read at once are read in chunks. ``start`` is the picture to
-    start from, of this size (None: noise).
+    start from, of this size (None: noise); ``controls`` act beside the text.
     """
 
     prompt: str
@@ -34,6 +45,7 @@ class ImageRequest:
     scheduler: str | None = None
     long_prompts: bool = False
     start: StartPicture | None = None
+    controls: tuple[RequestedControl, ...] = ()
     embedded: bool = False
 
     @property

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
@@ -16,9 +16,11 @@ import torch
 from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, latent_shape_of
+from s2p_deploy.families.controlnets import load_controlnet
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import (
+    Control,
     Schedule,
     StartPicture,
     generate,
@@ -28,6 +30,7 @@ from s2p_deploy.pipeline import (
     timesteps_of,
     trained_size,
 )
+from s2p_deploy.pipeline.control import check_controls
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
@@ -37,10 +40,11 @@ from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
     from types import TracebackType
 
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
@@ -62,6 +66,7 @@ class ServiceSettings:
     as many as the largest batch has samples, and two). ``batches`` are the sizes to profile (None: powers of two to 16,
     from what one picture needs on). ``schedules`` are those to bind where an engine takes fractional timesteps: without
     them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch).
+    ``controlnets`` are folders of ControlNets by the names that requests give.
     """
 
     batching: Batching = "step"
@@ -70,6 +75,7 @@ class ServiceSettings:
     batches: tuple[int, ...] | None = None
     schedules: tuple[Schedule, ...] = ()
     component_engines: ComponentEngines | None = None
+    controlnets: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
@@ -83,7 +89,7 @@ class ModelInfo:
     ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
     the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
     may be requested, in words; ``schedulers`` those that run with ``steps`` steps. ``long_prompts`` says whether texts
-    of several chunks may be requested.
+    of several chunks may be requested, ``controlnets`` which there are.
     """
 
     name: str
@@ -99,6 +105,7 @@ class ModelInfo:
     sizes: str
     schedulers: tuple[str, ...]
     long_prompts: bool = False
+    controlnets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class ServedEngine:
 
     ``pipe`` pauses (:func:`s2p_deploy.serve.generation_task.pausing_pipeline`); ``stock`` is what it was made of.
     ``runner`` is the engine. ``calls`` is how often the denoiser is called for steps and a scheduler.
-    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps.
+    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps. ``controlnets`` are loaded, by name.
     """
 
     info: ModelInfo
@@ -118,6 +125,7 @@ class ServedEngine:
     calls: Callable[[int, str | None], int]
     mixed_timesteps: bool
     max_sequence_length: int
+    controlnets: Mapping[str, ModelMixin] = field(default_factory=dict)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -128,7 +136,8 @@ class ServedEngine:
         """Counts the calls of the denoiser that a request takes.
 
         Raises:
-            InputError: no such scheduler; a step count, a size or long prompts, which the engine does not take.
+            InputError: no such scheduler or ControlNet; a step count, a size or long prompts, which the engine does not
+                take.
         """
         if request.start is None:
             check_draws_from_text(type(self.stock.pipe).__name__)
@@ -145,6 +154,7 @@ class ServedEngine:
         profile.check_latents(*size)
         if profile.height is None and size != trained:
             raise InputError(f"this engine draws {self.info.sizes} pixels: leave the size out")
+        check_controls(self.pipe, self._controls(request), request.size or self.info.size)
         return calls
 
     def task(self, future: RequestFuture) -> GenerationTask:
@@ -159,8 +169,19 @@ class ServedEngine:
             seed=request.seed,
             long_prompts=request.long_prompts,
             start=request.start,
+            controls=self._controls(request),
         )
         return GenerationTask(future, draw)
+
+    def _controls(self, request: ImageRequest) -> list[Control]:
+        """Raises InputError where a request names a ControlNet that there is not."""
+        unknown = [control.name for control in request.controls if control.name not in self.controlnets]
+        if unknown:
+            known = f"use {', '.join(self.controlnets)}" if self.controlnets else "serve it with --controlnet"
+            raise InputError(f"there is no ControlNet {unknown[0]!r}: {known}")
+        return [
+            Control(self.controlnets[one.name], one.picture, one.scale, one.start, one.end) for one in request.controls
+        ]
 
     def _schedule(self, request: ImageRequest) -> Schedule:
         return Schedule(request.steps, request.scheduler, self.max_sequence_length, request.size)
@@ -303,9 +324,29 @@ def load_served_engine(
         else f"{height}x{width}",
         schedulers=tuple(name for name in scheduler_names() if _runs(calls, sampling.steps, name)),
         long_prompts=runner.profile.tokens is not None,
+        controlnets=tuple(name for name, _ in settings.controlnets),
     )
     pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
-    return ServedEngine(info, stock, runner, profile, pipe, calls, engine.mixed_timesteps, sampling.max_sequence_length)
+    return ServedEngine(
+        info,
+        stock,
+        runner,
+        profile,
+        pipe,
+        calls,
+        engine.mixed_timesteps,
+        sampling.max_sequence_length,
+        controlnets=_controlnets(stock.pipe, settings.controlnets),
+    )
+
+
+def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...]) -> dict[str, ModelMixin]:
+    """Loads ControlNets by name. Raises InputError where one does not fit the pipeline, or its engine takes none."""
+    denoiser = denoiser_of(pipe)
+    if folders and not denoiser.takes_residuals:
+        raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
+    config, factor = dict(denoiser.config), pipe.vae_scale_factor
+    return {name: load_controlnet(folder, config, factor, denoiser.dtype).to(pipe.device) for name, folder in folders}
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:

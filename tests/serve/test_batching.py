@@ -232,3 +232,28 @@ def test_an_engine_that_gains_nothing_is_given_one_sample_at_a_time() -> None:
 @pytest.mark.parametrize(("samples", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 9)])
 def test_batches_are_padded_to_the_next_profiled_one(samples: int, padded: int) -> None:
     assert BatchProfile((2, 4, 8), (1.0, 1.0, 1.0)).padded(samples) == padded
+
+
+class _Sums(ClosingRunner):
+    """Adds a residual's mean to every sample."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        own = inputs["sample"] + inputs["mid_residual"].mean((1, 2, 3), keepdims=True)
+        return {"noise_pred": own}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def test_samples_without_a_control_get_zeros_beside_those_that_have_one() -> None:
+    def call(samples: int, residual: float | None) -> EngineCall:
+        inputs = {"sample": np.ones((samples, 4, 2, 2), np.float32), "timestep_index": np.zeros(samples, np.int64)}
+        if residual is not None:
+            inputs["mid_residual"] = np.full((samples, 3, 1, 1), residual, np.float32)
+        return EngineCall(inputs)
+
+    calls = [call(2, None), call(1, 5.0), call(2, 7.0)]
+    assert len({batch_key(one, mixed_timesteps=True) for one in calls}) == 1
+    outputs = run_calls(_Sums(), calls, 8)
+    assert [float(one["noise_pred"].mean()) for one in outputs] == [1.0, 6.0, 8.0]
+    assert [len(one["noise_pred"]) for one in outputs] == [2, 1, 2]

@@ -10,17 +10,17 @@ import math
 import secrets
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from s2p_deploy.errors import S2PError
+from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.serve.http.middleware import LOG, note
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_data, problem_of, request_id_of
-from s2p_deploy.serve.request import CancelledRequestError, ImageRequest
+from s2p_deploy.serve.request import CancelledRequestError, ImageRequest, RequestedControl
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -62,6 +62,18 @@ class HttpLimits:
     connections: int = 2000
 
 
+class ControlForm(BaseModel):
+    """A ControlNet that acts, by its name, and the picture that it reads: a PNG, JPEG or WebP file in base64."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    image: Annotated[str, Field(min_length=1)]
+    scale: Annotated[float, Field(ge=0, le=10, description="Strength.")] = 1.0
+    start: Annotated[float, Field(ge=0, lt=1, description="Share of the steps after which it begins to act.")] = 0.0
+    end: Annotated[float, Field(gt=0, le=1, description="Share of the steps after which it no longer acts.")] = 1.0
+
+
 class ImageForm(BaseModel):
     """The body of ``POST /v1/images/generations`` as far as OpenAI's is supported, and fields beyond it.
 
@@ -82,6 +94,7 @@ class ImageForm(BaseModel):
     scheduler: Annotated[str | None, Field(max_length=64)] = None
     long_prompts: Annotated[bool, Field(description="Reads prompts longer than the text encoder in chunks.")] = False
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
+    controlnet: Annotated[list[ControlForm], Field(max_length=4)] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -113,10 +126,20 @@ class ImageForm(BaseModel):
         _check_text(self.prompt, "prompt", limits)
         _check_text(negative, "negative_prompt", limits)
         seed = secrets.randbelow(_RANDOM_SEEDS) if self.seed is None else self.seed
-        return [
-            ImageRequest(self.prompt, steps, guidance, seed + number, negative, size, self.scheduler, self.long_prompts)
-            for number in range(self.n)
-        ]
+        one = ImageRequest(
+            self.prompt,
+            steps,
+            guidance,
+            seed,
+            negative,
+            size,
+            self.scheduler,
+            self.long_prompts,
+            controls=tuple(
+                _control(each, f"controlnet.{number}", info, limits) for number, each in enumerate(self.controlnet)
+            ),
+        )
+        return [replace(one, seed=seed + number) for number in range(self.n)]
 
     def _size(self, info: ModelInfo, limits: HttpLimits) -> tuple[int, int] | None:
         """Parses height and width in pixels of ``WIDTHxHEIGHT``; None for the model's own size."""
@@ -139,7 +162,7 @@ def image_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
     async def generate(form: ImageForm, request: Request) -> Response:
         """Draws pictures."""
         service = models.service(form.model)
-        requests = form.requests(service.info, limits)
+        requests = await asyncio.to_thread(form.requests, service.info, limits)
         return await answer(service, requests, request, limits, stream=form.stream)
 
     @router.get("/models")
@@ -295,7 +318,32 @@ def _described(name: str, models: ServedModels, limits: HttpLimits) -> dict[str,
         "sizes": _sizes(info, limits),
         "schedulers": list(info.schedulers),
         "long_prompts": info.long_prompts,
+        "controlnets": list(info.controlnets),
     }
+
+
+def _control(form: ControlForm, param: str, info: ModelInfo, limits: HttpLimits) -> RequestedControl:
+    """Reads what a ControlNet is given; ``param`` is its place in the form.
+
+    Raises:
+        RequestProblem: there is no such ControlNet, or its picture cannot be used.
+    """
+    from s2p_deploy.pipeline.start_picture import read_picture  # with PyTorch: a server answers before that is loaded
+
+    if form.name not in info.controlnets:
+        known = f"use {', '.join(info.controlnets)}" if info.controlnets else "this model has none"
+        raise _refusal(f"there is no ControlNet {form.name!r}: {known}", f"{param}.name")
+    if form.start >= form.end:
+        raise _refusal(f"it would act from {form.start:g} to {form.end:g}: give an end above the start", f"{param}.end")
+    try:
+        data = base64.b64decode(form.image, validate=True)
+    except ValueError as error:
+        raise _refusal("the control picture is no base64: send a file's bytes in it", f"{param}.image") from error
+    try:
+        picture = read_picture(data, "control picture", (info.size, *sorted(limits.sizes)))
+    except InputError as error:
+        raise _refusal(str(error), f"{param}.image") from error
+    return RequestedControl(form.name, picture, form.scale, form.start, form.end)
 
 
 def _sizes(info: ModelInfo, limits: HttpLimits) -> list[str]:

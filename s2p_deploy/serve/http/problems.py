@@ -80,6 +80,8 @@ def invalid_form(error: Mapping[str, Any], fields: Iterable[str]) -> Problem:
     match error["type"]:
         case "json_invalid":
             return Problem(400, f"the body is not JSON: {error['ctx']['error']}")
+        case "extra_forbidden" if len(error["loc"]) > 1:  # of a part of a field
+            return Problem(400, f"{field} is not supported: leave it out", field)
         case "extra_forbidden":
             return Problem(400, f"{field} is not supported: there are {', '.join(fields)}", field)
         case "missing" if field:
