@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
@@ -78,3 +82,24 @@ def _plus(normal: object, text: int) -> dict[str, Tensor]:
             f"{layer}.1.3.weight": normal(_HIDDEN, 4 * _HIDDEN),
         }
     return tensors
+
+
+def write_ip_adapter(folder: Path, unet: UNet2DConditionModel, kind: str = "plain", seed: int = 0) -> Path:
+    """A file of random weights, with a small image encoder beside it."""
+    torch.manual_seed(seed)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=IMAGE,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+            projection_dim=IMAGE,
+        )
+    )
+    encoder.save_pretrained(folder / "image_encoder")
+    parts = random_ip_adapter(unet, kind, seed)
+    tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+    save_file(tensors, folder / "ip-adapter.safetensors")
+    return folder / "ip-adapter.safetensors"

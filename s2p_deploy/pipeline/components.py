@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import TensorSpec, TimestepTable
+    from s2p_deploy.records.image_slots import ImageSlots
     from s2p_deploy.timesteps import Timesteps
 
     Indices = Callable[[Timesteps], NDArray[np.int64]]
@@ -82,6 +83,7 @@ class EngineDenoiser(ComponentWithLoras):
         indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
         bank: the engine's low-rank branches (None: it has none).
         optional: the inputs of adapters that the runner takes.
+        images: what of image prompts it takes (None: nothing).
     """
 
     def __init__(  # noqa: PLR0913 - what a runner needs, and options by keyword
@@ -95,6 +97,7 @@ class EngineDenoiser(ComponentWithLoras):
         indices: Indices | None = None,
         bank: LoraBank | None = None,
         optional: tuple[TensorSpec, ...] = (),
+        images: ImageSlots | None = None,
     ) -> None:
         super().__init__(config, DenoiserLoras(bank, config))
         self.runner = runner
@@ -102,7 +105,7 @@ class EngineDenoiser(ComponentWithLoras):
         self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
         self.profile = profile
         self.engine = engine
-        self.optional = optional
+        self.optional, self.images = optional, images
         self._family = family_of_config(config)
         self._added_width = self._family.added_width(dict(config))
         width = config.get("projection_class_embeddings_input_dim")
@@ -173,6 +176,7 @@ class EngineDenoiser(ComponentWithLoras):
             engine=self.engine,
             indices=self._indices,
             optional=self.optional,
+            images=self.images,
         )
         copied.loras = self.loras.copy()
         return copied.place(self.device, self.dtype)
@@ -259,7 +263,7 @@ class EngineUNet(TakesImagePrompts, EngineDenoiser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - a denoiser's
         super().__init__(*arguments, **options)
-        self.ip_adapters = None
+        self.ip_adapters = self.prompted = None
 
     def forward(
         self,
@@ -277,7 +281,7 @@ class EngineUNet(TakesImagePrompts, EngineDenoiser):
             timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
             encoder_hidden_states: [batch, tokens, D] text states.
             return_dict: returns a record with ``sample`` instead of a tuple of one.
-            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, and an IP-Adapter's in them, and
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, an IP-Adapter's in them, and
                 a ControlNet's residuals where the engine has inputs for them; the rest is accepted only where it is
                 None or empty.
 
@@ -365,10 +369,21 @@ def engine_denoiser(  # noqa: PLR0913 - as the class
     indices: Indices | None = None,
     bank: LoraBank | None = None,
     optional: tuple[TensorSpec, ...] = (),
+    images: ImageSlots | None = None,
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine, indices=indices, bank=bank, optional=optional)
+    return component(
+        runner,
+        config,
+        timesteps,
+        profile,
+        engine=engine,
+        indices=indices,
+        bank=bank,
+        optional=optional,
+        images=images,
+    )
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
@@ -382,6 +397,7 @@ def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
         indices=runner.indices,
         bank=runner.loras,
         optional=runner.optional,
+        images=runner.images,
     )
 
 

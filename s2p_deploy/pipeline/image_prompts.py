@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from s2p_deploy.families.ip_adapter import IpAdapterWeights
     from s2p_deploy.families.model_family import Config
-    from s2p_deploy.records import Engine
     from s2p_deploy.records.image_slots import ImageSlots
 
 _EMBEDS = "image_embeds"  # the key of a pipeline's ``added_cond_kwargs``
@@ -43,9 +42,7 @@ class _Seen:
 
     def is_of(self, embeds: Sequence[Tensor], strengths: tuple[float, ...]) -> bool:
         """Tells whether these are the very same tensors, nothing was written there since, and the strengths equal."""
-        if len(embeds) != len(self.embeds) or any(
-            each.is_inference() for each in embeds
-        ):  # no writes are counted there
+        if len(embeds) != len(self.embeds) or any(each.is_inference() for each in embeds):  # their writes do not count
             return False
         same = all(ours is theirs for ours, theirs in zip(self.embeds, embeds, strict=True))
         return same and self.versions == tuple(each._version for each in embeds) and self.strengths == strengths
@@ -120,23 +117,29 @@ class IpAdapters(torch.nn.Module):
 
     def _made(self, embeds: Sequence[Tensor], like: Tensor) -> dict[str, Tensor]:
         self.to(like.device, like.dtype)
+        return packed(self.slots, like, self.prompts([each.to(like) for each in embeds]))
+
+    @torch.no_grad()
+    def prompts(self, embeds: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Makes keys and values [batch, tokens, columns] of every adapter, scaled, of embeds where and as it is.
+
+        Raises:
+            InputError: as :meth:`inputs`.
+        """
         try:
-            tokens = [each.flatten(1, 2) for each in self.projection([each.to(like) for each in embeds])]
+            tokens = [each.flatten(1, 2) for each in self.projection(list(embeds))]
         except RuntimeError as error:  # PyTorch's words for widths that do not fit
             raise InputError("the image embeds are of another image encoder than the IP-Adapter's") from error
         for each in tokens:
             self._check_tokens(each.shape[1], "an image prompt")
-        slots, places = self.slots, like.new_zeros(len(like), self.slots.most_tokens, self.slots.width)
-        keys, values, bias = places, places.clone(), like.new_full((len(like), slots.most_tokens), _NO_TOKEN)
-        processors = self.frame.attn_processors
-        for number, each in enumerate(tokens):
-            start, stop = number * slots.tokens, number * slots.tokens + each.shape[1]
-            bias[:, start:stop] = 0
-            for slot in slots.layers:
-                processor, columns = processors[f"{slot.layer}.processor"], slice(slot.start, slot.start + slot.width)
-                keys[:, start:stop, columns] = processor.to_k_ip[number](each) * slot.scale
-                values[:, start:stop, columns] = processor.to_v_ip[number](each) * processor.scale[number]
-        return {IMAGE_KEYS: keys, IMAGE_VALUES: values, IMAGE_BIAS: bias}
+        layers = [(self.frame.attn_processors[f"{slot.layer}.processor"], slot.scale) for slot in self.slots.layers]
+        return [
+            (
+                torch.cat([layer.to_k_ip[number](each) * scale for layer, scale in layers], -1),
+                torch.cat([layer.to_v_ip[number](each) * layer.scale[number] for layer, _ in layers], -1),
+            )
+            for number, each in enumerate(tokens)
+        ]
 
     def _strengths(self) -> tuple[float, ...]:
         processors = self.frame.attn_processors
@@ -160,15 +163,28 @@ class IpAdapters(torch.nn.Module):
             )
 
 
+def packed(slots: ImageSlots, like: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Puts keys and values [batch, tokens, columns] of several prompts into the engine's inputs, as ``like`` is."""
+    keys = like.new_zeros(len(like), slots.most_tokens, slots.width)
+    values, bias = keys.clone(), like.new_full((len(like), slots.most_tokens), _NO_TOKEN)
+    for number, (own_keys, own_values) in enumerate(prompts):
+        start, stop = number * slots.tokens, number * slots.tokens + own_keys.shape[1]
+        keys[:, start:stop], values[:, start:stop], bias[:, start:stop] = own_keys, own_values, 0
+    return {IMAGE_KEYS: keys, IMAGE_VALUES: values, IMAGE_BIAS: bias}
+
+
 class TakesImagePrompts(EngineComponent):
     """A UNet as diffusers' loaders of IP-Adapters see it.
 
     Attributes:
         ip_adapters: those that are loaded.
+        prompted: inputs of image prompts for every call, in place of a pipeline's image embeds (None: no such).
+        images: what of image prompts the engine takes (None: nothing).
     """
 
-    engine: Engine | None
+    images: ImageSlots | None
     ip_adapters: IpAdapters | None
+    prompted: dict[str, Tensor] | None
 
     @property
     def attn_processors(self) -> dict[str, Any]:
@@ -205,7 +221,7 @@ class TakesImagePrompts(EngineComponent):
         Raises:
             InputError: as :class:`IpAdapters`; the engine takes no image prompts.
         """
-        slots = None if self.engine is None else self.engine.images
+        slots = self.images
         if slots is None:
             raise InputError(
                 "this engine takes no image prompts, so no IP-Adapter can be loaded: export with --image-tokens"
@@ -226,6 +242,8 @@ class TakesImagePrompts(EngineComponent):
         Raises:
             InputError: there are some and no IP-Adapter, or the other way round; as :meth:`IpAdapters.inputs`.
         """
+        if self.prompted is not None:
+            return dict(conditions), self.prompted
         added = conditions.get("added_cond_kwargs") or {}
         embeds = added.get(_EMBEDS)
         rest = {**conditions, "added_cond_kwargs": {key: value for key, value in added.items() if key != _EMBEDS}}
@@ -242,6 +260,7 @@ class TakesImagePrompts(EngineComponent):
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         copied: Self = super().__deepcopy__(memo)
+        copied.prompted = self.prompted
         copied.ip_adapters = copy.deepcopy(self.ip_adapters)
         if copied.ip_adapters is not None:
             copied.encoder_hid_proj = copied.ip_adapters.projection

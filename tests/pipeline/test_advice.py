@@ -236,6 +236,9 @@ ELSEWHERE = {
     "its image projection is not whole": "test_image_prompts.py",
     "tokens, this engine takes {self.slots": "test_image_prompts.py",
     "this engine takes no image prompts": "test_image_prompts.py",
+    "image prompts at once, this engine takes": "test_image_prompts.py",
+    "an image prompt's scale of": "test_image_prompts.py",
+    "has no image encoder": "test_image_prompts.py",
     "load it first (load_ip_adapter)": "test_image_prompts.py",
     "or unload it (unload_ip_adapter)": "test_image_prompts.py",
 }

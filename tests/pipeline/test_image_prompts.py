@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -14,10 +15,11 @@ from s2p_deploy.engines import build_engine, load_engine
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import initial_noise, pipeline_with_engine
+from s2p_deploy.pipeline import ImagePrompt, IpAdapter, Schedule, generate, initial_noise, pipeline_with_engine
 from s2p_deploy.recipe import Recipe
-from s2p_deploy.records import Engine
-from tests.random_ip_adapters import image_embeds, random_ip_adapter
+from s2p_deploy.records import Engine, Prompt
+from tests.random_ip_adapters import image_embeds, random_ip_adapter, write_ip_adapter
+from tests.small_controlnets import control_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,6 +119,48 @@ def test_a_copy_has_adapters_of_its_own(pipes: tuple[Any, Any]) -> None:
     ours.unet = copied
     assert torch.equal(drawn(ours, image_embeds()), strong)
     assert copied.encoder_hid_proj is copied.ip_adapters.projection
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_generate_encodes_pictures_as_diffusers_does(pipes: tuple[Any, Any], kind: str, tmp_path: Path) -> None:
+    stock, ours = pipes
+    file, picture = write_ip_adapter(tmp_path, stock.unet, kind), control_picture(size=40)
+    stock.load_ip_adapter(str(tmp_path), "", file.name)
+    stock.set_ip_adapter_scale(0.7)
+    adapter = IpAdapter.load(file, ours)
+    for guidance in (1.0, 3.0):
+        latents = initial_noise([3], ours.unet.config)
+        options: dict[str, Any] = {"latents": latents, "num_inference_steps": 3, "guidance_scale": guidance}
+        expected = stock(PROMPT, ip_adapter_image=picture, **options).images[0]
+        found = generate(
+            ours,
+            Prompt("one", PROMPT),
+            schedule=Schedule(3),
+            guidance_scale=guidance,
+            seed=3,
+            images=[ImagePrompt(adapter, picture, 0.7)],
+        )
+        assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+        without = generate(ours, Prompt("one", PROMPT), schedule=Schedule(3), guidance_scale=guidance, seed=3)
+        assert np.abs(np.asarray(found, np.int16) - np.asarray(without, np.int16)).max() > 3
+
+
+def test_strengths_out_of_range_and_files_without_an_encoder_are_refused(
+    pipes: tuple[Any, Any], tmp_path: Path
+) -> None:
+    stock, ours = pipes
+    file = write_ip_adapter(tmp_path, stock.unet)
+    adapter, picture = IpAdapter.load(file, ours), control_picture()
+    with pytest.raises(InputError, match="scale of nan is out of range"):
+        ImagePrompt(adapter, picture, float("nan"))
+    three = [ImagePrompt(adapter, picture)] * 3
+    with pytest.raises(InputError, match="3 image prompts at once, this engine takes 2: export with --image-adapters"):
+        generate(ours, Prompt("one", PROMPT), schedule=Schedule(2), guidance_scale=1.0, images=three)
+    with pytest.raises(InputError, match="takes no image prompts: export with --image-tokens"):
+        IpAdapter.load(file, stock)
+    (tmp_path / "image_encoder").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="has no image encoder: put it into"):
+        IpAdapter.load(file, ours)
 
 
 def changed(weights: dict[str, dict[str, torch.Tensor]], part: str, key: str, value: object) -> dict[str, Any]:
