@@ -119,7 +119,8 @@ def load_engine(
         runner = uniform(runner)
     per_step = tuple(spec for spec in engine.inputs if spec.name not in bound)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    return kind(runner, per_step, timesteps, features, texts, profile=engine.profile, spare=spare, loras=loras)
+    adapters: dict[str, Any] = {"loras": loras, "images": engine.images}
+    return kind(runner, per_step, timesteps, features, texts, profile=engine.profile, spare=spare, **adapters)
 
 
 def _spare_timesteps(

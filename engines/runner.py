@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
+    from s2p_deploy.records.image_slots import ImageSlots
     from s2p_deploy.timesteps import Timesteps
 
 OUTPUT = "noise_pred"
@@ -151,7 +152,8 @@ class BoundRunner(ClosingRunner):
     gives indices to further ones (None: they are refused); ``features`` gives their projected time features, and
     ``texts`` the products of the text, where the engine takes those as an input. ``profile`` says which latents and
     texts the engine takes (None: those of the sizes that its inputs have). Inputs of adapters (``optional``) are zeros
-    where a call leaves them out; ``loras`` makes those of LoRAs (None: the engine has no branches for them).
+    where a call leaves them out; ``loras`` makes those of LoRAs (None: the engine has no branches for them),
+    ``images`` says what those of image prompts are (None: it takes none).
 
     Example:
         >>> with load_engine("build/engine") as runner:
@@ -171,9 +173,10 @@ class BoundRunner(ClosingRunner):
         profile: ShapeProfile | None = None,
         spare: SpareTimesteps | None = None,
         loras: LoraBank | None = None,
+        images: ImageSlots | None = None,
     ) -> None:
         self.timesteps, self.features, self.texts = timesteps, features, texts
-        self.loras = loras
+        self.loras, self.images = loras, images
         self._spare = spare
         self.profile = profile or ShapeProfile()
         self._runner = runner

@@ -23,8 +23,9 @@ from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
-    from s2p_deploy.pipeline import Control, StartPicture
+    from s2p_deploy.pipeline import Control, ImagePrompt, StartPicture
 
 SizeOption = Annotated[
     int | None, typer.Option(min=1, metavar="PIXELS", help="Size of the picture, if the engine takes several.")
@@ -86,6 +87,20 @@ def generate(  # noqa: PLR0913 - its options
     control_scale: Annotated[
         list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --controlnet; 1 if omitted.")
     ] = None,
+    ip_adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="An IP-Adapter with the folder image_encoder beside it, of an engine exported with --image-tokens; "
+            "may be repeated.",
+        ),
+    ] = None,
+    ip_image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="What each --ip-adapter reads: a picture.")
+    ] = None,
+    ip_scale: Annotated[
+        list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --ip-adapter; 1 if omitted.")
+    ] = None,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",
@@ -102,7 +117,8 @@ def generate(  # noqa: PLR0913 - its options
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
     start = _start_picture(image, strength, mask, sized=height is not None or width is not None)
-    named = _named_controls(controlnet or [], control_image or [], control_scale or [])
+    named = _with_pictures("control", "controlnet", controlnet or [], control_image or [], control_scale or [])
+    prompts = _with_pictures("ip", "ip-adapter", ip_adapter or [], ip_image or [], ip_scale or [])
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.families import divide_text
@@ -145,6 +161,7 @@ def generate(  # noqa: PLR0913 - its options
             long_prompts=long_prompts,
             start=start,
             controls=[_control(pipe, *each) for each in named],
+            images=[_image_prompt(pipe, *each) for each in prompts],
         )
         chunks = len(divide_text(pipe, prompt))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,25 +177,40 @@ def generate(  # noqa: PLR0913 - its options
     return show(Outcome(data | more, text), as_json=as_json)
 
 
-def _named_controls(folders: list[Path], images: list[Path], scales: list[float]) -> list[tuple[Path, Path, float]]:
-    """Puts together what each ControlNet reads and how strong it is."""
-    if len(folders) != len(images):
-        raise InputError(f"{len(folders)} --controlnet and {len(images)} --control-image: give one picture for each")
-    if len(scales) not in {0, len(folders)}:
-        raise InputError(f"{len(folders)} --controlnet and {len(scales)} --control-scale: give one for each, or none")
-    return list(zip(folders, images, scales or [1.0] * len(folders), strict=True))
+def _with_pictures(
+    prefix: str, option: str, paths: list[Path], images: list[Path], scales: list[float]
+) -> list[tuple[Path, Path, float]]:
+    """Puts together what each adapter reads and how strong it is."""
+    given = f"{len(paths)} --{option} and"
+    if len(paths) != len(images):
+        raise InputError(f"{given} {len(images)} --{prefix}-image: give one picture for each")
+    if len(scales) not in {0, len(paths)}:
+        raise InputError(f"{given} {len(scales)} --{prefix}-scale: give one for each, or none")
+    return list(zip(paths, images, scales or [1.0] * len(paths), strict=True))
+
+
+def _image_prompt(pipe: DiffusionPipeline, file: Path, image: Path, scale: float) -> ImagePrompt:
+    """Loads an IP-Adapter for a pipeline, and its picture."""
+    from s2p_deploy.pipeline import ImagePrompt, IpAdapter
+
+    return ImagePrompt(IpAdapter.load(file, pipe), _read_picture(image, "image prompt"), scale)
+
+
+def _read_picture(file: Path, what: str) -> Image:
+    from s2p_deploy.pipeline.start_picture import read_picture
+
+    try:
+        return read_picture(_bytes_of(file), what)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _control(pipe: DiffusionPipeline, folder: Path, image: Path, scale: float) -> Control:
     """Loads a ControlNet for a pipeline, and its picture."""
     from s2p_deploy.families import denoiser_of
     from s2p_deploy.pipeline import Control, open_controlnet
-    from s2p_deploy.pipeline.start_picture import read_picture
 
-    try:
-        picture = read_picture(_bytes_of(image), "control picture")
-    except InputError as error:
-        raise InputError(f"{image}: {error}") from error
+    picture = _read_picture(image, "control picture")
     denoiser = denoiser_of(pipe)
     network = open_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype)
     return Control(network.to(pipe.device), picture, scale)

@@ -45,6 +45,14 @@ _PACKAGES = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uv
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
 
+IpAdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE",
+        help="An IP-Adapter that requests may name, image_encoder beside it, for an engine exported with "
+        "--image-tokens; repeatable.",
+    ),
+]
 ControlNetsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,6 +104,7 @@ def serve(  # noqa: PLR0913 - its options
     schedule: SchedulesOption = None,
     components: ComponentsOption = None,
     controlnet: ControlNetsOption = None,
+    ip_adapter: IpAdaptersOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     token_file: TokenOption = None,
@@ -132,7 +141,8 @@ def serve(  # noqa: PLR0913 - its options
     engines = _named(open_engine(engine, public_key), second, name)
     first = next(iter(engines))
     networks = None if components is None else as_components(components, public_key)
-    settings = partial(_settings, batching, max_queue, max_active, schedule, networks, _controlnets(controlnet or []))
+    adapters = _controlnets(controlnet or []), _ip_adapters(ip_adapter or [])
+    settings = partial(_settings, batching, max_queue, max_active, schedule, networks, *adapters)
     base = cache(partial(base_of, engines[first].manifest, model))
     context = Context(device=device, threads=threads)
     if device != "auto":
@@ -165,13 +175,14 @@ def check_installed(command: str, packages: tuple[str, ...]) -> None:
             raise MissingEnvironmentError(f"{command} needs {package}: pip install 's2p-deploy[serve]'") from error
 
 
-def _settings(
+def _settings(  # noqa: PLR0913, PLR0917 - its options
     batching: Batching,
     max_waiting: int,
     max_active: int | None,
     schedules: list[str] | None,
     component_engines: ComponentEngines | None,
     controlnets: tuple[tuple[str, Path], ...],
+    ip_adapters: tuple[tuple[str, Path], ...],
 ) -> ServiceSettings:
     from s2p_deploy.serve.service import ServiceSettings
 
@@ -183,22 +194,38 @@ def _settings(
         schedules=bound,
         component_engines=component_engines,
         controlnets=controlnets,
+        ip_adapters=ip_adapters,
     )
 
 
 def _controlnets(texts: list[str]) -> tuple[tuple[str, Path], ...]:
     """Parses names and folders of ControlNets."""
-    folders: dict[str, Path] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        if not equals or not _NAME.fullmatch(name) or name in folders:
-            raise InputError(f"--controlnet {text!r} must be NAME=FOLDER, each name once, of letters, digits and ._-")
-        if not any((Path(folder) / file).is_file() for file in ("config.json", "manifest.json")):
+    folders = _named_paths("--controlnet", "NAME=FOLDER", texts)
+    for name, folder in folders:
+        if not any((folder / file).is_file() for file in ("config.json", "manifest.json")):
             raise InputError(
-                f"--controlnet {text}: {folder} is no ControlNet in diffusers format, and no engine of one"
+                f"--controlnet {name}={folder}: it is no ControlNet in diffusers format, and no engine of one"
             )
-        folders[name] = Path(folder).resolve()
-    return tuple(folders.items())
+    return folders
+
+
+def _ip_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    """Parses names and files of IP-Adapters."""
+    files = _named_paths("--ip-adapter", "NAME=FILE", texts)
+    for name, file in files:
+        if not file.is_file():
+            raise InputError(f"--ip-adapter {name}={file}: there is no such file")
+    return files
+
+
+def _named_paths(option: str, form: str, texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    paths: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not _NAME.fullmatch(name) or name in paths:
+            raise InputError(f"{option} {text!r} must be {form}, each name once, of letters, digits and ._-")
+        paths[name] = Path(path).resolve()
+    return tuple(paths.items())
 
 
 def _open(

@@ -35,6 +35,7 @@ from s2p_deploy.pipeline.generation import (
     trained_size,
     with_schedule,
 )
+from s2p_deploy.pipeline.ip_adapter import ImagePrompt, IpAdapter
 from s2p_deploy.pipeline.start_picture import StartPicture
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "EngineTextEncoder",
     "EngineTransformer",
     "EngineUNet",
+    "ImagePrompt",
+    "IpAdapter",
     "Schedule",
     "StartPicture",
     "auxiliary_components",

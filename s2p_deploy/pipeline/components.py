@@ -26,6 +26,7 @@ from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import guidance_width
 from s2p_deploy.pipeline.denoiser_loras import ComponentWithLoras, DenoiserLoras
 from s2p_deploy.pipeline.engine_component import EngineComponent
+from s2p_deploy.pipeline.image_prompts import TakesImagePrompts
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
 from s2p_deploy.records.optional_inputs import LORA_STRENGTHS, is_residual
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import TensorSpec, TimestepTable
+    from s2p_deploy.records.image_slots import ImageSlots
     from s2p_deploy.timesteps import Timesteps
 
     Indices = Callable[[Timesteps], NDArray[np.int64]]
@@ -81,6 +83,7 @@ class EngineDenoiser(ComponentWithLoras):
         indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
         bank: the engine's low-rank branches (None: it has none).
         optional: the inputs of adapters that the runner takes.
+        images: what of image prompts it takes (None: nothing).
     """
 
     def __init__(  # noqa: PLR0913 - what a runner needs, and options by keyword
@@ -94,6 +97,7 @@ class EngineDenoiser(ComponentWithLoras):
         indices: Indices | None = None,
         bank: LoraBank | None = None,
         optional: tuple[TensorSpec, ...] = (),
+        images: ImageSlots | None = None,
     ) -> None:
         super().__init__(config, DenoiserLoras(bank, config))
         self.runner = runner
@@ -101,7 +105,7 @@ class EngineDenoiser(ComponentWithLoras):
         self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
         self.profile = profile
         self.engine = engine
-        self.optional = optional
+        self.optional, self.images = optional, images
         self._family = family_of_config(config)
         self._added_width = self._family.added_width(dict(config))
         width = config.get("projection_class_embeddings_input_dim")
@@ -172,6 +176,7 @@ class EngineDenoiser(ComponentWithLoras):
             engine=self.engine,
             indices=self._indices,
             optional=self.optional,
+            images=self.images,
         )
         copied.loras = self.loras.copy()
         return copied.place(self.device, self.dtype)
@@ -186,7 +191,12 @@ class EngineDenoiser(ComponentWithLoras):
         raise NotImplementedError
 
     def _predict(
-        self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor,
+        conditions: Mapping[str, object],
+        images: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         taken = set(_ADDED) if self._added_width else set()
         if guidance_width(dict(self.config)):
@@ -204,7 +214,7 @@ class EngineDenoiser(ComponentWithLoras):
         self._check_size(sample)
         if self.profile is not None:
             self.profile.check_tokens(text.shape[1])
-        inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
+        inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach(), **(images or {})}
         inputs |= self._residuals(sample, conditions)
         if self._added_width:
             added = self._family.added_cond(conditions)
@@ -248,8 +258,12 @@ class EngineDenoiser(ComponentWithLoras):
             )
 
 
-class EngineUNet(EngineDenoiser):
-    """The denoiser of pipelines that call a UNet."""
+class EngineUNet(TakesImagePrompts, EngineDenoiser):
+    """The denoiser of pipelines that call a UNet; arguments as :class:`EngineDenoiser`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - a denoiser's
+        super().__init__(*arguments, **options)
+        self.ip_adapters = self.prompted = None
 
     def forward(
         self,
@@ -267,15 +281,17 @@ class EngineUNet(EngineDenoiser):
             timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
             encoder_hidden_states: [batch, tokens, D] text states.
             return_dict: returns a record with ``sample`` instead of a tuple of one.
-            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, and a ControlNet's residuals
-                where the engine has inputs for them; the rest is accepted only where it is None or empty.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, an IP-Adapter's in them, and
+                a ControlNet's residuals where the engine has inputs for them; the rest is accepted only where it is
+                None or empty.
 
         Raises:
-            InputError: a condition changes the network (LoRA scale, IP-Adapter, ...), a timestep is outside the table
-                or has no index, or the latents have another size, or the text another number of tokens, than the engine
-                takes.
+            InputError: a condition changes the network (LoRA scale, ...), or is of another adapter, a timestep is
+                outside the table or has no index, or the latents have another size, or the text another number of
+                tokens, than the engine takes.
         """
-        result = self._predict(sample, timestep, encoder_hidden_states, conditions)
+        rest, images = self.image_inputs(conditions, sample)
+        result = self._predict(sample, timestep, encoder_hidden_states, rest, images)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -353,10 +369,21 @@ def engine_denoiser(  # noqa: PLR0913 - as the class
     indices: Indices | None = None,
     bank: LoraBank | None = None,
     optional: tuple[TensorSpec, ...] = (),
+    images: ImageSlots | None = None,
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine, indices=indices, bank=bank, optional=optional)
+    return component(
+        runner,
+        config,
+        timesteps,
+        profile,
+        engine=engine,
+        indices=indices,
+        bank=bank,
+        optional=optional,
+        images=images,
+    )
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
@@ -370,6 +397,7 @@ def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
         indices=runner.indices,
         bank=runner.loras,
         optional=runner.optional,
+        images=runner.images,
     )
 
 

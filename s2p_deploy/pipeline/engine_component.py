@@ -53,6 +53,7 @@ _ADVICE = {
     "fuse_lora": f"no LoRA can be fused: {_NO_LORA}",
     "set_adapters": f"no LoRA can be set: {_NO_LORA}",
     "_load_ip_adapter_weights": "no IP-Adapter can be loaded: use the floating-point pipeline",
+    "encoder_hid_proj": "it has no image projection: load an IP-Adapter first (load_ip_adapter)",
     "enable_freeu": "FreeU cannot be switched on: use the floating-point pipeline",
     "enable_tiling": "pictures are decoded whole: leave tiling off",
     "get_input_embeddings": "it knows no new tokens: load textual inversions into PyTorch's text encoder",

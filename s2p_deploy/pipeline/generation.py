@@ -20,10 +20,12 @@ from s2p_deploy.families import (
     with_denoiser,
 )
 from s2p_deploy.families.controlnets import with_controlnets
+from s2p_deploy.families.model_family import has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text, for_task, task_of
 from s2p_deploy.families.text import is_sd3
 from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.pipeline.control import check_controls, control_arguments
+from s2p_deploy.pipeline.ip_adapter import prompted
 from s2p_deploy.records import Span
 from s2p_deploy.schedulers import on_host, scheduler_by_name, skipped_calls, with_steps
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.pipeline.control import Control
+    from s2p_deploy.pipeline.ip_adapter import ImagePrompt
     from s2p_deploy.pipeline.start_picture import StartPicture
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt, ShapeProfile
@@ -125,6 +128,7 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
     long_prompts: bool = False,
     start: StartPicture | None = None,
     controls: Sequence[Control] = (),
+    images: Sequence[ImagePrompt] = (),
 ) -> Image:
     """Generates one picture.
 
@@ -137,12 +141,16 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
         long_prompts: reads texts that are longer than what the encoders read at once in chunks, and does not cut them.
         start: the picture to start from, whose size the schedule's is then (None: noise alone).
         controls: ControlNets that act, with their pictures.
+        images: IP-Adapters that act, with their pictures.
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
-            take the size, a text of so many chunks, or ControlNets; as :func:`timesteps_from_start`.
+            take the size, a text of so many chunks, ControlNets or image prompts; as :func:`timesteps_from_start`.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
+    if images:
+        guided = has_branches(dict(denoiser_of(pipe).config), guidance_scale)
+        pipe = with_denoiser(pipe, prompted(denoiser_of(pipe), images, guided=guided))
     denoiser = denoiser_of(pipe)
     arguments = _text_arguments(pipe, [prompt], schedule, guidance_scale)
     if long_prompts:

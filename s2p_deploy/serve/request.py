@@ -27,13 +27,22 @@ class RequestedControl:
 
 
 @dataclass(frozen=True)
+class RequestedImagePrompt:
+    """An IP-Adapter of the service by its ``name``, the picture that it reads, and its strength."""
+
+    name: str
+    picture: Image
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """One picture to draw.
 
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
     :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. With
     ``long_prompts`` texts longer than what the encoders read at once are read in chunks. ``start`` is the picture to
-    start from, of this size (None: noise); ``controls`` act beside the text.
+    start from, of this size (None: noise); ``controls`` and ``images`` act beside the text.
     """
 
     prompt: str
@@ -46,6 +55,7 @@ class ImageRequest:
     long_prompts: bool = False
     start: StartPicture | None = None
     controls: tuple[RequestedControl, ...] = ()
+    images: tuple[RequestedImagePrompt, ...] = ()
     embedded: bool = False
 
     @property

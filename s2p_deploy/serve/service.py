@@ -20,6 +20,8 @@ from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import (
     Control,
+    ImagePrompt,
+    IpAdapter,
     Schedule,
     StartPicture,
     generate,
@@ -31,12 +33,13 @@ from s2p_deploy.pipeline import (
     trained_size,
 )
 from s2p_deploy.pipeline.control import check_controls
+from s2p_deploy.pipeline.ip_adapter import check_image_prompts
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
-from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
+from s2p_deploy.serve.generation_task import GenerationTask, OffloadedModule, pausing_pipeline
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
 
 if TYPE_CHECKING:
@@ -66,7 +69,7 @@ class ServiceSettings:
     as many as the largest batch has samples, and two). ``batches`` are the sizes to profile (None: powers of two to 16,
     from what one picture needs on). ``schedules`` are those to bind where an engine takes fractional timesteps: without
     them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch).
-    ``controlnets`` are folders of ControlNets by the names that requests give.
+    ``controlnets`` are folders of ControlNets by the names that requests give, ``ip_adapters`` files of IP-Adapters.
     """
 
     batching: Batching = "step"
@@ -76,6 +79,7 @@ class ServiceSettings:
     schedules: tuple[Schedule, ...] = ()
     component_engines: ComponentEngines | None = None
     controlnets: tuple[tuple[str, Path], ...] = ()
+    ip_adapters: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
@@ -89,7 +93,7 @@ class ModelInfo:
     ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
     the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
     may be requested, in words; ``schedulers`` those that run with ``steps`` steps. ``long_prompts`` says whether texts
-    of several chunks may be requested, ``controlnets`` which there are.
+    of several chunks may be requested, ``controlnets`` and ``ip_adapters`` which there are.
     """
 
     name: str
@@ -106,6 +110,7 @@ class ModelInfo:
     schedulers: tuple[str, ...]
     long_prompts: bool = False
     controlnets: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class ServedEngine:
 
     ``pipe`` pauses (:func:`s2p_deploy.serve.generation_task.pausing_pipeline`); ``stock`` is what it was made of.
     ``runner`` is the engine. ``calls`` is how often the denoiser is called for steps and a scheduler.
-    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps. ``controlnets`` are loaded, by name.
+    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps. ``controlnets`` and ``ip_adapters``
+    are loaded, by name.
     """
 
     info: ModelInfo
@@ -126,6 +132,7 @@ class ServedEngine:
     mixed_timesteps: bool
     max_sequence_length: int
     controlnets: Mapping[str, ModelMixin] = field(default_factory=dict)
+    ip_adapters: Mapping[str, IpAdapter] = field(default_factory=dict)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -136,8 +143,8 @@ class ServedEngine:
         """Counts the calls of the denoiser that a request takes.
 
         Raises:
-            InputError: no such scheduler or ControlNet; a step count, a size or long prompts, which the engine does not
-                take.
+            InputError: no such scheduler, ControlNet or IP-Adapter; a step count, a size or long prompts, which the
+                engine does not take.
         """
         if request.start is None:
             check_draws_from_text(type(self.stock.pipe).__name__)
@@ -155,6 +162,7 @@ class ServedEngine:
         if profile.height is None and size != trained:
             raise InputError(f"this engine draws {self.info.sizes} pixels: leave the size out")
         check_controls(self.pipe, self._controls(request), request.size or self.info.size)
+        check_image_prompts(denoiser_of(self.pipe), len(self._images(request)))
         return calls
 
     def task(self, future: RequestFuture) -> GenerationTask:
@@ -170,8 +178,17 @@ class ServedEngine:
             long_prompts=request.long_prompts,
             start=request.start,
             controls=self._controls(request),
+            images=self._images(request),
         )
         return GenerationTask(future, draw)
+
+    def _images(self, request: ImageRequest) -> list[ImagePrompt]:
+        """Raises InputError where a request names an IP-Adapter that there is not."""
+        unknown = [image.name for image in request.images if image.name not in self.ip_adapters]
+        if unknown:
+            known = f"use {', '.join(self.ip_adapters)}" if self.ip_adapters else "serve it with --ip-adapter"
+            raise InputError(f"there is no IP-Adapter {unknown[0]!r}: {known}")
+        return [ImagePrompt(self.ip_adapters[one.name], one.picture, one.scale) for one in request.images]
 
     def _controls(self, request: ImageRequest) -> list[Control]:
         """Raises InputError where a request names a ControlNet that there is not."""
@@ -325,6 +342,7 @@ def load_served_engine(
         schedulers=tuple(name for name in scheduler_names() if _runs(calls, sampling.steps, name)),
         long_prompts=runner.profile.tokens is not None,
         controlnets=tuple(name for name, _ in settings.controlnets),
+        ip_adapters=tuple(name for name, _ in settings.ip_adapters),
     )
     pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
     return ServedEngine(
@@ -337,7 +355,13 @@ def load_served_engine(
         engine.mixed_timesteps,
         sampling.max_sequence_length,
         controlnets=_controlnets(stock.pipe, settings.controlnets),
+        ip_adapters={name: _pausing(IpAdapter.load(file, stock.pipe)) for name, file in settings.ip_adapters},
     )
+
+
+def _pausing(adapter: IpAdapter) -> IpAdapter:
+    """Encodes pictures in the background."""
+    return replace(adapter, encoder=OffloadedModule(adapter.encoder))
 
 
 def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...]) -> dict[str, ModelMixin]:

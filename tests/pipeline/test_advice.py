@@ -228,6 +228,19 @@ ELSEWHERE = {
     "has too many pixels": "test_start_picture.py",
     "a {kind} takes {wanted}": "test_generation.py",
     "pixels: give one of at most": "test_start_picture.py",
+    "IP-Adapters at once, this engine takes": "test_image_prompts.py",
+    "one tensor for each": "test_image_prompts.py",
+    "as the batch": "test_image_prompts.py",
+    "of another image encoder": "test_image_prompts.py",
+    "has one scale per layer": "test_image_prompts.py",
+    "its image projection is not whole": "test_image_prompts.py",
+    "tokens, this engine takes {self.slots": "test_image_prompts.py",
+    "this engine takes no image prompts": "test_image_prompts.py",
+    "image prompts at once, this engine takes": "test_image_prompts.py",
+    "an image prompt's scale of": "test_image_prompts.py",
+    "has no image encoder": "test_image_prompts.py",
+    "load it first (load_ip_adapter)": "test_image_prompts.py",
+    "or unload it (unload_ip_adapter)": "test_image_prompts.py",
 }
 
 

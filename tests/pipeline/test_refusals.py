@@ -50,7 +50,7 @@ def compiled_parts(pipe: StableDiffusionPipeline) -> object:
         (lambda pipe: pipe.unet.enable_xformers_memory_efficient_attention(), "leave xformers off"),
         (compiled_parts, "it has no down_blocks"),
         (lambda pipe: pipe(PROMPT, num_inference_steps=2, cross_attention_kwargs={"gligen": 1}), "cross_attention_kw"),
-        (lambda pipe: pipe(PROMPT, num_inference_steps=2, ip_adapter_image_embeds=[torch.ones(2, 1, 8)]), "fixed"),
+        (lambda pipe: pipe(PROMPT, num_inference_steps=2, ip_adapter_image_embeds=[torch.ones(2, 1, 8)]), "load it f"),
         (lambda pipe: pipe.unet.save_pretrained("nowhere"), "not that of an engine on disk"),
         (lambda pipe: pipe.unet.save_pretrained("nowhere", push_to_hub=True), "upload the folder with huggingface_hub"),
     ],

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.serve.http.middleware import LOG, note
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_data, problem_of, request_id_of
-from s2p_deploy.serve.request import CancelledRequestError, ImageRequest, RequestedControl
+from s2p_deploy.serve.request import CancelledRequestError, ImageRequest, RequestedControl, RequestedImagePrompt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -74,6 +74,16 @@ class ControlForm(BaseModel):
     end: Annotated[float, Field(gt=0, le=1, description="Share of the steps after which it no longer acts.")] = 1.0
 
 
+class ImagePromptForm(BaseModel):
+    """An IP-Adapter that acts, by its name, and the picture that it reads: a PNG, JPEG or WebP file in base64."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    image: Annotated[str, Field(min_length=1)]
+    scale: Annotated[float, Field(ge=0, le=10, description="Strength.")] = 1.0
+
+
 class ImageForm(BaseModel):
     """The body of ``POST /v1/images/generations`` as far as OpenAI's is supported, and fields beyond it.
 
@@ -95,6 +105,7 @@ class ImageForm(BaseModel):
     long_prompts: Annotated[bool, Field(description="Reads prompts longer than the text encoder in chunks.")] = False
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
     controlnet: Annotated[list[ControlForm], Field(max_length=4)] = []
+    ip_adapter: Annotated[list[ImagePromptForm], Field(max_length=4)] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +149,7 @@ class ImageForm(BaseModel):
             controls=tuple(
                 _control(each, f"controlnet.{number}", info, limits) for number, each in enumerate(self.controlnet)
             ),
+            images=tuple(_image_prompt(each, f"ip_adapter.{at}", info) for at, each in enumerate(self.ip_adapter)),
         )
         return [replace(one, seed=seed + number) for number in range(self.n)]
 
@@ -319,6 +331,7 @@ def _described(name: str, models: ServedModels, limits: HttpLimits) -> dict[str,
         "schedulers": list(info.schedulers),
         "long_prompts": info.long_prompts,
         "controlnets": list(info.controlnets),
+        "ip_adapters": list(info.ip_adapters),
     }
 
 
@@ -328,22 +341,35 @@ def _control(form: ControlForm, param: str, info: ModelInfo, limits: HttpLimits)
     Raises:
         RequestProblem: there is no such ControlNet, or its picture cannot be used.
     """
-    from s2p_deploy.pipeline.start_picture import read_picture  # with PyTorch: a server answers before that is loaded
-
     if form.name not in info.controlnets:
         known = f"use {', '.join(info.controlnets)}" if info.controlnets else "this model has none"
         raise _refusal(f"there is no ControlNet {form.name!r}: {known}", f"{param}.name")
     if form.start >= form.end:
         raise _refusal(f"it would act from {form.start:g} to {form.end:g}: give an end above the start", f"{param}.end")
-    try:
-        data = base64.b64decode(form.image, validate=True)
-    except ValueError as error:
-        raise _refusal("the control picture is no base64: send a file's bytes in it", f"{param}.image") from error
-    try:
-        picture = read_picture(data, "control picture", (info.size, *sorted(limits.sizes)))
-    except InputError as error:
-        raise _refusal(str(error), f"{param}.image") from error
+    picture = _picture(form.image, "control picture", f"{param}.image", (info.size, *sorted(limits.sizes)))
     return RequestedControl(form.name, picture, form.scale, form.start, form.end)
+
+
+def _image_prompt(form: ImagePromptForm, param: str, info: ModelInfo) -> RequestedImagePrompt:
+    """Reads what an IP-Adapter is given, as :func:`_control`; its picture may have any size."""
+    if form.name not in info.ip_adapters:
+        known = f"use {', '.join(info.ip_adapters)}" if info.ip_adapters else "this model has none"
+        raise _refusal(f"there is no IP-Adapter {form.name!r}: {known}", f"{param}.name")
+    return RequestedImagePrompt(form.name, _picture(form.image, "image prompt", f"{param}.image", None), form.scale)
+
+
+def _picture(text: str, what: str, param: str, sizes: tuple[tuple[int, int], ...] | None) -> Image:
+    """Decodes a picture in base64. Raises RequestProblem where there is none, or none of ``sizes``."""
+    from s2p_deploy.pipeline.start_picture import read_picture  # with PyTorch: a server answers before that is loaded
+
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise _refusal(f"the {what} is no base64: send a file's bytes in it", param) from error
+    try:
+        return read_picture(data, what, sizes)
+    except InputError as error:
+        raise _refusal(str(error), param) from error
 
 
 def _sizes(info: ModelInfo, limits: HttpLimits) -> list[str]:
