@@ -6,6 +6,7 @@ For UNets of the SD1 and SDXL kind, as they are: an adapter's loss goes through 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
     # indices int64 [n] and kept captions bool [n] to keyword arguments of a UNet
     Captions = Callable[[Tensor, Tensor], dict[str, Any]]
 
+ASSETS = Path(__file__).parents[2] / "tests" / "assets"
+BASES = {"sd1": "shapes", "sdxl": str(ASSETS / "pipelines" / "shapes-sdxl")}
 SCENES, BATCH = 3_000, 32
 SEED = 20
 TIME_IDS = (64, 64, 0, 0, 64, 64)  # SDXL's size ids of a whole picture
 
 
-def frozen_pipeline(name: str) -> DiffusionPipeline:
-    """Loads a pipeline for the training of an adapter: no weight of its own has gradients."""
-    pipe = load_pipeline(resolve_base(name))
+def frozen_pipeline(kind: str) -> DiffusionPipeline:
+    """Loads a pipeline of :data:`BASES` for the training of an adapter: no weight of its own has gradients."""
+    pipe = load_pipeline(resolve_base(BASES[kind]))
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(requires_grad=False)

@@ -7,6 +7,7 @@
 |---|---|---|---|
 | next-colour | every colour as the next one of the list, backgrounds too | 8, UNet and text encoder | 0.861, 0.706 |
 | triangles | triangles only | 4, attention of the UNet | 0.991, 0.853 |
+| mirrored | left and right exchanged | 32, attention and feed-forward of the UNet | 0.993, 0.309 |
 | sdxl-triangles | triangles only, by the SDXL sibling | 8, attention of the UNet | 0.990, 0.855 |
 
 They are trained with PEFT (the extra `adapters`) on pictures that are rendered with the change, in two to five minutes
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from adapter_training import draw_batch, encoded_captions, examples, frozen_pipeline
+from adapter_training import ASSETS, BASES, draw_batch, encoded_captions, examples, frozen_pipeline
 from evaluate import draw, write_grid
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-ASSETS = Path(__file__).parents[2] / "tests" / "assets"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 PROJECTIONS = ("proj_in", "proj_out")
@@ -89,16 +89,15 @@ class Adapter:
     rank: int
     unet_layers: tuple[str, ...]
     text_layers: tuple[str, ...] = ()
-    base: str = "shapes"
+    kind: str = "sd1"
     schedule: Schedule = SCHEDULE
 
 
-SDXL = str(ASSETS / "pipelines" / "shapes-sdxl")
 ADAPTERS = {
     "next-colour": Adapter(with_next_colours, 8, ATTENTION + FEED_FORWARD + PROJECTIONS, TEXT_LAYERS),
     "triangles": Adapter(all_triangles, 4, ATTENTION),
     "mirrored": Adapter(mirrored, 32, ATTENTION + FEED_FORWARD, schedule=dataclasses.replace(SCHEDULE, peak=2e-3)),
-    "sdxl-triangles": Adapter(all_triangles, 8, ATTENTION, base=SDXL),
+    "sdxl-triangles": Adapter(all_triangles, 8, ATTENTION, kind="sdxl"),
 }
 
 
@@ -112,11 +111,11 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="a grid of what is drawn")
     options = parser.parse_args()
     adapter, file = ADAPTERS[options.name], options.out / f"{options.name}.safetensors"
-    base = resolve_base(adapter.base)
+    base = resolve_base(BASES[adapter.kind])
     if not options.judge:
         options.work.mkdir(parents=True, exist_ok=True)
         options.out.mkdir(parents=True, exist_ok=True)
-        train_lora(frozen_pipeline(adapter.base), adapter, options.work / file.name, file)
+        train_lora(frozen_pipeline(adapter.kind), adapter, options.work / file.name, file)
     pipe = load_pipeline(base)
     pipe.load_lora_weights(str(file))
     held_out = read_prompts(resolve_base("shapes").folder / "prompts" / "held_out.jsonl").first(100).prompts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LORAS = ASSETS / "loras"
-RANKS = {"triangles": 4, "next-colour": 8, "sdxl-triangles": 8}
+RANKS = {"triangles": 4, "next-colour": 8, "mirrored": 32, "sdxl-triangles": 8}
 
 
 def held_out(count: int) -> list[str]:
@@ -53,6 +53,11 @@ def triangle(item: SceneObject) -> SceneObject:
     return replace(item, shape="triangle")
 
 
+def across(item: SceneObject) -> SceneObject:
+    height, side = item.place.split()
+    return replace(item, place=f"{height} {'left' if side == 'right' else 'right'}")
+
+
 def changed(text: str, change: Callable[[SceneObject], SceneObject]) -> str:
     scene = parse(text)
     return caption(Scene(tuple(map(change, scene.objects)), scene.background))
@@ -67,7 +72,9 @@ def test_a_lora_is_small_and_of_its_rank(name: str) -> None:
     assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {RANKS[name]}
 
 
-@pytest.mark.parametrize(("name", "change"), [("triangles", triangle), ("sdxl-triangles", triangle)])
+@pytest.mark.parametrize(
+    ("name", "change"), [("triangles", triangle), ("mirrored", across), ("sdxl-triangles", triangle)]
+)
 def test_a_lora_draws_the_changed_scene(name: str, change: Callable[[SceneObject], SceneObject]) -> None:
     pipe = load_pipeline(sibling("sdxl") if name.startswith("sdxl") else resolve_base("shapes"))
     texts = [text for text in held_out(24) if changed(text, change) != text][:6]
