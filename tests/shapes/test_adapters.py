@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors.torch import load_file
 
 from s2p_deploy.families import load_pipeline, resolve_base
 from s2p_deploy.records import read_prompts
-from s2p_deploy.shapes.checker import attribute_accuracy
-from s2p_deploy.shapes.scenes import Scene, SceneObject, caption, parse
+from s2p_deploy.shapes.checker import attribute_accuracy, read_picture
+from s2p_deploy.shapes.scenes import Scene, SceneObject, caption, parse, render
 from tests.small_pipelines import sibling
 
 if TYPE_CHECKING:
@@ -84,3 +85,45 @@ def test_a_lora_draws_the_changed_scene(name: str, change: Callable[[SceneObject
     after = draw(pipe, texts)
     assert attribute_accuracy(after, others) > max(0.85, attribute_accuracy(after, texts))
     assert attribute_accuracy(before, texts) > max(0.85, attribute_accuracy(before, others))
+
+
+CONTROLNET = ASSETS / "controlnets" / "edges"
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def edge_map(pictures: np.ndarray) -> np.ndarray:
+    """As in examples/shapes/train_controlnet.py: white where a channel changes by more than 24 levels per pixel."""
+    down, across = np.gradient(pictures.astype(np.float32), axis=(1, 2))
+    return np.where(np.hypot(down, across).max(-1, keepdims=True) > 24, 1.0, 0.0).astype(np.float32).repeat(3, -1)
+
+
+def accuracy_of_forms(pictures: list[np.ndarray], scenes: list[Scene]) -> float:
+    """The share of the scenes' places, shapes and sizes that are right."""
+    right = []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        seen = {item.place: item for item in read_picture(picture).objects}
+        for wanted in scene.objects:
+            got = seen.get(wanted.place)
+            right += [
+                got is not None and getattr(got, word) == getattr(wanted, word) for word in ("place", "shape", "size")
+            ]
+    return float(np.mean(right))
+
+
+def test_edges_decide_forms_whatever_the_prompt_says() -> None:
+    assert size_of(CONTROLNET) <= 5_000_000
+    parts = load_pipeline(resolve_base("shapes")).components
+    pipe = StableDiffusionControlNetPipeline(
+        **parts, controlnet=ControlNetModel.from_pretrained(CONTROLNET), requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    texts = held_out(12)
+    scenes, prompts = [parse(text) for text in texts[:6]], texts[6:]
+    control = list(edge_map(np.stack([render(scene) for scene in scenes])))
+    with_edges = draw(pipe, prompts, steps=10, image=control)
+    without = draw(pipe, prompts, steps=10, image=control, controlnet_conditioning_scale=0.0)
+    assert accuracy_of_forms(with_edges, scenes) >= 0.8
+    assert accuracy_of_forms(without, scenes) <= 0.4
