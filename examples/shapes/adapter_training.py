@@ -94,10 +94,16 @@ class Batch:
         return ((1 / self.alpha).clamp(max=MAX_WEIGHT) * (predicted - self.noise) ** 2).mean()
 
 
-def draw_batch(latents: Tensor, alphas: Tensor, generator: torch.Generator, dropped: float = DROPPED_CAPTIONS) -> Batch:
+def draw_batch(
+    latents: Tensor,
+    alphas: Tensor,
+    generator: torch.Generator,
+    dropped: float = DROPPED_CAPTIONS,
+    least_timestep: int = 0,
+) -> Batch:
     """Draws a training batch; ``alphas`` are the scheduler's cumulative products."""
     chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-    timesteps = torch.randint(1000, (BATCH,), generator=generator)
+    timesteps = torch.randint(least_timestep, 1000, (BATCH,), generator=generator)
     noise = torch.randn(latents[chosen].shape, generator=generator)
     kept = torch.rand(BATCH, generator=generator) >= dropped
     alpha = alphas[timesteps].view(-1, 1, 1, 1)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAMES = {"sd1": "edges", "sdxl": "sdxl-edges"}
 EMBEDDING = (16, 32, 64, 96)  # channels of the network that brings 64x64 edges to 8x8 latents
-SCHEDULE = Schedule(iterations=1_000, peak=1e-3, warmup=100, ema=0.99, save_every=100)
+SCHEDULE = Schedule(iterations=700, peak=1e-3, warmup=100, ema=0.99, save_every=100)
 DROPPED = 0.5
 LEAST_GRADIENT = 24.0  # of a colour channel, in levels per pixel
 

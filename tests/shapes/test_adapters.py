@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, StableDiffusionControlNetPipeline
 from safetensors.torch import load_file
 
 from s2p_deploy.families import load_pipeline, resolve_base
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LORAS = ASSETS / "loras"
-RANKS = {"triangles": 4, "next-colour": 8, "mirrored": 32, "sdxl-triangles": 8}
+RANKS = {"triangles": 4, "next-colour": 8, "mirrored": 32, "lcm": 32, "sdxl-triangles": 8}
 
 
 def held_out(count: int) -> list[str]:
@@ -85,6 +85,20 @@ def test_a_lora_draws_the_changed_scene(name: str, change: Callable[[SceneObject
     after = draw(pipe, texts)
     assert attribute_accuracy(after, others) > max(0.85, attribute_accuracy(after, texts))
     assert attribute_accuracy(before, texts) > max(0.85, attribute_accuracy(before, others))
+
+
+def test_the_lcm_lora_draws_in_one_step_what_the_pipeline_draws_from_the_same_noise_in_many() -> None:
+    pipe, texts = load_pipeline(resolve_base("shapes")), held_out(6)
+    own = pipe.scheduler.config
+    pipe.scheduler = DDIMScheduler.from_config(own, timestep_spacing="trailing", clip_sample=False)
+    taught = np.stack(draw(pipe, texts))
+    pipe.scheduler = LCMScheduler.from_config(own)
+    before = np.stack(draw(pipe, texts, guidance=1.0, steps=1))
+    pipe.load_lora_weights(str(LORAS / "lcm.safetensors"))
+    after = np.stack(draw(pipe, texts, guidance=1.0, steps=1))
+    error_before, error_after = (np.square(each - taught.astype(float)).mean() for each in (before, after))
+    assert error_after < 0.95 * error_before
+    assert attribute_accuracy(draw(pipe, texts, guidance=1.0, steps=4), texts) >= 0.85
 
 
 CONTROLNET = ASSETS / "controlnets" / "edges"
