@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, StableDiffusionControlNetPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from s2p_deploy.families import load_pipeline, resolve_base
@@ -102,6 +103,7 @@ def test_the_lcm_lora_draws_in_one_step_what_the_pipeline_draws_from_the_same_no
 
 
 CONTROLNET = ASSETS / "controlnets" / "edges"
+IP_ADAPTER = ASSETS / "ip-adapters" / "scenes"
 
 
 def size_of(folder: Path) -> int:
@@ -141,3 +143,19 @@ def test_edges_decide_forms_whatever_the_prompt_says() -> None:
     without = draw(pipe, prompts, steps=10, image=control, controlnet_conditioning_scale=0.0)
     assert accuracy_of_forms(with_edges, scenes) >= 0.8
     assert accuracy_of_forms(without, scenes) <= 0.4
+
+
+def test_a_picture_decides_what_is_drawn_without_a_prompt() -> None:
+    assert size_of(IP_ADAPTER) <= 3_000_000
+    pipe = load_pipeline(resolve_base("shapes"))
+    pipe.load_ip_adapter(IP_ADAPTER, subfolder="", weight_name="ip-adapter.safetensors")
+    assert pipe.image_encoder.dtype == torch.float32
+    texts = held_out(6)
+    accuracies = {}
+    for scale in (0.0, 1.0):
+        pipe.set_ip_adapter_scale(scale)
+        # one picture a call: a pipeline gives all prompts of a call the same image
+        pictures = [draw(pipe, [""], steps=8, ip_adapter_image=Image.fromarray(render(parse(t))))[0] for t in texts]
+        accuracies[scale] = attribute_accuracy(pictures, texts)
+    assert accuracies[1.0] >= 0.65
+    assert accuracies[0.0] <= 0.45
