@@ -22,6 +22,7 @@ import torch
 from autoencoder import train_vae
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
+from saved_configs import forget_origin, load_as_float32
 from siblings import SIBLINGS, train_sibling
 from text_encoders import train_text
 from train_classifier import train_classifier
@@ -104,19 +105,6 @@ def share(folder: Path, base: Path) -> None:
         ):
             shutil.rmtree(part)
             part.symlink_to(os.path.relpath(base / part.name, folder))
-
-
-def load_as_float32(config: Path) -> None:
-    """Transformers loads in the type that a configuration names, diffusers in float32: a pipeline needs one type."""
-    data = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def forget_origin(config: Path) -> None:
-    """Diffusers writes down the folder that a part was loaded from, a path of this machine."""
-    data = json.loads(config.read_text())
-    data.pop("_name_or_path", None)
-    config.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def write_prompts(folder: Path) -> None:

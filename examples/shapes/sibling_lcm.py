@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
     from text_encoders import TextStates
     from torch import Tensor
 
@@ -80,10 +80,12 @@ class Trajectories:
 
 
 @torch.no_grad()
-def teacher_trajectories(pipe: LatentConsistencyModelPipeline, text: TextStates, empty: TextStates) -> Trajectories:
-    """Walks the untrained student, which without a guidance embedding is the teacher, from noise to pictures."""
+def teacher_trajectories(
+    pipe: DiffusionPipeline, text: TextStates, empty: TextStates, guidances: tuple[float, float] = GUIDANCES
+) -> Trajectories:
+    """Walks the untrained student, which is the teacher, from noise to pictures, with guidance between two scales."""
     generator = torch.Generator().manual_seed(5)
-    low, high = GUIDANCES
+    low, high = guidances
     guidance = low + (high - low) * torch.rand(TRAJECTORIES, generator=generator)
     noise = torch.randn(TRAJECTORIES, 4, 8, 8, generator=generator)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
