@@ -39,6 +39,14 @@ MaskOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="What of --image is drawn anew: transparent parts, else white ones."),
 ]
+LorasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA that acts, for an engine with low-rank branches (export --lora-rank); repeatable.",
+    ),
+]
 
 
 def generate(  # noqa: PLR0913 - its options
@@ -71,6 +79,7 @@ def generate(  # noqa: PLR0913 - its options
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
+    lora: LorasOption = None,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",
@@ -82,17 +91,19 @@ def generate(  # noqa: PLR0913 - its options
 
     Omitted options are the recipe's; height and width are those that the denoiser was trained on, or of --image.
     """
-    from s2p_deploy.api import as_engine, base_of, open_pipeline
+    from s2p_deploy.api import as_engine, as_loras, base_of, open_pipeline
 
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
     start = _start_picture(image, strength, mask, sized=height is not None or width is not None)
+    loras = as_loras(lora or ())
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.families import divide_text
     from s2p_deploy.families.pipelines import check_draws_from_text
     from s2p_deploy.pipeline import Schedule, picture_size, timesteps_from_start, timesteps_of
     from s2p_deploy.pipeline import generate as draw
+    from s2p_deploy.pipeline.lora_files import loras_acting
     from s2p_deploy.recipe import recipe_from_data
     from s2p_deploy.records import Prompt
     from s2p_deploy.timesteps import scale_origins
@@ -112,6 +123,7 @@ def generate(  # noqa: PLR0913 - its options
             public_key=public_key,
             context=context,
         ) as pipeline,
+        loras_acting(pipeline.pipe, base, loras),
     ):
         pipe, request = pipeline.pipe, Prompt("command line", prompt)
         if start is None:

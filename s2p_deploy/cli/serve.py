@@ -7,9 +7,10 @@ import importlib
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +46,15 @@ _PACKAGES = ("fastapi", "greenlet", "prometheus_client", "python_multipart", "uv
 _TOKEN, _MOST_TOKEN = "S2P_SERVE_TOKEN", 4096
 _TOKEN_TEXT = re.compile(r"[!-~]{16,}")
 
+LorasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE", help="A LoRA that requests may name, for an engine with low-rank branches; repeatable."
+    ),
+]
+LoraMemoryOption = Annotated[
+    int, typer.Option(min=1, metavar="MIB", help="Memory that all LoRAs may take, those of --lora among them.")
+]
 AgainstOption = Annotated[
     Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
 ]
@@ -89,6 +99,8 @@ def serve(  # noqa: PLR0913 - its options
     size: SizesOption = None,
     schedule: SchedulesOption = None,
     components: ComponentsOption = None,
+    lora: LorasOption = None,
+    lora_memory: LoraMemoryOption = 1024,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     token_file: TokenOption = None,
@@ -119,13 +131,17 @@ def serve(  # noqa: PLR0913 - its options
         cluster = RaySettings(replicas, ray_address, drain_seconds=drain_seconds)
         if against is not None:
             raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
+    lora_bytes = lora_memory * 2**20
     limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size))
+    limits = replace(limits, lora_bytes=min(limits.lora_bytes, lora_bytes))
     token = _token(token_file)
     second = None if against is None else open_engine(against, public_key)
     engines = _named(open_engine(engine, public_key), second, name)
     first = next(iter(engines))
     networks = None if components is None else as_components(components, public_key)
-    settings = partial(_settings, batching, max_queue, max_active, schedule, networks)
+    settings = partial(
+        _settings, batching, max_queue, max_active, schedule, networks, loras=_loras(lora or []), lora_bytes=lora_bytes
+    )
     base = cache(partial(base_of, engines[first].manifest, model))
     context = Context(device=device, threads=threads)
     if device != "auto":
@@ -164,11 +180,27 @@ def _settings(
     max_active: int | None,
     schedules: list[str] | None,
     component_engines: ComponentEngines | None,
+    **adapters: Any,  # noqa: ANN401 - fields of the settings
 ) -> ServiceSettings:
     from s2p_deploy.serve.service import ServiceSettings
 
     bound = tuple(schedule_from_option(text) for text in schedules or ())
-    return ServiceSettings(batching, max_waiting, max_active, schedules=bound, component_engines=component_engines)
+    return ServiceSettings(
+        batching, max_waiting, max_active, schedules=bound, component_engines=component_engines, **adapters
+    )
+
+
+def _loras(texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    """Parses names and files of LoRAs."""
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or not _NAME.fullmatch(name) or name in files:
+            raise InputError(f"--lora {text!r} must be NAME=FILE, each name once, of letters, digits and ._-")
+        if not Path(file).is_file():
+            raise InputError(f"--lora {text}: {file} does not exist: give a .safetensors file")
+        files[name] = Path(file).resolve()
+    return tuple(files.items())
 
 
 def _open(

@@ -164,17 +164,18 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     """
     sizes = [call.samples for call in calls]
     missing = max(0, batch - sum(sizes))
-    pieces: dict[str, list[Any]] = {
-        name: [*(call.inputs[name] for call in calls), *[calls[0].inputs[name][:1]] * missing]
-        for name in calls[0].inputs
-    }
+    examples: dict[str, Any] = {name: value for call in calls for name, value in call.inputs.items()}
+    pieces: dict[str, list[Any]] = {}
+    for name, example in examples.items():
+        own = [_given(call, name, example) for call in calls]
+        pieces[name] = [*own, *[own[0][:1]] * missing]
     if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
         assert isinstance(runner, TensorRunner), "its pausing runner is one"
         joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
-        own = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
-        return [{OUTPUT: output} for output in own.split(sizes)]
+        kept = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
+        return [{OUTPUT: output} for output in kept.split(sizes)]
     output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
-    return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
+    return [{OUTPUT: part} for part in np.split(output, np.cumsum(sizes))[: len(calls)]]
 
 
 def _given(call: EngineCall, name: str, example: Any) -> Any:  # noqa: ANN401 - arrays, or tensors

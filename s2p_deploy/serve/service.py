@@ -8,13 +8,13 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from s2p_deploy.context import Context
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import denoiser_of, latent_shape_of
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
@@ -28,16 +28,19 @@ from s2p_deploy.pipeline import (
     timesteps_of,
     trained_size,
 )
+from s2p_deploy.pipeline.lora_files import LoraReader
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
-from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline
+from s2p_deploy.serve.generation_task import GenerationTask, pausing_pipeline, with_offloaded
+from s2p_deploy.serve.loras import ServedLoras, changed_text_encoders
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from types import TracebackType
 
     from diffusers import DiffusionPipeline
@@ -61,7 +64,9 @@ class ServiceSettings:
     ``max_waiting`` requests are kept beside those that are active, of which there are ``max_active`` at the most (None:
     as many as the largest batch has samples, and two). ``batches`` are the sizes to profile (None: powers of two to 16,
     from what one picture needs on). ``schedules`` are those to bind where an engine takes fractional timesteps: without
-    them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch).
+    them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch). ``loras``
+    are files by the names that requests give; these and those that are registered later take ``lora_bytes`` of memory
+    at the most.
     """
 
     batching: Batching = "step"
@@ -70,6 +75,8 @@ class ServiceSettings:
     batches: tuple[int, ...] | None = None
     schedules: tuple[Schedule, ...] = ()
     component_engines: ComponentEngines | None = None
+    loras: tuple[tuple[str, Path], ...] = ()
+    lora_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
@@ -83,7 +90,7 @@ class ModelInfo:
     ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
     the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
     may be requested, in words; ``schedulers`` those that run with ``steps`` steps. ``long_prompts`` says whether texts
-    of several chunks may be requested.
+    of several chunks may be requested, ``lora_rank`` how many ranks LoRAs may have together.
     """
 
     name: str
@@ -99,6 +106,7 @@ class ModelInfo:
     sizes: str
     schedulers: tuple[str, ...]
     long_prompts: bool = False
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ class ServedEngine:
 
     ``pipe`` pauses (:func:`s2p_deploy.serve.generation_task.pausing_pipeline`); ``stock`` is what it was made of.
     ``runner`` is the engine. ``calls`` is how often the denoiser is called for steps and a scheduler.
-    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps.
+    ``mixed_timesteps`` says whether a batch may hold samples of several timesteps. ``loras`` are those that requests
+    may name.
     """
 
     info: ModelInfo
@@ -118,6 +127,7 @@ class ServedEngine:
     calls: Callable[[int, str | None], int]
     mixed_timesteps: bool
     max_sequence_length: int
+    loras: ServedLoras
 
     @property
     def embeds_guidance(self) -> bool:
@@ -152,7 +162,7 @@ class ServedEngine:
         request = future.request
         draw = partial(
             generate,
-            self.pipe,
+            self._pipe_for(future),
             Prompt(future.id, request.prompt, request.negative),
             schedule=self._schedule(request),
             guidance_scale=request.guidance_scale,
@@ -161,6 +171,11 @@ class ServedEngine:
             start=request.start,
         )
         return GenerationTask(future, draw)
+
+    def _pipe_for(self, future: RequestFuture) -> DiffusionPipeline:
+        """Returns the pipeline, with text encoders that have the request's LoRAs where these change some."""
+        changed = changed_text_encoders(self.stock.pipe, future.loras)
+        return with_offloaded(self.pipe, changed) if changed else self.pipe
 
     def _schedule(self, request: ImageRequest) -> Schedule:
         return Schedule(request.steps, request.scheduler, self.max_sequence_length, request.size)
@@ -171,6 +186,7 @@ class ImageService:
 
     def __init__(self, engine: ServedEngine, settings: ServiceSettings, observer: Observer) -> None:
         self.info: ModelInfo = engine.info
+        self.loras: ServedLoras = engine.loras
         self._engine, self._max_waiting = engine, settings.max_waiting
         self._queue = RequestQueue()
         # a new thread would not start with as many of PyTorch's own as this one has, and bits depend on their number
@@ -201,14 +217,20 @@ class ImageService:
         """Accepts a request, which must be done within ``timeout`` seconds.
 
         Raises:
-            InputError: no such scheduler, a step count or a size that the engine does not take.
+            InputError: no such scheduler or LoRA, a step count, a size or ranks that the engine does not take.
             OverloadedError: too many requests wait.
             ClosingError: the service is closing. StoppedError: it ended by a defect.
         """
         request = replace(request, embedded=self._engine.embeds_guidance)
         calls, now = self._engine.check(request), time.monotonic()
-        future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout)
-        self._queue.put(future, self._overload)
+        loras = self.loras.use(request.lora)
+        future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout, loras)
+        try:
+            self._queue.put(future, self._overload)
+        except S2PError:
+            self.loras.unuse(loras)
+            raise
+        future.add_done_callback(lambda _: self.loras.unuse(loras))
         return future
 
     def drain(self, seconds: float) -> bool:
@@ -282,6 +304,9 @@ def load_served_engine(
     guidance = sampling.guidance(base.default_guidance)
     guided = has_branches(engine.denoiser_config, guidance)
     batches = settings.batches or (_BATCHES[1:] if guided else _BATCHES)
+    loras = ServedLoras(runner.loras, cache(partial(LoraReader, stock.pipe, base)), settings.lora_bytes)
+    for lora, file in settings.loras:
+        loras.add(lora, file)
     profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
     _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))
@@ -303,9 +328,11 @@ def load_served_engine(
         else f"{height}x{width}",
         schedulers=tuple(name for name in scheduler_names() if _runs(calls, sampling.steps, name)),
         long_prompts=runner.profile.tokens is not None,
+        lora_rank=loras.rank,
     )
     pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
-    return ServedEngine(info, stock, runner, profile, pipe, calls, engine.mixed_timesteps, sampling.max_sequence_length)
+    tokens = sampling.max_sequence_length
+    return ServedEngine(info, stock, runner, profile, pipe, calls, engine.mixed_timesteps, tokens, loras)
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:

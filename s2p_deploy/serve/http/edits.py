@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
@@ -30,6 +31,17 @@ class EditForm(ImageForm):
     strength: Annotated[
         float | None, Field(gt=0, le=1, description="How far the picture may be left: 0.8, with a mask 1.")
     ] = None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _read_json(cls, value: object) -> object:
+        """Reads a field of a form, which is text; so are its numbers, as those of other fields are."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value, parse_int=str, parse_float=str)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("it must be a list in JSON") from error
 
 
 class VariationForm(EditForm):
@@ -135,7 +147,8 @@ def _require_form(request: Request) -> None:
 
 def _body(kind: type[EditForm], files: tuple[str, ...]) -> dict[str, Any]:
     """Describes a form to OpenAPI."""
-    schema = kind.model_json_schema()
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")  # where the JSON form puts its parts
+    schema.pop("$defs", None)
     schema["properties"] |= dict.fromkeys(files, _PICTURE)
     schema["required"] = [*schema.get("required", []), "image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from s2p_deploy.errors import S2PError
 from s2p_deploy.serve.http.middleware import LOG, note
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_data, problem_of, request_id_of
-from s2p_deploy.serve.request import CancelledRequestError, ImageRequest
+from s2p_deploy.serve.request import CancelledRequestError, ImageRequest, LoraWeight
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _TIMEOUT = "x-request-timeout"
 _MOST_SEED = 2**63 - 1
 _RANDOM_SEEDS = 2**32  # a number that every client can hold
+_MOST_WEIGHT = 10.0  # of a LoRA; beyond 2 pictures dissolve
 _POLL_SECONDS = 0.1  # between looks at the progress
 _LONGEST_SILENCE = 15.0  # seconds; proxies close connections that are silent for 30 to 60
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -44,7 +45,8 @@ _UNBUFFERED = {"x-accel-buffering": "no"}  # a proxy that buffers would hold pro
 class HttpLimits:
     """Bounds on what a client may request. Times are in seconds, ``body_bytes`` covers one request's body.
 
-    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once. ``seconds`` is how long a
+    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; a body that is a LoRA may
+    have ``lora_bytes`` and take ``lora_seconds``, and one is read at once. ``seconds`` is how long a
     request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
     the model's own.
     """
@@ -58,8 +60,19 @@ class HttpLimits:
     body_bytes: int = 2**20
     upload_bytes: int = 2**24
     uploads: int = 16
+    lora_bytes: int = 2**29
+    lora_seconds: float = 60.0
     body_seconds: float = 15.0
     connections: int = 2000
+
+
+class LoraForm(BaseModel):
+    """A LoRA that acts, by its name, and its weight."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    weight: Annotated[float, Field(ge=-_MOST_WEIGHT, le=_MOST_WEIGHT)] = 1.0
 
 
 class ImageForm(BaseModel):
@@ -82,6 +95,7 @@ class ImageForm(BaseModel):
     scheduler: Annotated[str | None, Field(max_length=64)] = None
     long_prompts: Annotated[bool, Field(description="Reads prompts longer than the text encoder in chunks.")] = False
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
+    lora: Annotated[list[LoraForm], Field(max_length=16, description="LoRAs that act, of /v1/loras.")] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -113,10 +127,11 @@ class ImageForm(BaseModel):
         _check_text(self.prompt, "prompt", limits)
         _check_text(negative, "negative_prompt", limits)
         seed = secrets.randbelow(_RANDOM_SEEDS) if self.seed is None else self.seed
-        return [
-            ImageRequest(self.prompt, steps, guidance, seed + number, negative, size, self.scheduler, self.long_prompts)
-            for number in range(self.n)
-        ]
+        lora = tuple(LoraWeight(one.name, one.weight) for one in self.lora)
+        one = ImageRequest(
+            self.prompt, steps, guidance, seed, negative, size, self.scheduler, self.long_prompts, lora=lora
+        )
+        return [replace(one, seed=seed + number) for number in range(self.n)]
 
     def _size(self, info: ModelInfo, limits: HttpLimits) -> tuple[int, int] | None:
         """Parses height and width in pixels of ``WIDTHxHEIGHT``; None for the model's own size."""
@@ -295,6 +310,7 @@ def _described(name: str, models: ServedModels, limits: HttpLimits) -> dict[str,
         "sizes": _sizes(info, limits),
         "schedulers": list(info.schedulers),
         "long_prompts": info.long_prompts,
+        "lora_rank": info.lora_rank,
     }
 
 

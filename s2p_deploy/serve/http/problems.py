@@ -14,6 +14,7 @@ from s2p_deploy.serve.request import (
     DeadlineError,
     OverloadedError,
     StoppedError,
+    UnknownLoraError,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def problem_of(error: Exception) -> Problem:
         case CancelledRequestError():
             return Problem(CLIENT_LEFT, "the client has left", code="cancelled")
         case InputError():
-            return Problem(400, str(error))
+            unknown = isinstance(error, UnknownLoraError)
+            return Problem(404, str(error), "lora", "lora_not_found") if unknown else Problem(400, str(error))
         case _:
             return Problem(500, "internal error: the server's log says more under this request id", code="internal")
 
@@ -80,6 +82,8 @@ def invalid_form(error: Mapping[str, Any], fields: Iterable[str]) -> Problem:
     match error["type"]:
         case "json_invalid":
             return Problem(400, f"the body is not JSON: {error['ctx']['error']}")
+        case "extra_forbidden" if len(error["loc"]) > 1:  # of a part of a field
+            return Problem(400, f"{field} is not supported: leave it out", field)
         case "extra_forbidden":
             return Problem(400, f"{field} is not supported: there are {', '.join(fields)}", field)
         case "missing" if field:
