@@ -10,7 +10,7 @@ import numpy as np
 from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import ShapeProfile, TensorSpec
-from s2p_deploy.records.optional_inputs import is_optional
+from s2p_deploy.records.optional_inputs import is_optional, open_size
 from s2p_deploy.timesteps import known_indices, timestep_indices
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class TorchRunner(ClosingRunner):
     """A PyTorch denoiser, floating point or fake-quant, which computes where its weights are (a function: on the CPU).
 
     It is called with ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch], ``encoder_hidden_states`` [batch,
-    tokens, D] and, where it is given, ``added_cond`` [batch, A]. Floating-point inputs are cast to ``dtype`` (None:
-    float32).
+    tokens, D] and, where it is given, ``added_cond`` [batch, A]; inputs of adapters are a mapping ``optional`` by their
+    names. Floating-point inputs are cast to ``dtype`` (None: float32).
     """
 
     def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
@@ -126,8 +126,11 @@ class TorchRunner(ClosingRunner):
             return inputs[name].to(device, dtype, non_blocking=True)
 
         texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
+        optional = {name: placed(name, self._dtype) for name in inputs if is_optional(name)}
+        named = {"optional": optional} if optional else {}
+        first = placed("sample", self._dtype), placed("timestep_index", torch.int64)
         with torch.no_grad():
-            return {OUTPUT: self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)}
+            return {OUTPUT: self._module(*first, *texts, **named)}
 
     @property
     def _device(self) -> torch.device:
@@ -223,7 +226,7 @@ class BoundRunner(ClosingRunner):
         sizes = self._check(inputs)
         given = {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in self._inputs}
         for spec in self.optional:
-            value = inputs[spec.name] if spec.name in inputs else np.zeros(shape_at(spec, sizes))
+            value = inputs[spec.name] if spec.name in inputs else np.zeros(shape_at(spec, sizes), spec.dtype)
             given[spec.name] = np.ascontiguousarray(value, dtype=spec.dtype)
         if self.features is not None:
             added = np.asarray(inputs[ADDED_COND], dtype=np.float32) if self._added else None
@@ -268,7 +271,7 @@ class BoundRunner(ClosingRunner):
             if spec.name not in inputs:
                 raise InputError(f"the engine needs an input {spec.name!r}")
             shape = np.shape(inputs[spec.name])  # a tensor has one too
-            wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape)
+            wanted = tuple((open_size(size, sizes) or size) if isinstance(size, str) else size for size in spec.shape)
             if shape != wanted:
                 longer = shape[:1] + shape[2:] == wanted[:1] + wanted[2:] and spec.name == TEXT
                 advice = ": for texts of several chunks, export and build with --chunks" if longer else ""

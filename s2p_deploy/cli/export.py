@@ -68,6 +68,18 @@ def export(  # noqa: PLR0913 - its options
         list[Path] | None,
         typer.Option(metavar="FILE", help="Slots at exactly the layers that this LoRA changes; may be repeated."),
     ] = None,
+    controlnet: Annotated[
+        bool, typer.Option("--controlnet", help="Inputs for the residuals of ControlNets, which engines then take.")
+    ] = False,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Image prompts at run time: a second cross-attention for up to so many tokens of an IP-Adapter (4 an "
+            "image, 16 of a Plus adapter).",
+        ),
+    ] = None,
+    image_adapters: Annotated[int, typer.Option(metavar="M", help="How many IP-Adapters may act at once.")] = 1,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -92,6 +104,9 @@ def export(  # noqa: PLR0913 - its options
             lora_rank=lora_rank,
             lora_layers=lora_layers or ["attention"],
             lora_for=lora_for or (),
+            controlnet=controlnet,
+            image_tokens=image_tokens,
+            image_adapters=image_adapters,
             model=model,
             force=force,
             context=context,

@@ -17,6 +17,7 @@ from s2p_deploy.records.exported_graph import (
     Width,
     check_quantizers,
 )
+from s2p_deploy.records.image_slots import ImageSlots
 from s2p_deploy.records.optional_inputs import BOUND_MATRICES, LoraSlots
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
@@ -184,7 +185,8 @@ class EngineContent:
     from its denoiser; ``added_width`` the width of what the projected time features depend on besides the timestep;
     ``sizes`` the bytes of every engine file; ``lowerings`` the lowering of every activation quantizer whose scales
     became operators of their own, and ``mixed_timesteps`` whether the samples of a batch may be at different timesteps;
-    ``options`` the build's options that a loader reads; ``lora`` the low-rank branches, where the graph has some.
+    ``options`` the build's options that a loader reads; ``lora`` the low-rank branches and ``images``
+    the places of image prompts, where the graph has some.
     """
 
     backend: Name
@@ -206,6 +208,7 @@ class EngineContent:
     lowerings: dict[str, Literal["rescale", "runtime_q", "static"]] = field(default_factory=dict)
     mixed_timesteps: bool = True
     lora: LoraSlots | None = None
+    images: ImageSlots | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> EngineContent:
