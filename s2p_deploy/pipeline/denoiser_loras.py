@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.lora_bank import LoraBank
 
 _KEYS = count(1)
+NO_BRANCHES = (
+    "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it (calibrate"
+    " --lora, or adapt)"
+)
 SCALE, LORAS = "scale", "loras"  # keys of cross_attention_kwargs and joint_attention_kwargs
 
 
@@ -148,10 +152,7 @@ class DenoiserLoras:
     def bank(self) -> LoraBank:
         """Returns the engine's low-rank branches. Raises InputError where it has none."""
         if self._bank is None:
-            raise InputError(
-                "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it"
-                " (calibrate --lora, or adapt)"
-            )
+            raise InputError(NO_BRANCHES)
         return self._bank
 
 

@@ -11,6 +11,7 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from s2p_deploy.engines.lora_bank import BranchMatrices
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.lora_fusing import fused
+from s2p_deploy.pipeline.denoiser_loras import NO_BRANCHES
 from s2p_deploy.pipeline.lora_files import text_encoders
 from s2p_deploy.records.optional_inputs import LORA_STRENGTHS
 from s2p_deploy.serve.generation_task import EngineCall
@@ -50,15 +52,20 @@ class ServedLora:
         name: for clients.
         matrices: for the engine's branches, in its type.
         text: its part that changes text encoders, in memory.
-        key: its name in the engine's bank, where another one may follow under the same name.
+        number: counts registrations: another one may follow under the same name.
     """
 
     name: str
     matrices: BranchMatrices
     text: Lora
-    key: str = field(default_factory=lambda: str(next(_NUMBERS)))
+    number: int = field(default_factory=partial(next, _NUMBERS))
 
     @property
+    def key(self) -> str:
+        """Returns its name in the engine's bank."""
+        return f"{self.name}#{self.number}"
+
+    @cached_property
     def bytes(self) -> int:
         """Returns the memory that it takes."""
         text = (self.text.read(layer) for layer in self.text.layers)
@@ -74,11 +81,13 @@ class ServedLoras:
 
     Args:
         bank: the engine's low-rank branches (None: it has none).
-        reader: makes what reads files, once there is one to read.
+        reader: makes what reads files, once there is one to read (None: none can be added).
         most_bytes: memory that all may take together.
     """
 
-    def __init__(self, bank: LoraBank | None, reader: Callable[[], LoraReader], most_bytes: int) -> None:
+    def __init__(
+        self, bank: LoraBank | None = None, reader: Callable[[], LoraReader] | None = None, most_bytes: int = 0
+    ) -> None:
         self.bank, self.most_bytes = bank, most_bytes
         self._reader = reader
         self._lock = threading.Lock()
@@ -106,10 +115,10 @@ class ServedLoras:
         """
         if not _NAME.fullmatch(name):
             raise InputError(f"{name[:80]!r} is no name for a LoRA: give 1 to 64 letters, digits and ._-")
+        if self.bank is None or self._reader is None:
+            raise InputError(NO_BRANCHES)
         reader = self._reader()
-        assert self.bank is not None, "the reader looked"
-        lora = reader.read(file)
-        component = reader.denoiser
+        lora, component = reader.read(file), reader.denoiser
         matrices = BranchMatrices.of(lora, component, self.bank.slots).cast(self.bank.dtype, name)
         text = lora.in_memory({layer.component for layer in lora.layers} - {component})
         added = ServedLora(name, matrices, text)

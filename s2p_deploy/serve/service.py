@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
@@ -127,7 +127,7 @@ class ServedEngine:
     calls: Callable[[int, str | None], int]
     mixed_timesteps: bool
     max_sequence_length: int
-    loras: ServedLoras
+    loras: ServedLoras = field(default_factory=ServedLoras)
 
     @property
     def embeds_guidance(self) -> bool:
