@@ -101,7 +101,7 @@ class LoraBank:
         self._packed = {name: np.zeros(size, dtype) for name, size in sizes.items()}
         self._rebind = rebind
         self._added: dict[str, BranchMatrices] = {}
-        self._ranks: dict[str, list[int]] = {}  # of those that have some, that of the oldest use first
+        self._ranks: dict[str, slice] = {}  # of those that were used, that of the oldest use first
         self._held: Counter[str] = Counter()
         try:
             for slot in slots.layers:
@@ -168,9 +168,9 @@ class LoraBank:
 
     def _place(self, names: Sequence[str]) -> None:
         """Gives LoRAs ranks, and the engine their matrices."""
-        missing = [name for name in names if not self._ranks.get(name) and self._known(name).rank]
+        missing = [name for name in names if name not in self._ranks and self._known(name).rank]
         for name in names:
-            self._ranks[name] = self._ranks.pop(name, [])  # as the last that was used
+            self._ranks[name] = self._ranks.pop(name, slice(0, 0))  # as the last that was used
         if not missing:
             return
         kept = {name for name in self._ranks if name in names or self._held[name]}
@@ -189,8 +189,8 @@ class LoraBank:
         # depend on which came first.
         start = 0
         for name in sorted(self._ranks):
-            ranks = list(range(start, start + self._added[name].rank))
-            start += len(ranks)
+            ranks = slice(start, start + self._added[name].rank)
+            start = ranks.stop
             if ranks != self._ranks[name]:
                 self._ranks[name] = ranks
                 self._write(name)
@@ -202,11 +202,13 @@ class LoraBank:
         matrices, ranks = self._added[name], self._ranks[name]
         for slot in self.slots.layers:
             down, up = self._views(slot)
-            down[ranks] = up[ranks] = 0
+            own = ranks.start
             if slot.layer in matrices.down:
-                own = matrices.down[slot.layer]
-                down[ranks[: len(own)]] = own.reshape(len(own), -1)
-                up[ranks[: len(own)]] = matrices.up[slot.layer].T
+                matrix = matrices.down[slot.layer]
+                own += len(matrix)
+                down[ranks.start : own] = matrix.reshape(len(matrix), -1)
+                up[ranks.start : own] = matrices.up[slot.layer].T
+            down[own : ranks.stop] = up[own : ranks.stop] = 0
 
     def _views(self, slot: LoraSlot) -> tuple[NDArray[Any], NDArray[Any]]:
         """Returns a branch's matrices [rank, inputs] and [rank, outputs], in the packed memory."""
