@@ -40,7 +40,8 @@ class BranchMatrices:
     def cast(self, dtype: str, name: str) -> BranchMatrices:
         """Casts the matrices to an engine's type. Raises InputError where a number is too large for it."""
         with np.errstate(over="ignore"):
-            down, up = ({path: m.astype(dtype) for path, m in side.items()} for side in (self.down, self.up))
+            sides = (self.down, self.up)
+            down, up = ({path: m.astype(dtype, copy=False) for path, m in side.items()} for side in sides)
         if not all(np.isfinite(matrix).all() for side in (down, up) for matrix in side.values()):
             raise InputError(f"LoRA {name!r} has numbers beyond {dtype}: build an engine of fp32 for it, or fuse it")
         return BranchMatrices(self.rank, down, up)
@@ -82,7 +83,8 @@ class LoraBank:
     """The low-rank branches of a loaded engine.
 
     LoRAs are added by name and take ranks when they are first used; where none are free, those that were used longest
-    ago give way, unless somebody holds them. Calls come from one thread, that of the engine.
+    ago give way, unless somebody holds them. Others may move then, so strengths are made for one call, not kept. Calls
+    come from one thread, that of the engine.
 
     Args:
         slots: the engine's branches.
@@ -99,13 +101,18 @@ class LoraBank:
         self._packed = {name: np.zeros(size, dtype) for name, size in sizes.items()}
         self._rebind = rebind
         self._added: dict[str, BranchMatrices] = {}
-        self._ranks: dict[str, list[int]] = {}  # of those that have some, that of the oldest use first
+        self._ranks: dict[str, slice] = {}  # of those that were used, that of the oldest use first
         self._held: Counter[str] = Counter()
         try:
             for slot in slots.layers:
                 self._views(slot)
         except (ValueError, TypeError) as error:  # NumPy's word for a view that leaves its memory
             raise IntegrityError("the engine's low-rank branches leave their inputs: build it again") from error
+
+    @property
+    def dtype(self) -> str:
+        """Returns the type of the matrices."""
+        return self._packed[LORA_DOWN].dtype.name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +125,7 @@ class LoraBank:
 
     def add(self, name: str, matrices: BranchMatrices) -> None:
         """Adds a LoRA under a name, or replaces the one of that name; raises as :meth:`BranchMatrices.cast`."""
-        cast = matrices.cast(self._packed[LORA_DOWN].dtype.name, name)
+        cast = matrices.cast(self.dtype, name)
         self.remove(name)
         self._added[name] = cast
 
@@ -151,7 +158,7 @@ class LoraBank:
                     raise InputError(f"the strength {strength} of LoRA {name!r} must be a finite number")
                 if strength != 0:
                     row[self._ranks[name]] = strength
-        return values.astype(self._packed[LORA_DOWN].dtype)
+        return values.astype(self.dtype)
 
     def _known(self, name: str) -> BranchMatrices:
         if name not in self._added:
@@ -163,7 +170,7 @@ class LoraBank:
         """Gives LoRAs ranks, and the engine their matrices."""
         missing = [name for name in names if name not in self._ranks and self._known(name).rank]
         for name in names:
-            self._ranks[name] = self._ranks.pop(name, [])  # as the last that was used
+            self._ranks[name] = self._ranks.pop(name, slice(0, 0))  # as the last that was used
         if not missing:
             return
         kept = {name for name in self._ranks if name in names or self._held[name]}
@@ -175,33 +182,33 @@ class LoraBank:
                 f"LoRAs {', '.join(sorted(kept))} have {needed} ranks together, this engine takes {self.slots.rank}:"
                 f" export with --lora-rank {needed}"
             )
-        for name in missing:
-            self._ranks[name] = self._free(self._added[name].rank, kept)
-            self._write(name)
+        for oldest in [name for name in self._ranks if name not in kept]:
+            if self.rank(self._ranks) > self.slots.rank:
+                del self._ranks[oldest]
+        # By name: a product over the ranks adds the terms of several LoRAs in one order, so that no sample's bits
+        # depend on which came first.
+        start = 0
+        for name in sorted(self._ranks):
+            ranks = slice(start, start + self._added[name].rank)
+            start = ranks.stop
+            if ranks != self._ranks[name]:
+                self._ranks[name] = ranks
+                self._write(name)
         for name, values in self._packed.items():
             self._rebind(name, values)
-
-    def _free(self, count: int, kept: Collection[str]) -> list[int]:
-        """Finds free ranks; LoRAs that are not ``kept`` give way, that of the oldest use first."""
-        for oldest in [None, *(name for name in self._ranks if name not in kept)]:
-            if oldest is not None:
-                del self._ranks[oldest]
-            taken = {rank for ranks in self._ranks.values() for rank in ranks}
-            free = [rank for rank in range(self.slots.rank) if rank not in taken]
-            if len(free) >= count:
-                return free[:count]
-        raise AssertionError("the caller counted")
 
     def _write(self, name: str) -> None:
         """Writes a LoRA's matrices at its ranks of every branch; zeros where it changes nothing."""
         matrices, ranks = self._added[name], self._ranks[name]
         for slot in self.slots.layers:
             down, up = self._views(slot)
-            down[ranks] = up[ranks] = 0
+            own = ranks.start
             if slot.layer in matrices.down:
-                own = matrices.down[slot.layer]
-                down[ranks[: len(own)]] = own.reshape(len(own), -1)
-                up[ranks[: len(own)]] = matrices.up[slot.layer].T
+                matrix = matrices.down[slot.layer]
+                own += len(matrix)
+                down[ranks.start : own] = matrix.reshape(len(matrix), -1)
+                up[ranks.start : own] = matrices.up[slot.layer].T
+            down[own : ranks.stop] = up[own : ranks.stop] = 0
 
     def _views(self, slot: LoraSlot) -> tuple[NDArray[Any], NDArray[Any]]:
         """Returns a branch's matrices [rank, inputs] and [rank, outputs], in the packed memory."""

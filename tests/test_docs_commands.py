@@ -213,6 +213,10 @@ def placeholders(shared: SharedFolder) -> Path:
         (folder / "FILE").write_text(PROMPTS, encoding="utf-8")
         layers = random_layers(shared_small_base(shared), {"unet": ["conv_in", "time_embedding.linear_1"]})
         write_lora(folder / "ink.safetensors", in_peft(layers))
+        to_q, to_v = (f"mid_block.attentions.0.transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v"))
+        text = ["encoder.layers.0.self_attn.q_proj"]
+        layers = random_layers(shared_small_base(shared), {"unet": [to_q, to_v], "text_encoder": text})
+        write_lora(folder / "wash.safetensors", in_peft(layers))
         (folder / "DIR").mkdir()
         (folder / "DIR" / "weights").write_text("weights", encoding="utf-8")
         for recipe, calib, engine in (("w8a8", "CALIB", "ENGINE"), ("fp", "FP_CALIB", "FP_ENGINE")):
@@ -300,7 +304,8 @@ class Shell:
         with serving(command) as (process, port):
             if "--token-file" not in options:
                 for request in self._requests:
-                    send(request, port)
+                    if ('"lora"' in request.text) == ("--lora" in options):  # to a server that has it
+                        send(request, port)
             process.send_signal(signal.SIGTERM)
             return Ended(process.wait(timeout=120), "")
 

@@ -42,6 +42,14 @@ MaskOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="What of --image is drawn anew: transparent parts, else white ones."),
 ]
+LorasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA that acts, for an engine with low-rank branches (export --lora-rank); repeatable.",
+    ),
+]
 
 
 def generate(  # noqa: PLR0913 - its options
@@ -74,6 +82,7 @@ def generate(  # noqa: PLR0913 - its options
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
+    lora: LorasOption = None,
     controlnet: Annotated[
         list[Path] | None,
         typer.Option(
@@ -112,11 +121,12 @@ def generate(  # noqa: PLR0913 - its options
 
     Omitted options are the recipe's; height and width are those that the denoiser was trained on, or of --image.
     """
-    from s2p_deploy.api import as_engine, base_of, open_pipeline
+    from s2p_deploy.api import as_engine, as_loras, base_of, open_pipeline
 
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
     start = _start_picture(image, strength, mask, sized=height is not None or width is not None)
+    loras = as_loras(lora or ())
     named = _with_pictures("control", "controlnet", controlnet or [], control_image or [], control_scale or [])
     prompts = _with_pictures("ip", "ip-adapter", ip_adapter or [], ip_image or [], ip_scale or [])
     opened = as_engine(engine, public_key)
@@ -125,6 +135,7 @@ def generate(  # noqa: PLR0913 - its options
     from s2p_deploy.families.pipelines import check_draws_from_text
     from s2p_deploy.pipeline import Schedule, picture_size, timesteps_from_start, timesteps_of
     from s2p_deploy.pipeline import generate as draw
+    from s2p_deploy.pipeline.lora_files import loras_acting
     from s2p_deploy.recipe import recipe_from_data
     from s2p_deploy.records import Prompt
     from s2p_deploy.timesteps import scale_origins
@@ -144,6 +155,7 @@ def generate(  # noqa: PLR0913 - its options
             public_key=public_key,
             context=context,
         ) as pipeline,
+        loras_acting(pipeline.pipe, base, loras),
     ):
         pipe, request = pipeline.pipe, Prompt("command line", prompt)
         if start is None:

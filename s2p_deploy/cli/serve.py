@@ -7,9 +7,10 @@ import importlib
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -59,6 +60,15 @@ ControlNetsOption = Annotated[
         metavar="NAME=FOLDER", help="A ControlNet that requests may name, for an engine exported for it; repeatable."
     ),
 ]
+LorasOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE", help="A LoRA that requests may name, for an engine with low-rank branches; repeatable."
+    ),
+]
+LoraMemoryOption = Annotated[
+    int, typer.Option(min=1, metavar="MIB", help="Memory that all LoRAs may take, those of --lora among them.")
+]
 AgainstOption = Annotated[
     Path | None, typer.Option(metavar="FP_ENGINE", help="A second engine, which the page draws beside the first.")
 ]
@@ -105,6 +115,8 @@ def serve(  # noqa: PLR0913 - its options
     components: ComponentsOption = None,
     controlnet: ControlNetsOption = None,
     ip_adapter: IpAdaptersOption = None,
+    lora: LorasOption = None,
+    lora_memory: LoraMemoryOption = 1024,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     token_file: TokenOption = None,
@@ -135,14 +147,21 @@ def serve(  # noqa: PLR0913 - its options
         cluster = RaySettings(replicas, ray_address, drain_seconds=drain_seconds)
         if against is not None:
             raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
+    lora_bytes = lora_memory * 2**20
     limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size))
+    limits = replace(limits, lora_bytes=min(limits.lora_bytes, lora_bytes))
     token = _token(token_file)
     second = None if against is None else open_engine(against, public_key)
     engines = _named(open_engine(engine, public_key), second, name)
     first = next(iter(engines))
     networks = None if components is None else as_components(components, public_key)
-    adapters = _controlnets(controlnet or []), _ip_adapters(ip_adapter or [])
-    settings = partial(_settings, batching, max_queue, max_active, schedule, networks, *adapters)
+    adapters = {
+        "controlnets": _controlnets(controlnet or []),
+        "ip_adapters": _ip_adapters(ip_adapter or []),
+        "loras": _loras(lora or []),
+        "lora_bytes": lora_bytes,
+    }
+    settings = partial(_settings, batching, max_queue, max_active, schedule, networks, **adapters)
     base = cache(partial(base_of, engines[first].manifest, model))
     context = Context(device=device, threads=threads)
     if device != "auto":
@@ -175,26 +194,19 @@ def check_installed(command: str, packages: tuple[str, ...]) -> None:
             raise MissingEnvironmentError(f"{command} needs {package}: pip install 's2p-deploy[serve]'") from error
 
 
-def _settings(  # noqa: PLR0913, PLR0917 - its options
+def _settings(
     batching: Batching,
     max_waiting: int,
     max_active: int | None,
     schedules: list[str] | None,
     component_engines: ComponentEngines | None,
-    controlnets: tuple[tuple[str, Path], ...],
-    ip_adapters: tuple[tuple[str, Path], ...],
+    **adapters: Any,  # noqa: ANN401 - fields of the settings
 ) -> ServiceSettings:
     from s2p_deploy.serve.service import ServiceSettings
 
     bound = tuple(schedule_from_option(text) for text in schedules or ())
     return ServiceSettings(
-        batching,
-        max_waiting,
-        max_active,
-        schedules=bound,
-        component_engines=component_engines,
-        controlnets=controlnets,
-        ip_adapters=ip_adapters,
+        batching, max_waiting, max_active, schedules=bound, component_engines=component_engines, **adapters
     )
 
 
@@ -203,9 +215,8 @@ def _controlnets(texts: list[str]) -> tuple[tuple[str, Path], ...]:
     folders = _named_paths("--controlnet", "NAME=FOLDER", texts)
     for name, folder in folders:
         if not any((folder / file).is_file() for file in ("config.json", "manifest.json")):
-            raise InputError(
-                f"--controlnet {name}={folder}: it is no ControlNet in diffusers format, and no engine of one"
-            )
+            what = "no ControlNet in diffusers format, and no engine of one"
+            raise InputError(f"--controlnet {name}={folder}: it is {what}")
     return folders
 
 
@@ -215,6 +226,15 @@ def _ip_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
     for name, file in files:
         if not file.is_file():
             raise InputError(f"--ip-adapter {name}={file}: there is no such file")
+    return files
+
+
+def _loras(texts: list[str]) -> tuple[tuple[str, Path], ...]:
+    """Parses names and files of LoRAs."""
+    files = _named_paths("--lora", "NAME=FILE", texts)
+    for name, file in files:
+        if not file.is_file():
+            raise InputError(f"--lora {name}={file}: {file} does not exist: give a .safetensors file")
     return files
 
 

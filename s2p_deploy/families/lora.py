@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ from s2p_deploy.records import file_digest
 from s2p_deploy.records.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -320,6 +321,14 @@ class Lora:
         down, up = self._tensor(layer.down), self._tensor(layer.up)
         magnitude = None if layer.magnitude is None else self._tensor(layer.magnitude).flatten()
         return LowRank(down, up.view(-1, layer.rank), layer.scale, magnitude)
+
+    def in_memory(self, components: Collection[str]) -> Lora:
+        """Returns its part that changes ``components``, in memory, so that the file is not needed again."""
+        part = copy(self)
+        part.layers = tuple(layer for layer in self.layers if layer.component in components)
+        names = [name for layer in part.layers for name in (layer.down, layer.up, layer.magnitude) if name is not None]
+        part._tensors = LoraInMemory({name: self._tensors.read(name) for name in names}, {})
+        return part
 
     def _tensor(self, name: str) -> Tensor:
         return self._tensors.read(name).float()

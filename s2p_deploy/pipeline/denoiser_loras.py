@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.lora_bank import LoraBank
 
 _KEYS = count(1)
+NO_BRANCHES = (
+    "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it (calibrate"
+    " --lora, or adapt)"
+)
 SCALE, LORAS = "scale", "loras"  # keys of cross_attention_kwargs and joint_attention_kwargs
 
 
@@ -68,7 +72,7 @@ class DenoiserLoras:
         if (name in self.loaded) != replace:
             taken = "there is no LoRA of that name to replace" if replace else "that name is taken: unload it first"
             raise InputError(f"LoRA {name!r} cannot be loaded, {taken}")
-        self.add(Lora(name, {self._component: self._weights}, LoraInMemory(tensors, settings)), name)
+        self.add(Lora(name, {self.component: self.weights}, LoraInMemory(tensors, settings)), name)
         if not replace:
             self.active = {name: 1.0}
 
@@ -78,9 +82,9 @@ class DenoiserLoras:
         Raises:
             InputError: the engine has no branches, or none that fit.
         """
-        bank = self._opened()
+        bank = self.bank
         key = self.loaded.get(name) or f"{name}#{next(_KEYS)}"
-        bank.add(key, BranchMatrices.of(lora, self._component, bank.slots))
+        bank.add(key, BranchMatrices.of(lora, self.component, bank.slots))
         self.loaded[name] = key
 
     def set(self, names: Sequence[str], weights: Sequence[object]) -> None:
@@ -131,27 +135,28 @@ class DenoiserLoras:
         scaled = [{name: weight * scale for name, weight in row.items()} for row in rows]
         if not any(scaled):
             return None
-        return self._opened().strengths(scaled * (batch // len(rows)))
+        return self.bank.strengths(scaled * (batch // len(rows)))
 
     @property
-    def _component(self) -> str:
+    def component(self) -> str:
+        """Returns the denoiser's name in its pipeline."""
         return family_of_config(self._config).component
 
     @cached_property
-    def _weights(self) -> Mapping[str, tuple[int, ...]]:
+    def weights(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the denoiser's weights that can be changed, by path of their layer."""
         with torch.device("meta"):
             return network_weights(family_of_config(self._config).build(self._config))
 
     def check_branches(self) -> None:
         """Raises InputError where the engine has no branches for LoRAs."""
-        self._opened()
+        _ = self.bank
 
-    def _opened(self) -> LoraBank:
+    @property
+    def bank(self) -> LoraBank:
+        """Returns the engine's low-rank branches. Raises InputError where it has none."""
         if self._bank is None:
-            raise InputError(
-                "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it"
-                " (calibrate --lora, or adapt)"
-            )
+            raise InputError(NO_BRANCHES)
         return self._bank
 
 

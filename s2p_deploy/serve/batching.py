@@ -172,10 +172,10 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
         assert isinstance(runner, TensorRunner), "its pausing runner is one"
         joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
-        own = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
-        return [{OUTPUT: output} for output in own.split(sizes)]
+        kept = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
+        return [{OUTPUT: output} for output in kept.split(sizes)]
     output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
-    return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
+    return [{OUTPUT: part} for part in np.split(output, np.cumsum(sizes))[: len(calls)]]
 
 
 def _zeros(samples: int, like: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:

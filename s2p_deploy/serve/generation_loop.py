@@ -20,6 +20,7 @@ from s2p_deploy.engines.runner import OUTPUT
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.serve.batching import batch_key, run_calls
 from s2p_deploy.serve.generation_task import BackgroundTask, EngineCall, GenerationTask
+from s2p_deploy.serve.loras import BatchedLoras
 from s2p_deploy.serve.request import CancelledRequestError, ClosingError, DeadlineError, RequestFuture, StoppedError
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class GenerationLoop:
         self._engine, self._policy, self._capacity = engine, policy, capacity
         self._queue, self._background, self._observer = queue, background, observer
         self._active: list[GenerationTask] = []
+        self._loras = BatchedLoras(engine.loras)
         self._failures = 0  # of the engine, since it last ran
 
     @property
@@ -211,13 +213,15 @@ class GenerationLoop:
                 self._advance(task, task.throw, error)
 
     def _admit(self) -> None:
-        begin = self._policy.admit(self._active, self._queue.futures(), self._capacity)
+        waiting = self._loras.fitting(self._active, self._queue.futures())
+        begin = self._policy.admit(self._active, waiting, self._capacity)
         if not begin:
             return
         tasks = [self._engine.task(future) for future in begin]
         self._active += tasks
         self._queue.remove(begin, len(self._active))
         for task in tasks:
+            self._loras.begin(task.future)
             self._advance(task, task.resume)
 
     def _run_batch(self) -> bool:
@@ -230,6 +234,7 @@ class GenerationLoop:
         calls = [task.waiting_for for task in chosen if isinstance(task.waiting_for, EngineCall)]
         samples = sum(call.samples for call in calls)
         start = time.perf_counter()
+        calls = self._loras.with_strengths(chosen, calls)
         results = [_checked(output, task) for output, task in zip(self._outputs(calls), chosen, strict=True)]
         seconds = time.perf_counter() - start
         self._observer.ran_batch(samples, self._engine.profile.padded(samples), len(calls), seconds)
@@ -268,6 +273,7 @@ class GenerationLoop:
 
     def _leave(self, task: GenerationTask, result: Image | Exception) -> None:
         self._active.remove(task)
+        self._loras.end(task.future)
         self._complete(task.future, result)
         self._queue.remove([], len(self._active))
 

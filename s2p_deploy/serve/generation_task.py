@@ -156,11 +156,16 @@ def pausing_pipeline(base: DiffusionPipeline, config: Mapping[str, Any], runner:
     denoiser = engine_denoiser(pausing, config, runner.timesteps, runner.profile, indices=runner.indices, **adapters)
     own = denoiser_of(base)
     pipe = with_denoiser(base, denoiser.place(own.device, own.dtype))
-    for name in _OFFLOADED:
-        module = pipe.components.get(name)
-        if module is not None:
-            setattr(pipe, name, OffloadedModule(module))
-    return pipe
+    parts = {name: part for name, part in pipe.components.items() if name in _OFFLOADED and part is not None}
+    return with_offloaded(pipe, parts)
+
+
+def with_offloaded(pipe: DiffusionPipeline, modules: Mapping[str, Any]) -> DiffusionPipeline:
+    """Makes a pipeline like ``pipe`` with other components, whose slow calls run in the background."""
+    other = with_denoiser(pipe, denoiser_of(pipe))
+    for name, module in modules.items():
+        setattr(other, name, OffloadedModule(module))
+    return other
 
 
 def _offloaded(call: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401 - as above

@@ -147,7 +147,7 @@ class Replica:
         log_to_stderr()
         spec = self._spec
         models = ServedModels({spec.name: lambda: self._service})
-        return create_app(models, spec.limits, self._metrics, hosts=spec.hosts, token=spec.token)
+        return create_app(models, spec.limits, self._metrics, hosts=spec.hosts, token=spec.token, replica=True)
 
     def check_health(self) -> None:
         """Raises RuntimeError where nothing is drawn any more: Ray then replaces the replica."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -9,10 +10,27 @@ from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
-from s2p_deploy.errors import S2PError
+from s2p_deploy.errors import InputError, S2PError
 
 if TYPE_CHECKING:
     from s2p_deploy.pipeline import StartPicture
+    from s2p_deploy.serve.loras import ActiveLora
+
+
+@dataclass(frozen=True)
+class LoraWeight:
+    """A LoRA of the service by its name, and the weight with which it acts.
+
+    Raises:
+        InputError: the weight is not finite.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise InputError(f"the weight {self.weight} of LoRA {self.name!r} must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,8 @@ class ImageRequest:
     ``size`` is height and width in pixels (None: what the denoiser was trained on), ``scheduler`` a name of
     :func:`s2p_deploy.schedulers.scheduler_names` (None: the pipeline's own). Noise comes from ``seed`` alone. With
     ``long_prompts`` texts longer than what the encoders read at once are read in chunks. ``start`` is the picture to
-    start from, of this size (None: noise); ``controls`` and ``images`` act beside the text.
+    start from, of this size (None: noise); ``controls`` and ``images`` act beside the text, and the LoRAs that ``lora``
+    lists, each once.
     """
 
     prompt: str
@@ -57,6 +76,13 @@ class ImageRequest:
     controls: tuple[RequestedControl, ...] = ()
     images: tuple[RequestedImagePrompt, ...] = ()
     embedded: bool = False
+    lora: tuple[LoraWeight, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.lora]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"LoRA {twice!r} is named twice: name it once, with one weight")
 
     @property
     def samples(self) -> int:
@@ -68,12 +94,20 @@ class RequestFuture(Future[Image]):
     """The future of a request that a service has accepted: its result is the picture.
 
     ``calls`` is how often the denoiser will be called, ``submitted`` and ``deadline`` are moments of
-    ``time.monotonic``. Only the service's own thread completes it.
+    ``time.monotonic``. ``loras`` are those that the request named. Only the service's own thread completes it.
     """
 
-    def __init__(self, id: str, request: ImageRequest, calls: int, submitted: float, deadline: float) -> None:  # noqa: A002
+    def __init__(
+        self,
+        id: str,  # noqa: A002
+        request: ImageRequest,
+        calls: int,
+        submitted: float,
+        deadline: float,
+        loras: tuple[ActiveLora, ...] = (),
+    ) -> None:
         super().__init__()
-        self.id, self.request, self.calls = id, request, calls
+        self.id, self.request, self.calls, self.loras = id, request, calls, loras
         self.submitted, self.deadline = submitted, deadline
         self.progress = (0, 0)  # calls of the denoiser that are done, and all there will be (0 until the first is)
         self._cancelled = threading.Event()
@@ -91,6 +125,10 @@ class RequestFuture(Future[Image]):
         """
         self._cancelled.set()
         return not self.done()
+
+
+class UnknownLoraError(InputError):
+    """There is no LoRA of a name that was given."""
 
 
 class OverloadedError(S2PError):

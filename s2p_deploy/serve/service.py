@@ -8,13 +8,13 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from s2p_deploy.context import Context
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import denoiser_of, latent_shape_of
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
@@ -34,12 +34,14 @@ from s2p_deploy.pipeline import (
 )
 from s2p_deploy.pipeline.control import check_controls
 from s2p_deploy.pipeline.ip_adapter import check_image_prompts
+from s2p_deploy.pipeline.lora_files import LoraReader
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
-from s2p_deploy.serve.generation_task import GenerationTask, OffloadedModule, pausing_pipeline
+from s2p_deploy.serve.generation_task import GenerationTask, OffloadedModule, pausing_pipeline, with_offloaded
+from s2p_deploy.serve.loras import ServedLoras, changed_text_encoders
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class ServiceSettings:
     from what one picture needs on). ``schedules`` are those to bind where an engine takes fractional timesteps: without
     them only its own. ``component_engines`` run text encoders and autoencoder on a backend (None: PyTorch).
     ``controlnets`` are folders of ControlNets by the names that requests give, ``ip_adapters`` files of IP-Adapters.
+    ``loras`` are files too; these and those that are registered later take ``lora_bytes`` of memory at the most.
     """
 
     batching: Batching = "step"
@@ -80,6 +83,8 @@ class ServiceSettings:
     component_engines: ComponentEngines | None = None
     controlnets: tuple[tuple[str, Path], ...] = ()
     ip_adapters: tuple[tuple[str, Path], ...] = ()
+    loras: tuple[tuple[str, Path], ...] = ()
+    lora_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
@@ -93,7 +98,8 @@ class ModelInfo:
     ``engine`` is its digest. ``batches`` are the engine's batch sizes with the milliseconds of each, the last of them
     the largest that is formed; ``size`` is height and width in pixels of what it draws by default, and ``sizes`` what
     may be requested, in words; ``schedulers`` those that run with ``steps`` steps. ``long_prompts`` says whether texts
-    of several chunks may be requested, ``controlnets`` and ``ip_adapters`` which there are.
+    of several chunks may be requested, ``controlnets`` and ``ip_adapters`` which there are, ``lora_rank`` how many
+    ranks LoRAs may have together.
     """
 
     name: str
@@ -111,6 +117,7 @@ class ModelInfo:
     long_prompts: bool = False
     controlnets: tuple[str, ...] = ()
     ip_adapters: tuple[str, ...] = ()
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class ServedEngine:
     ``pipe`` pauses (:func:`s2p_deploy.serve.generation_task.pausing_pipeline`); ``stock`` is what it was made of.
     ``runner`` is the engine. ``calls`` is how often the denoiser is called for steps and a scheduler.
     ``mixed_timesteps`` says whether a batch may hold samples of several timesteps. ``controlnets`` and ``ip_adapters``
-    are loaded, by name.
+    are loaded, by name; ``loras`` are those that requests may name.
     """
 
     info: ModelInfo
@@ -133,6 +140,7 @@ class ServedEngine:
     max_sequence_length: int
     controlnets: Mapping[str, ModelMixin] = field(default_factory=dict)
     ip_adapters: Mapping[str, IpAdapter] = field(default_factory=dict)
+    loras: ServedLoras = field(default_factory=ServedLoras)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -170,7 +178,7 @@ class ServedEngine:
         request = future.request
         draw = partial(
             generate,
-            self.pipe,
+            self._pipe_for(future),
             Prompt(future.id, request.prompt, request.negative),
             schedule=self._schedule(request),
             guidance_scale=request.guidance_scale,
@@ -200,6 +208,11 @@ class ServedEngine:
             Control(self.controlnets[one.name], one.picture, one.scale, one.start, one.end) for one in request.controls
         ]
 
+    def _pipe_for(self, future: RequestFuture) -> DiffusionPipeline:
+        """Returns the pipeline, with text encoders that have the request's LoRAs where these change some."""
+        changed = changed_text_encoders(self.stock.pipe, future.loras)
+        return with_offloaded(self.pipe, changed) if changed else self.pipe
+
     def _schedule(self, request: ImageRequest) -> Schedule:
         return Schedule(request.steps, request.scheduler, self.max_sequence_length, request.size)
 
@@ -209,6 +222,7 @@ class ImageService:
 
     def __init__(self, engine: ServedEngine, settings: ServiceSettings, observer: Observer) -> None:
         self.info: ModelInfo = engine.info
+        self.loras: ServedLoras = engine.loras
         self._engine, self._max_waiting = engine, settings.max_waiting
         self._queue = RequestQueue()
         # a new thread would not start with as many of PyTorch's own as this one has, and bits depend on their number
@@ -239,14 +253,20 @@ class ImageService:
         """Accepts a request, which must be done within ``timeout`` seconds.
 
         Raises:
-            InputError: no such scheduler, a step count or a size that the engine does not take.
+            InputError: no such scheduler or LoRA, a step count, a size or ranks that the engine does not take.
             OverloadedError: too many requests wait.
             ClosingError: the service is closing. StoppedError: it ended by a defect.
         """
         request = replace(request, embedded=self._engine.embeds_guidance)
         calls, now = self._engine.check(request), time.monotonic()
-        future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout)
-        self._queue.put(future, self._overload)
+        loras = self.loras.use(request.lora)
+        future = RequestFuture(id or uuid.uuid4().hex, request, calls, now, now + timeout, loras)
+        try:
+            self._queue.put(future, self._overload)
+        except S2PError:
+            self.loras.unuse(loras)
+            raise
+        future.add_done_callback(lambda _: self.loras.unuse(loras))
         return future
 
     def drain(self, seconds: float) -> bool:
@@ -320,6 +340,9 @@ def load_served_engine(
     guidance = sampling.guidance(base.default_guidance)
     guided = has_branches(engine.denoiser_config, guidance)
     batches = settings.batches or (_BATCHES[1:] if guided else _BATCHES)
+    loras = ServedLoras(runner.loras, cache(partial(LoraReader, stock.pipe, base)), settings.lora_bytes)
+    for lora, file in settings.loras:
+        loras.add(lora, file)
     profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
     _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))
@@ -343,6 +366,7 @@ def load_served_engine(
         long_prompts=runner.profile.tokens is not None,
         controlnets=tuple(name for name, _ in settings.controlnets),
         ip_adapters=tuple(name for name, _ in settings.ip_adapters),
+        lora_rank=loras.rank,
     )
     pipe = pausing_pipeline(stock.pipe, engine.denoiser_config, runner)
     return ServedEngine(
@@ -356,6 +380,7 @@ def load_served_engine(
         sampling.max_sequence_length,
         controlnets=_controlnets(stock.pipe, settings.controlnets),
         ip_adapters={name: _pausing(IpAdapter.load(file, stock.pipe)) for name, file in settings.ip_adapters},
+        loras=loras,
     )
 
 

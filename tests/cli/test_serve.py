@@ -114,6 +114,10 @@ def test_a_port_that_is_taken_is_one_line(run: Run, tiny_engine: Path) -> None:
         (["--timeout", "0"], "--timeout"),
         (["--port", "70000"], "--port"),
         (["--token-file", "no-such-file"], "cannot be read as a token"),
+        (["--lora", "ink.safetensors"], "must be NAME=FILE"),
+        (["--lora", "a/b=ink.safetensors"], "must be NAME=FILE"),
+        (["--lora", "ink=no-such-file"], "no-such-file does not exist"),
+        (["--lora-memory", "0"], "--lora-memory"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(run: Run, tiny_engine: Path, options: list[str], said: str) -> None:

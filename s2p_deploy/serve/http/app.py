@@ -16,8 +16,9 @@ from s2p_deploy import __version__
 from s2p_deploy.errors import S2PError
 from s2p_deploy.serve.http.edits import EDITS, VARIATIONS, edit_routes
 from s2p_deploy.serve.http.images import HttpLimits, ImageForm, image_routes
+from s2p_deploy.serve.http.loras import LORAS, lora_routes
 from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
-from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware
+from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware, Uploads
 from s2p_deploy.serve.http.problems import (
     PROBLEMS,
     Problem,
@@ -47,6 +48,7 @@ def create_app(
     *,
     hosts: frozenset[str] | None = None,
     token: str | None = None,
+    replica: bool = False,
 ) -> FastAPI:
     """Makes the application. ``models`` begin to load when it starts, and are closed when it ends.
 
@@ -56,6 +58,7 @@ def create_app(
         metrics: where the models' services are observed already.
         hosts: names that a Host header may have (None: any).
         token: what a client must bring (None: nothing).
+        replica: whether others serve the same models, which would not learn of what is registered here.
     """
 
     @asynccontextmanager
@@ -68,15 +71,28 @@ def create_app(
     app = FastAPI(title=title, version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(image_routes(models, limits))
     app.include_router(edit_routes(models, limits))
+    app.include_router(lora_routes(models, _no_registration(token, replica=replica)))
     app.include_router(_server_routes(models, metrics))
     app.include_router(_page_routes())
     for kind in (S2PError, RequestProblem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
-    uploads = frozenset({EDITS, VARIATIONS})
-    app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=uploads)  # the last one added is the outermost
+    pictures = Uploads((EDITS, VARIATIONS), limits.upload_bytes, limits.body_seconds, limits.uploads)
+    loras = Uploads((LORAS,), limits.lora_bytes, limits.lora_seconds, at_once=1)
+    app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=(pictures, loras))  # the last one is the outermost
     app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)
     return app
+
+
+def _no_registration(token: str | None, *, replica: bool) -> str | None:
+    """Says why clients cannot register LoRAs; None where they can."""
+    if replica:
+        return "LoRAs of a server with replicas are given at its start: serve --lora NAME=FILE"
+    if token is None:
+        return (
+            "LoRAs are registered at the start (serve --lora NAME=FILE), or where a token is asked for (--token-file)"
+        )
+    return None
 
 
 def _server_routes(models: ServedModels, metrics: Metrics) -> APIRouter:

@@ -32,7 +32,7 @@ class EditForm(ImageForm):
         float | None, Field(gt=0, le=1, description="How far the picture may be left: 0.8, with a mask 1.")
     ] = None
 
-    @field_validator("controlnet", "ip_adapter", mode="before")
+    @field_validator("controlnet", "ip_adapter", "lora", mode="before")
     @classmethod
     def _read_json(cls, value: object) -> object:
         """Reads a field of a form, which is text; so are its numbers, as those of other fields are."""

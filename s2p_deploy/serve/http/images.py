@@ -20,7 +20,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.serve.http.middleware import LOG, note
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_data, problem_of, request_id_of
-from s2p_deploy.serve.request import CancelledRequestError, ImageRequest, RequestedControl, RequestedImagePrompt
+from s2p_deploy.serve.request import (
+    CancelledRequestError,
+    ImageRequest,
+    LoraWeight,
+    RequestedControl,
+    RequestedImagePrompt,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 _TIMEOUT = "x-request-timeout"
 _MOST_SEED = 2**63 - 1
 _RANDOM_SEEDS = 2**32  # a number that every client can hold
+_MOST_WEIGHT = 10.0  # of a LoRA; beyond 2 pictures dissolve
 _POLL_SECONDS = 0.1  # between looks at the progress
 _LONGEST_SILENCE = 15.0  # seconds; proxies close connections that are silent for 30 to 60
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -44,7 +51,8 @@ _UNBUFFERED = {"x-accel-buffering": "no"}  # a proxy that buffers would hold pro
 class HttpLimits:
     """Bounds on what a client may request. Times are in seconds, ``body_bytes`` covers one request's body.
 
-    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once. ``seconds`` is how long a
+    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; a body that is a LoRA may
+    have ``lora_bytes`` and take ``lora_seconds``, and one is read at once. ``seconds`` is how long a
     request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
     the model's own.
     """
@@ -58,6 +66,8 @@ class HttpLimits:
     body_bytes: int = 2**20
     upload_bytes: int = 2**24
     uploads: int = 16
+    lora_bytes: int = 2**29
+    lora_seconds: float = 60.0
     body_seconds: float = 15.0
     connections: int = 2000
 
@@ -84,6 +94,15 @@ class ImagePromptForm(BaseModel):
     scale: Annotated[float, Field(ge=0, le=10, description="Strength.")] = 1.0
 
 
+class LoraForm(BaseModel):
+    """A LoRA that acts, by its name, and its weight."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    weight: Annotated[float, Field(ge=-_MOST_WEIGHT, le=_MOST_WEIGHT)] = 1.0
+
+
 class ImageForm(BaseModel):
     """The body of ``POST /v1/images/generations`` as far as OpenAI's is supported, and fields beyond it.
 
@@ -106,6 +125,7 @@ class ImageForm(BaseModel):
     stream: Annotated[bool, Field(description="Server-sent events: progress, then the picture.")] = False
     controlnet: Annotated[list[ControlForm], Field(max_length=4)] = []
     ip_adapter: Annotated[list[ImagePromptForm], Field(max_length=4)] = []
+    lora: Annotated[list[LoraForm], Field(max_length=16, description="LoRAs that act, of /v1/loras.")] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +170,7 @@ class ImageForm(BaseModel):
                 _control(each, f"controlnet.{number}", info, limits) for number, each in enumerate(self.controlnet)
             ),
             images=tuple(_image_prompt(each, f"ip_adapter.{at}", info) for at, each in enumerate(self.ip_adapter)),
+            lora=tuple(LoraWeight(each.name, each.weight) for each in self.lora),
         )
         return [replace(one, seed=seed + number) for number in range(self.n)]
 
@@ -332,6 +353,7 @@ def _described(name: str, models: ServedModels, limits: HttpLimits) -> dict[str,
         "long_prompts": info.long_prompts,
         "controlnets": list(info.controlnets),
         "ip_adapters": list(info.ip_adapters),
+        "lora_rank": info.lora_rank,
     }
 
 

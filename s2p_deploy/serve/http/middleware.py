@@ -12,6 +12,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -27,6 +28,8 @@ from s2p_deploy.serve.http.problems import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from s2p_deploy.serve.http.images import HttpLimits
@@ -134,25 +137,51 @@ class AuthMiddleware:
         return Problem(401, "a token is needed: Authorization: Bearer TOKEN", code="invalid_api_key", headers=challenge)
 
 
-class BodyLimitMiddleware:
-    """Reads a request's body to its end, as long and as slow as the limits allow, before a route sees the request.
+class Uploads:
+    """Paths, or beginnings of paths, whose bodies are files: they may be longer, and few of them are read at once.
 
-    ``uploads`` are the paths whose bodies hold pictures: they may be longer, and few of them are read at once.
+    Args:
+        paths: what the paths begin with.
+        most_bytes: of a body.
+        seconds: that a body may take.
+        at_once: how many are read at once.
     """
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits, uploads: frozenset[str] = frozenset()) -> None:
+    def __init__(self, paths: tuple[str, ...], most_bytes: int, seconds: float, at_once: int) -> None:
+        self.most_bytes, self.seconds = most_bytes, seconds
+        self._paths, self._at_once = paths, at_once
+        self._reading = 0
+
+    def has(self, path: str) -> bool:
+        """Returns whether bodies of a path are such files."""
+        return path.startswith(self._paths)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Takes one of the places for bodies that are read. Raises RequestProblem where all are taken."""
+        if self._reading >= self._at_once:
+            message, waited = f"{self._reading} uploads are read already: try again", (("retry-after", "1"),)
+            raise RequestProblem(Problem(429, message, code="overloaded", headers=waited))
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
+
+
+class BodyLimitMiddleware:
+    """Reads a request's body to its end, as long and as slow as the limits allow, before a route sees the request."""
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits, uploads: Sequence[Uploads] = ()) -> None:
         self._app, self._limits, self._uploads = app, limits, uploads
-        self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on with its whole body, or answers 413, 408 or 429."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._limits.body_bytes
         try:
-            upload = scope["path"] in self._uploads
-            body = await (self._upload(scope, receive) if upload else self._timed(scope, receive, most))
+            body = await self._read(scope, receive)
         except (RequestProblem, TimeoutError) as error:
             problem = error.problem if isinstance(error, RequestProblem) else Problem(408, "the body came too slowly")
             await problem_response(problem, scope)(scope, receive, send)
@@ -167,25 +196,15 @@ class BodyLimitMiddleware:
 
         await self._app(scope, receive_body, send)
 
-    async def _upload(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the body of an upload, if there is room for one."""
-        if self._uploading >= self._limits.uploads:
-            waited = (("retry-after", "1"),)
-            raise RequestProblem(
-                Problem(
-                    429, f"{self._uploading} uploads are read already: try again", code="overloaded", headers=waited
-                )
-            )
-        self._uploading += 1
-        try:
-            return await self._timed(scope, receive, self._limits.upload_bytes)
-        finally:
-            self._uploading -= 1
-
-    async def _timed(self, scope: Scope, receive: Receive, most: int) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the body, None where the client left before it ended; raises TimeoutError where it is too slow."""
-        async with asyncio.timeout(self._limits.body_seconds):
-            return await _body(scope, receive, most)
+        upload = next((one for one in self._uploads if one.has(scope["path"])), None)
+        if upload is None:
+            async with asyncio.timeout(self._limits.body_seconds):
+                return await _body(scope, receive, self._limits.body_bytes)
+        with upload.place():
+            async with asyncio.timeout(upload.seconds):
+                return await _body(scope, receive, upload.most_bytes)
 
 
 async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:

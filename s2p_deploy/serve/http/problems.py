@@ -14,6 +14,7 @@ from s2p_deploy.serve.request import (
     DeadlineError,
     OverloadedError,
     StoppedError,
+    UnknownLoraError,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def problem_of(error: Exception) -> Problem:
         case CancelledRequestError():
             return Problem(CLIENT_LEFT, "the client has left", code="cancelled")
         case InputError():
-            return Problem(400, str(error))
+            unknown = isinstance(error, UnknownLoraError)
+            return Problem(404, str(error), "lora", "lora_not_found") if unknown else Problem(400, str(error))
         case _:
             return Problem(500, "internal error: the server's log says more under this request id", code="internal")
 

@@ -21,7 +21,7 @@ from s2p_deploy.records import Prompt
 from s2p_deploy.serve.http.edits import EDITS, VARIATIONS
 from s2p_deploy.serve.http.images import HttpLimits
 from s2p_deploy.serve.http.metrics import Metrics
-from s2p_deploy.serve.http.middleware import BodyLimitMiddleware
+from s2p_deploy.serve.http.middleware import BodyLimitMiddleware, Uploads
 from s2p_deploy.shapes.scenes import parse, render
 from tests.serve.http.live_server import PROMPT, STEPS, Answer, LiveServer, live_server
 
@@ -231,14 +231,13 @@ def test_uploads_are_bounded(opening: Opening) -> None:
 
 def test_few_uploads_are_read_at_once() -> None:
     """The next gets 429, and there is room again when one is read."""
-    limits = HttpLimits(uploads=1)
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await PlainTextResponse("read")(scope, receive, send)
 
-    middleware = BodyLimitMiddleware(app, limits, frozenset({EDITS}))
+    middleware = BodyLimitMiddleware(app, HttpLimits(), [Uploads((EDITS,), 2**10, 60, at_once=1)])
 
     async def asked(slow: bool) -> int:
         sent: list[Message] = []

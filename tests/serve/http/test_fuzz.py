@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tests.serve.http.conftest import Opening
 
-EXAMPLES = {"post": 40, "get": 4}
+EXAMPLES = {"post": 40, "get": 4, "put": 4, "delete": 4}
 CONFORMS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 CHECKS = {GenerationMode.POSITIVE: CONFORMS, GenerationMode.NEGATIVE: [*CONFORMS, negative_data_rejection]}
 LIMITS = HttpLimits(steps=3, pictures=2)
