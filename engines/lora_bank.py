@@ -90,12 +90,16 @@ class LoraBank:
         sizes: of the packed inputs, by name.
         rebind: gives the engine other values of them.
 
+    Attributes:
+        version: counts how often the matrices were written.
+
     Raises:
         IntegrityError: a branch lies outside the inputs.
     """
 
     def __init__(self, slots: LoraSlots, dtype: str, sizes: Mapping[str, int], rebind: Rebind) -> None:
         self.slots = slots
+        self.version = 0
         self._packed = {name: np.zeros(size, dtype) for name, size in sizes.items()}
         self._rebind = rebind
         self._added: dict[str, BranchMatrices] = {}
@@ -106,6 +110,11 @@ class LoraBank:
                 self._views(slot)
         except (ValueError, TypeError) as error:  # NumPy's word for a view that leaves its memory
             raise IntegrityError("the engine's low-rank branches leave their inputs: build it again") from error
+
+    @property
+    def packed(self) -> Mapping[str, NDArray[np.floating[Any]]]:
+        """Returns ``lora_down`` and ``lora_up`` as they are now, to be read alone."""
+        return self._packed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,6 +187,7 @@ class LoraBank:
         for name in missing:
             self._ranks[name] = self._free(self._added[name].rank, kept)
             self._write(name)
+        self.version += 1
         for name, values in self._packed.items():
             self._rebind(name, values)
 

@@ -147,8 +147,8 @@ def _check_text_interface(model: ir.Model, whole: ir.Graph, dtype: ir.DataType) 
     )
     if len(taken) < len(loras) or (taken and taken != given):
         raise GraphContractError(
-            f"{TEXT_FILE} takes {', '.join(str(value.name) for value in loras)} besides {TEXT}: expected nothing, or the"
-            " graph's inputs of LoRAs"
+            f"{TEXT_FILE} takes {', '.join(str(value.name) for value in loras)} besides {TEXT}: expected the graph's"
+            " inputs of LoRAs, or nothing"
         )
 
 
