@@ -16,6 +16,7 @@ from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records import TensorSpec
 from s2p_deploy.records.artifacts import read_verified
 from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
+from s2p_deploy.records.optional_inputs import LORA_INPUTS, LORA_STRENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,18 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
+    from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import Engine
 
     # timesteps float32 [n] and added_cond float32 [n, A] -> features [n, P] in the engine's dtype
     Condition = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating[Any]]]
-    # text states [1, tokens, D] -> products [1, tokens, sum of widths], both of the engine's dtype
-    Project = Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]]]
+    Floats = NDArray[np.floating[Any]]
+    # text states [1, tokens, D], and the inputs of LoRAs by name -> products [1, tokens, sum of widths]; all of the
+    # engine's dtype
+    Project = Callable[[Floats, Mapping[str, Floats]], Floats]
+
+# The version of the matrices and a sample's strengths; None where no LoRA acts.
+Acting = tuple[int, bytes] | None
 
 _MOST_BYTES = 2**29  # of features and of products that are kept for prompts seen before
 _ERRORS_ONLY = 3
@@ -180,17 +187,25 @@ class TextProjections:
     """Products of text states: those of the texts used last are kept, in ``most_bytes`` or one batch.
 
     Samples are computed one at a time, so that a text's products do not depend on what else was in its batch. ``spec``
-    is what the text states look like.
+    is what the text states look like; ``loras`` has the matrices of LoRAs, where the products depend on them.
     """
 
-    def __init__(self, project: Project, spec: TensorSpec, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self, project: Project, spec: TensorSpec, loras: LoraBank | None = None, *, most_bytes: int = _MOST_BYTES
+    ) -> None:
         self.spec = spec
-        self._project, self._most_bytes = project, most_bytes
-        self._kept: OrderedDict[bytes, NDArray[np.floating[Any]]] = OrderedDict()
+        self._project, self._loras, self._most_bytes = project, loras, most_bytes
+        self._kept: OrderedDict[tuple[bytes, Acting], Floats] = OrderedDict()
 
-    def of(self, states: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-        """[batch, tokens, sum of widths] of text states [batch, tokens, D] in the dtype of ``spec``."""
-        products = np.concatenate([self._one(sample) for sample in states[:, None]])
+    def of(self, states: Floats, strengths: Floats | None = None) -> Floats:
+        """[batch, tokens, sum of widths] of text states [batch, tokens, D] in the dtype of ``spec``.
+
+        ``strengths`` [batch, rank] are those of LoRAs (None: none acts).
+        """
+        if self._loras is None or strengths is None:
+            strengths = np.zeros((len(states), 0 if self._loras is None else self._loras.slots.rank), self.spec.dtype)
+        samples = zip(states[:, None], strengths[:, None], strict=True)
+        products = np.concatenate([self._one(*sample) for sample in samples])
         self._forget(most=max(self._most_bytes, products.nbytes))
         return products
 
@@ -198,10 +213,17 @@ class TextProjections:
         """Forgets everything."""
         self._kept.clear()
 
-    def _one(self, sample: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-        key = sample.tobytes()
+    def acting(self, strengths: Floats | None) -> Acting:
+        """Tells which LoRAs act on the products, and how: at equal values, equal texts have equal products."""
+        if self._loras is None or strengths is None or not strengths.any():
+            return None
+        return self._loras.version, strengths.tobytes()
+
+    def _one(self, sample: Floats, strengths: Floats) -> Floats:
+        key = (sample.tobytes(), self.acting(strengths))
         if key not in self._kept:
-            self._kept[key] = self._project(sample)
+            loras = {} if self._loras is None else {**self._loras.packed, LORA_STRENGTHS: strengths}
+            self._kept[key] = self._project(sample, loras)
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -211,20 +233,25 @@ class TextProjections:
             self._kept.popitem(last=False)
 
 
-def text_projections(engine: Engine) -> TextProjections:
+def text_projections(engine: Engine, loras: LoraBank | None = None) -> TextProjections:
     """Opens the text projections of an engine, computed by its ``text.onnx`` on the CPU whatever its backend is.
+
+    ``loras`` are those of the engine's low-rank branches, whose matrices act there too.
 
     Raises:
         IntegrityError: the file is missing or was changed, or is no graph of that kind.
     """
     graph = SideGraph(engine, TEXT_FILE, "--text-projections input")
-    taken = next(spec for spec in engine.inputs if spec.name == TEXT_PROJECTIONS)
-    spec = next((given for given in graph.inputs() if given.name == TEXT), TensorSpec(TEXT, "", ()))
+    own = {spec.name: spec for spec in engine.inputs}
+    taken, given = own[TEXT_PROJECTIONS], {spec.name: spec for spec in graph.inputs()}
+    spec = given.pop(TEXT, TensorSpec(TEXT, "", ()))
     if spec != TensorSpec(TEXT, taken.dtype, (*taken.shape[:2], *spec.shape[2:])) or len(spec.shape) != 3:
         raise IntegrityError(f"{graph.path} takes {list(spec.shape)} {spec.dtype}: export the graph again")
+    if given and (loras is None or given != {name: own.get(name) for name in LORA_INPUTS}):
+        raise IntegrityError(f"{graph.path} takes {', '.join(given)}, not the engine's LoRAs: export the graph again")
 
-    def project(states: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-        products = graph.run(TEXT_PROJECTIONS, {TEXT: states})
+    def project(states: Floats, loras: Mapping[str, Floats]) -> Floats:
+        products = graph.run(TEXT_PROJECTIONS, {TEXT: states, **loras})
         wanted = (*states.shape[:2], taken.shape[2])
         if products.shape != wanted or products.dtype != np.dtype(taken.dtype):
             raise IntegrityError(
@@ -232,7 +259,7 @@ def text_projections(engine: Engine) -> TextProjections:
             )
         return products
 
-    return TextProjections(project, spec)
+    return TextProjections(project, spec, loras if given else None)
 
 
 class SideGraph:

@@ -98,7 +98,6 @@ def load_engine(
     if not tried:
         require_trial(engine, device)
     features = bound_features(engine, timesteps, schedules)
-    texts = text_projections(engine) if engine.takes_text_projections else None
     files = verified_files(engine)
     spares = 0 if features is None else min(_SPARE_TIMESTEPS, max(0, MOST_TIMESTEPS - len(timesteps)))
     rows = np.concatenate([table.scales, np.repeat(table.scales[-1:], spares, 0)])
@@ -114,6 +113,7 @@ def load_engine(
     if engine.lora is not None and isinstance(runner, RebindingRunner):
         sizes = {name: bound[name].size for name in BOUND_MATRICES}
         loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
+    texts = text_projections(engine, loras) if engine.takes_text_projections else None
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)

@@ -92,12 +92,16 @@ class LoraBank:
         sizes: of the packed inputs, by name.
         rebind: gives the engine other values of them.
 
+    Attributes:
+        version: counts how often the matrices were written.
+
     Raises:
         IntegrityError: a branch lies outside the inputs.
     """
 
     def __init__(self, slots: LoraSlots, dtype: str, sizes: Mapping[str, int], rebind: Rebind) -> None:
         self.slots = slots
+        self.version = 0
         self._packed = {name: np.zeros(size, dtype) for name, size in sizes.items()}
         self._rebind = rebind
         self._added: dict[str, BranchMatrices] = {}
@@ -113,6 +117,11 @@ class LoraBank:
     def dtype(self) -> str:
         """Returns the type of the matrices."""
         return self._packed[LORA_DOWN].dtype.name
+
+    @property
+    def packed(self) -> Mapping[str, NDArray[np.floating[Any]]]:
+        """Returns ``lora_down`` and ``lora_up`` as they are now, to be read alone."""
+        return self._packed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -194,6 +203,7 @@ class LoraBank:
             if ranks != self._ranks[name]:
                 self._ranks[name] = ranks
                 self._write(name)
+        self.version += 1
         for name, values in self._packed.items():
             self._rebind(name, values)
 

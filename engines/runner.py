@@ -10,7 +10,7 @@ import numpy as np
 from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import ShapeProfile, TensorSpec
-from s2p_deploy.records.optional_inputs import is_optional, open_size
+from s2p_deploy.records.optional_inputs import LORA_STRENGTHS, is_optional, open_size
 from s2p_deploy.timesteps import known_indices, timestep_indices
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from s2p_deploy.engines.conditioning import TextProjections, TimeFeatures
+    from s2p_deploy.engines.conditioning import Acting, TextProjections, TimeFeatures
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
@@ -235,7 +235,7 @@ class BoundRunner(ClosingRunner):
             added = np.asarray(inputs[ADDED_COND], dtype=np.float32) if self._added else None
             given[PROJECTIONS] = self.features.of(given["timestep_index"], added)
         if self.texts is not None:
-            given[TEXT_PROJECTIONS] = self.texts.of(given.pop(TEXT))
+            given[TEXT_PROJECTIONS] = self.texts.of(given.pop(TEXT), given.get(LORA_STRENGTHS))
         return self._runner.infer(given)
 
     def __call__(
@@ -301,21 +301,22 @@ class BoundRunner(ClosingRunner):
 
 @dataclass(frozen=True)
 class _SeenText:
-    """Text states, at a version that PyTorch counts, and their products on the GPU.
+    """Text states, at a version that PyTorch counts, the LoRAs that acted, and the products of both on the GPU.
 
     A reference to the states is kept, so that their memory is not given to other tensors.
     """
 
     states: torch.Tensor
     version: int
+    acting: Acting
     projections: torch.Tensor
 
-    def is_of(self, states: torch.Tensor) -> bool:
-        """Tells whether ``states`` are the very same memory, and nothing was written there since."""
+    def is_of(self, states: torch.Tensor, acting: Acting) -> bool:
+        """Tells whether ``states`` are the very same memory, nothing was written there since, and LoRAs act alike."""
         if states.is_inference():  # PyTorch counts no writes to these
             return False
         ours, theirs = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (self.states, states))
-        return ours == theirs and self.version == states._version
+        return ours == theirs and self.version == states._version and self.acting == acting
 
 
 class BoundTensorRunner(BoundRunner):
@@ -330,8 +331,8 @@ class BoundTensorRunner(BoundRunner):
         """``noise_pred`` [batch, C, H, W] on the GPU, valid until the next call.
 
         Args:
-            inputs: ``sample`` and ``encoder_hidden_states`` on the GPU, ``timestep_index`` int64 [batch] on the host:
-                it is checked there, so that nothing waits for the GPU.
+            inputs: ``sample`` and ``encoder_hidden_states`` on the GPU, ``timestep_index`` int64 [batch] and
+                ``lora_strengths`` on the host: they are looked at there, so that nothing waits for the GPU.
 
         Raises:
             InputError: an input is missing, has another shape than the engine's, or an index is outside the table.
@@ -347,7 +348,7 @@ class BoundTensorRunner(BoundRunner):
         if self.features is not None:
             given[PROJECTIONS] = self._projections(inputs)
         if self.texts is not None:
-            given[TEXT_PROJECTIONS] = self._text_projections(given.pop(TEXT))
+            given[TEXT_PROJECTIONS] = self._text_projections(given.pop(TEXT), inputs.get(LORA_STRENGTHS))
         return runner.infer_tensors(given)
 
     def _zero(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -371,17 +372,20 @@ class BoundTensorRunner(BoundRunner):
             return self._table[indices.to(device, non_blocking=True)]
         return torch.from_numpy(self.features.of(indices.numpy(), inputs[ADDED_COND].float().cpu().numpy()))
 
-    def _text_projections(self, states: torch.Tensor) -> torch.Tensor:
+    def _text_projections(self, states: torch.Tensor, strengths: torch.Tensor | None) -> torch.Tensor:
         """On the GPU; nothing waits for it where the states are those of the call before, as in a sampling loop."""
         import torch
 
-        if self._seen is None or not self._seen.is_of(states):
-            assert self.texts is not None, "the caller looked"
-            given = states.detach().cpu().float().numpy().astype(self.texts.spec.dtype)
-            projections = torch.from_numpy(self.texts.of(given)).to(states.device)
+        assert self.texts is not None, "the caller looked"
+        dtype = self.texts.spec.dtype
+        weights = None if strengths is None else strengths.detach().cpu().float().numpy().astype(dtype)
+        acting = self.texts.acting(weights)
+        if self._seen is None or not self._seen.is_of(states, acting):
+            given = states.detach().cpu().float().numpy().astype(dtype)
+            projections = torch.from_numpy(self.texts.of(given, weights)).to(states.device)
             if states.is_inference():
                 return projections
-            self._seen = _SeenText(states, states._version, projections)
+            self._seen = _SeenText(states, states._version, acting, projections)
         return self._seen.projections
 
     def close(self) -> None:

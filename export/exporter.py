@@ -335,13 +335,16 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         images=None if image_attention is None else image_attention.slots,
     )
     if text_projections == "input":
-        graph = _with_text_apart(graph, layers)
+        graph = _with_text_apart(graph, layers, () if branches is None else branches.sums)
     _run(model, StripMetadata())
     return graph
 
 
-def _with_text_apart(whole: _CanonicalGraph, layers: tuple[LayerNode, ...]) -> _CanonicalGraph:
-    hoisted = HoistedText([layer.node for layer in layers])
+def _with_text_apart(
+    whole: _CanonicalGraph, layers: tuple[LayerNode, ...], sums: tuple[ir.Node, ...]
+) -> _CanonicalGraph:
+    """Divides the graph; ``sums`` are those of layers' results and their low-rank branches."""
+    hoisted = HoistedText([*(layer.node for layer in layers), *sums])
     made_by = {str(value.name): module_path(node) for node in whole.model.graph for value in node.outputs}
     _run(whole.model, hoisted)
     assert hoisted.text_graph is not None  # it was made

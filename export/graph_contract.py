@@ -19,8 +19,8 @@ scale per output
    half-precision graph computes in float32 because they could overflow: such values have names that end in ``_fp32``
 8. data: external data lies in one file beside the graph
 9. text: where products of the text are an input, ``text.onnx`` beside the graph holds those layers and keeps rules 1 to
-   8 with ``encoder_hidden_states`` alone as input; it joins on the last axis, in order and with their names, the
-   tensors that the graph divides
+   8 with ``encoder_hidden_states`` as input, and where such a layer has a low-rank branch the graph's inputs of LoRAs;
+   it joins on the last axis, in order and with their names, the tensors that the graph divides
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.records.exported_graph import TEXT_FILE
-from s2p_deploy.records.optional_inputs import BOUND_MATRICES, is_optional
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, LORA_INPUTS, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -73,7 +73,7 @@ def check_graph(path: Path, plan: PrecisionPlan, text_layers: Collection[str] = 
     _check_parts(model.graph, own, dtype, path)
     if text_layers:
         text, text_path = ir.load(path.with_name(TEXT_FILE)), path.with_name(TEXT_FILE)
-        _check_text_interface(text, dtype)
+        _check_text_interface(text, model.graph, dtype)
         apart = PrecisionPlan(tuple(layer for layer in plan.layers if layer.name in text_layers), ())
         _check_parts(text.graph, apart, dtype, text_path)
         _check_joint(text.graph, model.graph)
@@ -133,13 +133,23 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.Data
     return dtype
 
 
-def _check_text_interface(model: ir.Model, dtype: ir.DataType) -> None:
+def _check_text_interface(model: ir.Model, whole: ir.Graph, dtype: ir.DataType) -> None:
     """Rule 9: rule 1 of the text's graph."""
     _check_opset(model)
-    for values, name in ((model.graph.inputs, TEXT), (model.graph.outputs, TEXT_PROJECTIONS)):
+    text, loras = model.graph.inputs[:1], model.graph.inputs[1:]
+    for values, name in ((text, TEXT), (model.graph.outputs, TEXT_PROJECTIONS)):
         found = [(value.name, value.dtype, _first_dimension(value)) for value in values]
         if found != [(name, dtype, "batch")]:
-            raise GraphContractError(f"{TEXT_FILE} has {found}: expected {name} alone, {dtype}, batch first")
+            raise GraphContractError(f"{TEXT_FILE} has {found}: expected {name}, {dtype}, batch first")
+    taken, given = (
+        {str(value.name): (value.dtype, _sizes(value)) for value in values if value.name in LORA_INPUTS}
+        for values in (loras, whole.inputs)
+    )
+    if len(taken) < len(loras) or (taken and taken != given):
+        raise GraphContractError(
+            f"{TEXT_FILE} takes {', '.join(str(value.name) for value in loras)} besides {TEXT}: expected the graph's"
+            " inputs of LoRAs, or nothing"
+        )
 
 
 def _check_joint(text: ir.Graph, graph: ir.Graph) -> None:

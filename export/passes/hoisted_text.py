@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from s2p_deploy.export.tensors import constant
+from s2p_deploy.records.optional_inputs import LORA_INPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
 TEXT, TEXT_PROJECTIONS = "encoder_hidden_states", "text_projections"
 _AXIS = 2  # of [batch, tokens, width]
@@ -23,13 +24,15 @@ class HoistedText(ir.passes.InPlacePass):
         text graph    text → op_i → y_i → Concat → text_projections [batch, tokens, sum of widths]
         this graph    text_projections → Split → y_i → rest
 
-    Every node moves that leads from the text and constants alone to one of ``products``, and the Adds right behind
-    those (a bias, a low-rank branch). Reshapes into heads stay. The y_i have their names in both graphs.
+    Every node moves that leads from the text, constants and the inputs of LoRAs alone to one of ``products``, and the
+    Adds right behind those (a bias). Reshapes into heads stay. The y_i have their names in both graphs. What depends on
+    no text stays here too where it is read here: the strengths of LoRAs act in both graphs.
 
-    ``text_graph`` is the new graph, ``columns`` are the y_i in order, ``moved`` the nodes that left.
+    ``text_graph`` is the new graph, whose inputs are the text and those of LoRAs that it needs; ``columns`` are the y_i
+    in order, ``moved`` the nodes that are there.
 
-    Requires: a graph input ``encoder_hidden_states``, and a product that reads nothing else. Ensures: nothing here
-    reads that input, and ``text_projections`` is in its place.
+    Requires: a graph input ``encoder_hidden_states``, and a product that reads no latents. Ensures: nothing here reads
+    that input, and ``text_projections`` is in its place.
     """
 
     def __init__(self, products: Collection[ir.Node]) -> None:
@@ -41,19 +44,20 @@ class HoistedText(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Checks the requirements."""
-        known = {value for value in model.graph.inputs if value.name == TEXT}
-        if not set(self.products) & _dependent_on(known, model.graph):
+        if not set(self.products) & _of_text(model.graph):
             raise ir.passes.PreconditionError(f"no product reads {TEXT} alone")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Divides the graph."""
         graph = model.graph
         text = next(value for value in graph.inputs if value.name == TEXT)
-        of_text = _dependent_on({text}, graph)
+        of_text = _of_text(graph)
         self.moved = _behind(graph, _leading_to(of_text & set(self.products)), of_text)
         made = [value for node in graph if node in self.moved & of_text for value in node.outputs]
         ends = [value for value in made if any(reader not in self.moved for reader in value.consumers())]
-        self.text_graph = ir.Model(ir.convenience.extract(graph, [text], ends), ir_version=model.ir_version)
+        read = {value for node in self.moved for value in node.inputs}
+        taken = [text, *(value for value in graph.inputs if value.name in LORA_INPUTS and value in read)]
+        self.text_graph = ir.Model(ir.convenience.extract(graph, taken, ends), ir_version=model.ir_version)
         _sort_initializers(self.text_graph.graph, graph)
         _join(self.text_graph.graph)
         self.columns = _divide(graph, text, ends)
@@ -68,15 +72,16 @@ class HoistedText(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name} still reads {TEXT}")
 
 
-def _dependent_on(sources: Iterable[ir.Value], graph: ir.Graph) -> set[ir.Node]:
-    """Finds the nodes that depend on ``sources``, and besides on constants alone."""
-    dependent, constants = set(sources), set(graph.initializers.values())
+def _of_text(graph: ir.Graph) -> set[ir.Node]:
+    """Finds the nodes that depend on the text, and besides on constants and the inputs of LoRAs alone."""
+    dependent = {value for value in graph.inputs if value.name == TEXT}
+    beside = {*graph.initializers.values(), *(value for value in graph.inputs if value.name in LORA_INPUTS)}
     found = set()
     for node in graph:
         read = {value for value in node.inputs if value is not None}
-        if read <= constants:
-            constants.update(node.outputs)
-        elif read <= constants | dependent:
+        if read <= beside:
+            beside.update(node.outputs)
+        elif read <= beside | dependent:
             dependent.update(node.outputs)
             found.add(node)
     return found

@@ -57,7 +57,7 @@ class LoraBranches(ir.passes.InPlacePass):
     Both packed inputs are flat, so that an engine has two to bind, however many layers it has. Where a norm in front
     subtracts a shift k, the branch reads x - k and adds kA back.
 
-    ``slots`` says where each matrix lies.
+    ``slots`` says where each matrix lies, ``sums`` are the nodes that add the branches to the layers' results.
 
     Requires: targets have distinct paths. Ensures: ``slots`` has every target.
     """
@@ -66,6 +66,7 @@ class LoraBranches(ir.passes.InPlacePass):
         super().__init__()
         self.targets, self.rank, self.dtype = targets, rank, dtype
         self.slots: LoraSlots | None = None
+        self.sums: tuple[ir.Node, ...] = ()
 
     def requires(self, _model: ir.Model) -> None:
         """Checks the requirement."""
@@ -81,6 +82,7 @@ class LoraBranches(ir.passes.InPlacePass):
             groups.setdefault(target.layer.output if target.is_conv else target.read, []).append(target)
         self.slots = LoraSlots(self.rank, tuple(slot for group in groups.values() for slot in branches.add(group)))
         branches.finish()
+        self.sums = tuple(branches.sums)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -90,7 +92,7 @@ class LoraBranches(ir.passes.InPlacePass):
 
 
 class _Branches:
-    """The branches of a graph while they are added."""
+    """The branches of a graph while they are added; ``sums`` are the nodes that add them to results."""
 
     def __init__(self, graph: ir.Graph, rank: int, dtype: ir.DataType) -> None:
         self._graph, self._rank, self._dtype = graph, rank, dtype
@@ -100,6 +102,7 @@ class _Branches:
         graph.inputs.extend((self._down, self._up, strengths))
         self._down_size = self._up_size = 0
         self._sums: dict[ir.Value, ir.Value] = {}  # of a layer's result and its branch, by the result
+        self.sums: list[ir.Node] = []
         gates = (("tokens", [1], ("batch", 1, rank)), ("pixels", [2, 3], ("batch", rank, 1, 1)))
         self._tokens, self._pixels = (
             self._early("Unsqueeze", [strengths, self._integers(f"{name}/axes", axes)], name, shape)
@@ -173,7 +176,9 @@ class _Branches:
         assert producer is not None  # a node computes it
         total = _node("Add", [result, branch[-1].outputs[0]], f"{name}/sum", like=result)
         total.outputs[0].shape = result.shape
+        total.metadata_props.update(producer.metadata_props)  # the result of the same module
         self._graph.insert_after(producer, [*branch, total])
+        self.sums.append(total)
         for reader, index in readers:
             reader.replace_input_with(index, total.outputs[0])
         if result in self._graph.outputs:

@@ -196,7 +196,8 @@ class ExportedGraph(GraphContent, GraphDescription):
     ``act_scales.safetensors`` (what to bind), ``plan.yaml`` and ``timesteps.json``. Where the projected time features
     are an input, ``conditioning.onnx`` computes them: ``timesteps`` float32 [timesteps] to ``time_projections`` float32
     [timesteps, P]. Where the products of the text are an input, ``text.onnx`` computes them: ``encoder_hidden_states``
-    [batch, tokens, D] to ``text_projections`` [batch, tokens, sum of widths], whose columns are the tensors ``text``.
+    [batch, tokens, D] to ``text_projections`` [batch, tokens, sum of widths], whose columns are the tensors ``text``;
+    where these have low-rank branches, it takes the inputs of LoRAs too.
 
     Example:
         >>> graph = ExportedGraph.open(Path("build/graph"))

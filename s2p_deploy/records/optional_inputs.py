@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LORA_DOWN, LORA_UP, LORA_STRENGTHS = "lora_down", "lora_up", "lora_strengths"
+LORA_INPUTS = (LORA_DOWN, LORA_UP, LORA_STRENGTHS)
 BOUND_MATRICES = frozenset({LORA_DOWN, LORA_UP})  # replaced when adapters change, never given per step
 # A ControlNet's residuals, and an IP-Adapter's image tokens and scales.
 _PER_STEP = re.compile(rf"{LORA_STRENGTHS}|down_residual_\d+|mid_residual|block_residual_\d+|image_\w+")

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 REFERENCE = ("onnxruntime", Execution(optimization="reference"))  # ONNX Runtime, unoptimized: what parity is asked of
 TIME_TABLE = "time_projections"
-_NO_FEATURES = np.zeros((0, 0), np.float32)  # a layer reads no time features
+_NO_FEATURES = np.zeros((0, 0), np.float32)  # a layer itself reads no time features
 _LAYER_LATENTS = 16  # a layer is one product: flips do not grow in it, and few latents say as much as many
 
 
@@ -162,7 +162,8 @@ class Part:
     """A part of a graph or an engine, and where the reference has the activations that it reads.
 
     ``scales`` float32 [timesteps, quantizers] are bound to it; ``text`` is where the reference has the products of the
-    text, in the order in which the graph takes them. ``optional`` are inputs for adapters, none of which acts.
+    text, in the order in which the graph takes them. ``optional`` are inputs that change nothing: those for adapters,
+    none of which acts.
     """
 
     part: RunnableSubgraph
@@ -182,7 +183,7 @@ class Part:
         types, (batch, _, height, width) = self.part.types, call.latents.sample.shape
         sizes = {"batch": batch, "height": height, "width": width, "tokens": call.latents.text.shape[1]}
         given |= {spec.name: np.zeros(shape_at(spec, sizes)) for spec in self.optional if spec.name in types}
-        if TEXT_PROJECTIONS in types:
+        if self.text and TEXT_PROJECTIONS in types:
             given[TEXT_PROJECTIONS] = np.concatenate([call.seen[tap] for tap in self.text], -1)
         return self.part.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in types.items()})
 
@@ -329,12 +330,14 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
     (SplitLinears), the first part is compared. Arguments as :func:`block_agreement`.
     """
     layers = tuple(layer for layer in graph.layers if layer.graph == "denoiser")
+    # Only the low-rank branch of a layer reads these: what it reads lies before the layer's own shift or smoothing.
+    beyond = tuple(spec for spec in graph.inputs if spec.name in {TIME_TABLE, TEXT_PROJECTIONS})
     cuts = {
         layer.name: Part(
             parts.between([layer.input], [layer.output]),
             {layer.input: Tap(layer.name, "input")},
             scales,
-            optional=graph.optional_inputs,
+            optional=(*graph.optional_inputs, *beyond),
         )
         for layer in layers
     }

@@ -14,11 +14,14 @@ import torch
 
 from s2p_deploy.engines import build_engine, load_engine
 from s2p_deploy.engines.conditioning import TextProjections
+from s2p_deploy.engines.lora_bank import BranchMatrices, LoraBank
 from s2p_deploy.engines.runner import BoundRunner, BoundTensorRunner, ClosingRunner
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
-from s2p_deploy.records import Engine, ExportedGraph, TensorSpec, TimestepTable
+from s2p_deploy.export.lora_targets import LoraRequest
+from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph, TensorSpec, TimestepTable
 from s2p_deploy.records.artifacts import _sealed_text, file_digest
+from s2p_deploy.records.optional_inputs import LoraSlot, LoraSlots
 from tests.artifacts import tiny_calibrated, tiny_inputs
 
 TEXT = TensorSpec("encoder_hidden_states", "float32", ("batch", 2, 3))
@@ -28,15 +31,19 @@ EACH = 2 * 5 * 4  # bytes of one text's products
 
 
 class Counted:
-    """Products [1, 2, 5] of a text [1, 2, 3]: its sum, and how often that was asked."""
+    """Products [1, 2, 5] of a text [1, 2, 3], and how often that was asked.
+
+    They are the text's sum, and that of every LoRA's down matrix times its strength.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, states: np.ndarray) -> np.ndarray:
+    def __call__(self, states: np.ndarray, loras: Mapping[str, np.ndarray]) -> np.ndarray:
         assert states.shape == (1, 2, 3)
         self.calls += 1
-        return np.full((1, 2, 5), states.sum(), np.float32)
+        branch = (loras["lora_down"].reshape(3, 2) * loras["lora_strengths"]).sum() if loras else 0
+        return np.full((1, 2, 5), states.sum() + branch, np.float32)
 
 
 class Echo(ClosingRunner):
@@ -100,9 +107,9 @@ def test_tensors_are_looked_at_again_only_when_they_were_written_to(counts_write
     seen: list[int] = []
 
     class Watched(TextProjections):
-        def of(self, states: np.ndarray) -> np.ndarray:
+        def of(self, states: np.ndarray, strengths: np.ndarray | None = None) -> np.ndarray:
             seen.append(1)
-            return super().of(states)
+            return super().of(states, strengths)
 
     runner = BoundTensorRunner(Echo(), INPUTS, ROWS, texts=Watched(count, TEXT))
     with torch.inference_mode(not counts_writes):
@@ -120,10 +127,76 @@ def test_tensors_are_looked_at_again_only_when_they_were_written_to(counts_write
     assert count.calls == 3
 
 
+def bank() -> LoraBank:
+    """One branch of two ranks, in which LoRAs ``a`` and ``b`` fit side by side."""
+    made = LoraBank(
+        LoraSlots(2, (LoraSlot("to_k", "linear", (3,), 5, 0, 1, 0),)),
+        "float32",
+        {"lora_down": 6, "lora_up": 10},
+        lambda _name, _values: None,
+    )
+    for name, number in (("a", 10), ("b", 100), ("c", 1000)):
+        made.add(name, matrices({"to_k": np.full((1, 3), number, np.float32)}, {"to_k": np.ones((5, 1), np.float32)}))
+    return made
+
+
+def matrices(down: dict[str, np.ndarray], up: dict[str, np.ndarray]) -> BranchMatrices:
+    return BranchMatrices(max(map(len, down.values())), down, up)
+
+
+def test_samples_are_projected_with_their_own_loras_once_until_the_matrices_change() -> None:
+    count, loras = Counted(), bank()
+    projections = TextProjections(count, TEXT, loras)
+
+    def found(*samples: dict[str, float]) -> list[float]:
+        states = texts(*[1] * len(samples))
+        return projections.of(states, loras.strengths(samples))[:, 0, 0].tolist()
+
+    for _ in range(2):
+        assert found({}, {"a": 1}, {"a": 2}, {"a": 1}) == [6, 36, 66, 36]
+    assert count.calls == 3
+    assert found({}, {"a": 1, "b": 1}) == [6, 336]
+    assert count.calls == 4, "without LoRAs their matrices do not matter"
+    assert found({"c": 1}) == [3006], "in the ranks of another"
+    assert found({"a": 1}) == [36]
+    assert projections.of(texts(1))[0, 0, 0] == 6
+
+
+def test_tensors_are_projected_again_where_loras_act_otherwise() -> None:
+    loras = bank()
+    inputs = (
+        TensorSpec("sample", "float32", ("batch", 1)),
+        *INPUTS,
+        TensorSpec("lora_strengths", "float32", ("batch", 2)),
+    )
+    runner = BoundTensorRunner(Echo(), inputs, ROWS, texts=TextProjections(Counted(), TEXT, loras))
+    given = {"timestep_index": torch.tensor([1, 2]), "encoder_hidden_states": torch.from_numpy(texts(1, 2))}
+    given["sample"] = torch.zeros(2, 1)
+
+    def found(*samples: dict[str, float]) -> list[float]:
+        return products(given | {"lora_strengths": torch.from_numpy(loras.strengths(samples))})
+
+    def products(inputs: dict[str, torch.Tensor]) -> list[float]:
+        return runner.infer_tensors(inputs)["text_projections"][:, 0, 0].tolist()
+
+    assert products(given) == [6, 12]
+    assert found({"a": 1}, {}) == [36, 12]
+    assert found({}, {"a": 1}) == [6, 42]
+    assert found({}, {"b": 1}) == [6, 312]
+    same = loras.strengths([{}, {"b": 1}])
+    loras.add("b", matrices({"to_k": np.full((1, 3), 7, np.float32)}, {"to_k": np.ones((5, 1), np.float32)}))
+    assert found({}, {"b": 1}) == [6, 33], f"with other matrices at the same strengths {same}"
+    assert products(given) == [6, 12]
+
+
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGraph]:
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> CalibratedModel:
+    return tiny_calibrated(tmp_path_factory.mktemp("model") / "calib", "int4")
+
+
+@pytest.fixture(scope="module")
+def graphs(calibrated: CalibratedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGraph]:
     folder = tmp_path_factory.mktemp("graphs")
-    calibrated = tiny_calibrated(folder / "calib", "int4")
     return {form: export_graph(calibrated, folder / form, text_projections=form) for form in ("graph", "input")}
 
 
@@ -136,7 +209,7 @@ def counted_runs(runner: BoundRunner, batches: list[np.ndarray]) -> int:
     """How often the text graph runs while the batches of texts are asked for."""
     assert runner.texts is not None
     project, calls = runner.texts._project, []
-    runner.texts._project = lambda states: (calls.append(1), project(states))[1]
+    runner.texts._project = lambda states, loras: (calls.append(1), project(states, loras))[1]
     for states in batches:
         runner.infer(tiny_inputs(len(states)) | {"encoder_hidden_states": states})
     return len(calls)
@@ -175,6 +248,65 @@ def test_other_backends_take_it_too(graphs: dict[str, ExportedGraph]) -> None:
         with load_engine(build_engine(graph, graph.folder.parent / f"openvino-{form}", backend="openvino")) as runner:
             outputs.append(runner.infer(tiny_inputs(3))["noise_pred"])
     assert np.abs(outputs[1] - outputs[0]).max() <= 1e-2 * np.abs(outputs[0]).max()  # codes at a rounding's edge flip
+
+
+KEYS = frozenset(f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{end}" for end in "kv")
+
+
+def random_matrices(slots: LoraSlots, seed: int) -> BranchMatrices:
+    random = np.random.default_rng(seed)
+    return matrices(
+        {slot.layer: 0.5 * random.standard_normal((2, *slot.inputs)) for slot in slots.layers},
+        {slot.layer: 0.5 * random.standard_normal((slot.outputs, 2)) for slot in slots.layers},
+    )
+
+
+def drawn(engine: Engine) -> list[np.ndarray]:
+    """Predictions without LoRAs, and with two that act otherwise in every sample, before and after one is replaced."""
+    with load_engine(engine) as runner:
+        loras, inputs = runner.loras, tiny_inputs(3)
+        assert loras is not None
+        for number, name in enumerate("ab"):
+            loras.add(name, random_matrices(loras.slots, number))
+        found = [runner.infer(inputs)["noise_pred"]]
+        samples = [{"a": 1.0}, {}, {"a": 0.5, "b": -1.0}]
+        found.append(runner.infer(inputs | {"lora_strengths": loras.strengths(samples)})["noise_pred"])
+        loras.add("a", random_matrices(loras.slots, 2))
+        found.append(runner.infer(inputs | {"lora_strengths": loras.strengths(samples)})["noise_pred"])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "paths"),
+    [
+        ("onnxruntime", None),
+        pytest.param("onnxruntime", KEYS, marks=pytest.mark.slow),  # no branch is left in the denoiser's graph
+        pytest.param("openvino", None, marks=pytest.mark.slow),
+        pytest.param("openvino", KEYS, marks=pytest.mark.slow),
+    ],
+)
+def test_loras_act_as_in_the_whole_graphs(
+    calibrated: CalibratedModel,
+    engine: Engine,
+    graphs: dict[str, ExportedGraph],
+    tmp_path: Path,
+    backend: str,
+    paths: frozenset[str] | None,
+) -> None:
+    outputs = {}
+    for form in ("graph", "input"):
+        graph = export_graph(calibrated, tmp_path / form, text_projections=form, lora=LoraRequest(4, paths=paths))
+        outputs[form] = drawn(build_engine(graph, tmp_path / f"engine-{form}", backend=backend))
+    tolerance = 0 if backend == "onnxruntime" else 1e-2  # codes at a rounding's edge flip
+    for found, expected in zip(outputs["input"], outputs["graph"], strict=True):
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+    without, first, second = outputs["input"]
+    assert np.array_equal(first[1], without[1])
+    assert min(np.abs(first[[0, 2]] - without[[0, 2]]).max(), np.abs(second - first).max()) > 1e-2
+    own = backend == engine.backend
+    plain = engine if own else build_engine(graphs["input"], tmp_path / "plain", backend=backend)
+    with load_engine(plain) as runner:
+        assert np.array_equal(runner.infer(tiny_inputs(3))["noise_pred"], without)
 
 
 @pytest.mark.parametrize("kind", ["missing", "no ONNX", "another graph", "other width", "changed"])

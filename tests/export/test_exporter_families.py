@@ -17,6 +17,7 @@ from s2p_deploy.calib import calibrate, fp_denoiser
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import Subgraphs, export_graph
 from s2p_deploy.export.float_networks import conditioning_model
+from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.export.tensors import write_model
 from s2p_deploy.families import EncodedText, IndexedDenoiser, denoiser_of, family_of, load_pipeline, load_time_path
 from s2p_deploy.recipe import Recipe
@@ -143,6 +144,32 @@ def test_every_block_agrees_when_it_is_fed_what_the_network_sees(family: Family,
         found = run_onnx(parts.block(block.block), values | seen)
         assert set(found) == {tap.tensor for tap in block.leaving}
         assert min(sqnr(found[tap.tensor], seen[tap.tensor]) for tap in block.leaving) > 100, block.block
+
+
+def test_branches_of_the_text_leave_with_it(family: Family, tmp_path: Path, run_onnx: Callable) -> None:
+    """Beside the keys and values of cross-attention, or beside the context embedder."""
+    sample, rows, text = asked(family)
+    lora = LoraRequest(2, ("attention", "projections"))
+    whole, apart = (
+        export_graph(family.model, tmp_path / form, text_projections=form, lora=lora) for form in ("graph", "input")
+    )
+    assert [item.name for item in onnx.load(apart.text_file, load_external_data=False).graph.input][1:] == [
+        spec.name for spec in apart.optional_inputs
+    ]
+    random = np.random.default_rng(0)
+    shapes = {spec.name: [3 if size == "batch" else size for size in spec.shape] for spec in whole.optional_inputs}
+    loras = {name: (0.3 * random.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    given = loras | {
+        "sample": sample.numpy(),
+        "timestep_index": rows.numpy(),
+        "encoder_hidden_states": text.states.numpy(),
+        "time_projections": conditioned(family, family.graph.folder / "conditioning.onnx", run_onnx),
+    }
+    expected = run_onnx(whole.onnx_file, given)["noise_pred"]
+    found = run_onnx(apart.onnx_file, given | run_onnx(apart.text_file, given))["noise_pred"]
+    assert sqnr(found, expected) > 100
+    plain = run_onnx(family.graph.onnx_file, given)["noise_pred"]
+    assert sqnr(expected, plain) < 30
 
 
 def test_every_layer_is_in_the_graph_and_the_time_path_is_not(family: Family) -> None:

@@ -14,9 +14,11 @@ from artifacts import tiny_calibrated, tiny_inputs
 
 from s2p_deploy.errors import GraphContractError, InputError, IntegrityError
 from s2p_deploy.export import Subgraphs, check_graph, export_graph
+from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.families import SmoothedLinear, apply_transforms
 from s2p_deploy.records import ExportedGraph, TransformSpec
 from s2p_deploy.records.exported_graph import GraphDescription
+from s2p_deploy.records.optional_inputs import LORA_INPUTS
 from s2p_deploy.records.typed_json import json_text, read_json
 
 if TYPE_CHECKING:
@@ -33,6 +35,23 @@ VALUE = KEY.removesuffix("k") + "v"
 @pytest.fixture(scope="module")
 def apart(w8a8: CalibratedModel) -> ExportedGraph:
     return export_graph(w8a8, w8a8.folder.parent / "apart", text_projections="input")
+
+
+@pytest.fixture(scope="module")
+def adapted(w8a8: CalibratedModel) -> dict[str, ExportedGraph]:
+    """Graphs of both forms with low-rank branches beside attention."""
+    folder = w8a8.folder.parent
+    return {
+        form: export_graph(w8a8, folder / f"lora-{form}", text_projections=form, lora=LoraRequest(3))
+        for form in ("graph", "input")
+    }
+
+
+def lora_values(graph: ExportedGraph, batch: int = 3, *, acting: bool = True) -> dict[str, np.ndarray]:
+    random, sizes = np.random.default_rng(2), {spec.name: spec.shape for spec in graph.optional_inputs}
+    found = {name: 0.3 * random.standard_normal(sizes[name]) for name in LORA_INPUTS[:2]}
+    found["lora_strengths"] = random.standard_normal((batch, 3)) * acting
+    return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 def values(graph: ExportedGraph, batch: int = 3) -> dict[str, np.ndarray]:
@@ -85,6 +104,33 @@ def test_half_precision_too(w8a8: CalibratedModel, w8a8_half_graph: ExportedGrap
     assert projections["text_projections"].dtype == np.float16
     expected = run_onnx(w8a8_half_graph.onnx_file, given)["noise_pred"]
     np.testing.assert_array_equal(run_onnx(apart.onnx_file, given | projections)["noise_pred"], expected)
+
+
+def test_branches_of_text_layers_are_in_the_text_graph(
+    adapted: dict[str, ExportedGraph], apart: ExportedGraph, run_onnx: Callable
+) -> None:
+    whole, divided = adapted["graph"], adapted["input"]
+    assert divided.text == apart.text
+    assert divided.lora == whole.lora
+    text = onnx.load(divided.text_file, load_external_data=False).graph
+    assert [item.name for item in text.input] == ["encoder_hidden_states", *LORA_INPUTS]
+    predictions = []
+    for acting in (False, True):
+        given = values(divided) | lora_values(divided, acting=acting)
+        expected = run_onnx(whole.onnx_file, given)["noise_pred"]
+        found = run_onnx(divided.onnx_file, given | run_onnx(divided.text_file, given))["noise_pred"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        predictions.append(found)
+    plain = run_onnx(apart.onnx_file, values(apart) | run_onnx(apart.text_file, values(apart)))["noise_pred"]
+    np.testing.assert_array_equal(predictions[0], plain)
+    assert np.abs(predictions[1] - plain).max() > 0.1
+
+
+def test_without_a_branch_the_text_graph_takes_the_text_alone(
+    w8a8: CalibratedModel, apart: ExportedGraph, tmp_path: Path
+) -> None:
+    graph = export_graph(w8a8, tmp_path / "ff", text_projections="input", lora=LoraRequest(2, ("feed-forward",)))
+    assert graph.text_file.read_bytes() == apart.text_file.read_bytes()
 
 
 @pytest.mark.slow
@@ -154,7 +200,7 @@ def floating_weight(model: onnx.ModelProto) -> None:
     [
         (axis_of_join, "joined and divided otherwise"),
         (other_order, "joined and divided otherwise"),
-        (other_interface, "expected encoder_hidden_states alone"),
+        (other_interface, "expected encoder_hidden_states, FLOAT, batch first"),
         (floating_weight, f"layer {VALUE}: weights are planned int8"),
     ],
 )
@@ -169,6 +215,31 @@ def test_the_contract_covers_the_text_graph(
     onnx.save(model, copy / "text.onnx")
     with pytest.raises(GraphContractError, match=message):
         check_graph(copy / "denoiser.onnx", apart.plan, text_layers(apart))
+
+
+def other_size(model: onnx.ModelProto) -> None:
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value += 1
+
+
+def one_of_three(model: onnx.ModelProto) -> None:
+    del model.graph.input[2:]
+
+
+def another_input(model: onnx.ModelProto) -> None:
+    model.graph.input[1].name = "mid_residual"
+
+
+@pytest.mark.parametrize("change", [other_size, one_of_three, another_input])
+def test_the_text_graph_takes_the_graphs_own_loras(
+    adapted: dict[str, ExportedGraph], tmp_path: Path, change: Callable
+) -> None:
+    graph, copy = adapted["input"], tmp_path / "copy"
+    shutil.copytree(graph.folder, copy)
+    model = onnx.load(copy / "text.onnx", load_external_data=False)
+    change(model)
+    onnx.save(model, copy / "text.onnx")
+    with pytest.raises(GraphContractError, match=r"text\.onnx takes .*expected the graph's inputs of LoRAs"):
+        check_graph(copy / "denoiser.onnx", graph.plan, text_layers(graph))
 
 
 def test_a_text_layer_missing_from_both_graphs_is_found(apart: ExportedGraph) -> None:

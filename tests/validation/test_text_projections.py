@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2p_deploy.calib import calibrate, fake_quant_denoiser
 from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser
 from s2p_deploy.engines import PreparedSubgraphs, build_engine
 from s2p_deploy.export import export_graph
+from s2p_deploy.export.lora_targets import LoraRequest
+from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import ExportedGraph, PromptSet
 from s2p_deploy.validation import Chain, validate
-from s2p_deploy.validation.parity import REFERENCE, block_agreement, code_agreement
-from s2p_deploy.validation.reference import ValidationLatents
+from s2p_deploy.validation.parity import REFERENCE, block_agreement, code_agreement, layer_agreement
+from s2p_deploy.validation.reference import ValidationLatents, choose_latents, unquantized_denoiser
+from tests.validation.conftest import RECIPE
 
 KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -51,3 +55,19 @@ def test_its_engine_validates(chain: Chain, graph: ExportedGraph, prompts: Promp
     report = validate(engine, prompts, tmp_path / "report", pictures=1)
     assert report.verdict == "passed", report.failed_gates
     assert report.data["sizes"]["graph"] > sum(f.stat().st_size for f in graph.folder.glob("denoiser.onnx*"))
+
+
+@pytest.mark.slow
+def test_layers_with_branches_agree(chain: Chain, prompts: PromptSet, tmp_path: Path) -> None:
+    """The branch of a shifted layer reads what is before the shift, which other inputs lead to."""
+    recipe = recipe_from_data(RECIPE | {"transforms": {"shift": "channel"}}, "test")
+    shifted = calibrate(chain.base, recipe, prompts, tmp_path / "calib")
+    assert shifted.transforms.shifted
+    lora = LoraRequest(2, ("attention", "feed-forward", "convolutions"))
+    graph = export_graph(shifted, tmp_path / "graph", text_projections="input", lora=lora)
+    assert chain.dataset is not None
+    given, parts = choose_latents(chain.dataset, 4), PreparedSubgraphs(graph, *REFERENCE)
+    reference, twin = fake_quant_denoiser(shifted), unquantized_denoiser(shifted)
+    found = layer_agreement(reference, twin, graph, given, parts, scales=graph.scales.scales)
+    assert {layer.name for layer in found} == {layer.name for layer in graph.layers if layer.graph == "denoiser"}
+    assert min(layer.sqnr for layer in found) >= 50.0

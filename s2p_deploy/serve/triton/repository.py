@@ -16,6 +16,7 @@ from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Manifest, check_vacant, write_artifact
 from s2p_deploy.records.artifacts import copy_artifact
 from s2p_deploy.records.files import check_room, link_or_copy
+from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.serve.triton.backend import ENGINE, PIPELINE
 from s2p_deploy.serve.triton.model_config import MODEL_FILES, denoiser_config, loop_config
 
@@ -101,7 +102,7 @@ def export_repository(
 
     Raises:
         InputError: ``out`` exists and ``replace`` is not set, its disk is too small, or Triton has no backend of its
-            own for the engine (``native``).
+            own that runs the engine (``native``).
         IntegrityError: a file of the engine or the pipeline was changed.
     """
     check_vacant(out, replace=replace)
@@ -154,6 +155,12 @@ def check_native(engine: Engine) -> None:
         )
     if engine.options.stripped:
         raise InputError(f"{engine.folder} holds no weights, Triton needs them: build it without --stripped")
+    optional = [spec.name for spec in engine.inputs if is_optional(spec.name)]
+    if optional:
+        raise InputError(
+            f"{engine.folder} takes {optional[0]} for adapters, which Triton's own backends would want in every call:"
+            " leave --native out, then this package fills it with zeros"
+        )
 
 
 def _schedules(engine: Engine, base: BasePipeline, options: RepositoryOptions) -> list[list[float]]:

@@ -10,7 +10,7 @@ from graph_text import graph_from_text
 from s2p_deploy.export.passes.hoisted_text import HoistedText
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 # keys with a low-rank branch, values with smoothing, a bias and a DequantizeLinear, and a product of the latents
 GRAPH = """
@@ -48,12 +48,13 @@ VALUES = {
 OF_TEXT = {"residual", "low", "branch", "product"}
 
 
-def traced(body: str = GRAPH) -> ir.Model:
-    model = graph_from_text(body, STORED)
+def traced(body: str = GRAPH, stored: Mapping[str, np.ndarray] = STORED) -> ir.Model:
+    model = graph_from_text(body, stored)
     for node in model.graph:
         node.name = node.outputs[0].name
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[0].shape = ir.Shape(["batch", 2, 4])
+        if node.name in {"k", "v"}:  # of others nobody asks
+            node.outputs[0].shape = ir.Shape(["batch", 2, 4])
     return model
 
 
@@ -106,6 +107,43 @@ def test_a_weight_that_both_graphs_read_is_in_both(run_onnx: Callable) -> None:
     hoisted(model)
     projections = run_onnx(ir.to_proto(hoisted.text_graph), VALUES)
     np.testing.assert_array_equal(run_onnx(ir.to_proto(model), VALUES | projections)["out"], expected)
+
+
+def with_lora_inputs() -> str:
+    """The keys' branch reads inputs of LoRAs, and the gate that it shares with a branch of the queries."""
+    body = GRAPH.replace(" float[3,1] down, float[1,4] up,\n", "\n").replace(
+        "encoder_hidden_states, float[3,4] key",
+        "encoder_hidden_states, float[3] lora_down, float[4] lora_up, float[batch,1] lora_strengths, float[3,4] key,"
+        " int64[1] axes, int64[2] wide, int64[2] long",
+    )
+    body = body.replace(
+        "    residual =",
+        "    gate = Unsqueeze(lora_strengths, axes)\n    down = Reshape(lora_down, wide)\n"
+        "    up = Reshape(lora_up, long)\n    residual =",
+    )
+    body = body.replace("branch = MatMul(low, up)", "gated = Mul(low, gate)\n    branch = MatMul(gated, up)")
+    return body.replace("query = MatMul(sample, own)", "plain = MatMul(sample, own)\n    query = Mul(plain, gate)")
+
+
+def test_branches_take_the_inputs_of_loras_along_and_leave_shared_gates(run_onnx: Callable) -> None:
+    random = np.random.default_rng(1)
+    given = VALUES | {
+        name: random.standard_normal(shape).astype(np.float32)
+        for name, shape in {"lora_down": 3, "lora_up": 4, "lora_strengths": (3, 1)}.items()
+    }
+    stored = STORED | {"axes": np.asarray([1]), "wide": np.asarray([3, 1]), "long": np.asarray([1, 4])}
+    model = traced(with_lora_inputs(), stored)
+    expected = run_onnx(ir.to_proto(model), given)["out"]
+    hoisted = HoistedText([node for node in model.graph if node.op_type == "MatMul" or node.name == "k"])
+    hoisted(model)
+    loras = ["lora_down", "lora_up", "lora_strengths"]
+    assert [value.name for value in model.graph.inputs] == ["sample", "text_projections", *loras]
+    assert [node.name for node in model.graph if node.name in {"gate", "down", "up", "branch"}] == ["gate"]
+    assert hoisted.text_graph is not None
+    assert [value.name for value in hoisted.text_graph.graph.inputs] == ["encoder_hidden_states", *loras]
+    assert [value.name for value in hoisted.columns] == ["k", "v"], "no gate and no matrix"
+    projections = run_onnx(ir.to_proto(hoisted.text_graph), given)
+    np.testing.assert_array_equal(run_onnx(ir.to_proto(model), given | projections)["out"], expected)
 
 
 def test_a_graph_without_products_of_the_text_is_refused() -> None:

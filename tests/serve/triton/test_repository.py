@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from s2p_deploy.engines import BuildOptions, build_engine, load_engine, usable_backend
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.records import Engine, verify_chain
+from s2p_deploy.records import Engine, TensorSpec, verify_chain
 from s2p_deploy.records.artifacts import verified_files
 from s2p_deploy.records.engine import EngineOptions
 from s2p_deploy.serve.triton.denoiser_model import predictions
@@ -152,6 +152,18 @@ def test_what_triton_cannot_run_itself_is_refused(tiny: Tiny) -> None:
         check_native(replace(tiny.engine, backend="openvino"))
     with pytest.raises(InputError, match="holds no weights"):
         check_native(replace(tiny.engine, backend="tensorrt", options=EngineOptions(stripped=True)))
+
+
+@pytest.mark.parametrize(
+    "optional",
+    [TensorSpec("lora_strengths", "float32", ("batch", 8)), TensorSpec("mid_residual", "float32", ("batch", 8, 4, 4))],
+)
+def test_inputs_of_adapters_stay_with_this_package(tiny: Tiny, optional: TensorSpec) -> None:
+    """Its runner fills them with zeros."""
+    adapted = replace(tiny.engine, inputs=(*tiny.engine.inputs, optional))
+    assert denoiser_config(adapted, OPTIONS, []) == denoiser_config(tiny.engine, OPTIONS, [])
+    with pytest.raises(InputError, match=f"takes {optional.name} for adapters.*leave --native out"):
+        check_native(adapted)
 
 
 def test_a_bare_engine_with_its_table_given_per_call_answers_as_a_loaded_one(small: Engine) -> None:
