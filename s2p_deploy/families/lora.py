@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -55,7 +56,7 @@ _PART = re.compile(
     r"[._]lora[._](?P<side>down|up)\.weight"
     r"|\.lora_linear_layer\.(?P<old>down|up)\.weight"
     r"|\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
-    r"|\.(?P<alpha>alpha)"
+    r"|(?:[._]lora\.down\.weight)?\.(?P<alpha>alpha)"  # diffusers leaves the matrix in names that it converts
     r"|\.(?P<magnitude>lora_magnitude_vector|dora_scale)(?:\.\w+)?(?:\.weight)?"
     r")"
 )
@@ -346,7 +347,8 @@ class Lora:
             dtype = self._tensors.form(name)[0]
             if dtype not in _DTYPES:
                 raise InputError(f"{self.file}: {name} is {dtype}: give a LoRA in {', '.join(_DTYPES[:4])}")
-            if not self._tensor(name).isfinite().all():
+            # NumPy, because PyTorch's threads wait for one another on many small tensors: 5 times as long
+            if not np.isfinite(self._tensor(name).numpy()).all():
                 raise InputError(f"{self.file}: {name} holds NaN or infinity: get the file again, or train it again")
 
     def _parts(self) -> dict[str, dict[str, str]]:

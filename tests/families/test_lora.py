@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.lora import GivenLora, Lora, LowRank, fused_weight
+from s2p_deploy.families.lora import GivenLora, Lora, LoraInMemory, LowRank, fused_weight
 
 TO_Q, TO_OUT = (
     "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -90,6 +91,17 @@ def test_an_alpha_of_its_own_scales_a_layer(tmp_path: Path) -> None:
     tensors = one_layer(f"{prefix}.lora_down.weight", (8, 6), rank=4) | {f"{prefix}.alpha": torch.tensor(1.0)}
     [layer] = Lora(write(tmp_path, tensors), WEIGHTS).layers
     assert layer.scale == 0.25
+
+
+@pytest.mark.parametrize("path", [TO_Q, TO_OUT, CONV])
+def test_an_alpha_that_diffusers_renamed_scales_a_layer(tmp_path: Path, path: str) -> None:
+    """Of attention layers it gives the alpha the name of the matrix, with ``.alpha`` behind it."""
+    prefix = f"lora_unet_{path.replace('.', '_')}"
+    tensors = one_layer(f"{prefix}.lora_down.weight", WEIGHTS["unet"][path]) | {f"{prefix}.alpha": torch.tensor(1.0)}
+    converted, alphas = StableDiffusionPipeline.lora_state_dict(write(tmp_path, tensors))
+    given = converted | {name: torch.tensor(alpha) for name, alpha in alphas.items()}
+    [layer] = Lora("ink", WEIGHTS, LoraInMemory(given, {})).layers
+    assert (layer.path, layer.scale) == (path, 0.5)
 
 
 @pytest.mark.parametrize(
