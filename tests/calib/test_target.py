@@ -319,6 +319,20 @@ def search(request: CalibrationRequest, source: FloatPipeline, state: TrainingSt
     return reach_target(request, source, state, ranking)
 
 
+def test_a_target_that_spares_layers_counts_them(
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
+) -> None:
+    plan = few_state.denoiser.plan
+    by_key = {each.key: each for each in reliefs(plan)}
+    costs = costs_by_products(few_source.denoiser, plan, tokens=8)
+    target = request_of.recipe.target
+    assert costs.spared(target, by_key) == costs.of
+    counted = costs.spared(target.model_copy(update={"cost": "layers"}), by_key)
+    assert set(counted) == set(by_key)
+    assert counted == {key: len(each.layers) for key, each in by_key.items()}
+    assert max(counted.values()) > 1  # queries, keys and values read one tensor
+
+
 def test_what_holds_already_costs_nothing(
     few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
 ) -> None:
