@@ -239,6 +239,23 @@ def ordered(
     return order
 
 
+def fewest(enough: Callable[[int], bool], most: int, start: int) -> int | None:
+    """Finds the smallest count up to ``most`` that is ``enough``, as all above it are; None: none is.
+
+    It looks at ``start`` first, goes on in growing strides, and halves what is left.
+    """
+    low, high, count, stride = -1, most + 1, start, 1
+    while high - low > 1:
+        if enough(count):
+            high, count = count, count - stride
+        else:
+            low, count = count, count + stride
+        stride *= 2
+        if not low < count < high:
+            count = (low + high) // 2
+    return high if high <= most else None
+
+
 @dataclass(frozen=True)
 class Reached:
     """A target that was reached: what was relieved, what it costs, and the pictures that decided nothing.
@@ -298,6 +315,7 @@ class _Search:
         self.costs = costs_by_products(floating, plan, tokens)
         floor = 10 ** (-np.array(self.measured(tuple(self.by_key), 0, self.target.ranked)["psnr"]) / 10)
         self.order = ordered(ranking.errors, floor, self.costs.spared(self.target, self.by_key))
+        self.expected = self._expected(ranking.errors, floor)
 
     def run(self) -> tuple[TrainingState, Reached]:
         start, end = 0, max(self.target.searched, self.target.ranked)
@@ -317,21 +335,30 @@ class _Search:
 
     def fewest(self, end: int) -> int:
         """Finds how many quantizers have to go, in order, for new prompts to hold by what the first ``end`` say."""
-        low, high = -1, len(self.order)
-        best = self.measured(self.order, 0, end)
-        if not self.holds(best, self.certain):
+
+        def enough(count: int) -> bool:
+            return self.holds(self.measured(self.order[:count], 0, end), self.certain)
+
+        found = fewest(enough, len(self.order), self.expected)
+        if found is None:
+            best = self.measured(self.order, 0, end)
             raise GateFailedError(
                 f"the target of {self.asked()} cannot be reached: with every activation in floating point"
                 f"{' and every weight in INT8' if any(k.startswith('weights') for k in self.order) else ''} it is"
                 f" {self.said(best, self.certain)} in four of five draws of {self.others} new prompts; ask for less"
             )
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.holds(self.measured(self.order[:middle], 0, end), self.certain):
-                high = middle
-            else:
-                low = middle
-        return high
+        return found
+
+    def _expected(self, errors: Mapping[str, NDArray[np.float64]], floor: NDArray[np.float64]) -> int:
+        """Finds how many quantizers would have to go if errors added up; half of them where PSNR is not asked for."""
+        if self.target.psnr is None:
+            return len(self.order) // 2
+        left = floor + sum(errors.values())
+        for count, key in enumerate(self.order):
+            if self.certain(-10 * np.log10(left), self.target.at) >= self.target.psnr:
+                return count
+            left = np.maximum(left - errors[key], floor)
+        return len(self.order)
 
     def certain(self, values: NDArray[np.float64], at: str) -> float:
         """Computes what a statistic exceeds, four times in five, on as many new prompts as a validation draws."""

@@ -23,6 +23,7 @@ from s2p_deploy.calib.target import (
     Ranking,
     Reached,
     costs_by_products,
+    fewest,
     ordered,
     rank_by_picture,
     reach_target,
@@ -247,6 +248,23 @@ def test_every_quantizer_is_ordered_once(errors: list[list[float]], floor: float
     ranking = {str(number): np.array(values) for number, values in enumerate(errors)}
     order = ordered(ranking, np.full(3, floor), dict.fromkeys(ranking, 0.1))
     assert sorted(order) == sorted(ranking)
+
+
+@given(st.integers(0, 70), st.data())
+def test_the_fewest_are_found_sooner_from_nearby(most: int, data: st.DataObject) -> None:
+    needed, start = data.draw(st.integers(0, most + 1)), data.draw(st.integers(0, most))
+    asked: list[int] = []
+
+    def enough(count: int) -> bool:
+        asked.append(count)
+        return count >= needed
+
+    assert fewest(enough, most, start) == (needed if needed <= most else None)
+    assert len(set(asked)) == len(asked)
+    assert all(0 <= count <= most for count in asked)
+    if start == needed:
+        assert len(asked) <= 2
+    assert len(asked) <= 2 * (most + 2).bit_length()
 
 
 def test_costs_are_shares_of_the_multiplications(few_state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
