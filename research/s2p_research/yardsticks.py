@@ -62,8 +62,7 @@ class Task:
         """Parses ``NAME:STEPS@GUIDANCE`` or ``own@GUIDANCE``."""
         name, _, guidance = text.partition("@")
         schedule = own if name == _OWN else schedule_from_option(name)
-        length = own.max_sequence_length
-        return Task(text, replace(schedule, max_sequence_length=length), float(guidance))
+        return Task(text, replace(schedule, max_sequence_length=own.max_sequence_length), float(guidance))
 
 
 def main() -> None:
