@@ -1,16 +1,19 @@
 """A target of fidelity on the bundled pipeline: the search, and the engine on prompts that nothing has seen.
 
     python -m benchmarks.engines.target [--psnr 50] [--recipe w8a8] [--work build/target] [--pictures 256]
+    python -m benchmarks.engines.target --narrow w4a8 [--work build/target] [--set KEY=VALUE ...]
 
 The prompts of the search are drawn from the whole grammar, half of them with a combination that the pipeline was never
 trained on, as ``shapes:held_out`` has in every one; none is of that file. What is there already is kept. Writes
-``results/fidelity_target.json``.
+``results/fidelity_target.json``. The second trains a recipe of INT4 weights with what the first left in A16, to the
+engine ``WORK/RECIPE/engine``, for ``s2p_research.yardsticks`` to compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,21 @@ import numpy as np
 from s2p_deploy.api import as_prompts
 from s2p_deploy.bench.result import this_machine
 from s2p_deploy.calib import calibrate
+from s2p_deploy.cli.options import overrides_from_settings
 from s2p_deploy.context import Context
 from s2p_deploy.engines import build_engine
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import resolve_base
 from s2p_deploy.recipe import Recipe
-from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph, Prompt, PromptSet, ValidationReport
+from s2p_deploy.records import (
+    CalibratedModel,
+    Engine,
+    ExportedGraph,
+    PrecisionPlan,
+    Prompt,
+    PromptSet,
+    ValidationReport,
+)
 from s2p_deploy.shapes.scenes import distinct_captions
 from s2p_deploy.validation import validate
 
@@ -42,8 +54,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--dataset", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("build/target"))
+    parser.add_argument("--narrow", metavar="RECIPE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity_target.json")
     asked = parser.parse_args()
+    if asked.narrow:
+        found = CalibratedModel.open(asked.work / "calib").plan
+        trained(Recipe.load(asked.narrow, overrides_from_settings(asked.set)), found, asked.work, asked.dataset)
+        return
     recipe = Recipe.load(
         asked.recipe, {"target": TARGET | {"psnr": asked.psnr}, "validation": {"pictures": asked.pictures}}
     )
@@ -74,12 +92,35 @@ def prompts_of_search(calibrating: int) -> PromptSet:
 
 
 def validated(model: CalibratedModel, work: Path, pictures: int) -> ValidationReport:
-    """Validates the OpenVINO engine (f32) of a model on ``shapes:held_out``."""
+    """Validates the engine of a model on ``shapes:held_out``."""
+    engine = built(model, work)
+    return validate(engine, as_prompts("shapes:held_out").first(pictures), work / "report", replace=True)
+
+
+def built(model: CalibratedModel, work: Path) -> Engine:
+    """Exports a model and builds its OpenVINO engine (f32), unless they are there."""
     folder = work / "graph"
     graph = ExportedGraph.open(folder) if folder.exists() else export_graph(model, folder)
     folder = work / "engine"
-    engine = Engine.open(folder) if folder.exists() else build_engine(graph, folder, backend="openvino")
-    return validate(engine, as_prompts("shapes:held_out").first(pictures), work / "report", replace=True)
+    return Engine.open(folder) if folder.exists() else build_engine(graph, folder, backend="openvino")
+
+
+def trained(recipe: Recipe, found: PrecisionPlan, work: Path, dataset: Path | None) -> Engine:
+    """Trains a recipe of INT4 weights with the activations of a plan, and builds its engine."""
+    out = work / recipe.name
+    wide = {"input", "output"}  # rules of the layers that both recipes have in INT8
+    layers = tuple(layer if layer.rule in wide else replace(layer, weights=recipe.weights) for layer in found.layers)
+    model = calibrate(
+        resolve_base("shapes"),
+        recipe,
+        as_prompts("shapes:train"),
+        out / "calib",
+        plan=replace(found, layers=layers),
+        dataset=dataset,
+        context=Context(threads=1, progress=lambda *done: print(*done, flush=True)),
+    )
+    print("bits", json.dumps(model.manifest.content["average_bits"]), flush=True)
+    return built(model, out)
 
 
 def figures(model: CalibratedModel, report: ValidationReport) -> dict[str, Any]:
