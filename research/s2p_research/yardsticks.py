@@ -11,9 +11,11 @@ as the reference does, the denoiser in bfloat16 (autocast), or everything on one
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ from s2p_deploy.validation.chain import open_chain
 from s2p_deploy.validation.pictures import generate_pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
@@ -72,6 +74,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--prompts", default="shapes:held_out")
     parser.add_argument("--floors", action="store_true")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/yardsticks"), help="drawn pictures, kept for next time"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     named = [one.partition("=")[::2] for one in options.engines]
@@ -82,31 +87,42 @@ def main() -> None:
     about = {"kind": KIND, "machine": this_machine().model_dump(), "threads": torch.get_num_threads(), "same": SAME}
     about |= {"source": chains[0][1].base.base.source, "pictures": len(prompts.prompts), "prompts": options.prompts}
     for text in options.task:
-        rows += rows_of(Task.of(text, own), chains, prompts, floors=options.floors)
+        rows += rows_of(Task.of(text, own), chains, prompts, options.work, floors=options.floors)
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
         for line in lines_of(rows, text):
             print(*line, sep=" | ", flush=True)
 
 
 def rows_of(
-    task: Task, chains: Sequence[tuple[str, Chain]], prompts: PromptSet, *, floors: bool
+    task: Task, chains: Sequence[tuple[str, Chain]], prompts: PromptSet, work: Path, *, floors: bool
 ) -> list[dict[str, Any]]:
-    """Draws a task in floating point and with every engine; returns a row with every picture's numbers for each."""
-    pipe = load_pipeline(chains[0][1].base)
+    """Draws a task in floating point and with every engine; returns a row with every picture's numbers for each.
 
-    def pictures(drawing: DiffusionPipeline) -> NDArray[np.float32]:
-        return generate_pictures(drawing, prompts, task.schedule, task.guidance_scale).pictures
+    What was drawn is kept in ``work``, and not drawn again.
+    """
+    base = chains[0][1].base
+    pipe = load_pipeline(base)
+    asked = (base.base.digest, prompts.digest, task.schedule, task.guidance_scale, torch.get_num_threads())
 
-    reference = pictures(pipe)
+    def pictures(by: str, drawing: Callable[[], DiffusionPipeline]) -> NDArray[np.float32]:
+        file = work / f"{hashlib.sha256(repr((by, asked)).encode()).hexdigest()[:24]}.npy"
+        if not file.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            drawn = generate_pictures(drawing(), prompts, task.schedule, task.guidance_scale).pictures
+            np.save(file, drawn)
+        found: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        return found
+
+    reference = pictures("FP", lambda: pipe)
     rows = []
     if floors:
-        rows.append(compared_row(task, BF16, reference, pictures(_rounded(pipe, chains[0][1]))))
+        rows.append(compared_row(task, BF16, reference, pictures(BF16, lambda: _rounded(pipe, chains[0][1]))))
         with _one_thread_more():
-            rows.append(compared_row(task, OTHER_THREADS, reference, pictures(pipe)))
+            rows.append(compared_row(task, OTHER_THREADS, reference, pictures(OTHER_THREADS, lambda: pipe)))
     for name, chain in chains:
-        schedules = [timesteps_of(pipe, task.schedule)]
-        with load_engine(chain.engine, chain.graph, schedules=schedules) as runner:
-            drawn = pictures(pipeline_with_engine(pipe, chain.engine, runner))
+        with load_engine(chain.engine, chain.graph, schedules=[timesteps_of(pipe, task.schedule)]) as runner:
+            with_engine = partial(pipeline_with_engine, pipe, chain.engine, runner)
+            drawn = pictures(chain.engine.manifest.digest, with_engine)
         rows.append(compared_row(task, name, reference, drawn))
     return rows
 
