@@ -74,9 +74,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--prompts", default="shapes:held_out")
     parser.add_argument("--floors", action="store_true")
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/yardsticks"), help="drawn pictures, kept for next time"
-    )
+    parser.add_argument("--work", type=Path, default=Path("build/yardsticks"), help="keeps what was drawn")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     named = [one.partition("=")[::2] for one in options.engines]
@@ -109,7 +107,9 @@ def rows_of(
         if not file.exists():
             work.mkdir(parents=True, exist_ok=True)
             drawn = generate_pictures(drawing(), prompts, task.schedule, task.guidance_scale).pictures
-            np.save(file, drawn)
+            unfinished = file.with_suffix(".part.npy")
+            np.save(unfinished, drawn)
+            unfinished.replace(file)
         found: NDArray[np.float32] = np.load(file, allow_pickle=False)
         return found
 
