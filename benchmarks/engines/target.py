@@ -54,13 +54,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--dataset", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("build/target"))
+    parser.add_argument("--build-only", action="store_true", help="validate nothing")
     parser.add_argument("--narrow", metavar="RECIPE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS / "fidelity_target.json")
     asked = parser.parse_args()
     if asked.narrow:
-        found = CalibratedModel.open(asked.work / "calib").plan
-        trained(Recipe.load(asked.narrow, overrides_from_settings(asked.set)), found, asked.work, asked.dataset)
+        plan = CalibratedModel.open(asked.work / "calib").plan
+        trained(Recipe.load(asked.narrow, overrides_from_settings(asked.set)), plan, asked.work, asked.dataset)
         return
     recipe = Recipe.load(
         asked.recipe, {"target": TARGET | {"psnr": asked.psnr}, "validation": {"pictures": asked.pictures}}
@@ -76,9 +77,14 @@ def main() -> None:
             threads=1, samples_per_call=32, progress=lambda stage, done, total: print(stage, done, total, flush=True)
         ),
     )
-    report = validated(model, asked.work, asked.pictures)
-    asked.out.write_text(json.dumps(figures(model, report), indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(figures(model, report)["target"], indent=1), flush=True)
+    engine = built(model, asked.work)
+    found = {"machine": this_machine().model_dump()}
+    found |= {"recipe": model.manifest.recipe["target"], "target": model.manifest.content["target"]}
+    if not asked.build_only:
+        held_out = as_prompts("shapes:held_out").first(asked.pictures)
+        found |= figures(validate(engine, held_out, asked.work / "report", replace=True))
+    asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(found["target"]["text"], flush=True)
 
 
 def prompts_of_search(calibrating: int) -> PromptSet:
@@ -89,12 +95,6 @@ def prompts_of_search(calibrating: int) -> PromptSet:
     texts = islice(new, SEARCH_PROMPTS)
     search = (Prompt(f"search-{number:04d}", text) for number, text in enumerate(texts))
     return PromptSet((*as_prompts("shapes:train").first(calibrating).prompts, *search))
-
-
-def validated(model: CalibratedModel, work: Path, pictures: int) -> ValidationReport:
-    """Validates the engine of a model on ``shapes:held_out``."""
-    engine = built(model, work)
-    return validate(engine, as_prompts("shapes:held_out").first(pictures), work / "report", replace=True)
 
 
 def built(model: CalibratedModel, work: Path) -> Engine:
@@ -123,19 +123,13 @@ def trained(recipe: Recipe, found: PrecisionPlan, work: Path, dataset: Path | No
     return built(model, out)
 
 
-def figures(model: CalibratedModel, report: ValidationReport) -> dict[str, Any]:
-    """Collects what the search found and what the engine's pictures are."""
+def figures(report: ValidationReport) -> dict[str, Any]:
+    """Collects what the gates found, and what the engine's pictures are."""
     gates = [
         {"name": gate.name, "limit": gate.limit, "found": gate.value, "n": gate.n, "status": gate.status}
         for gate in report.gates
     ]
-    return {
-        "machine": this_machine().model_dump(),
-        "target": model.manifest.content["target"],
-        "recipe": model.manifest.recipe["target"],
-        "gates": gates,
-        "pictures": report.data["pictures"],
-    }
+    return {"gates": gates, "pictures": report.data["pictures"]}
 
 
 if __name__ == "__main__":
