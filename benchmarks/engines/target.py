@@ -105,17 +105,22 @@ def built(model: CalibratedModel, work: Path) -> Engine:
     return Engine.open(folder) if folder.exists() else build_engine(graph, folder, backend="openvino")
 
 
+def narrowed(plan: PrecisionPlan, weights: str) -> PrecisionPlan:
+    """Returns the plan with weights of another format, but for the first layer and the last."""
+    ends = {"input", "output"}
+    layers = (layer if layer.rule in ends else replace(layer, weights=weights) for layer in plan.layers)
+    return replace(plan, layers=tuple(layers))
+
+
 def trained(recipe: Recipe, found: PrecisionPlan, work: Path, dataset: Path | None) -> Engine:
     """Trains a recipe of INT4 weights with the activations of a plan, and builds its engine."""
     out = work / recipe.name
-    wide = {"input", "output"}  # rules of the layers that both recipes have in INT8
-    layers = tuple(layer if layer.rule in wide else replace(layer, weights=recipe.weights) for layer in found.layers)
     model = calibrate(
         resolve_base("shapes"),
         recipe,
         as_prompts("shapes:train"),
         out / "calib",
-        plan=replace(found, layers=layers),
+        plan=narrowed(found, recipe.weights),
         dataset=dataset,
         context=Context(threads=1, progress=lambda *done: print(*done, flush=True)),
     )

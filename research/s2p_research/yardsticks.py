@@ -83,11 +83,8 @@ def main() -> None:
     own = Schedule.of(chains[0][1].recipe.sampling)
     rows: list[dict[str, Any]] = []
     about = {"kind": KIND, "machine": this_machine().model_dump(), "threads": torch.get_num_threads(), "same": SAME}
-    about |= {
-        "source": Path(chains[0][1].base.base.source).name,
-        "pictures": len(prompts.prompts),
-        "prompts": options.prompts,
-    }
+    about |= {"pictures": len(prompts.prompts), "prompts": options.prompts}
+    about["source"] = Path(chains[0][1].base.base.source).name
     for text in options.task:
         rows += rows_of(Task.of(text, own), chains, prompts, options.work, floors=options.floors)
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
