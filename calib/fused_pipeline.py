@@ -17,7 +17,15 @@ import torch
 from s2p_deploy.context import silent
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint
-from s2p_deploy.families.lora import GivenLora, Lora, LoraLayer, fused_weight
+from s2p_deploy.families.lora import (
+    WEIGHT,
+    GivenLora,
+    Lora,
+    LoraLayer,
+    changeable_weights,
+    component_checkpoints,
+    fused_weight,
+)
 from s2p_deploy.families.network_files import check_network, component_classes, read_json
 from s2p_deploy.families.pipelines import BasePipeline, resolve_base
 from s2p_deploy.families.streamed_tensors import write_tensor_file
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from s2p_deploy.context import Progress
 
 RECORD = Path("lora") / "fused.json"  # one folder down, as the files are that a pipeline's digest is of
-_SUFFIX, _WEIGHT = ".safetensors", ".weight"
+_SUFFIX = ".safetensors"
 _TOP_SUFFIXES = {".json", ".md", ".txt"}  # index and sampling of a pipeline, its card and license
 _SUFFIXES = {".json", ".model", ".safetensors", ".txt"}
 _Changes = list[tuple[Lora, LoraLayer, float]]
@@ -51,8 +59,8 @@ def fuse_loras(
             type; the pipeline's files are not whole; the disk has no room.
         IntegrityError: what was written before was changed.
     """
-    checkpoints = _checkpoints(base)
-    weights = {name: _layers(checkpoint) for name, checkpoint in checkpoints.items()}
+    checkpoints = component_checkpoints(base)
+    weights = changeable_weights(checkpoints)
     loras = [Lora(each.file, weights) for each in given]
     record: dict[str, Any] = {"pipeline": base.base.digest, "loras": _described(loras, given)}
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -61,7 +69,7 @@ def fuse_loras(
     changes: dict[str, dict[str, _Changes]] = {}
     for lora, each in zip(loras, given, strict=True):
         for layer in lora.layers:
-            changes.setdefault(layer.component, {}).setdefault(layer.path + _WEIGHT, []).append(
+            changes.setdefault(layer.component, {}).setdefault(layer.path + WEIGHT, []).append(
                 (lora, layer, each.weight)
             )
     with claimed(folder):
@@ -80,35 +88,17 @@ def fused_loras(base: BasePipeline) -> list[dict[str, Any]]:
     return list(read_json(file).get("loras", [])) if file.is_file() else []
 
 
-def _checkpoints(base: BasePipeline) -> dict[str, Checkpoint]:
-    """Opens the components that LoRAs are for: the denoiser and the text encoders."""
-    denoiser = base.denoiser_folder.name
-    networks = component_classes(base.folder, torch.nn.Module)
-    names = {denoiser: DIFFUSERS_WEIGHTS}
-    names |= {name: TRANSFORMERS_WEIGHTS for name in networks if name.startswith("text_encoder")}
-    return {name: Checkpoint(base.folder / name, weights) for name, weights in names.items()}
-
-
-def _layers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Finds the shapes of weights that a low-rank product can be added to, by the path of their layer."""
-    return {
-        name.removesuffix(_WEIGHT): stored.shape
-        for name, stored in checkpoint.tensors.items()
-        if name.endswith(_WEIGHT) and len(stored.shape) in {2, 4}
-    }
-
-
 def _described(loras: Sequence[Lora], given: Sequence[GivenLora]) -> list[dict[str, Any]]:
     """Describes LoRAs for the record. Raises InputError where one is given twice."""
-    digests = [lora.sha256 for lora in loras]
-    for number, digest in enumerate(digests):
-        if digest in digests[:number]:
+    digests = [lora.digests() for lora in loras]
+    whole = [each["sha256"] for each in digests]
+    for number, digest in enumerate(whole):
+        if digest in whole[:number]:
             raise InputError(f"LoRA {given[number].file} is given twice: give it once, with the sum of the weights")
-    described = []
-    for lora, each in zip(loras, given, strict=True):
-        entry = {"file": each.file.name, "sha256": lora.sha256, "weight": each.weight}
-        described.append(entry if lora.settings is None else entry | {"settings": lora.settings})
-    return described
+    return [
+        {"file": each.file.name, "sha256": own["sha256"], "weight": each.weight} | own
+        for own, each in zip(digests, given, strict=True)
+    ]
 
 
 def _write(

@@ -34,6 +34,7 @@ from s2p_deploy.records.exported_graph import CONDITIONING_FILE, TEXT_FILE
 from s2p_deploy.records.files import available_memory, free_bytes
 
 TIMEOUT_S = 3600.0
+_ADAPTED = ("lora", "images")  # parts of a graph's content that say what adapters it takes
 BASE_MEMORY = 120 * 10**6  # interpreter and libraries, before any weight
 MEMORY_PER_WEIGHT_BYTE = 1.5  # least seen: the backend's copy, and the file pages that go into it
 DISK_PER_WEIGHT_BYTE = 2.0  # the prepared graph and the engine, side by side until the end
@@ -88,18 +89,22 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
             if side_graph or name in {"act_scales.safetensors", "timesteps.json"}:
                 copy_verified(graph, name, folder / name, one_link=True)
         context.progress("build", 1, 1)
-        content = compiled | {
-            "sizes": {name: (folder / name).stat().st_size for name in compiled["engine_files"]},
-            "backend": backend,
-            **dataclasses.asdict(resolved.execution),
-            "options": dataclasses.asdict(resolved),
-            "dtype": graph.dtype,
-            "profile": resolved.resolved_profile.to_json(),
-            "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
-            "quantizers": graph.manifest.content["quantizers"],
-            "added_width": graph.added_width,
-            "denoiser_config": graph.manifest.content["denoiser_config"],
-        }
+        content = (
+            compiled
+            | {
+                "sizes": {name: (folder / name).stat().st_size for name in compiled["engine_files"]},
+                "backend": backend,
+                **dataclasses.asdict(resolved.execution),
+                "options": dataclasses.asdict(resolved),
+                "dtype": graph.dtype,
+                "profile": resolved.resolved_profile.to_json(),
+                "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
+                "quantizers": graph.manifest.content["quantizers"],
+                "added_width": graph.added_width,
+                "denoiser_config": graph.manifest.content["denoiser_config"],
+            }
+            | {part: graph.manifest.content[part] for part in _ADAPTED if part in graph.manifest.content}
+        )
         (folder / CARD).write_text(engine_card(graph, content), encoding="utf-8")
         return content
 

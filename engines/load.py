@@ -18,9 +18,10 @@ import numpy as np
 from s2p_deploy.child_process import ChildEndedError, Limits, call
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.conditioning import text_projections, time_features
+from s2p_deploy.engines.lora_bank import LoraBank
 from s2p_deploy.engines.lowerings import RECORDED, STATIC
 from s2p_deploy.engines.machine import private_folder
-from s2p_deploy.engines.options import MOST_TIMESTEPS
+from s2p_deploy.engines.options import MOST_TIMESTEPS, shape_at
 from s2p_deploy.engines.runner import (
     BOUND,
     OUTPUT,
@@ -35,6 +36,7 @@ from s2p_deploy.engines.spare_timesteps import SpareTimesteps
 from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
 from s2p_deploy.records import Engine, ScaleTable
 from s2p_deploy.records.artifacts import verified_files
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES
 from s2p_deploy.timesteps import scales_for_schedule, scales_of_timesteps, timestep_indices, with_schedules
 
 if TYPE_CHECKING:
@@ -100,18 +102,24 @@ def load_engine(
     files = verified_files(engine)
     spares = 0 if features is None else min(_SPARE_TIMESTEPS, max(0, MOST_TIMESTEPS - len(timesteps)))
     rows = np.concatenate([table.scales, np.repeat(table.scales[-1:], spares, 0)])
-    takes_scales = any(spec.name == BOUND for spec in engine.inputs)
-    runner: Runner = backend.load(engine, files, {BOUND: rows} if takes_scales else {}, device)
+    matrices = [spec for spec in engine.inputs if spec.name in BOUND_MATRICES]
+    bound: dict[str, NDArray[Any]] = {spec.name: np.zeros(shape_at(spec, {}), spec.dtype) for spec in matrices}
+    if any(spec.name == BOUND for spec in engine.inputs):
+        bound[BOUND] = rows
+    runner: Runner = backend.load(engine, files, bound, device)
     spare = None
     if features is not None and spares and isinstance(runner, RebindingRunner):
         spare = _spare_timesteps(engine, timesteps, rows, runner, features)
+    loras = None
+    if engine.lora is not None and isinstance(runner, RebindingRunner):
+        sizes = {name: bound[name].size for name in BOUND_MATRICES}
+        loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)
-    per_step = tuple(spec for spec in engine.inputs if spec.name != BOUND)
+    per_step = tuple(spec for spec in engine.inputs if spec.name not in bound)
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    profile = engine.profile
-    return kind(runner, per_step, timesteps, features, texts, profile=profile, spare=spare)
+    return kind(runner, per_step, timesteps, features, texts, profile=engine.profile, spare=spare, loras=loras)
 
 
 def _spare_timesteps(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import Execution, ShapeProfile, Span, TensorSpec
+from s2p_deploy.records.optional_inputs import open_size
 from s2p_deploy.records.typed_json import read_value
 
 if TYPE_CHECKING:
@@ -93,12 +94,15 @@ def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
     Raises:
         InputError: another size is dynamic.
     """
-    other = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
-    if other:
-        raise InputError(
-            f"input {spec.name} has the dynamic size {other[0]!r}: only {' and '.join(sizes)} may be dynamic"
-        )
-    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+    shape: list[int] = []
+    for size in spec.shape:
+        known = size if isinstance(size, int) else open_size(size, sizes)
+        if known is None:
+            raise InputError(
+                f"input {spec.name} has the dynamic size {size!r}: only {' and '.join(sizes)} may be dynamic"
+            )
+        shape.append(known)
+    return tuple(shape)
 
 
 def profile_for(graph: ExportedGraph, profile: ShapeProfile) -> ShapeProfile:

@@ -10,6 +10,7 @@ import numpy as np
 from s2p_deploy.engines.options import shape_at
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import ShapeProfile, TensorSpec
+from s2p_deploy.records.optional_inputs import is_optional, open_size
 from s2p_deploy.timesteps import known_indices, timestep_indices
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from s2p_deploy.engines.conditioning import TextProjections, TimeFeatures
+    from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
     from s2p_deploy.timesteps import Timesteps
@@ -94,8 +96,8 @@ class TorchRunner(ClosingRunner):
     """A PyTorch denoiser, floating point or fake-quant, which computes where its weights are (a function: on the CPU).
 
     It is called with ``sample`` [batch, C, H, W], ``timestep_index`` int64 [batch], ``encoder_hidden_states`` [batch,
-    tokens, D] and, where it is given, ``added_cond`` [batch, A]. Floating-point inputs are cast to ``dtype`` (None:
-    float32).
+    tokens, D] and, where it is given, ``added_cond`` [batch, A]; inputs of adapters are a mapping ``optional`` by their
+    names. Floating-point inputs are cast to ``dtype`` (None: float32).
     """
 
     def __init__(self, module: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> None:
@@ -124,8 +126,11 @@ class TorchRunner(ClosingRunner):
             return inputs[name].to(device, dtype, non_blocking=True)
 
         texts = [placed(name, self._dtype) for name in (TEXT, ADDED_COND) if name in inputs]
+        optional = {name: placed(name, self._dtype) for name in inputs if is_optional(name)}
+        named = {"optional": optional} if optional else {}
+        first = placed("sample", self._dtype), placed("timestep_index", torch.int64)
         with torch.no_grad():
-            return {OUTPUT: self._module(placed("sample", self._dtype), placed("timestep_index", torch.int64), *texts)}
+            return {OUTPUT: self._module(*first, *texts, **named)}
 
     @property
     def _device(self) -> torch.device:
@@ -145,7 +150,8 @@ class BoundRunner(ClosingRunner):
     Values are cast to the types of the engine's inputs. ``timesteps`` says which timestep every index is, and ``spare``
     gives indices to further ones (None: they are refused); ``features`` gives their projected time features, and
     ``texts`` the products of the text, where the engine takes those as an input. ``profile`` says which latents and
-    texts the engine takes (None: those of the sizes that its inputs have).
+    texts the engine takes (None: those of the sizes that its inputs have). Inputs of adapters (``optional``) are zeros
+    where a call leaves them out; ``loras`` makes those of LoRAs (None: the engine has no branches for them).
 
     Example:
         >>> with load_engine("build/engine") as runner:
@@ -164,21 +170,25 @@ class BoundRunner(ClosingRunner):
         *,
         profile: ShapeProfile | None = None,
         spare: SpareTimesteps | None = None,
+        loras: LoraBank | None = None,
     ) -> None:
         self.timesteps, self.features, self.texts = timesteps, features, texts
+        self.loras = loras
         self._spare = spare
         self.profile = profile or ShapeProfile()
         self._runner = runner
         self._taken = inputs
         stands_for = {} if texts is None else {TEXT_PROJECTIONS: texts.spec}
-        own = tuple(stands_for.get(spec.name, spec) for spec in inputs if spec.name != PROJECTIONS)
+        needed = [spec for spec in inputs if spec.name != PROJECTIONS and not is_optional(spec.name)]
+        own = tuple(stands_for.get(spec.name, spec) for spec in needed)
+        self.optional = tuple(spec for spec in inputs if is_optional(spec.name))
         width = 0 if features is None else features.added_width
         added = (TensorSpec(ADDED_COND, "float32", ("batch", width)),) if width else ()
         self._inputs, self._added = own, added
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Lists the inputs of a call; the batch is a name, another open size is the one tuned for."""
+        """Lists the inputs that a call needs; the batch is a name, another open size is the one tuned for."""
         tuned = {name: size for name, size in self.profile.sizes("optimum").items() if name != "batch"}
         return tuple(
             replace(spec, shape=tuple(tuned.get(str(size), size) for size in spec.shape))
@@ -213,8 +223,11 @@ class BoundRunner(ClosingRunner):
         Raises:
             InputError: an input is missing, has another shape than the engine's, or an index is outside the table.
         """
-        self._check(inputs)
+        sizes = self._check(inputs)
         given = {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in self._inputs}
+        for spec in self.optional:
+            value = inputs[spec.name] if spec.name in inputs else np.zeros(shape_at(spec, sizes), spec.dtype)
+            given[spec.name] = np.ascontiguousarray(value, dtype=spec.dtype)
         if self.features is not None:
             added = np.asarray(inputs[ADDED_COND], dtype=np.float32) if self._added else None
             given[PROJECTIONS] = self.features.of(given["timestep_index"], added)
@@ -248,16 +261,17 @@ class BoundRunner(ClosingRunner):
         if self.texts is not None:
             self.texts.close()
 
-    def _check(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> None:
-        unknown = set(inputs) - {spec.name for spec in self.inputs}
+    def _check(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Checks a call's inputs, and returns the sizes that they leave open."""
+        unknown = set(inputs) - {spec.name for spec in (*self.inputs, *self.optional)}
         if unknown:
             raise InputError(f"the engine has no input {sorted(unknown)[0]!r} to give per step")
         sizes = self._sizes(inputs)
-        for spec in (*self._inputs, *self._added):
+        for spec in (*self._inputs, *self._added, *(spec for spec in self.optional if spec.name in inputs)):
             if spec.name not in inputs:
                 raise InputError(f"the engine needs an input {spec.name!r}")
             shape = np.shape(inputs[spec.name])  # a tensor has one too
-            wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape)
+            wanted = tuple((open_size(size, sizes) or size) if isinstance(size, str) else size for size in spec.shape)
             if shape != wanted:
                 longer = shape[:1] + shape[2:] == wanted[:1] + wanted[2:] and spec.name == TEXT
                 advice = ": for texts of several chunks, export and build with --chunks" if longer else ""
@@ -266,6 +280,7 @@ class BoundRunner(ClosingRunner):
         index = np.asarray(inputs["timestep_index"])
         if ((index < 0) | (index >= count)).any():
             raise InputError(f"a timestep_index is outside the scale table, whose indices are 0 to {count - 1}")
+        return sizes
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]] | Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Returns the open sizes by name: the batch, and those of latents and text, which the profile must span."""
@@ -304,6 +319,7 @@ class BoundTensorRunner(BoundRunner):
     """A bound engine whose runner takes tensors: what is bound is on the GPU, ``infer`` is as ever."""
 
     _seen: _SeenText | None = None
+    _zeros: dict[str, torch.Tensor] | None = None  # of optional inputs that the last calls left out
     _table: torch.Tensor | None = None  # the stored time projections of all timesteps, where the samples are
     _version = 0  # of the features in it
 
@@ -320,13 +336,24 @@ class BoundTensorRunner(BoundRunner):
         runner = self._runner
         if not isinstance(runner, TensorRunner):
             raise InputError("this engine's runner takes no tensors: call infer")
-        self._check(inputs)
+        sizes = self._check(inputs)
         given = {name: tensor for name, tensor in inputs.items() if name != ADDED_COND}
+        for spec in self.optional:
+            if spec.name not in given:
+                given[spec.name] = self._zero(spec.name, shape_at(spec, sizes), inputs["sample"])
         if self.features is not None:
             given[PROJECTIONS] = self._projections(inputs)
         if self.texts is not None:
             given[TEXT_PROJECTIONS] = self._text_projections(given.pop(TEXT))
         return runner.infer_tensors(given)
+
+    def _zero(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Returns zeros beside ``like``, the same memory in every step."""
+        self._zeros = self._zeros or {}
+        kept = self._zeros.get(name)
+        if kept is None or kept.shape != shape or kept.device != like.device or kept.dtype != like.dtype:
+            self._zeros[name] = kept = like.new_zeros(shape)
+        return kept
 
     def _projections(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns projections: of a stored table without a way through the host, of a prompt from there."""
@@ -356,7 +383,7 @@ class BoundTensorRunner(BoundRunner):
 
     def close(self) -> None:
         """Closes the engine."""
-        self._seen = self._table = None
+        self._seen = self._table = self._zeros = None
         super().close()
 
 

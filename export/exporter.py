@@ -18,11 +18,14 @@ from s2p_deploy.context import Context
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export.float_networks import check_time_path, conditioning_model, time_path_model
 from s2p_deploy.export.graph_contract import check_graph
+from s2p_deploy.export.lora_targets import LoraRequest, lora_targets
 from s2p_deploy.export.lowering.rescale import lower_rescale
 from s2p_deploy.export.passes.float32_layers import Float32Layers
 from s2p_deploy.export.passes.fold_constants import FoldConstants
 from s2p_deploy.export.passes.gather_scales import GatherScales, QuantizerSpec
 from s2p_deploy.export.passes.hoisted_text import HoistedText
+from s2p_deploy.export.passes.image_attention import ImageAttention
+from s2p_deploy.export.passes.lora_branches import LoraBranches
 from s2p_deploy.export.passes.names import ReadableNames, StripMetadata
 from s2p_deploy.export.passes.open_sizes import OpenSizes
 from s2p_deploy.export.passes.time_projections import TimeProjections
@@ -55,16 +58,20 @@ from s2p_deploy.records.exported_graph import (
     TextChunks,
 )
 from s2p_deploy.records.files import check_room
+from s2p_deploy.records.image_slots import MOST_IMAGE_ADAPTERS, MOST_IMAGE_TOKENS
 from s2p_deploy.records.precision_plan import PLAN_FILE, write_plan
 from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_scale_table, write_timestep_table
 from s2p_deploy.records.typed_json import json_data, json_text
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import Block, Tap, TimePath
     from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records.image_slots import ImageSlots
+    from s2p_deploy.records.optional_inputs import LoraSlots
 
 DType = Literal["fp32", "fp16"]
 TimeTableForm = Literal["constant", "input"]
@@ -84,6 +91,9 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     text_projections: TextProjectionsForm = "graph",
     sizes: Sizes = "fixed",
     chunks: tuple[int, int] | None = None,
+    lora: LoraRequest | None = None,
+    controlnet: bool = False,
+    images: tuple[int, int] | None = None,
     replace: bool = False,
     context: Context = Context(),
 ) -> ExportedGraph:
@@ -104,13 +114,18 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             the network's levels or patches ask for.
         chunks: the fewest and most chunks of text that the graph takes, each as long as the calibrated one; it stays
             open for any number of tokens in between (None: one chunk).
+        lora: the layers that get low-rank branches, whose matrices are inputs (None: none).
+        controlnet: whether the residuals of a ControlNet are inputs.
+        images: the most tokens of an image prompt, and how many of these act at once, each of its own IP-Adapter (None:
+            the graph takes none).
         replace: whether an artifact at ``out`` may be replaced.
         context: its progress is called after every tensor that is written.
 
     Raises:
         InputError: ``out`` exists; its disk has no room; a ratio of scales or a weight is out of the range of
             ``dtype``; the model has no such form; ``chunks`` are no such numbers; ``time_path`` is missing, or not that
-            of the model's time table.
+            of the model's time table; a layer that ``lora`` wants can have no branch; ``images`` are out of range, or
+            the denoiser has no cross-attention.
         GraphContractError: a planned layer is not in the denoiser, or the graph breaks its own contract.
     """
     check_vacant(out, replace=replace)
@@ -120,7 +135,18 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     config = calibrated.denoiser_config()
-    graph = _canonical_graph(calibrated, config, dtype, form, text_projections, sizes, open_tokens=text is not None)
+    graph = _canonical_graph(
+        calibrated,
+        config,
+        dtype,
+        form,
+        text_projections,
+        sizes,
+        open_tokens=text is not None,
+        lora=lora,
+        controlnet=controlnet,
+        image_attention=None if images is None else _image_attention(config, *images, DTYPES[dtype]),
+    )
     conditioning = None
     if form == "input" and calibrated.added_width:
         conditioning = conditioning_model(calibrated, config, half=dtype == "fp16")
@@ -144,6 +170,8 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         write_timestep_table(calibrated.timesteps, folder / TIMESTEPS_FILE)
         opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
         opened |= {} if text is None else {"chunks": json_data(text)}
+        opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}
+        opened |= {} if graph.images is None else {"images": json_data(graph.images)}
         return {
             "dtype": dtype,
             "opset": OPSET,
@@ -203,6 +231,8 @@ class _CanonicalGraph:
     float32_layers: tuple[str, ...] = ()
     text_model: ir.Model | None = None
     text: tuple[GraphTap, ...] = ()
+    lora: LoraSlots | None = None
+    images: ImageSlots | None = None
 
 
 def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChunks:
@@ -210,6 +240,21 @@ def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChu
     if not 1 <= fewest <= most <= MOST_CHUNKS:
         raise InputError(f"{fewest} to {most} chunks of text: 1 to {MOST_CHUNKS} are possible, ascending")
     return TextChunks(calibrated.tokens, fewest, most)
+
+
+def _image_attention(config: dict[str, Any], tokens: int, adapters: int, dtype: ir.DataType) -> ImageAttention:
+    """Makes the pass that lets a graph take image prompts. Raises InputError where it cannot, or not so many."""
+    for given, most, what in (
+        (tokens, MOST_IMAGE_TOKENS, "tokens of an image prompt"),
+        (adapters, MOST_IMAGE_ADAPTERS, "IP-Adapters at once"),
+    ):
+        if not 1 <= given <= most:
+            raise InputError(f"{given} {what}: 1 to {most} are possible")
+    if family_of_config(config).component != "unet":
+        raise InputError(
+            "no IP-Adapter can act on this denoiser, which has no cross-attention: leave --image-tokens out"
+        )
+    return ImageAttention(tokens, adapters, dtype)
 
 
 def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
@@ -221,6 +266,9 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     sizes: Sizes,
     *,
     open_tokens: bool,
+    lora: LoraRequest | None,
+    controlnet: bool,
+    image_attention: ImageAttention | None,
 ) -> _CanonicalGraph:
     """Makes the canonical graph: traced, named, located, quantized, lowered."""
     kind, plan, source = DTYPES[dtype], calibrated.plan, calibrated.time_source()
@@ -232,9 +280,14 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         dtype=_TORCH[dtype],
         sizes=sizes,
         open_tokens=open_tokens,
+        controlnet=controlnet,
     )
     model, direct = traced.model, DirectWeights()
     _run(model, FoldConstants(), *([OpenSizes()] if sizes == "dynamic" or open_tokens else []))
+    if sizes == "dynamic":
+        for value in model.graph.inputs:
+            if value.name in traced.optional:
+                value.shape = ir.Shape(traced.optional[value.name])
     if isinstance(source, TimeTable):
         _run(model, TimeProjections(source.projections, time_table, kind))
     _run(model, direct, TransposedKeys(), ReadableNames())
@@ -245,6 +298,7 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
     # blocks and layers are described before quantizers change what they read
     blocks = _blocks(model.graph, traced.blocks, layers)
     described = tuple(_describe(layer, calibrated) for layer in layers)
+    branches = None if lora is None else LoraBranches(lora_targets(calibrated, layers, lora), lora.rank, kind)
     reference_scales = usable_reference_scales(calibrated.scales, dtype)
     counts = {layer.plan.name: _weights_per_channel(layer) for layer in layers}
     overflowing = overflowing_layers(calibrated, counts, reference_scales) if dtype == "fp16" else frozenset()
@@ -259,13 +313,23 @@ def _canonical_graph(  # noqa: PLR0913 - an export's own arguments
         kind,
     )
     _run(model, StoredWeights(direct.keys, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
+    _run(model, *(adapters for adapters in (branches, image_attention) if adapters is not None))
     for quantizer in plan.activation_quantizers:
         fmt = format_by_name(quantizer.activations)
         assert fmt is not None  # an activation quantizer has a format
         members = [layer for layer in layers if layer.plan.activation_quantizer == quantizer.name]
         lower_rescale(model.graph, quantizer.name, fmt, members, scales.scales[quantizer.name])
     _run(model, Float32Layers(full))
-    graph = _CanonicalGraph(model, described, blocks, reference_scales, tuple(layer.plan.name for layer in full))
+    _put_last(model.graph, traced.optional)
+    graph = _CanonicalGraph(
+        model,
+        described,
+        blocks,
+        reference_scales,
+        tuple(layer.plan.name for layer in full),
+        lora=None if branches is None else branches.slots,
+        images=None if image_attention is None else image_attention.slots,
+    )
     if text_projections == "input":
         graph = _with_text_apart(graph, layers)
     _run(model, StripMetadata())
@@ -287,6 +351,14 @@ def _with_text_apart(whole: _CanonicalGraph, layers: tuple[LayerNode, ...]) -> _
         text_model=hoisted.text_graph,
         text=tuple(GraphTap(made_by[str(v.name)], "output", str(v.name)) for v in hoisted.columns),
     )
+
+
+def _put_last(graph: ir.Graph, optional: Collection[str]) -> None:
+    """Moves inputs behind the others."""
+    moved = [value for value in graph.inputs if value.name in optional]
+    for value in moved:
+        graph.inputs.remove(value)
+    graph.inputs.extend(moved)
 
 
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:

@@ -2,7 +2,8 @@
 
 Rules, each one function:
 
-1. interface: names, element types and dynamic dimensions of inputs and outputs; opset; ONNX's own operators only
+1. interface: names, element types and dynamic dimensions of inputs and outputs, those of adapters behind the others;
+   opset; ONNX's own operators only
 2. names: every node has one, no two share one
 3. weighted nodes: every Conv and MatMul with a stored weight is a planned layer, and every planned layer is there;
 hence
@@ -41,6 +42,7 @@ from s2p_deploy.export.tracing import INPUTS, OPSET, OUTPUT
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.records import PrecisionPlan
 from s2p_deploy.records.exported_graph import TEXT_FILE
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -105,7 +107,8 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.Data
     expected = [text if name == TEXT else name for name in INPUTS] + (
         [ACT_SCALES] if plan.activation_quantizers else []
     )
-    if [name for name in inputs if name != TIME_PROJECTIONS] != expected:
+    needed = [name for name in inputs if name != TIME_PROJECTIONS and not is_optional(str(name))]
+    if needed != expected:
         raise GraphContractError(
             f"inputs are {', '.join(map(str, inputs))}: expected {', '.join(expected)} in this order"
         )
@@ -117,7 +120,7 @@ def _check_interface(model: ir.Model, plan: PrecisionPlan, text: str) -> ir.Data
         wanted = types.get(str(name), dtype)
         if value.dtype != wanted:
             raise GraphContractError(f"input {name} is {value.dtype}: expected {wanted}")
-        if name != ACT_SCALES and _first_dimension(value) != "batch":
+        if name not in {ACT_SCALES, *BOUND_MATRICES} and _first_dimension(value) != "batch":
             raise GraphContractError(f"input {name} has first dimension {_first_dimension(value)}: expected batch")
     if plan.activation_quantizers and _sizes(inputs[ACT_SCALES])[1:] != (len(plan.activation_quantizers),):
         raise GraphContractError(

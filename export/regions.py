@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from s2p_deploy.errors import GraphContractError
+from s2p_deploy.records.optional_inputs import is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -103,7 +104,8 @@ def _bias_node(plan: LayerPlan, node: ir.Node) -> ir.Node | None:
 
 def conditions(graph: ir.Graph) -> frozenset[ir.Value]:
     """Finds the values that depend only on initializers, sizes and the inputs that are the same for all latents."""
-    known = {value for value in graph.inputs if value.name in _CONDITIONS} | set(graph.initializers.values())
+    given = {value for value in graph.inputs if value.name in _CONDITIONS or is_optional(str(value.name))}
+    known = given | set(graph.initializers.values())
     for node in graph:
         if node.op_type == "Shape" or all(value is None or value in known for value in node.inputs):
             known.update(node.outputs)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.training_memory import Fit, TrainingTime
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.families.lora import GivenLora
     from s2p_deploy.pipeline import EnginePipeline, Schedule
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import (
@@ -168,6 +169,12 @@ def export_graph(  # noqa: PLR0913 - the command's options
     text_projections: Literal["graph", "input"] = "graph",
     sizes: Literal["fixed", "dynamic"] = "fixed",
     chunks: tuple[int, int] | None = None,
+    lora_rank: int | None = None,
+    lora_layers: Sequence[str] = ("attention",),
+    lora_for: Sequence[str | Path] = (),
+    controlnet: bool = False,
+    image_tokens: int | None = None,
+    image_adapters: int = 1,
     model: str | Path | BasePipeline | None = None,
     force: bool = False,
     context: Context = Context(),
@@ -184,6 +191,13 @@ def export_graph(  # noqa: PLR0913 - the command's options
             prompt beside the graph.
         sizes: ``fixed`` takes latents of the trained size, ``dynamic`` of any height and width.
         chunks: the fewest and most chunks of text that one engine takes, for long or weighted prompts (None: one).
+        lora_rank: ranks of the low-rank branches through which an engine takes LoRAs at run time, as many as those that
+            act at once have together (None: no branches, or with ``lora_for`` the largest rank of these files).
+        lora_layers: kinds of layers that get a branch.
+        lora_for: LoRA files; exactly the layers that they change get a branch.
+        controlnet: makes the residuals of ControlNets inputs; left out of a call, they are zeros.
+        image_tokens: the most tokens of an image prompt that an engine takes from an IP-Adapter (None: it takes none).
+        image_adapters: how many IP-Adapters may act at once.
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.
@@ -197,11 +211,16 @@ def export_graph(  # noqa: PLR0913 - the command's options
         ['sample', 'timestep_index', 'encoder_hidden_states', 'act_scales']
     """
     from s2p_deploy.export.exporter import export_graph as export_calibrated
+    from s2p_deploy.export.lora_targets import lora_request
     from s2p_deploy.families import load_time_path
     from s2p_deploy.records import CalibratedModel
 
     opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
     needs_path = time_table == "input" and not opened.added_width
+    lora = None
+    if lora_rank is not None or lora_for:
+        base = base_of(opened.manifest, model) if lora_for else None
+        lora = lora_request(lora_rank, tuple(lora_layers), [Path(file) for file in lora_for], base)
     return export_calibrated(
         opened,
         new_folder(out),
@@ -211,6 +230,9 @@ def export_graph(  # noqa: PLR0913 - the command's options
         text_projections=text_projections,
         sizes=sizes,
         chunks=chunks,
+        lora=lora,
+        controlnet=controlnet,
+        images=None if image_tokens is None else (image_tokens, image_adapters),
         replace=force,
         context=context,
     )
@@ -271,6 +293,7 @@ def validate(  # noqa: PLR0913 - the command's options
     floor: str | Path | Engine | None = None,
     weights: str | Path | None = None,
     bench: Mapping[str, Any] | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
     graph: str | Path | None = None,
     calib: str | Path | None = None,
     model: str | None = None,
@@ -292,6 +315,8 @@ def validate(  # noqa: PLR0913 - the command's options
         floor: an engine of recipe ``fp`` of the same pipeline, to report beside this one.
         weights: folder of weights for LPIPS, FID and CLIP scores, with ``SHA256SUMS``.
         bench: the object that ``s2p-deploy bench --json`` printed of this engine, for the report.
+        lora: LoRA files, each perhaps with ``:weight`` behind it, which act in all pictures, the pipeline's and the
+            engine's.
         graph: the engine's graph, if it was moved since the build.
         calib: the graph's calibrated model, if it was moved since the export.
         model: the floating-point pipeline, if it was moved since calibration.
@@ -326,6 +351,7 @@ def validate(  # noqa: PLR0913 - the command's options
         floor=None if floor is None else as_engine(floor),
         weights=None if weights is None else open_weights(Path(weights)),
         bench=bench,
+        loras=as_loras(lora),
         replace=force,
         command=command,
         context=context,
@@ -451,10 +477,15 @@ def with_loras(
     if not lora:
         return base
     from s2p_deploy.calib.fused_pipeline import fuse_loras
+
+    return fuse_loras(base, as_loras(lora), beside, context.progress)
+
+
+def as_loras(lora: str | Path | Sequence[str | Path]) -> tuple[GivenLora, ...]:
+    """Parses LoRA files, each perhaps with ``:weight`` behind it. Raises InputError for anything else."""
     from s2p_deploy.families.lora import GivenLora
 
-    given = [GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora)]
-    return fuse_loras(base, given, beside, context.progress)
+    return tuple(GivenLora.parse(str(each)) for each in ([lora] if isinstance(lora, str | Path) else lora))
 
 
 def base_of(manifest: Manifest, model: str | Path | BasePipeline | None = None) -> BasePipeline:

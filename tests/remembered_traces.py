@@ -85,7 +85,8 @@ def write_trace(traced: TracedDenoiser, folder: Path) -> None:
         assert value.shape is not None
         value.const_value = ir.ExternalTensor("none", 0, 0, value.dtype, shape=value.shape, name=name)
     (folder / _GRAPH).write_bytes(ir.to_proto(traced.model).SerializeToString())
-    (folder / _BLOCKS).write_text(json.dumps([dataclasses.asdict(block) for block in traced.blocks]))
+    blocks = [dataclasses.asdict(block) for block in traced.blocks]
+    (folder / _BLOCKS).write_text(json.dumps({"blocks": blocks, "optional": traced.optional}))
 
 
 def read_trace(folder: Path) -> TracedDenoiser:
@@ -93,7 +94,9 @@ def read_trace(folder: Path) -> TracedDenoiser:
     model = ir.load(folder / _GRAPH)
     for value in model.graph.initializers.values():
         value.const_value = None
-    return TracedDenoiser(model, tuple(map(_block, json.loads((folder / _BLOCKS).read_text()))))
+    noted = json.loads((folder / _BLOCKS).read_text())
+    optional = {name: tuple(shape) for name, shape in noted["optional"].items()}
+    return TracedDenoiser(model, tuple(map(_block, noted["blocks"])), optional)
 
 
 def _block(data: dict[str, Any]) -> Block:

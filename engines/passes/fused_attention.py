@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from s2p_deploy.engines.passes.attention import Attention, find_attention
 from s2p_deploy.engines.passes.rescaled_quantizers import remove_unread
+from s2p_deploy.export.attention import Attention, find_attention
 
 DOMAIN = "com.microsoft"
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from s2p_deploy.engines.passes.attention import find_attention
+from s2p_deploy.export.attention import find_attention
 
 if TYPE_CHECKING:
-    from s2p_deploy.engines.passes.attention import Attention, Heads
+    from s2p_deploy.export.attention import Attention, Heads
 
 _TILE = 32  # bfloat16 values in a row of an AMX tile
 _TEXT_TOKENS = "tokens"

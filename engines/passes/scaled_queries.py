@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from s2p_deploy.engines.passes.attention import constant_of, producer_of, reader_of
 from s2p_deploy.engines.passes.rescaled_quantizers import remove_unread
+from s2p_deploy.export.attention import constant_of, producer_of, reader_of
 
 
 class ScaledQueries(ir.passes.InPlacePass):

@@ -259,7 +259,7 @@ class _Progressive(IndexedDenoiser):
             input_quantizer=SimulatedInputQuantizer,
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # ranges are found without adapters
         self, sample: Tensor, timestep_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
     ) -> Tensor:
         index, inputs = int(timestep_index[0]), (sample, timestep_index, encoder_hidden_states, added_cond)

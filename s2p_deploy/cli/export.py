@@ -48,6 +48,38 @@ def export(  # noqa: PLR0913 - its options
             "own; one if omitted.",
         ),
     ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="Slots for LoRAs at run time: a low-rank branch of so many ranks beside layers, shared by all LoRAs "
+            "that act at once.",
+        ),
+    ] = None,
+    lora_layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Which layers have slots: attention (if omitted), feed-forward, projections, convolutions; may be "
+            "repeated.",
+        ),
+    ] = None,
+    lora_for: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Slots at exactly the layers that this LoRA changes; may be repeated."),
+    ] = None,
+    controlnet: Annotated[
+        bool, typer.Option("--controlnet", help="Inputs for the residuals of ControlNets, which engines then take.")
+    ] = False,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Image prompts at run time: a second cross-attention for up to so many tokens of an IP-Adapter (4 an "
+            "image, 16 of a Plus adapter).",
+        ),
+    ] = None,
+    image_adapters: Annotated[int, typer.Option(metavar="M", help="How many IP-Adapters may act at once.")] = 1,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -69,6 +101,12 @@ def export(  # noqa: PLR0913 - its options
             text_projections=text_projections,
             sizes=sizes,
             chunks=span,
+            lora_rank=lora_rank,
+            lora_layers=lora_layers or ["attention"],
+            lora_for=lora_for or (),
+            controlnet=controlnet,
+            image_tokens=image_tokens,
+            image_adapters=image_adapters,
             model=model,
             force=force,
             context=context,

@@ -22,7 +22,9 @@ from s2p_deploy.cli.output import Outcome, show
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from s2p_deploy.pipeline import StartPicture
+    from diffusers import DiffusionPipeline
+
+    from s2p_deploy.pipeline import Control, StartPicture
 
 SizeOption = Annotated[
     int | None, typer.Option(min=1, metavar="PIXELS", help="Size of the picture, if the engine takes several.")
@@ -71,6 +73,19 @@ def generate(  # noqa: PLR0913 - its options
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
+    controlnet: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER", help="A ControlNet in diffusers format, of an engine exported for it; may be repeated."
+        ),
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="What each --controlnet reads: a picture of the size that is drawn."),
+    ] = None,
+    control_scale: Annotated[
+        list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --controlnet; 1 if omitted.")
+    ] = None,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",
@@ -87,6 +102,7 @@ def generate(  # noqa: PLR0913 - its options
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out} must end in .png")
     start = _start_picture(image, strength, mask, sized=height is not None or width is not None)
+    named = _named_controls(controlnet or [], control_image or [], control_scale or [])
     opened = as_engine(engine, public_key)
     base = base_of(opened.manifest, model)
     from s2p_deploy.families import divide_text
@@ -128,6 +144,7 @@ def generate(  # noqa: PLR0913 - its options
             seed=seed,
             long_prompts=long_prompts,
             start=start,
+            controls=[_control(pipe, *each) for each in named],
         )
         chunks = len(divide_text(pipe, prompt))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +158,31 @@ def generate(  # noqa: PLR0913 - its options
     )
     more = {"guidance_scale": guidance, "timesteps": asdict(origins), "chunks": 1 if cut else chunks, "cut": cut}
     return show(Outcome(data | more, text), as_json=as_json)
+
+
+def _named_controls(folders: list[Path], images: list[Path], scales: list[float]) -> list[tuple[Path, Path, float]]:
+    """Puts together what each ControlNet reads and how strong it is."""
+    if len(folders) != len(images):
+        raise InputError(f"{len(folders)} --controlnet and {len(images)} --control-image: give one picture for each")
+    if len(scales) not in {0, len(folders)}:
+        raise InputError(f"{len(folders)} --controlnet and {len(scales)} --control-scale: give one for each, or none")
+    return list(zip(folders, images, scales or [1.0] * len(folders), strict=True))
+
+
+def _control(pipe: DiffusionPipeline, folder: Path, image: Path, scale: float) -> Control:
+    """Loads a ControlNet for a pipeline, and its picture."""
+    from s2p_deploy.families import denoiser_of
+    from s2p_deploy.families.controlnets import load_controlnet
+    from s2p_deploy.pipeline import Control
+    from s2p_deploy.pipeline.start_picture import read_picture
+
+    try:
+        picture = read_picture(_bytes_of(image), "control picture")
+    except InputError as error:
+        raise InputError(f"{image}: {error}") from error
+    denoiser = denoiser_of(pipe)
+    network = load_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype)
+    return Control(network.to(pipe.device), picture, scale)
 
 
 def _start_picture(

@@ -55,6 +55,13 @@ def validate(  # noqa: PLR0913 - its options
     bench: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="What bench --json printed of this engine, for the report.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA that acts in all pictures, the pipeline's and the engine's; repeatable.",
+        ),
+    ] = None,
     recheck: Annotated[
         Path | None, typer.Option(metavar="REPORT", help="Judge this finished report by other gates; runs nothing.")
     ] = None,
@@ -84,7 +91,7 @@ def validate(  # noqa: PLR0913 - its options
     finished report by other gates and runs nothing.
     """
     measuring: dict[str, object] = {"--prompts": prompts, "--pictures": pictures, "--schedule": schedules}
-    measuring |= {"--floor": floor, "--weights-dir": weights_dir, "--bench": bench}
+    measuring |= {"--floor": floor, "--weights-dir": weights_dir, "--bench": bench, "--lora": lora}
     if bisect:
         _refuse(measuring | {"--out": out, "--recheck": recheck}, "--bisect looks at stored latents only")
         return bisect_model(engine, calib, plan_out, device, as_json=as_json)
@@ -104,6 +111,7 @@ def validate(  # noqa: PLR0913 - its options
         "pictures": pictures,
         "schedules": [schedule_from_option(text) for text in schedules or ()],
         "weights": weights_dir,
+        "lora": lora or (),
         "bench": _bench_from(bench) if bench else None,
         "command": _command(engine, measuring | {"--out": out}),
         "force": force,

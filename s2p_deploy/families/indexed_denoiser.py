@@ -16,6 +16,8 @@ from s2p_deploy.records import TimestepTable, TimeTable
 from s2p_deploy.timesteps import timestep_table_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diffusers import DiffusionPipeline, ModelMixin
     from torch import Tensor
 
@@ -51,7 +53,12 @@ class IndexedDenoiser(torch.nn.Module):
         return device
 
     def forward(
-        self, sample: Tensor, timestep_index: Tensor, encoder_hidden_states: Tensor, added_cond: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep_index: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond: Tensor | None = None,
+        optional: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predicts the network's raw output [batch, C, H, W].
 
@@ -60,9 +67,10 @@ class IndexedDenoiser(torch.nn.Module):
             timestep_index: int64 [batch]; samples of one batch may differ.
             encoder_hidden_states: [batch, tokens, D] text states.
             added_cond: [batch, A] conditions of the time features besides the timestep; not read where A is 0.
+            optional: inputs of adapters by name, such as a ControlNet's residuals, in their order.
         """
         features = self.time(timestep_index, added_cond)
-        return self.family.predict_from_features(self.network, sample, features, encoder_hidden_states)
+        return self.family.predict_from_features(self.network, sample, features, encoder_hidden_states, optional or {})
 
     def time_slices(self) -> dict[str, tuple[int, int]]:
         """Returns each consumer's columns of the projected features, by path, in module order."""

@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.checkpoint import check_no_pointer
+from s2p_deploy.families.checkpoint import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, check_no_pointer
+from s2p_deploy.families.checkpoint import DTYPES as CHECKPOINT_DTYPES
+from s2p_deploy.families.network_files import component_classes
 from s2p_deploy.records import file_digest
 from s2p_deploy.records.tensor_file import TensorFile
 
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from s2p_deploy.families.pipelines import BasePipeline
+
     # by component, the shape of every layer's weight by the layer's path in the component's file
     Weights = Mapping[str, Mapping[str, tuple[int, ...]]]
 
+WEIGHT = ".weight"  # ends the names of the tensors that low-rank products are added to
 _MOST_RANK = 4096
 _DENOISERS = ("unet", "transformer")
 _PEFT_CONFIG = "adapter_config.json"
@@ -180,6 +185,20 @@ class LowRank:
         return product.view(len(self.up), *self.down.shape[1:])
 
 
+def check_low_rank(file: Path | str, layers: Iterable[LoraLayer]) -> None:
+    """Checks that a LoRA's changes are low-rank products alone, which a branch beside a layer computes.
+
+    Raises:
+        InputError: it is a DoRA, which scales the whole weight.
+    """
+    scaling = next((layer for layer in layers if layer.magnitude is not None), None)
+    if scaling is not None:
+        raise InputError(
+            f"{file} is a DoRA: it scales the whole weight of {scaling.path}, which no branch beside it can: fuse it"
+            " (calibrate --lora, or adapt)"
+        )
+
+
 def fused_weight(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Tensor:
     """Adds LoRAs to a weight [out, in, ...], one after the other, each with its own weight; computed in float32.
 
@@ -197,32 +216,84 @@ def fused_weight(weight: Tensor, changes: Iterable[tuple[LowRank, float]]) -> Te
     return fused
 
 
+def component_checkpoints(base: BasePipeline) -> dict[str, Checkpoint]:
+    """Opens the components that LoRAs are for: the denoiser and the text encoders."""
+    names = {base.denoiser_folder.name: DIFFUSERS_WEIGHTS}
+    networks = component_classes(base.folder, torch.nn.Module)
+    names |= {name: TRANSFORMERS_WEIGHTS for name in networks if name.startswith("text_encoder")}
+    return {name: Checkpoint(base.folder / name, weights) for name, weights in names.items()}
+
+
+def changeable_weights(checkpoints: Mapping[str, Checkpoint]) -> Weights:
+    """Finds the shapes of weights that a low-rank product can be added to, by component and path of their layer."""
+    return {
+        component: {
+            name.removesuffix(WEIGHT): stored.shape
+            for name, stored in checkpoint.tensors.items()
+            if name.endswith(WEIGHT) and len(stored.shape) in {2, 4}
+        }
+        for component, checkpoint in checkpoints.items()
+    }
+
+
+def network_weights(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Finds the shapes of a network's weights that a low-rank product can be added to, by path of their layer."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters() if name.endswith(WEIGHT)}
+    return {name.removesuffix(WEIGHT): shape for name, shape in shapes.items() if len(shape) in {2, 4}}
+
+
+class LoraInMemory:
+    """The tensors of a LoRA that was read elsewhere, as diffusers hands them on.
+
+    Args:
+        tensors: by the names that a file would give them, alphas among them.
+        settings: PEFT's, prefixed with their component.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+        self._tensors, self.settings = tensors, settings
+        self.names = tuple(tensors)
+
+    def form(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Returns the dtype of a tensor, as safetensors names it, and its shape."""
+        tensor = self._tensors[name]
+        kind = next((kind for kind, dtype in CHECKPOINT_DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
+        return kind, tuple(tensor.shape)
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor, on the CPU."""
+        return self._tensors[name].detach().cpu()
+
+
 class Lora:
-    """A LoRA's file, held against a pipeline.
+    """A LoRA, held against a pipeline.
 
     Attributes:
-        file: its path.
-        sha256: of the file, in hex.
-        settings: SHA-256 of PEFT's settings beside it, where they were read; else None.
+        file: its path, or for one in memory its name.
         layers: what it changes, in the order of the pipeline's files.
     """
 
-    def __init__(self, file: Path, weights: Weights) -> None:
+    def __init__(self, file: Path | str, weights: Weights, given: LoraInMemory | None = None) -> None:
         """Reads the file once, and finds the layers.
 
         Args:
             file: in safetensors.
             weights: of the pipeline, those of layers that can be changed.
+            given: what is in memory already, so that no file is read.
 
         Raises:
             InputError: the file is no LoRA, not whole, pickled, or of a kind that is not read; a number is NaN or
                 infinity; a tensor belongs to no layer of the pipeline, or does not fit it; it changes nothing.
         """
         self.file = file
-        self._metadata = _metadata(file)
-        self._tensors = TensorFile(file)
-        self.sha256 = file_digest(file)
-        self._settings, self.settings = self._peft_settings()
+        self._metadata: Mapping[str, str] = {}
+        if given is None:
+            path = Path(file)
+            self._metadata = _metadata(path)
+            self._tensors: TensorFile | LoraInMemory = TensorFile(path)
+            self._settings = _PeftSettings(*_settings_of(path, self._metadata))
+        else:
+            self._tensors, self._settings = given, _PeftSettings(given.settings)
         self._check_numbers()
         parts = self._parts()
         finder = _LayerFinder(weights)
@@ -238,6 +309,11 @@ class Lora:
         self.layers = tuple(self._layer(*place, found[place], weights) for place in order if place in found)
         if not any(self._changes(layer) for layer in self.layers):
             raise InputError(f"{file} changes nothing: the product of every layer's matrices is zero")
+
+    def digests(self) -> dict[str, str]:
+        """Returns the SHA-256 of its file in hex, and of PEFT's settings beside it where they were read."""
+        files = {"sha256": Path(self.file)} | ({} if self._settings.file is None else {"settings": self._settings.file})
+        return {name: file_digest(file) for name, file in files.items()}
 
     def read(self, layer: LoraLayer) -> LowRank:
         """Reads the matrices of one of its layers."""
@@ -357,20 +433,13 @@ class Lora:
             return float(alpha) / rank
         return self._settings.scale(names["down"], path, rank)
 
-    def _peft_settings(self) -> tuple[_PeftSettings, str | None]:
-        beside = self.file.with_name(_PEFT_CONFIG)
-        if _DIFFUSERS_METADATA in self._metadata:
-            return _PeftSettings(_parsed(self._metadata[_DIFFUSERS_METADATA], self.file)), None
-        if self.file.name.startswith("adapter_model") and beside.is_file():
-            return _PeftSettings(_parsed(beside.read_text(encoding="utf-8"), beside)), file_digest(beside)
-        return _PeftSettings({}), None
-
 
 @dataclass(frozen=True)
 class _PeftSettings:
-    """PEFT's ``LoraConfig`` as JSON: diffusers prefixes every key with its component."""
+    """PEFT's ``LoraConfig`` as JSON: diffusers prefixes every key with its component. ``file`` is where it stood."""
 
     values: Mapping[str, Any]
+    file: Path | None = None
 
     def scale(self, name: str, path: str, rank: int) -> float:
         """Computes alpha / rank of a layer, or alpha / √rank where it was trained so; 1 without an alpha."""
@@ -514,6 +583,16 @@ def _metadata(file: Path) -> dict[str, str]:
             ) from error
         reason = " ".join(str(error).split())
         raise InputError(f"LoRA {file} is damaged or not whole ({reason}): get it again") from error
+
+
+def _settings_of(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], Path | None]:
+    """Finds PEFT's settings, in a LoRA's header or in a file beside it, and that file."""
+    beside = file.with_name(_PEFT_CONFIG)
+    if _DIFFUSERS_METADATA in metadata:
+        return _parsed(metadata[_DIFFUSERS_METADATA], file), None
+    if file.name.startswith("adapter_model") and beside.is_file():
+        return _parsed(beside.read_text(encoding="utf-8"), beside), beside
+    return {}, None
 
 
 def _parsed(text: str, file: Path) -> dict[str, Any]:

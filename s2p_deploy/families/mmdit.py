@@ -14,11 +14,13 @@ from s2p_deploy.families.model_family import (
     Block,
     Columns,
     Config,
+    Shape,
     Tap,
     TimeConsumer,
     check_channels,
     check_sample_size,
 )
+from s2p_deploy.records.optional_inputs import block_residual, is_residual
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,11 +90,25 @@ class MMDiTFamily:
         pooled: Tensor | None = conditions.get("pooled_projections")
         return pooled
 
-    def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
+    def predict_from_features(
+        self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor, optional: Mapping[str, Tensor]
+    ) -> Tensor:
         """Calls a transformer without time path."""
+        residuals = [value.flatten(1, 2) for name, value in optional.items() if is_residual(name)]
+        # diffusers counts the last block in, behind which nothing is added
+        given = [*residuals, residuals[-1]] if residuals else None
         # the pooled text's argument cannot be left out, but the removed time path was all that read it
-        output: Tensor = network(sample, text, features, features, return_dict=False)[0]
+        output: Tensor = network(
+            sample, text, features, features, block_controlnet_hidden_states=given, return_dict=False
+        )[0]
         return output
+
+    def residual_inputs(self, network: nn.Module) -> dict[str, Shape]:
+        """Returns one input per block but the last, behind which diffusers adds nothing: [batch, rows, columns, D]."""
+        assert isinstance(network, SD3Transformer2DModel), "a network of this family"
+        patch = network.config.patch_size
+        shape = ("batch", f"height/{patch}", f"width/{patch}", network.inner_dim)
+        return {block_residual(number): shape for number in range(len(network.transformer_blocks) - 1)}
 
     def blocks(self, network: nn.Module) -> tuple[Block, ...]:
         """Returns the patch embedding, the joint blocks and the tail.

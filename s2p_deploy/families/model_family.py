@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = dict[str, Any]
+Shape = tuple[int | str, ...]  # of names for open sizes
 
 
 def check_sample_size(config: Config, *, one_number: bool) -> None:
@@ -164,8 +165,19 @@ class ModelFamily(Protocol):
     ) -> Tensor:
         """Predicts [batch, C, H, W] with a whole network, for ``timesteps`` float32 [batch]."""
 
-    def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
-        """Predicts [batch, C, H, W] with a network without time path, for projected features [batch, P]."""
+    def predict_from_features(
+        self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor, optional: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Predicts [batch, C, H, W] with a network without time path, for projected features [batch, P].
+
+        ``optional`` are the inputs of adapters by name, or none.
+        """
+
+    def residual_inputs(self, network: nn.Module) -> dict[str, Shape]:
+        """Returns the inputs that take a ControlNet's residuals by name, and their shapes, in the order of its outputs.
+
+        Open sizes are ``batch`` and fractions of ``height`` and ``width`` of the latents.
+        """
 
     def added_cond(self, conditions: Mapping[str, Any]) -> Tensor | None:
         """Returns ``added_cond`` [batch, A] from a pipeline's keyword arguments, or None where they have none.

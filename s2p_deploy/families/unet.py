@@ -14,11 +14,13 @@ from s2p_deploy.families.model_family import (
     Block,
     Columns,
     Config,
+    Shape,
     TimeConsumer,
     check_channels,
     check_sample_size,
     guidance_width,
 )
+from s2p_deploy.records.optional_inputs import MID_RESIDUAL, down_residual, is_residual
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -161,11 +163,33 @@ class UNetFamily:
         present = [part.float() for part in parts if part is not None]
         return torch.cat(present, 1) if present else None
 
-    def predict_from_features(self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor) -> Tensor:
+    def predict_from_features(
+        self, network: nn.Module, sample: Tensor, features: Tensor, text: Tensor, optional: Mapping[str, Tensor]
+    ) -> Tensor:
         """Calls a UNet without time path."""
-        # the timestep argument must be a tensor [batch], but the removed time path was all that read it
-        output: Tensor = network(sample, features[:, 0], text, timestep_cond=features, return_dict=False)[0]
+        down = tuple(value for name, value in optional.items() if is_residual(name) and name != MID_RESIDUAL)
+        output: Tensor = network(
+            sample,
+            features[:, 0],  # must be a tensor [batch], but the removed time path was all that read it
+            text,
+            timestep_cond=features,
+            down_block_additional_residuals=down or None,
+            mid_block_additional_residual=optional.get(MID_RESIDUAL),
+            return_dict=False,
+        )[0]
         return output
+
+    def residual_inputs(self, network: nn.Module) -> dict[str, Shape]:
+        """Returns one input per shortcut, and that of the middle block."""
+        assert isinstance(network, UNet2DConditionModel), "a network of this family"
+        factor, shapes = 1, [_map(network.conv_in.out_channels, 1)]
+        for block in network.down_blocks:
+            shapes += [_map(resnet.out_channels, factor) for resnet in block.resnets]
+            for downsampler in block.downsamplers or ():
+                factor *= 2
+                shapes.append(_map(downsampler.out_channels, factor))
+        inputs = {down_residual(number): shape for number, shape in enumerate(shapes)}
+        return inputs | {MID_RESIDUAL: shapes[-1]}
 
     def blocks(self, network: nn.Module) -> tuple[Block, ...]:
         """Returns the first convolution, resnets, transformers and resamplers, and the tail.
@@ -202,6 +226,12 @@ class UNetFamily:
                     shortcuts[f"{path}.conv_shortcut"] = channels
                 channels = resnet.conv2.out_channels
         return shortcuts
+
+
+def _map(channels: int, factor: int) -> Shape:
+    """Returns the shape of a map of features, ``factor`` latents high and wide at each of its places."""
+    sides = ("height", "width") if factor == 1 else (f"height/{factor}", f"width/{factor}")
+    return "batch", channels, *sides
 
 
 def _layer_blocks(name: str, module: nn.Module) -> Iterator[Block]:

@@ -11,6 +11,7 @@ from s2p_deploy.pipeline.components import (
     denoiser_from_engine,
     engine_denoiser,
 )
+from s2p_deploy.pipeline.control import Control
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
@@ -37,6 +38,7 @@ from s2p_deploy.pipeline.start_picture import StartPicture
 
 __all__ = [
     "AuxiliaryComponent",
+    "Control",
     "EngineAutoencoder",
     "EngineComponent",
     "EngineDenoiser",

@@ -17,15 +17,18 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.component_engines import copy_networks, load_component_engines
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.engines.runner import ADDED_COND, OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import family_of_config
 from s2p_deploy.families.components import AUTOENCODER, DECODER, ENCODER, LAYERS, POOLED, STATES, pixels_per_latent
 from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import guidance_width
+from s2p_deploy.pipeline.denoiser_loras import ComponentWithLoras, DenoiserLoras
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.records import ComponentEngines, Engine, open_artifact
 from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
+from s2p_deploy.records.optional_inputs import LORA_STRENGTHS, is_residual
 from s2p_deploy.timesteps import timestep_indices
 
 if TYPE_CHECKING:
@@ -36,33 +39,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
-    from s2p_deploy.records import TimestepTable
+    from s2p_deploy.engines.lora_bank import LoraBank
+    from s2p_deploy.records import TensorSpec, TimestepTable
     from s2p_deploy.timesteps import Timesteps
 
     Indices = Callable[[Timesteps], NDArray[np.int64]]
 
 _ADDED = ("added_cond_kwargs", "pooled_projections")  # a pipeline's keywords for the added conditions
 _GUIDANCE = "timestep_cond"  # the keyword for LCM's embedding of the guidance scale
+_DOWN, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+_BLOCKS = "block_controlnet_hidden_states"
+_RESIDUALS = (_DOWN, _MIDDLE, _BLOCKS)  # the keywords for what a ControlNet gives
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
-_FUSE = "leave it out; a LoRA is fused into the floating-point pipeline before you calibrate"
+_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # a pipeline's keywords for its LoRAs' scale
 _CONDITION_ADVICE = {
-    "cross_attention_kwargs": _FUSE,
-    "joint_attention_kwargs": _FUSE,
     "attention_mask": "leave the mask out, or use the floating-point pipeline",
     "encoder_attention_mask": "leave the mask out, or use the floating-point pipeline",
+    **dict.fromkeys(_RESIDUALS, "for ControlNets, export with --controlnet and build again"),
 }
 
 
 def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a condition of any kind
-    """Returns whether a condition changes no prediction: it is empty, masks nothing, or scales a LoRA by one."""
+    """Returns whether a condition changes no prediction: it is empty, or masks nothing."""
     if name.endswith("attention_mask") and isinstance(value, torch.Tensor):
         return bool((value == 1).all())
-    return value is None or (isinstance(value, dict) and value in ({}, {"scale": 1.0}))
+    return value is None or value == {}
 
 
-class EngineDenoiser(EngineComponent):
+class EngineDenoiser(ComponentWithLoras):
     """A denoiser that computes on a runner.
 
     Args:
@@ -73,9 +79,11 @@ class EngineDenoiser(EngineComponent):
         profile: the sizes of latents and texts that the runner takes (None: those that the network was trained on).
         engine: the engine on disk that the runner runs, if it is one.
         indices: looks timesteps up instead of ``timesteps``: an engine may have indices for further ones.
+        bank: the engine's low-rank branches (None: it has none).
+        optional: the inputs of adapters that the runner takes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a runner needs, and options by keyword
         self,
         runner: Runner,
         config: Mapping[str, Any],
@@ -84,13 +92,16 @@ class EngineDenoiser(EngineComponent):
         *,
         engine: Engine | None = None,
         indices: Indices | None = None,
+        bank: LoraBank | None = None,
+        optional: tuple[TensorSpec, ...] = (),
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, DenoiserLoras(bank, config))
         self.runner = runner
         self.timesteps = timesteps
         self._indices: Indices = indices or partial(timestep_indices, table=timesteps)
         self.profile = profile
         self.engine = engine
+        self.optional = optional
         self._family = family_of_config(config)
         self._added_width = self._family.added_width(dict(config))
         width = config.get("projection_class_embeddings_input_dim")
@@ -154,9 +165,25 @@ class EngineDenoiser(EngineComponent):
 
     def __deepcopy__(self, _memo: dict[int, object]) -> EngineDenoiser:
         copied = type(self)(
-            self.runner, self._config, self.timesteps, self.profile, engine=self.engine, indices=self._indices
+            self.runner,
+            self._config,
+            self.timesteps,
+            self.profile,
+            engine=self.engine,
+            indices=self._indices,
+            optional=self.optional,
         )
+        copied.loras = self.loras.copy()
         return copied.place(self.device, self.dtype)
+
+    @property
+    def takes_residuals(self) -> bool:
+        """Returns whether the runner takes a ControlNet's residuals."""
+        return any(is_residual(spec.name) for spec in self.optional)
+
+    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns a ControlNet's residuals by the names of the runner's inputs; none where the pipeline has no such."""
+        raise NotImplementedError
 
     def _predict(
         self, sample: Tensor, timestep: Tensor | float, text: Tensor, conditions: Mapping[str, object]
@@ -164,6 +191,12 @@ class EngineDenoiser(EngineComponent):
         taken = set(_ADDED) if self._added_width else set()
         if guidance_width(dict(self.config)):
             taken.add(_GUIDANCE)
+        attention: dict[str, Any] = {}
+        for name in _ATTENTION:
+            attention |= dict(conditions.get(name) or {})  # type: ignore[call-overload]
+        taken.update(_ATTENTION)
+        if self.takes_residuals:
+            taken |= set(_RESIDUALS)
         refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
         if refused:
             advice = _CONDITION_ADVICE.get(refused[0], "use the floating-point pipeline")
@@ -172,12 +205,16 @@ class EngineDenoiser(EngineComponent):
         if self.profile is not None:
             self.profile.check_tokens(text.shape[1])
         inputs = {"sample": sample.detach(), "encoder_hidden_states": text.detach()}
+        inputs |= self._residuals(sample, conditions)
         if self._added_width:
             added = self._family.added_cond(conditions)
             if added is None or added.shape[1] != self._added_width:
                 what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
                 raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
+        strengths = self.loras.strengths(attention, len(sample))
+        if strengths is not None:
+            inputs[LORA_STRENGTHS] = torch.from_numpy(strengths)
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))
         return prediction
 
@@ -230,16 +267,31 @@ class EngineUNet(EngineDenoiser):
             timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
             encoder_hidden_states: [batch, tokens, D] text states.
             return_dict: returns a record with ``sample`` instead of a tuple of one.
-            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``; the rest is accepted only where
-                it is None or empty.
+            conditions: everything else that a UNet takes: SDXL's ``added_cond_kwargs``, and a ControlNet's residuals
+                where the engine has inputs for them; the rest is accepted only where it is None or empty.
 
         Raises:
-            InputError: a condition changes the network (LoRA scale, IP-Adapter, ControlNet, ...), a timestep is outside
-                the table or has no index, or the latents have another size, or the text another number of tokens, than
-                the engine takes.
+            InputError: a condition changes the network (LoRA scale, IP-Adapter, ...), a timestep is outside the table
+                or has no index, or the latents have another size, or the text another number of tokens, than the engine
+                takes.
         """
         result = self._predict(sample, timestep, encoder_hidden_states, conditions)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+        down, middle = conditions.get(_DOWN), conditions.get(_MIDDLE)
+        if down is None and middle is None:
+            return {}
+        names = [spec.name for spec in self.optional if is_residual(spec.name)]
+        if down is None or middle is None or len(down) + 1 != len(names):
+            given = 0 if down is None else len(down)
+            raise InputError(
+                f"this engine takes {len(names) - 1} residuals of a ControlNet's down blocks and one of its middle"
+                f" block, got {given} and {int(middle is not None)}: use a ControlNet for this kind of network"
+            )
+        sizes = {"batch": len(sample), "height": sample.shape[2], "width": sample.shape[3]}
+        shapes = {spec.name: shape_at(spec, sizes) for spec in self.optional if spec.name in names}
+        return {name: _spread(value, shapes[name]) for name, value in zip(names, (*down, middle), strict=True)}
 
 
 class EngineTransformer(EngineDenoiser):
@@ -263,7 +315,8 @@ class EngineTransformer(EngineDenoiser):
             pooled_projections: [batch, A] pooled text.
             timestep: the scheduler's value, a scalar tensor or one of [batch].
             return_dict: returns a record with ``sample`` instead of a tuple of one.
-            conditions: everything else that a transformer takes; accepted only where it is None or empty.
+            conditions: everything else that a transformer takes: a ControlNet's residuals where the engine has inputs
+                for them; the rest is accepted only where it is None or empty.
 
         Raises:
             InputError: as :meth:`EngineUNet.forward`.
@@ -272,8 +325,25 @@ class EngineTransformer(EngineDenoiser):
         result = self._predict(hidden_states, timestep, encoder_hidden_states, given)
         return Transformer2DModelOutput(sample=result) if return_dict else (result,)
 
+    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Gives every block the residual that diffusers adds behind it: a ControlNet may have fewer blocks."""
+        given = conditions.get(_BLOCKS)
+        if not given:
+            return {}
+        names = [spec.name for spec in self.optional if is_residual(spec.name)]
+        blocks, patch = len(names) + 1, self.config["patch_size"]  # behind the last one nothing is added
+        sides = (sample.shape[2] // patch, sample.shape[3] // patch)
+        chosen = (given[int(number / (blocks / len(given)))] for number in range(len(names)))
+        return {name: value.detach().unflatten(1, sides) for name, value in zip(names, chosen, strict=True)}
 
-def engine_denoiser(
+
+def _spread(residual: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gives one number per channel, of a ControlNet that pools its residuals, all places."""
+    pooled = residual.shape[2:] == (1, 1)
+    return residual.detach().expand(*residual.shape[:2], *shape[2:]) if pooled else residual.detach()
+
+
+def engine_denoiser(  # noqa: PLR0913 - as the class
     runner: Runner,
     config: Mapping[str, Any],
     timesteps: TimestepTable,
@@ -281,16 +351,25 @@ def engine_denoiser(
     *,
     engine: Engine | None = None,
     indices: Indices | None = None,
+    bank: LoraBank | None = None,
+    optional: tuple[TensorSpec, ...] = (),
 ) -> EngineDenoiser:
     """Makes the component that replaces a network of that configuration; arguments as :class:`EngineDenoiser`."""
     component = EngineTransformer if family_of_config(config).component == "transformer" else EngineUNet
-    return component(runner, config, timesteps, profile, engine=engine, indices=indices)
+    return component(runner, config, timesteps, profile, engine=engine, indices=indices, bank=bank, optional=optional)
 
 
 def denoiser_from_engine(engine: Engine, runner: BoundRunner) -> EngineDenoiser:
     """Makes the denoiser of a loaded engine, with the timesteps that ``runner`` is bound to or can compute."""
     return engine_denoiser(
-        runner, engine.denoiser_config, runner.timesteps, runner.profile, engine=engine, indices=runner.indices
+        runner,
+        engine.denoiser_config,
+        runner.timesteps,
+        runner.profile,
+        engine=engine,
+        indices=runner.indices,
+        bank=runner.loras,
+        optional=runner.optional,
     )
 
 

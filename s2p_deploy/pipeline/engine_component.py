@@ -29,14 +29,12 @@ _CHANGE_NOTHING = frozenset(
     {
         "disable_forward_chunking",
         "disable_freeu",
-        "disable_lora",
         "disable_tiling",
         "fuse_qkv_projections",
         "set_attention_slice",
         "set_default_attn_processor",
         "unfuse_lora",
         "unfuse_qkv_projections",
-        "unload_lora",
     }
 )
 _SAME_ATTENTION = (

@@ -19,9 +19,11 @@ from s2p_deploy.families import (
     text_tokens,
     with_denoiser,
 )
+from s2p_deploy.families.controlnets import with_controlnets
 from s2p_deploy.families.pipelines import check_draws_from_text, for_task, task_of
 from s2p_deploy.families.text import is_sd3
 from s2p_deploy.pipeline.components import EngineDenoiser
+from s2p_deploy.pipeline.control import check_controls, control_arguments
 from s2p_deploy.records import Span
 from s2p_deploy.schedulers import on_host, scheduler_by_name, skipped_calls, with_steps
 
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
     from s2p_deploy.families.pictures import PictureInputs
+    from s2p_deploy.pipeline.control import Control
     from s2p_deploy.pipeline.start_picture import StartPicture
     from s2p_deploy.recipe import Sampling
     from s2p_deploy.records import Prompt, ShapeProfile
@@ -121,6 +124,7 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
     seed: int | None = None,
     long_prompts: bool = False,
     start: StartPicture | None = None,
+    controls: Sequence[Control] = (),
 ) -> Image:
     """Generates one picture.
 
@@ -132,10 +136,11 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
         seed: of all noise, also of what some schedulers add at every step (None: from the prompt's id).
         long_prompts: reads texts that are longer than what the encoders read at once in chunks, and does not cut them.
         start: the picture to start from, whose size the schedule's is then (None: noise alone).
+        controls: ControlNets that act, with their pictures.
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
-            take the size, or a text of so many chunks; as :func:`timesteps_from_start`.
+            take the size, a text of so many chunks, or ControlNets; as :func:`timesteps_from_start`.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
     denoiser = denoiser_of(pipe)
@@ -145,16 +150,21 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
         arguments |= _chunked(pipe, prompt, schedule, guided=guidance_scale > 1)
     if start is None:
         check_draws_from_text(type(pipe).__name__)
-        ready = with_schedule(pipe, schedule)
+        check_controls(pipe, controls, schedule.size or trained_size(pipe))
+        task = pipe if not controls else with_controlnets(pipe, [control.network for control in controls])
+        ready = with_schedule(task, schedule)
         arguments |= noise_arguments(pipe, [noise_seed], latent_size(pipe, schedule)) | _size_arguments(schedule)
     else:
         _check_size(pipe, start)
-        ready = with_schedule(_task_pipeline(pipe, start), schedule)
+        check_controls(pipe, controls, start.size)
+        ready = with_schedule(_task_pipeline(pipe, start, [control.network for control in controls]), schedule)
         taken = inspect.signature(type(ready).__call__).parameters
         height, width = start.size
         arguments |= {"image": start.picture, "mask_image": start.mask, "strength": start.strength}
         arguments |= {"height": height, "width": width}
         arguments = {name: value for name, value in arguments.items() if name in taken}
+    if controls:
+        arguments |= control_arguments(pipe, controls, started=start is not None)
     if isinstance(denoiser, EngineDenoiser):
         # those that are run: a refiner's engine has none of the noisiest
         run = timesteps_of(pipe, schedule) if start is None else timesteps_from_start(pipe, schedule, start)
@@ -202,14 +212,18 @@ def _check_size(pipe: DiffusionPipeline, start: StartPicture) -> None:
         )
 
 
-def _task_pipeline(pipe: DiffusionPipeline, start: StartPicture) -> DiffusionPipeline:
+def _task_pipeline(
+    pipe: DiffusionPipeline, start: StartPicture, controlnets: Sequence[ModelMixin] = ()
+) -> DiffusionPipeline:
     """Makes the stock pipeline that draws from ``start``; one that changes pictures stays itself."""
     kind = type(pipe).__name__
     task = task_of(kind)
+    if task != "text-to-image" and (task == "inpainting") != (start.mask is not None):
+        wanted = "a mask too: what is white in it is drawn anew" if task == "inpainting" else "no mask: it refines"
+        raise InputError(f"a {kind} takes {wanted}")
+    if controlnets:
+        return with_controlnets(pipe, controlnets, "Img2Img" if start.mask is None else "Inpaint")
     if task != "text-to-image":
-        if (task == "inpainting") != (start.mask is not None):
-            wanted = "a mask too: what is white in it is drawn anew" if task == "inpainting" else "no mask: it refines"
-            raise InputError(f"a {kind} takes {wanted}")
         return with_denoiser(pipe, denoiser_of(pipe))
     if start.mask is None:
         return for_task(pipe, "Img2Img")

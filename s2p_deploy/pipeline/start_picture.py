@@ -94,6 +94,15 @@ class StartPicture:
         return StartPicture(_flat(opened), strength, marked)
 
 
+def read_picture(data: bytes, what: str, sizes: Collection[tuple[int, int]] | None = None) -> Picture:
+    """Reads a file as a picture in RGB, before white where it is transparent; ``what`` it is, for errors.
+
+    Raises:
+        InputError: as :meth:`StartPicture.read`.
+    """
+    return _flat(_decoded(data, what, sizes))
+
+
 def _decoded(data: bytes, what: str, sizes: Collection[tuple[int, int]] | None) -> Picture:
     """Decodes a file; its size is looked at before, so that a small file cannot take much memory."""
     try:

@@ -17,6 +17,8 @@ from s2p_deploy.records.exported_graph import (
     Width,
     check_quantizers,
 )
+from s2p_deploy.records.image_slots import ImageSlots
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, LoraSlots
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
     TIMESTEPS_FILE,
@@ -183,7 +185,8 @@ class EngineContent:
     from its denoiser; ``added_width`` the width of what the projected time features depend on besides the timestep;
     ``sizes`` the bytes of every engine file; ``lowerings`` the lowering of every activation quantizer whose scales
     became operators of their own, and ``mixed_timesteps`` whether the samples of a batch may be at different timesteps;
-    ``options`` the build's options that a loader reads.
+    ``options`` the build's options that a loader reads; ``lora`` the low-rank branches and ``images``
+    the places of image prompts, where the graph has some.
     """
 
     backend: Name
@@ -204,12 +207,18 @@ class EngineContent:
     added_width: Width = 0
     lowerings: dict[str, Literal["rescale", "runtime_q", "static"]] = field(default_factory=dict)
     mixed_timesteps: bool = True
+    lora: LoraSlots | None = None
+    images: ImageSlots | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> EngineContent:
         names = [tensor.name for tensor in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names) or set(self.engine_files) != set(self.sizes):
             raise ValueError("tensors and files must have distinct names, and every file a size")
+        packed = [tensor for tensor in self.inputs if tensor.name in BOUND_MATRICES]
+        fixed = all(len(tensor.shape) == 1 and isinstance(tensor.shape[0], int) for tensor in packed)
+        if len(packed) != (0 if self.lora is None else len(BOUND_MATRICES)) or not fixed:
+            raise ValueError("low-rank branches have two packed inputs of one size each")
         return self
 
 

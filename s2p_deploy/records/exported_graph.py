@@ -9,6 +9,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator, with_co
 
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.image_slots import ImageSlots
+from s2p_deploy.records.optional_inputs import LoraSlots, is_optional
 from s2p_deploy.records.precision_plan import PLAN_FILE, PrecisionPlan, check_columns, plan_from_bytes
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
@@ -173,7 +175,7 @@ class GraphContent:
 
     ``denoiser_config`` is what a diffusers pipeline reads from its denoiser; ``added_width`` the width of what the
     projected time features depend on besides the timestep; ``latents`` is None where they have one size, ``chunks``
-    where the text has.
+    where the text has, ``lora`` where the graph has no low-rank branches, ``images`` where it takes no image prompts.
     """
 
     denoiser_config: dict[str, Any]
@@ -181,6 +183,8 @@ class GraphContent:
     added_width: Width = 0
     latents: LatentSizes | None = None
     chunks: TextChunks | None = None
+    lora: LoraSlots | None = None
+    images: ImageSlots | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,11 @@ class ExportedGraph(GraphContent, GraphDescription):
     def onnx_file(self) -> Path:
         """Returns the graph's file; its weights are external data beside it."""
         return self.folder / "denoiser.onnx"
+
+    @property
+    def optional_inputs(self) -> tuple[TensorSpec, ...]:
+        """Returns the inputs for adapters, which are zeros where none acts."""
+        return tuple(spec for spec in self.inputs if is_optional(spec.name))
 
     @property
     def text_file(self) -> Path:

@@ -18,6 +18,7 @@ import torch
 from s2p_deploy.bench.worker import random_inputs
 from s2p_deploy.engines.runner import OUTPUT, TensorRunner
 from s2p_deploy.errors import InputError
+from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.serve.generation_task import EngineCall
 
 if TYPE_CHECKING:
@@ -145,8 +146,11 @@ class RequestLevelBatching:
 
 
 def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
-    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one."""
-    inputs: dict[str, Any] = dict(call.inputs)
+    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one.
+
+    Inputs of adapters are not among it: a call that lacks some takes zeros, which change nothing for it.
+    """
+    inputs: dict[str, Any] = {name: value for name, value in call.inputs.items() if not is_optional(name)}
     shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs))
     return shapes if mixed_timesteps else (*shapes, tuple(sorted(set(call.inputs["timestep_index"].tolist()))))
 
@@ -171,6 +175,14 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
         return [{OUTPUT: output} for output in own.split(sizes)]
     output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
     return [{OUTPUT: own} for own in np.split(output, np.cumsum(sizes))[: len(calls)]]
+
+
+def _given(call: EngineCall, name: str, example: Any) -> Any:  # noqa: ANN401 - arrays, or tensors
+    """Returns an input of a call, or zeros of as many samples like another call's."""
+    if name in call.inputs:
+        return call.inputs[name]
+    shape = (call.samples, *example.shape[1:])
+    return example.new_zeros(shape) if isinstance(example, torch.Tensor) else np.zeros(shape, example.dtype)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ def pausing_pipeline(base: DiffusionPipeline, config: Mapping[str, Any], runner:
         runner: the engine, for its timesteps and sizes; it is not called.
     """
     pausing = PausingTensorRunner() if isinstance(runner, TensorRunner) else PausingRunner()
-    denoiser = engine_denoiser(pausing, config, runner.timesteps, runner.profile, indices=runner.indices)
+    denoiser = engine_denoiser(
+        pausing, config, runner.timesteps, runner.profile, indices=runner.indices, optional=runner.optional
+    )
     own = denoiser_of(base)
     pipe = with_denoiser(base, denoiser.place(own.device, own.dtype))
     for name in _OFFLOADED:

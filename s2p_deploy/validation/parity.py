@@ -18,6 +18,7 @@ import torch
 from s2p_deploy.calib.quantized_denoiser import InputQuantizer
 from s2p_deploy.context import silent
 from s2p_deploy.engines import PreparedSubgraphs, recorded_lowerings
+from s2p_deploy.engines.options import shape_at
 from s2p_deploy.engines.runner import TEXT_PROJECTIONS
 from s2p_deploy.families import Tap
 from s2p_deploy.metrics import pooled_sqnr_db
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         GraphTap,
         PrecisionPlan,
         ScaleTable,
+        TensorSpec,
     )
     from s2p_deploy.validation.chain import Chain
     from s2p_deploy.validation.reference import ValidationLatents
@@ -160,23 +162,26 @@ class Part:
     """A part of a graph or an engine, and where the reference has the activations that it reads.
 
     ``scales`` float32 [timesteps, quantizers] are bound to it; ``text`` is where the reference has the products of the
-    text, in the order in which the graph takes them.
+    text, in the order in which the graph takes them. ``optional`` are inputs for adapters, none of which acts.
     """
 
     part: RunnableSubgraph
     entering: dict[str, Tap]
     scales: NDArray[np.float32]
     text: tuple[Tap, ...] = ()
+    optional: tuple[TensorSpec, ...] = ()
 
     def infer(self, call: ReferenceCall) -> dict[str, NDArray[Any]]:
         """Runs the part on one call of the reference; returns its outputs by tensor."""
-        given = {
+        given: dict[str, NDArray[Any]] = {
             **call.latents.inputs(),
             "act_scales": self.scales,
             "time_projections": call.time_projections,
             **{tensor: call.seen[tap] for tensor, tap in self.entering.items()},
         }
-        types = self.part.types
+        types, (batch, _, height, width) = self.part.types, call.latents.sample.shape
+        sizes = {"batch": batch, "height": height, "width": width, "tokens": call.latents.text.shape[1]}
+        given |= {spec.name: np.zeros(shape_at(spec, sizes)) for spec in self.optional if spec.name in types}
         if TEXT_PROJECTIONS in types:
             given[TEXT_PROJECTIONS] = np.concatenate([call.seen[tap] for tap in self.text], -1)
         return self.part.runner.infer({name: given[name].astype(kind, copy=False) for name, kind in types.items()})
@@ -208,7 +213,12 @@ def code_agreement(
     taps = {name: Tap(layer.name, "input") for name, layer in firsts.items()}
     cuts, scales = PreparedSubgraphs(graph, *REFERENCE), graph.scales.scales
     parts = {
-        name: Part(cuts.between([layer.input], [codes[name]]), {layer.input: taps[name]}, scales)
+        name: Part(
+            cuts.between([layer.input], [codes[name]]),
+            {layer.input: taps[name]},
+            scales,
+            optional=graph.optional_inputs,
+        )
         for name, layer in firsts.items()
     }
     differing, largest, counts = (dict.fromkeys(quantizers, 0) for _ in range(3))
@@ -257,7 +267,11 @@ def block_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
     text = tuple(map(_tap, graph.text))
     blocks = {
         block.block: Part(
-            parts.between(list(_taps(block.entering)), list(leaving[block.block])), _taps(block.entering), bound, text
+            parts.between(list(_taps(block.entering)), list(leaving[block.block])),
+            _taps(block.entering),
+            bound,
+            text,
+            graph.optional_inputs,
         )
         for block in graph.blocks
     }
@@ -316,7 +330,12 @@ def layer_agreement(  # noqa: PLR0913 - what is compared, on what, and options b
     """
     layers = tuple(layer for layer in graph.layers if layer.graph == "denoiser")
     cuts = {
-        layer.name: Part(parts.between([layer.input], [layer.output]), {layer.input: Tap(layer.name, "input")}, scales)
+        layer.name: Part(
+            parts.between([layer.input], [layer.output]),
+            {layer.input: Tap(layer.name, "input")},
+            scales,
+            optional=graph.optional_inputs,
+        )
         for layer in layers
     }
     quantized = _quantized_layers(graph.plan)

@@ -16,10 +16,12 @@ from s2p_deploy.calib.request import claim_unfinished, partial_of
 from s2p_deploy.context import Context
 from s2p_deploy.engines import backend_by_name, engine_subgraphs, load_engine
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import load_pipeline
+from s2p_deploy.families import denoiser_of, load_pipeline
+from s2p_deploy.families.lora import Lora
+from s2p_deploy.families.lora_fusing import fused, loadable_networks, weights_in_memory
 from s2p_deploy.pipeline import Schedule, pipeline_with_engine, schedules_to_bind, timesteps_of
 from s2p_deploy.recipe import recipe_from_data
-from s2p_deploy.records import Skipped
+from s2p_deploy.records import Skipped, file_digest
 from s2p_deploy.records.artifacts import check_vacant
 from s2p_deploy.records.files import claimed
 from s2p_deploy.shapes.classifier import CLASSIFIER
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from s2p_deploy.calib import FakeQuantDenoiser
     from s2p_deploy.context import Progress
     from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.families.lora import GivenLora
     from s2p_deploy.families.pictures import PictureInputs
     from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.records import Engine, PromptSet, ValidationReport
@@ -62,6 +65,7 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
     floor: Engine | None = None,
     weights: MetricWeights | None = None,
     bench: Mapping[str, Any] | None = None,
+    loras: tuple[GivenLora, ...] = (),
     replace: bool = False,
     command: str = "",
     context: Context = Context(),
@@ -81,6 +85,7 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         floor: an engine of recipe ``fp`` of the same pipeline, reported beside the engine.
         weights: local weights of metrics that need some, from :func:`open_weights`.
         bench: output of ``s2p-deploy bench --json`` for this engine, for the report.
+        loras: act in all pictures, the pipeline's and the engine's; graph and engine are compared without.
         replace: whether a report at ``out``, or unfinished work of another validation, may be replaced.
         command: the command line, for the report.
         context: where the references compute (``auto``: on the engine's device), threads and progress.
@@ -90,9 +95,10 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         measured here (an engine that needs another device).
 
     Raises:
-        InputError: ``bench`` is of other engines, ``out`` exists, unfinished work of another validation does, another
-            process is at work on it, or a schedule is not covered. MissingEnvironmentError: the engine cannot be
-            loaded. IntegrityError: what was kept of an earlier start was changed.
+        InputError: ``bench`` is of other engines, a LoRA is none of the pipeline or not for the engine, ``out`` exists,
+            unfinished work of another validation does, another process is at work on it, or a schedule is not covered.
+        MissingEnvironmentError: the engine cannot be loaded.
+        IntegrityError: what was kept of an earlier start was changed.
     """
     check_vacant(out, replace=replace)
     chain = engine if isinstance(engine, Chain) else open_chain(engine)
@@ -102,7 +108,8 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         _check_floor(floor, chain)
     schedules_to_bind(chain.engine, chain.base, (Schedule.of(chain.recipe.sampling), *schedules))
     context.set_threads()
-    request = ValidationRequest(prompts.first(pictures or chain.recipe.validation.pictures), schedules, floor, weights)
+    drawn = prompts.first(pictures or chain.recipe.validation.pictures)
+    request = ValidationRequest(drawn, schedules, floor, weights, loras)
     partial, device = partial_of(out), reference_device(chain.engine, context)
     with claimed(partial), context.arithmetic():
         claim_unfinished(partial, request.to_json(chain, device), replace=replace)
@@ -122,13 +129,14 @@ class ValidationRequest:
     """Everything to measure besides the recipe's own questions.
 
     ``prompts`` are drawn; ``schedules`` are drawn too, and reported. ``floor`` is an engine of recipe ``fp`` of the
-    same pipeline, ``weights`` are of the metrics that need some.
+    same pipeline, ``weights`` are of the metrics that need some. ``loras`` act in all pictures.
     """
 
     prompts: PromptSet
     schedules: tuple[Schedule, ...] = ()
     floor: Engine | None = None
     weights: MetricWeights | None = None
+    loras: tuple[GivenLora, ...] = ()
 
     def to_json(self, chain: Chain, device: torch.device) -> dict[str, Any]:
         """Lists everything that decides what is measured, as JSON values; gates do not."""
@@ -142,7 +150,7 @@ class ValidationRequest:
             "device of the references": str(device),
             "number of threads": torch.get_num_threads(),
             "version": f"{__version__}, torch {torch.__version__}",
-        }
+        } | ({"LoRAs": [[file_digest(each.file), each.weight] for each in self.loras]} if self.loras else {})
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,7 @@ class ValidationRun:
         if isinstance(runner, Skipped):
             return Measurements(**parity, end_to_end=runner, pictures=runner), None
         candidate_pipe = pipeline_with_engine(self.pipe, self.chain.engine, runner)
+        self.let_loras_act(candidate_pipe)
         candidate = self.generated(candidate_pipe, own, "pictures, engine")
         pairs = PicturePairs.of(self.request.prompts, reference, candidate)
         measurements = Measurements(
@@ -217,6 +226,20 @@ class ValidationRun:
         return fake_quant_denoiser(self.chain.calibrated)
 
     @cached_property
+    def loras(self) -> tuple[tuple[Lora, float], ...]:
+        """Opens the LoRAs that act in all pictures, each with its weight."""
+        given = self.request.loras
+        known = weights_in_memory(loadable_networks(self.pipe)) if given else {}
+        return tuple((Lora(each.file, known), each.weight) for each in given)
+
+    def let_loras_act(self, candidate: DiffusionPipeline) -> None:
+        """Loads the LoRAs into the engine of a pipeline. Raises InputError where it has no branches that fit."""
+        loaded = denoiser_of(candidate).loras
+        for number, (lora, _) in enumerate(self.loras):
+            loaded.add(lora, str(number))
+        loaded.set(tuple(loaded.loaded), [weight for _, weight in self.loras])
+
+    @cached_property
     def changed(self) -> PictureInputs | None:
         """Returns the pictures that are changed, with synthetic masks; None where all are drawn from text alone."""
         prompts, (own, *_) = self.request.prompts, self.schedules
@@ -231,7 +254,9 @@ class ValidationRun:
     def generated(self, pipe: DiffusionPipeline, schedule: Schedule, stage: str) -> GeneratedPictures:
         """Generates the prompts' pictures with ``pipe``."""
         prompts, guidance, changed = self.request.prompts, self.chain.guidance_scale, self.changed
-        with onloaded(pipe, self.device):
+        # the engine, in the denoiser's place, has its own
+        networks = {name: part for name, part in loadable_networks(self.pipe).items() if part is pipe.components[name]}
+        with onloaded(pipe, self.device), fused(networks, self.loras):
             return self.checkpoint.pictures(stage, pipe, prompts, schedule, guidance, self.progress, inputs=changed)
 
     def latents(self, reference: GeneratedPictures) -> ValidationLatents:

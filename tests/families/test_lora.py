@@ -113,7 +113,7 @@ def test_the_settings_beside_a_file_of_peft_scale_layers_and_are_told(tmp_path: 
     tensors = one_layer(f"base_model.model.{TO_Q}.lora_A.weight")
     lora = Lora(write(tmp_path, tensors, "adapter_model.safetensors"), WEIGHTS)
     assert lora.layers[0].scale == 4.0
-    assert lora.settings is not None
+    assert set(lora.digests()) == {"sha256", "settings"}
     assert Lora(write(tmp_path, tensors), WEIGHTS).layers[0].scale == 1.0  # another file's settings
 
 

@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from s2p_deploy.engines.runner import ADDED_COND, BOUND, PROJECTIONS, TEXT, TEXT_PROJECTIONS
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.records import TensorSpec
+from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.serve.request import CancelledRequestError
 from s2p_deploy.signing import open_engine
 
@@ -76,9 +77,13 @@ class ModelSettings:
 
 
 def remote_inputs(engine: Engine) -> tuple[TensorSpec, ...]:
-    """Lists what the denoiser's Python model takes per step: what PyTorch's denoiser would, every float as float32."""
+    """Lists what the denoiser's Python model takes per step: what PyTorch's denoiser would, every float as float32.
+
+    Inputs of adapters are not among it: its runner fills them with zeros.
+    """
     replaced = {PROJECTIONS, TEXT_PROJECTIONS, TEXT, BOUND}
-    own = [TensorSpec(s.name, _plain(s.dtype), s.shape) for s in engine.inputs if s.name not in replaced]
+    needed = [s for s in engine.inputs if s.name not in replaced and not is_optional(s.name)]
+    own = [TensorSpec(s.name, _plain(s.dtype), s.shape) for s in needed]
     text = TensorSpec(TEXT, "float32", ("batch", *_text_shape(engine)))
     added = [TensorSpec(ADDED_COND, "float32", ("batch", engine.added_width))] if engine.added_width else []
     return (*own, text, *added)

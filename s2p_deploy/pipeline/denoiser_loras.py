@@ -1,0 +1,225 @@
+"""The LoRAs of a denoiser on an engine, as diffusers' pipelines load, weigh and unload them."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2p_deploy.engines.lora_bank import BranchMatrices
+from s2p_deploy.errors import InputError
+from s2p_deploy.families import family_of_config
+from s2p_deploy.families.lora import Lora, LoraInMemory, network_weights
+from s2p_deploy.pipeline.engine_component import EngineComponent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from s2p_deploy.engines.lora_bank import LoraBank
+
+_KEYS = count(1)
+SCALE, LORAS = "scale", "loras"  # keys of cross_attention_kwargs and joint_attention_kwargs
+
+
+class DenoiserLoras:
+    """LoRAs by their names in one pipeline; the engine's bank, which several pipelines may share, holds the matrices.
+
+    Attributes:
+        loaded: the bank's key of every LoRA, by name.
+        active: the weights of those that act, by name.
+        enabled: whether any acts.
+    """
+
+    def __init__(self, bank: LoraBank | None, config: Mapping[str, Any]) -> None:
+        self._bank, self._config = bank, dict(config)
+        self.loaded: dict[str, str] = {}
+        self.active: dict[str, float] = {}
+        self.enabled = True
+
+    def copy(self) -> DenoiserLoras:
+        """Returns LoRAs of the same bank, which are loaded and weighed apart from now on."""
+        copied = DenoiserLoras(self._bank, self._config)
+        copied.loaded, copied.active, copied.enabled = dict(self.loaded), dict(self.active), self.enabled
+        return copied
+
+    def load(
+        self, tensors: Mapping[str, Tensor], name: str | None, settings: Mapping[str, Any], *, replace: bool = False
+    ) -> None:
+        """Adds a LoRA, which alone acts from now on, with weight 1, unless it replaces one.
+
+        Args:
+            tensors: by the names of a file, each beginning with the denoiser's component.
+            name: of the LoRA in its pipeline (None: ``default_0`` and so on).
+            settings: PEFT's, prefixed with the component.
+            replace: whether the LoRA takes the place of the one of that name.
+
+        Raises:
+            InputError: it is none of this network, or of more ranks or other layers than the engine has branches for;
+                its name is taken, or with ``replace`` is not.
+        """
+        name = name or next(each for each in map("default_{}".format, count()) if each not in self.loaded)
+        if (name in self.loaded) != replace:
+            taken = "there is no LoRA of that name to replace" if replace else "that name is taken: unload it first"
+            raise InputError(f"LoRA {name!r} cannot be loaded, {taken}")
+        self.add(Lora(name, {self._component: self._weights}, LoraInMemory(tensors, settings)), name)
+        if not replace:
+            self.active = {name: 1.0}
+
+    def add(self, lora: Lora, name: str) -> None:
+        """Adds a LoRA under a name, or in place of the one of that name; it does not act yet.
+
+        Raises:
+            InputError: the engine has no branches, or none that fit.
+        """
+        bank = self._opened()
+        key = self.loaded.get(name) or f"{name}#{next(_KEYS)}"
+        bank.add(key, BranchMatrices.of(lora, self._component, bank.slots))
+        self.loaded[name] = key
+
+    def set(self, names: Sequence[str], weights: Sequence[object]) -> None:
+        """Lets these LoRAs act, with their weights (None: 1), and no others.
+
+        Raises:
+            InputError: a name is unknown, or a weight is not one finite number.
+        """
+        unknown = [name for name in names if name not in self.loaded]
+        if unknown:
+            raise InputError(f"there is no LoRA {unknown[0]!r}: load it first")
+        numbers = [1.0 if weight is None else weight for weight in weights]
+        odd = [number for number in numbers if not isinstance(number, int | float) or not math.isfinite(number)]
+        if odd:
+            raise InputError(f"a LoRA on an engine has one finite weight for all its layers, not {odd[0]!r}")
+        self.active = {name: float(str(number)) for name, number in zip(names, numbers, strict=True)}
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Unloads LoRAs; unknown names are passed over."""
+        for name in names:
+            key = self.loaded.pop(name, None)
+            self.active.pop(name, None)
+            if key is not None and self._bank is not None:
+                self._bank.remove(key)
+
+    def strengths(self, attention: Mapping[str, Any], batch: int) -> NDArray[np.floating[Any]] | None:
+        """Makes the strengths [batch, rank] of a call; None where nothing acts.
+
+        Args:
+            attention: diffusers' ``cross_attention_kwargs``: ``scale`` multiplies all weights; ``loras``, the weights
+                by the bank's own names, one mapping for all samples or one for each, stand in place of the active ones.
+            batch: samples; of guided pictures those without the prompt come first.
+
+        Raises:
+            InputError: there is another key, or a value is not of that kind.
+        """
+        unknown = sorted(set(attention) - {SCALE, LORAS})
+        if unknown:
+            raise InputError(
+                f"an engine's network is fixed, it cannot take {unknown[0]} of the attention: leave it out"
+            )
+        own = {self.loaded[name]: weight for name, weight in self.active.items()} if self.enabled else {}
+        given = attention.get(LORAS, own)
+        rows = [given] if isinstance(given, dict) else list(given)
+        scale = attention.get(SCALE, 1.0)
+        if batch % len(rows) or not isinstance(scale, int | float):
+            raise InputError(f"{len(rows)} settings of LoRAs, scaled by {scale!r}, do not fit a batch of {batch}")
+        scaled = [{name: weight * scale for name, weight in row.items()} for row in rows]
+        if not any(scaled):
+            return None
+        return self._opened().strengths(scaled * (batch // len(rows)))
+
+    @property
+    def _component(self) -> str:
+        return family_of_config(self._config).component
+
+    @cached_property
+    def _weights(self) -> Mapping[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            return network_weights(family_of_config(self._config).build(self._config))
+
+    def _opened(self) -> LoraBank:
+        if self._bank is None:
+            raise InputError(
+                "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it"
+                " (calibrate --lora, or adapt)"
+            )
+        return self._bank
+
+
+class ComponentWithLoras(EngineComponent):
+    """A denoiser as diffusers' loaders of LoRAs see it.
+
+    Attributes:
+        loras: those that are loaded.
+    """
+
+    def __init__(self, config: Mapping[str, Any], loras: DenoiserLoras) -> None:
+        super().__init__(config)
+        self.loras = loras
+
+    @property
+    def peft_config(self) -> dict[str, str]:
+        """Returns the LoRAs that are loaded, by name; diffusers reads the names alone."""
+        return self.loras.loaded
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Mapping[str, Tensor],
+        prefix: str = "unet",
+        *,
+        hotswap: bool = False,
+        **options: Any,  # noqa: ANN401 - diffusers' own
+    ) -> None:
+        """Loads a LoRA into the engine's low-rank branches, as pipelines' ``load_lora_weights`` asks: no rebuild.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: its tensors; of other components' names none is read.
+            prefix: what the denoiser's names begin with.
+            hotswap: replaces the LoRA of that name.
+            options: diffusers' own; ``adapter_name``, ``network_alphas`` and ``metadata`` are read.
+
+        Raises:
+            InputError: as :meth:`DenoiserLoras.load`; the tensors are not in memory.
+        """
+        given = pretrained_model_name_or_path_or_dict
+        if not isinstance(given, dict):
+            raise InputError("an engine takes the tensors of a LoRA: load it with the pipeline's load_lora_weights")
+        alphas = {name: torch.tensor(float(alpha)) for name, alpha in (options.get("network_alphas") or {}).items()}
+        own = {name: tensor for name, tensor in {**given, **alphas}.items() if name.startswith(f"{prefix}.")}
+        if own:
+            self.loras.load(own, options.get("adapter_name"), options.get("metadata") or {}, replace=hotswap)
+
+    def set_adapters(self, adapter_names: str | list[str], weights: object = None) -> None:
+        """Lets LoRAs act with weights, one for each or one for all, and no others.
+
+        Raises:
+            InputError: as :meth:`DenoiserLoras.set`.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.loras.set(names, weights if isinstance(weights, list) else [weights] * len(names))
+
+    def active_adapters(self) -> list[str]:
+        """Lists the names of the LoRAs that act."""
+        return list(self.loras.active)
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """Unloads LoRAs by name."""
+        self.loras.delete([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+
+    def unload_lora(self) -> None:
+        """Unloads all LoRAs."""
+        self.loras.delete(list(self.loras.loaded))
+        self.loras.enabled = True
+
+    def disable_lora(self) -> None:
+        """Lets no LoRA act, until they are enabled again."""
+        self.loras.enabled = False
+
+    def enable_lora(self) -> None:
+        """Lets the LoRAs act that were set."""
+        self.loras.enabled = True

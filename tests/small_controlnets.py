@@ -1,0 +1,49 @@
+"""Untrained ControlNets whose zero convolutions are not zero, for pipelines of every family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, SD3ControlNetModel
+from PIL import Image
+
+from s2p_deploy.families import family_of
+from s2p_deploy.records import TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+EMBEDDING = (4, 8, 8, 8)  # channels on the way from 64x64 pixels to 8x8 latents
+
+
+def small_controlnet(denoiser: ModelMixin, seed: int = 0) -> ModelMixin:
+    """Begins as a copy of the denoiser; its residuals have a tenth of the size of activations."""
+    torch.manual_seed(seed)
+    if type(denoiser).__name__ == "SD3Transformer2DModel":
+        network = SD3ControlNetModel.from_transformer(denoiser, num_layers=2, num_extra_conditioning_channels=0)
+        zeros = [*network.controlnet_blocks, network.pos_embed_input.proj]
+    else:
+        network = ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=EMBEDDING)
+        embedding = network.controlnet_cond_embedding.conv_out
+        zeros = [*network.controlnet_down_blocks, network.controlnet_mid_block, embedding]
+    for layer in zeros:
+        torch.nn.init.normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
+    return network.eval()
+
+
+def residual_specs(denoiser: ModelMixin) -> tuple[TensorSpec, ...]:
+    """The inputs for residuals that an engine of the denoiser has."""
+    shapes = family_of(denoiser).residual_inputs(denoiser)
+    return tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
+
+
+def control_picture(seed: int = 0, size: int = 64) -> Image.Image:
+    """White rectangles' edges on black."""
+    random = np.random.default_rng(seed)
+    pixels = np.zeros((size, size, 3), np.uint8)
+    (top, left), (bottom, right) = random.integers(4, size // 2, 2), random.integers(size // 2, size - 4, 2)
+    pixels[top:bottom, left:right] = 255
+    pixels[top + 1 : bottom - 1, left + 1 : right - 1] = 0
+    return Image.fromarray(pixels)
