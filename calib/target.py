@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from s2p_deploy.calib.picture_error import Relief
     from s2p_deploy.calib.request import CalibrationRequest
     from s2p_deploy.calib.training_state import TrainingState
     from s2p_deploy.calib.trajectories import FloatPipeline
@@ -182,6 +183,12 @@ class Costs:
     of: dict[str, float]
     products: dict[str, float]
 
+    def spared(self, target: Target, by_key: Mapping[str, Relief]) -> dict[str, float]:
+        """Returns the costs of what a target spares: time, or layers."""
+        if target.cost == "time":
+            return self.of
+        return {key: float(len(relief.layers)) for key, relief in by_key.items()}
+
 
 def costs_by_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: int) -> Costs:
     """Counts the multiplications of one call, of layers and attention, and derives costs from them alone."""
@@ -210,7 +217,7 @@ def costs_by_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: in
 def ordered(
     ranking: Mapping[str, NDArray[np.float64]], floor: NDArray[np.float64], costs: Mapping[str, float]
 ) -> list[str]:
-    """Orders quantizers by what leaving each out gives, in dB of the mean PSNR, per time that it costs.
+    """Orders quantizers by what leaving each out gives, in dB of the mean PSNR, per cost.
 
     Errors of single quantizers add up, nearly. So the gain of one depends on those that are left out already, and is
     computed anew after each.
@@ -218,7 +225,7 @@ def ordered(
     Args:
         ranking: squared errors [n] of each by itself.
         floor: squared errors [n] of all that cannot be left out.
-        costs: share of a step's time, above 0.
+        costs: of each, above 0.
     """
     left, total, order = dict(ranking), floor + sum(ranking.values()), []
     while left:
@@ -230,6 +237,23 @@ def ordered(
         order.append(best)
         total = np.maximum(total - left.pop(best), floor)
     return order
+
+
+def fewest(enough: Callable[[int], bool], most: int, start: int) -> int | None:
+    """Finds the smallest count up to ``most`` that is ``enough``, as all above it are; None: none is.
+
+    It looks at ``start`` first, goes on in growing strides, and halves what is left.
+    """
+    low, high, count, stride = -1, most + 1, start, 1
+    while high - low > 1:
+        if enough(count):
+            high, count = count, count - stride
+        else:
+            low, count = count, count + stride
+        stride *= 2
+        if not low < count < high:
+            count = (low + high) // 2
+    return high if high <= most else None
 
 
 @dataclass(frozen=True)
@@ -279,6 +303,7 @@ class _Search:
     ) -> None:
         self.request, self.state = request, state
         self.target: Target = request.recipe.target
+        self.others = request.recipe.validation.pictures
         self.drawing = Drawing.of(source, request.judged, request, ranking.drawn)
         self.metrics = _metrics(request, state.device)
         self.file = request.partial / _TRIALS
@@ -289,7 +314,8 @@ class _Search:
         floating = with_plan(state, alone(plan, None), request).denoiser.inner
         self.costs = costs_by_products(floating, plan, tokens)
         floor = 10 ** (-np.array(self.measured(tuple(self.by_key), 0, self.target.ranked)["psnr"]) / 10)
-        self.order = ordered(ranking.errors, floor, self.costs.of)
+        self.order = ordered(ranking.errors, floor, self.costs.spared(self.target, self.by_key))
+        self.expected = self._expected(ranking.errors, floor)
 
     def run(self) -> tuple[TrainingState, Reached]:
         start, end = 0, max(self.target.searched, self.target.ranked)
@@ -308,22 +334,35 @@ class _Search:
         )
 
     def fewest(self, end: int) -> int:
-        """Finds how many quantizers have to go, in order, for the first ``end`` prompts to hold beyond doubt."""
-        low, high = -1, len(self.order)
-        best = self.measured(self.order, 0, end)
-        if not self.holds(best, certain_statistic):
+        """Finds how many quantizers have to go, in order, for new prompts to hold by what the first ``end`` say."""
+
+        def enough(count: int) -> bool:
+            return self.holds(self.measured(self.order[:count], 0, end), self.certain)
+
+        found = fewest(enough, len(self.order), self.expected)
+        if found is None:
+            best = self.measured(self.order, 0, end)
             raise GateFailedError(
                 f"the target of {self.asked()} cannot be reached: with every activation in floating point"
                 f"{' and every weight in INT8' if any(k.startswith('weights') for k in self.order) else ''} it is"
-                f" {self.said(best, certain_statistic)} in four of five draws of {end} prompts; ask for less"
+                f" {self.said(best, self.certain)} in four of five draws of {self.others} new prompts; ask for less"
             )
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.holds(self.measured(self.order[:middle], 0, end), certain_statistic):
-                high = middle
-            else:
-                low = middle
-        return high
+        return found
+
+    def _expected(self, errors: Mapping[str, NDArray[np.float64]], floor: NDArray[np.float64]) -> int:
+        """Finds how many quantizers would have to go if errors added up; half of them where PSNR is not asked for."""
+        if self.target.psnr is None:
+            return len(self.order) // 2
+        left = floor + sum(errors.values())
+        for count, key in enumerate(self.order):
+            if self.certain(-10 * np.log10(left), self.target.at) >= self.target.psnr:
+                return count
+            left = np.maximum(left - errors[key], floor)
+        return len(self.order)
+
+    def certain(self, values: NDArray[np.float64], at: str) -> float:
+        """Computes what a statistic exceeds, four times in five, on as many new prompts as a validation draws."""
+        return certain_statistic(values, at, self.others)
 
     def measured(self, keys: Sequence[str], start: int, end: int) -> dict[str, list[float]]:
         """Measures the pictures of the prompts from ``start`` to ``end`` with some quantizers left out."""

@@ -48,9 +48,15 @@ def picture_statistic(values: NDArray[Any], at: str) -> float:
     return float(np.quantile(values, _QUANTILES[at]))
 
 
-def certain_statistic(values: NDArray[Any], at: str) -> float:
-    """Computes what a statistic of a metric [n] exceeds in four of five bootstrap resamples."""
-    return float(np.quantile(np.quantile(values[picks(len(values))], _QUANTILES[at], axis=1), _DOUBT))
+def certain_statistic(values: NDArray[Any], at: str, others: int) -> float:
+    """Computes what a statistic of a metric will exceed on so many ``others``, four times in five, from its [n] values.
+
+    Both are draws: the values that are known, and those to come. So a resample of a resample stands for the others.
+    """
+    known = picks(len(values))
+    drawn = np.random.default_rng(_SEED + 1).integers(len(values), size=(len(known), others))
+    coming = values[np.take_along_axis(known, drawn, axis=1)]
+    return float(np.quantile(np.quantile(coming, _QUANTILES[at], axis=1), _DOUBT))
 
 
 def median_of(values: NDArray[Any]) -> Number:

@@ -211,15 +211,17 @@ class Target(Section):
 
     The cheapest layers are left in floating point (their activations, and INT4 weights become INT8) until ``psnr`` (dB)
     and ``ssim`` are at least, ``lpips`` at most what is asked ``at`` the median, for nine pictures of ten (``p10``) or
-    for the worst. ``ranked`` prompts
-    say what each layer does to the pictures, ``searched`` how many layers it takes, and ``verified`` others whether it
-    is so; they follow those of the dataset and of the selection.
+    for the worst. Cheap is what adds little to a step's time, or with ``cost: layers`` what is one layer.
+    ``ranked`` prompts say what each layer does to the pictures, ``searched`` how many layers it takes, with a margin
+    for as many new prompts as a validation draws, and ``verified`` others whether it is so; they follow those of the
+    dataset and of the selection.
     """
 
     psnr: float | None = Field(None, gt=0, lt=100)
     ssim: float | None = Field(None, gt=0, lt=1)
     lpips: float | None = Field(None, gt=0, lt=1)
     at: Literal["median", "p10", "worst"] = "median"
+    cost: Literal["time", "layers"] = "time"
     ranked: int = Field(16, ge=1)
     searched: int = Field(64, ge=1)
     verified: int = Field(64, ge=1)

@@ -28,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import openvino
 
     folder = tmp_path_factory.mktemp("full_size")
-    for form in ("fp", "w8a8", "w8a8-text"):
+    for form in ("fp", "w8a8", "w8a8-text", "w8a8-unshifted"):
         small_graph(folder / f"graph-{form}-fp32")
     full_size.build_engines(folder, "f32")
     model = openvino.Core().read_model(folder / "graph-fp-fp32" / "denoiser.onnx")
@@ -53,3 +53,11 @@ def test_contenders_take_turns_and_the_page_shows_them(work: Path, tmp_path: Pat
     made = page("measured/full-size.md", read_results(tmp_path))
     assert "NNCF static INT8" in made
     assert str(tmp_path) not in made
+
+
+@pytest.mark.slow
+def test_the_shift_is_timed_over_the_engine_without(work: Path) -> None:
+    found = full_size.time_shift(work, "f32", rounds=2)
+    with_shift, without = (found["contenders"][form]["best_s"] for form in ("w8a8", "w8a8-unshifted"))
+    assert found["shift_over_without"]["best"] == pytest.approx(with_shift / without)
+    assert found["shift_over_without"]["low"] <= found["shift_over_without"]["high"]

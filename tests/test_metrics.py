@@ -218,6 +218,14 @@ def test_statistics_of_pictures() -> None:
 def test_a_certain_statistic_is_below_the_statistic_and_nears_it() -> None:
     rng = np.random.default_rng(0)
     few, many = rng.normal(40, 2, 20), rng.normal(40, 2, 2000)
-    gaps = [picture_statistic(values, "median") - certain_statistic(values, "median") for values in (few, many)]
+    gaps = [picture_statistic(values, "median") - certain_statistic(values, "median", 1000) for values in (few, many)]
     assert gaps[0] > gaps[1] > 0
-    assert certain_statistic(few, "worst") >= few.min()
+    assert certain_statistic(few, "worst", 1000) >= few.min()
+
+
+def test_a_certain_statistic_of_few_new_values_is_lower() -> None:
+    values = np.random.default_rng(0).normal(40, 2, 500)
+    few, many = (certain_statistic(values, "median", others) for others in (8, 2000))
+    # the median of 8 has a standard deviation of 1.25 * 2 / sqrt(8), of which four in five draws exceed -0.84
+    assert picture_statistic(values, "median") - few == pytest.approx(0.84 * 0.88, abs=0.2)
+    assert many > few

@@ -2,7 +2,8 @@
 
     python -m benchmarks.engines.siblings [--recipe w8a8] [--work build/siblings] [--pictures 64]
 
-Each with its own scheduler and number of steps; what is there already is kept. Writes ``results/siblings.json``.
+Each with its own scheduler and number of steps; what is there already is kept. Writes ``results/siblings.json``; with
+``--build-only`` nothing but the engines, ``WORK/SIBLING-RECIPE/engine``, for ``s2p_research.yardsticks`` to compare.
 """
 
 from __future__ import annotations
@@ -32,31 +33,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--only", choices=STEPS, action="append", help="a sibling; all if omitted")
+    parser.add_argument("--build-only", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("build/siblings"))
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "siblings.json")
     asked = parser.parse_args()
-    for name, steps in STEPS.items():
-        report = validated(name, steps, asked.recipe, asked.pictures, asked.work / f"{name}-{asked.recipe}")
+    for name in asked.only or STEPS:
+        steps, work = STEPS[name], asked.work / f"{name}-{Path(asked.recipe).stem}"
+        engine = built(name, asked.recipe, asked.pictures, work, asked.work / f"{name}-dataset")
+        if asked.build_only:
+            continue
+        report = validate(engine, as_prompts("shapes:held_out").first(asked.pictures), work / "report", replace=True)
         known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
         known.setdefault(asked.recipe, {})[name] = figures(report, steps)
         asked.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({name: known[asked.recipe][name]["gates"]}, indent=1), flush=True)
 
 
-def validated(name: str, steps: int, recipe: str, pictures: int, work: Path) -> ValidationReport:
-    """The report of an OpenVINO engine (f32) of one sibling."""
+def built(name: str, recipe: str, pictures: int, work: Path, dataset: Path) -> Engine:
+    """The OpenVINO engine (f32) of one sibling; recipes share its dataset."""
     overrides: dict[str, Any] = {
-        "sampling": {"steps": steps, "max_sequence_length": TEXT_PADDING},
+        "sampling": {"steps": STEPS[name], "max_sequence_length": TEXT_PADDING},
         "validation": {"pictures": pictures},
     }
     base, train = resolve_base(str(PIPELINES / f"shapes-{name}")), as_prompts("shapes:train")
-    model = calibrate(base, Recipe.load(recipe, overrides), train, work / "calib")
+    model = calibrate(base, Recipe.load(recipe, overrides), train, work / "calib", dataset=dataset)
     folder = work / "graph"
     graph = ExportedGraph.open(folder) if folder.exists() else export_graph(model, folder)
     folder = work / "engine"
-    engine = Engine.open(folder) if folder.exists() else build_engine(graph, folder, backend="openvino")
-    held_out = as_prompts("shapes:held_out").first(pictures)
-    return validate(engine, held_out, work / "report", replace=True)
+    return Engine.open(folder) if folder.exists() else build_engine(graph, folder, backend="openvino")
 
 
 def figures(report: ValidationReport, steps: int) -> dict[str, Any]:

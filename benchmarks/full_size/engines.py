@@ -7,11 +7,12 @@ Made in this order, each step by itself (what is there already is kept), all in 
     python -m benchmarks.full_size.engines graphs       # fp32 of fp and w8a8, fp16 of all
     python -m benchmarks.full_size.engines engines      # OpenVINO and ONNX Runtime
     python -m benchmarks.full_size.engines time         # all in one run, in turns; wants a machine of its own
+    python -m benchmarks.full_size.engines shift --rounds 40      # w8a8 over w8a8-unshifted, which ptq makes too
     python -m benchmarks.full_size.engines layers       # where OpenVINO spends a step, ours and NNCF's
     python -m benchmarks.full_size.engines rtx          # TensorRT-RTX ahead of time: fp16, w8a8, w4a8
 
-``engines``, ``time`` and ``layers`` take ``--precision bf16`` or ``f32``, every step ``--work``. Each writes its part
-of ``results/full_size_engines.json``; ``pages/write.py`` makes the page of it.
+``engines``, ``time``, ``shift`` and ``layers`` take ``--precision bf16`` or ``f32``, every step ``--work``. Each writes
+its part of ``results/full_size_engines.json``; ``pages/write.py`` makes the page of it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 IR_WORKER = (str(BENCHMARKS / "full_size" / "ir_worker.py"),)
 BATCH = 2
 TEXT_APART = "w8a8-text"  # of form w8a8, its text projections once per prompt
-GRAPHS = (("fp", "fp32"), ("w8a8", "fp32"), (TEXT_APART, "fp32"), ("fp", "fp16"), ("w8a8", "fp16"), ("w4a8", "fp16"))
-ENGINES = (("w8a8", "openvino"), (TEXT_APART, "openvino"), ("fp", "openvino"), ("fp", "onnxruntime"))
+UNSHIFTED = "w8a8-unshifted"
+GRAPHS = (
+    *((form, "fp32") for form in ("fp", "w8a8", TEXT_APART, UNSHIFTED)),
+    *((form, "fp16") for form in ("fp", "w8a8", "w4a8")),
+)
+ENGINES = (*((form, "openvino") for form in ("w8a8", TEXT_APART, UNSHIFTED, "fp")), ("fp", "onnxruntime"))
 RTX_PROFILE = ShapeProfile(1, BATCH, 4)
 RTX_FORMS = ("fp", "w8a8", "w4a8")
 BUILD_TIMEOUT_S = 7200.0
@@ -48,7 +53,7 @@ BUILD_TIMEOUT_S = 7200.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("graphs", "engines", "time", "layers", "rtx"))
+    parser.add_argument("step", choices=("graphs", "engines", "time", "shift", "layers", "rtx"))
     parser.add_argument("--work", type=Path, default=Path("build/full_size"))
     parser.add_argument("--precision", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=8)
@@ -63,6 +68,8 @@ def main() -> None:
         case "time":
             found = time_engines(asked.work, asked.precision, asked.rounds, asked.nncf)
             note(asked.out, "time", asked.precision, found)
+        case "shift":
+            note(asked.out, "shift", asked.precision, time_shift(asked.work, asked.precision, asked.rounds))
         case "layers":
             note(asked.out, "layers", asked.precision, layer_times(asked.work, asked.precision, asked.nncf))
         case "rtx":
@@ -123,6 +130,20 @@ def time_engines(work: Path, precision: str, rounds: int, nncf: str) -> dict[str
         "nncf": json.loads((work / nncf / "about.json").read_text(encoding="utf-8")),
         "contenders": found.figures,
         "ours_over": {name: step_ratio(ours, theirs) for name, theirs in found.seconds.items() if name != "ours"},
+    }
+
+
+def time_shift(work: Path, precision: str, rounds: int) -> dict[str, Any]:
+    """Seconds per step with the shift and without, in turns, and the ratio of the first to the second."""
+    forms = ("w8a8", UNSHIFTED)
+    engines = [(form, Engine.open(engine_folder(work, form, "openvino", precision))) for form in forms]
+    found = timed_in_turns([engine_contender(*one) for one in engines], BATCH, rounds)
+    return {
+        "machine": this_machine().model_dump(),
+        "batch": BATCH,
+        "rounds": rounds,
+        "contenders": found.figures,
+        "shift_over_without": step_ratio(*(found.seconds[form] for form in forms)),
     }
 
 

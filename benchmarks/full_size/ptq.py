@@ -3,8 +3,9 @@
     python -m benchmarks.full_size.ptq ptq [--work build/full_size] [--steps 4]
 
 ``ptq`` is the recipe as it ships. The other forms are what ``full_size/engines.py`` builds engines from, where values
-do not matter: ``fp``, and ``w8a8`` and ``w4a8`` with scales from the largest magnitudes, found sooner. One form
-per process, so that the peak is its own; those that quantize share one dataset.
+do not matter: ``fp``, and ``w8a8`` and ``w4a8`` with scales from the largest magnitudes, found sooner, and
+``w8a8-unshifted`` without ``transforms.shift``. One form per process, so that the peak is its own; those that quantize
+share one dataset.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp": ("fp", {}),
     "w8a8": ("ptq", _SOON),
     "w4a8": ("ptq", _SOON | {"weights": "int4"}),
+    "w8a8-unshifted": ("ptq", _SOON | {"transforms": {"shift": "none"}}),
 }
 
 

@@ -23,6 +23,7 @@ from s2p_deploy.calib.target import (
     Ranking,
     Reached,
     costs_by_products,
+    fewest,
     ordered,
     rank_by_picture,
     reach_target,
@@ -249,6 +250,23 @@ def test_every_quantizer_is_ordered_once(errors: list[list[float]], floor: float
     assert sorted(order) == sorted(ranking)
 
 
+@given(st.integers(0, 70), st.data())
+def test_the_fewest_are_found_sooner_from_nearby(most: int, data: st.DataObject) -> None:
+    needed, start = data.draw(st.integers(0, most + 1)), data.draw(st.integers(0, most))
+    asked: list[int] = []
+
+    def enough(count: int) -> bool:
+        asked.append(count)
+        return count >= needed
+
+    assert fewest(enough, most, start) == (needed if needed <= most else None)
+    assert len(set(asked)) == len(asked)
+    assert all(0 <= count <= most for count in asked)
+    if start == needed:
+        assert len(asked) <= 2
+    assert len(asked) <= 2 * (most + 2).bit_length()
+
+
 def test_costs_are_shares_of_the_multiplications(few_state: TrainingState, float_denoiser: IndexedDenoiser) -> None:
     costs = costs_by_products(float_denoiser, few_state.denoiser.plan, tokens=8)
     activations = [each for each in reliefs(few_state.denoiser.plan) if each.kind == "activations"]
@@ -317,6 +335,20 @@ def test_a_layers_error_is_of_its_input_and_its_weights(few_state: TrainingState
 def search(request: CalibrationRequest, source: FloatPipeline, state: TrainingState) -> tuple[TrainingState, Reached]:
     ranking = rank_by_picture(request, source, state, request.recipe.target.ranked)
     return reach_target(request, source, state, ranking)
+
+
+def test_a_target_that_spares_layers_counts_them(
+    few_state: TrainingState, few_source: FloatPipeline, request_of: CalibrationRequest
+) -> None:
+    plan = few_state.denoiser.plan
+    by_key = {each.key: each for each in reliefs(plan)}
+    costs = costs_by_products(few_source.denoiser, plan, tokens=8)
+    target = request_of.recipe.target
+    assert costs.spared(target, by_key) == costs.of
+    counted = costs.spared(target.model_copy(update={"cost": "layers"}), by_key)
+    assert set(counted) == set(by_key)
+    assert counted == {key: len(each.layers) for key, each in by_key.items()}
+    assert max(counted.values()) > 1  # queries, keys and values read one tensor
 
 
 def test_what_holds_already_costs_nothing(
