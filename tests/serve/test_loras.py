@@ -121,6 +121,16 @@ def test_requests_whose_ranks_do_not_fit_take_turns(service: ImageService, log: 
         service.submit(asking(wide=1.0, wash=1.0), timeout=MINUTE)
 
 
+def test_ranks_have_the_order_of_names_whoever_came_first(service: ImageService) -> None:
+    """A sum over ranks has other bits in another order."""
+    for request in (asking(wide=1.0), asking(wash=1.0), asking(ink=1.0)):  # the last moves the others
+        drawn(service, request)
+    bank, keys = service.loras.bank, {one.name: one.key for one in service.loras.all}
+    assert bank is not None
+    rows = bank.strengths([{keys["ink"]: 1.0}, {keys["wash"]: 1.0}])
+    np.testing.assert_array_equal(rows, [[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]])
+
+
 def waiting(service: ImageService, name: str, **weights: float) -> RequestFuture:
     request = asking(**weights)
     return RequestFuture(name, request, 8, 0.0, MINUTE, service.loras.use(request.lora))
