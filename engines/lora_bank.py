@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.families.lora import check_low_rank
 from s2p_deploy.records.optional_inputs import LORA_DOWN, LORA_UP
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ class BranchMatrices:
         Raises:
             InputError: a layer has no branch, the rank is above the engine's, or it is a DoRA.
         """
+        from s2p_deploy.families.lora import check_low_rank
+
         layers = [layer for layer in lora.layers if layer.component == component]
         check_low_rank(lora.file, layers)
         known = {slot.layer for slot in slots.layers}

@@ -124,7 +124,7 @@ class DenoiserLoras:
         unknown = sorted(set(attention) - {SCALE, LORAS})
         if unknown:
             raise InputError(
-                f"an engine's network is fixed, it cannot take {unknown[0]} of the attention: leave it out"
+                f"an engine's network is fixed, it cannot take {unknown[0]} in cross_attention_kwargs: leave it out"
             )
         own = {self.loaded[name]: weight for name, weight in self.active.items()} if self.enabled else {}
         given = attention.get(LORAS, own)

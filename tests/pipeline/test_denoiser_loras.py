@@ -201,6 +201,27 @@ def test_ranks_that_do_not_fit_together_are_refused(
     predicted(opened.pipe)
 
 
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda unet: unet.load_lora_adapter("somewhere"), "load it with the pipeline's load_lora_weights"),
+        (lambda unet: unet.loras.strengths({"loras": [{}] * 3}, 2), "3 settings of LoRAs, scaled by 1.0, do not fit"),
+        (lambda unet: unet.loras.strengths({"scale": "much"}, 2), "scaled by 'much', do not fit a batch of 2"),
+    ],
+)
+def test_calls_that_mean_nothing_are_refused(
+    opened: EnginePipeline, ask: Callable[[object], object], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        ask(opened.pipe.unet)
+
+
+def test_a_name_is_taken_once(opened: EnginePipeline, files: list[Path]) -> None:
+    opened.pipe.load_lora_weights(str(files[0]), adapter_name="a")
+    with pytest.raises(InputError, match="LoRA 'a' cannot be loaded, that name is taken"):
+        opened.pipe.load_lora_weights(str(files[2]), adapter_name="a")
+
+
 def test_weights_per_block_are_refused(opened: EnginePipeline, files: list[Path]) -> None:
     opened.pipe.load_lora_weights(str(files[0]), adapter_name="a")
     with pytest.raises(InputError, match="one finite weight for all its layers"):
