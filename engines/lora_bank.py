@@ -76,7 +76,7 @@ class BranchMatrices:
             )
         changes = {layer.path: lora.read(layer) for layer in layers}
         down = {path: change.down.numpy() for path, change in changes.items()}
-        up = {path: (change.up * change.scale).numpy() for path, change in changes.items()}
+        up = {path: change.up.numpy() * np.float32(change.scale) for path, change in changes.items()}
         return BranchMatrices(rank, down, up)
 
 

@@ -157,11 +157,11 @@ def layer_times(work: Path, precision: str, nncf: str) -> dict[str, Any]:
     folders = {"ours": engine_folder(work, "w8a8", "openvino", precision), "nncf": work / nncf}
     return {
         "machine": this_machine().model_dump(),
-        "layers": {name: _profiled(folder / "denoiser.xml", precision) for name, folder in folders.items()},
+        "layers": {name: profiled(folder / "denoiser.xml", precision) for name, folder in folders.items()},
     }
 
 
-def _profiled(xml: Path, precision: str) -> dict[str, dict[str, float]]:
+def profiled(xml: Path, precision: str) -> dict[str, dict[str, float]]:
     """Kind of layer and its kernel -> milliseconds and number; the fastest of three steps."""
     import openvino
 

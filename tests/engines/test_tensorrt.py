@@ -22,7 +22,11 @@ from s2p_deploy.engines.tensorrt.backend import refusal
 from s2p_deploy.engines.tensorrt.plan import compute_types, layer_table, open_plan
 from s2p_deploy.engines.tensorrt.runner import OutputShapes, TensorRtRunner, check_shape
 from s2p_deploy.errors import EngineBuildError, InputError, MissingEnvironmentError
+from s2p_deploy.export import export_graph
+from s2p_deploy.export.lora_targets import LORA_KINDS, LoraRequest
 from s2p_deploy.records import Execution
+from s2p_deploy.records.optional_inputs import LORA_DOWN, LORA_STRENGTHS, LORA_UP
+from tests.artifacts import tiny_calibrated
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CHANNELS, ROWS, SIZE, TOKENS, GraphWriter, on_the_gpu, small_inputs, small_model
 
@@ -371,3 +375,16 @@ def wide_matmul(weights: str) -> onnx.ModelProto:
     outputs = [onnx.helper.make_tensor_value_info("query", half, ["batch", 16, WIDTH])]
     graph = onnx.helper.make_graph(g.nodes, "wide", inputs, outputs, g.initializers)
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
+def test_rtx_builds_low_rank_branches_whose_matrices_are_inputs(tmp_path: Path) -> None:
+    request = LoraRequest(8, LORA_KINDS)
+    graph = export_graph(tiny_calibrated(tmp_path / "calib"), tmp_path / "graph", dtype="fp16", lora=request)
+    options = BuildOptions(profile=ShapeProfile(1, 2, 4))
+    engine = build_engine(graph, tmp_path / "engine", backend="tensorrt_rtx", options=options)
+    assert engine.lora is not None
+    assert {slot.op for slot in engine.lora.layers} == {"conv", "linear"}
+    assert {spec.name for spec in engine.inputs} >= {LORA_DOWN, LORA_UP, LORA_STRENGTHS}

@@ -93,6 +93,16 @@ def test_an_alpha_of_its_own_scales_a_layer(tmp_path: Path) -> None:
     assert layer.scale == 0.25
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_matrices_of_every_type_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(each.shape, generator=generator).to(dtype) for name, each in one_layer().items()}
+    lora = Lora(write(tmp_path, tensors), WEIGHTS)
+    change = lora.read(lora.layers[0])
+    down, up = tensors.values()
+    torch.testing.assert_close((change.down, change.up), (down.float(), up.float()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("path", [TO_Q, TO_OUT, CONV])
 def test_an_alpha_that_diffusers_renamed_scales_a_layer(tmp_path: Path, path: str) -> None:
     """Of attention layers it gives the alpha the name of the matrix, with ``.alpha`` behind it."""
