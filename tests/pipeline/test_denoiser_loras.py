@@ -62,7 +62,7 @@ def reference(origin: BasePipeline) -> StableDiffusionPipeline:
 def files(origin: BasePipeline, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three layouts; the second changes the text encoder too."""
     folder = tmp_path_factory.mktemp("loras")
-    text = ["encoder.layers.0.self_attn.q_proj"]
+    text = [f"encoder.layers.0.self_attn.{name}_proj" for name in ("q", "out")]  # diffusers knows them by both
     first = in_peft(random_layers(origin, {"unet": ATTENTION}, seed=1))
     second = in_kohya(random_layers(origin, {"unet": ATTENTION[:3], "text_encoder": text}, rank=2, seed=2))
     third = in_old_diffusers(random_layers(origin, {"unet": ATTENTION[2:]}, seed=3))
