@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 
-from s2p_deploy.export import exporter, tracing
+from s2p_deploy.export import canonical_graph, tracing
 from s2p_deploy.export.tracing import TracedDenoiser
 from s2p_deploy.families import Block, Tap
 from s2p_deploy.records import TimestepTable, TimeTable, TransformSpec
@@ -69,12 +69,12 @@ def kept_traces() -> SharedFolder:
 
 def remember_traces(patch: pytest.MonkeyPatch, shared: SharedFolder) -> None:
     """Exports take their traces from ``shared`` from now on."""
-    patch.setattr(exporter, "trace_denoiser", RememberedTraces(shared))
+    patch.setattr(canonical_graph, "trace_denoiser", RememberedTraces(shared))
 
 
 def trace_anew(patch: pytest.MonkeyPatch) -> None:
     """Exports trace themselves, as they do outside tests."""
-    patch.setattr(exporter, "trace_denoiser", tracing.trace_denoiser)
+    patch.setattr(canonical_graph, "trace_denoiser", tracing.trace_denoiser)
 
 
 def write_trace(traced: TracedDenoiser, folder: Path) -> None:
