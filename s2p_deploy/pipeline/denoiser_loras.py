@@ -173,7 +173,13 @@ class ComponentWithLoras(EngineComponent):
 
     @property
     def peft_config(self) -> dict[str, str]:
-        """Returns the LoRAs that are loaded, by name; diffusers reads the names alone."""
+        """Returns the LoRAs that are loaded, by name; diffusers reads the names alone, and whether there is any.
+
+        Raises:
+            AttributeError: there is none, as in a network of diffusers.
+        """
+        if not self.loras.loaded:
+            raise AttributeError("no LoRA is loaded")
         return self.loras.loaded
 
     def load_lora_adapter(
