@@ -3,7 +3,7 @@
     python -m benchmarks.full_size.adapters engines {sd14,sdxl} [--work build/full_size] [--form attention]
     python -m benchmarks.full_size.adapters time {sd14,sdxl} [--rounds 20]     # a step with branches and without
     python -m benchmarks.full_size.adapters file {sd14,sdxl}                   # from a LoRA's file to its first step
-    python -m benchmarks.full_size.adapters rtx {sd14,sdxl}                    # TensorRT-RTX builds, without a GPU
+    python -m benchmarks.full_size.adapters rtx {shapes,sd14,sdxl}             # TensorRT-RTX builds, without a GPU
     python -m benchmarks.full_size.adapters layers {sd14,sdxl}                 # where OpenVINO spends a step
 
 Engines are W8A8 of recipe ``ptq-stream`` with scales from the largest magnitudes, for OpenVINO bf16 and batch 2:
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.full_size.contenders import step_ratio
 from benchmarks.full_size.engines import build_rtx, profiled
 from benchmarks.full_size.pipeline import MODELS, gigabytes, write_original
 from s2p_deploy.bench.measure import WORKER, load_request
@@ -36,6 +35,7 @@ from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, build_engine,
 from s2p_deploy.export import export_graph
 from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.families import resolve_base
+from s2p_deploy.metrics import median_of
 from s2p_deploy.pipeline import open_pipeline
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import CalibratedModel, Engine, ExportedGraph, file_digest
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 RANK, BATCH = 32, 2
+BUNDLED = "shapes"
 WITHOUT = "without"
 FORMS = {
     WITHOUT: None,
@@ -57,7 +58,7 @@ BUILD_TIMEOUT_S = 7200.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("engines", "time", "file", "rtx", "layers"))
-    parser.add_argument("original", choices=MODELS)
+    parser.add_argument("original", choices=(*MODELS, BUNDLED))
     parser.add_argument("--form", action="append", choices=FORMS, help="of these alone; may be repeated")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--work", type=Path, default=Path("build/full_size"))
@@ -72,7 +73,7 @@ def main() -> None:
         case "file":
             found = time_file(work)
         case "rtx":
-            found = {form: build_rtx(work, _graph(work, asked.original, form, "fp16").folder.name) for form in forms}
+            found = {form: _plan(work, asked.original, form) for form in forms}
         case "layers":
             found = {form: profiled(_folder(work, "engine", form) / "denoiser.xml", "bf16") for form in forms}
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
@@ -107,16 +108,16 @@ def time_steps(work: Path, forms: list[str], rounds: int) -> dict[str, Any]:
     memory = {form: _peak_gb(engine) for form, engine in engines.items()}
     runners = {form: load_engine(engine) for form, engine in engines.items()}
     inputs = _inputs(next(iter(runners.values())).inputs)
-    seconds: dict[str, list[list[float]]] = {form: [] for form in forms}
-    processor: dict[str, list[list[float]]] = {form: [] for form in forms}
+    seconds: dict[str, list[float]] = {form: [] for form in forms}
+    processor: dict[str, list[float]] = {form: [] for form in forms}
     for runner in runners.values():
         runner.infer(inputs)  # compiles
 
     def visit(member: int, number: int) -> None:
         form = forms[member]
         clock, used = _clocked(lambda: runners[form].infer(inputs))
-        seconds[form].append([clock])
-        processor[form].append([used])
+        seconds[form].append(clock)
+        processor[form].append(used)
         print(f"round {number + 1}/{rounds} {form}: {clock:.2f} s, of processors {used:.2f}", flush=True)
 
     in_turns(len(forms), rounds, visit)
@@ -125,16 +126,21 @@ def time_steps(work: Path, forms: list[str], rounds: int) -> dict[str, Any]:
     )
 
 
-def compared(seconds: dict[str, list[list[float]]], processor: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Medians of seconds per step [rounds][1] by form, by clock and processors; ratios to the one without."""
-    own, processors = ({form: np.asarray(v) for form, v in kind.items()} for kind in (seconds, processor))
-    others = [form for form in own if form != WITHOUT]
+def compared(seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of seconds per step [rounds] by form, by clock and processors; ratios to the one without."""
+    others = [form for form in seconds if form != WITHOUT]
     return {
-        "median_s": {form: float(np.median(found)) for form, found in own.items()},
-        "median_processor_s": {form: float(np.median(found)) for form, found in processors.items()},
-        "ratio": {form: step_ratio(own[form], own[WITHOUT]) for form in others},
-        "processor_ratio": {form: step_ratio(processors[form], processors[WITHOUT]) for form in others},
+        "median_s": {form: float(np.median(found)) for form, found in seconds.items()},
+        "median_processor_s": {form: float(np.median(found)) for form, found in processor.items()},
+        "ratio": {form: _paired(seconds[form], seconds[WITHOUT]) for form in others},
+        "processor_ratio": {form: _paired(processor[form], processor[WITHOUT]) for form in others},
     }
+
+
+def _paired(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
+    """The median of the rounds' ratios, with its interval: what slowed a round slowed both."""
+    found = median_of(np.asarray(ours) / np.asarray(theirs))
+    return {"median": found.value, "low": found.low, "high": found.high}
 
 
 def time_file(work: Path, repeats: int = 7) -> dict[str, Any]:
@@ -174,14 +180,21 @@ def time_file(work: Path, repeats: int = 7) -> dict[str, Any]:
 def _graph(work: Path, original: str, form: str, dtype: str) -> ExportedGraph:
     """A form's graph; made, with the pipeline and the calibrated model, where it is not there."""
     pipeline, model, out = work / "pipeline", work / "model-adapters", _folder(work, "graph", form, dtype)
-    if not pipeline.exists():
+    if original != BUNDLED and not pipeline.exists():
         write_original(pipeline, MODELS[original])
     if not model.exists():
         recipe = Recipe.load("ptq-stream", {"scales": {"weights": "max"}})
-        calibrate(resolve_base(str(pipeline)), recipe, None, model, context=Context(device="cpu"))
+        base = resolve_base(BUNDLED if original == BUNDLED else str(pipeline))
+        calibrate(base, recipe, None, model, context=Context(device="cpu"))
     if not out.exists():
         export_graph(CalibratedModel.open(model), out, dtype="fp16" if dtype == "fp16" else "fp32", lora=FORMS[form])
     return ExportedGraph.open(out)
+
+
+def _plan(work: Path, original: str, form: str) -> dict[str, Any]:
+    """What building a form's TensorRT-RTX plan took; its layers are those of the plan without branches."""
+    found = build_rtx(work, _graph(work, original, form, "fp16").folder.name)
+    return {name: value for name, value in found.items() if name != "layers"}
 
 
 def _folder(work: Path, kind: str, form: str, *more: str) -> Path:
