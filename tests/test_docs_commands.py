@@ -44,7 +44,19 @@ SPAN = re.compile(rf"`((?:{PROGRAMS}) [^`\n]+)`")
 RUN = ("s2p-deploy", "make", "curl", "openssl", "cd")  # programs whose commands are run as they stand
 
 # Commands that are not run here, and why. A test that is named is there.
+_ADAPTERS = "tests/cli/test_adapters.py::test_the_way_of_the_documentation"
 ELSEWHERE = {
+    "s2p-deploy export calib --controlnet --out graph": f"needs a ControlNet: {_ADAPTERS}",
+    "s2p-deploy generate engine --prompt TEXT --controlnet FOLDER --control-image edges.png"
+    " --out picture.png": _ADAPTERS,
+    "s2p-deploy serve engine --controlnet edges=FOLDER": "tests/serve/test_controls.py"
+    "::test_a_client_sends_pictures_in_its_request",
+    "s2p-deploy calibrate MODEL --controlnet FOLDER --control-images PICTURES --recipe w8a8 --prompts prompts.txt"
+    " --out calib": "tests/calib/test_controlnet.py::test_a_calibrated_one_takes_the_place_of_diffusers_own",
+    "s2p-deploy export CALIB --image-tokens 16 --image-adapters 2 --out graph": f"needs an IP-Adapter: {_ADAPTERS}",
+    "s2p-deploy generate ENGINE --prompt TEXT --ip-adapter FILE --ip-image cat.png --ip-scale 0.6 --out picture.png": _ADAPTERS,
+    "s2p-deploy serve ENGINE --ip-adapter style=FILE": "tests/serve/test_image_prompts.py"
+    "::test_a_client_sends_pictures_in_its_request",
     "accelerate launch --multi_gpu --num_processes 4 -m s2p_deploy.cli dataset MODEL --recipe w8a8"
     " --prompts prompts.txt --out data": "needs four GPUs; two processes on the CPU:"
     " tests/cli/test_dataset.py::test_two_launched_processes_make_the_bytes_of_one",

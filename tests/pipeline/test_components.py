@@ -102,7 +102,7 @@ def test_a_timestep_without_an_index_is_refused(denoiser: EngineUNet, timestep: 
 @pytest.mark.parametrize(
     "condition",
     [
-        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"cross_attention_kwargs": {"gligen": {}}},
         {"added_cond_kwargs": {"image_embeds": torch.ones(1)}},
         {"timestep_cond": torch.ones(2, 8)},
         {"class_labels": torch.zeros(2)},
@@ -120,6 +120,8 @@ def test_conditions_that_ask_for_nothing_are_taken(denoiser: EngineUNet) -> None
     sample, text = inputs()
     asked = denoiser(sample, 1, text, timestep_cond=None, cross_attention_kwargs={}, added_cond_kwargs=None).sample
     assert torch.equal(asked, denoiser(sample, 1, text).sample)
+    scaled = denoiser(sample, 1, text, cross_attention_kwargs={"scale": 0.5}).sample  # of LoRAs, none of which acts
+    assert torch.equal(scaled, asked)
 
 
 def test_another_picture_size_is_refused(base: StableDiffusionPipeline, denoiser: EngineUNet) -> None:

@@ -90,6 +90,10 @@ def test_a_null_field_beside_others_leaves_them_as_they_are(name: str) -> None:
     every = {"model": "small", "n": 2, "size": "64x64", "response_format": "b64_json", "seed": 3, "stream": True}
     every |= {"num_inference_steps": 4, "guidance_scale": 2.0, "negative_prompt": "x", "scheduler": "ddim"}
     every |= {"long_prompts": True, "lora": [{"name": "ink", "weight": 0.5}]}
+    every |= {
+        "controlnet": [{"name": "edges", "image": "aGk=", "scale": 0.5, "start": 0.1, "end": 0.9}],
+        "ip_adapter": [{"name": "style", "image": "aGk=", "scale": 0.5}],
+    }
     assert set(every) == set(OPTIONAL)
     found = ImageForm.model_validate({"prompt": PROMPT} | every | {name: None})
     assert found.model_dump() == ImageForm(prompt=PROMPT).model_dump() | every | {
