@@ -54,7 +54,8 @@ ELSEWHERE = {
     "s2p-deploy calibrate MODEL --controlnet FOLDER --control-images PICTURES --recipe w8a8 --prompts prompts.txt"
     " --out calib": "tests/calib/test_controlnet.py::test_a_calibrated_one_takes_the_place_of_diffusers_own",
     "s2p-deploy export CALIB --image-tokens 16 --image-adapters 2 --out graph": f"needs an IP-Adapter: {_ADAPTERS}",
-    "s2p-deploy generate ENGINE --prompt TEXT --ip-adapter FILE --ip-image cat.png --ip-scale 0.6 --out picture.png": _ADAPTERS,
+    "s2p-deploy generate ENGINE --prompt TEXT --ip-adapter FILE --ip-image cat.png --ip-scale 0.6"
+    " --out picture.png": _ADAPTERS,
     "s2p-deploy serve ENGINE --ip-adapter style=FILE": "tests/serve/test_image_prompts.py"
     "::test_a_client_sends_pictures_in_its_request",
     "accelerate launch --multi_gpu --num_processes 4 -m s2p_deploy.cli dataset MODEL --recipe w8a8"

@@ -203,8 +203,10 @@ class EngineDenoiser(ComponentWithLoras):
             taken.add(_GUIDANCE)
         attention: dict[str, Any] = {}
         for name in _ATTENTION:
-            attention |= dict(conditions.get(name) or {})  # type: ignore[call-overload]
-        taken.update(_ATTENTION)
+            given = conditions.get(name)
+            if isinstance(given, dict):
+                attention |= given
+                taken.add(name)
         if self.takes_residuals:
             taken |= set(_RESIDUALS)
         refused = [name for name, value in conditions.items() if name not in taken and not _asks_nothing(name, value)]
