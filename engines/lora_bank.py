@@ -139,6 +139,10 @@ class LoraBank:
         self.remove(name)
         self._added[name] = cast
 
+    def repeat(self, name: str, other: str) -> None:
+        """Adds a LoRA that is there under another name too, without a copy of its matrices."""
+        self._added[other] = self._known(name)
+
     def remove(self, name: str) -> None:
         """Forgets a LoRA, if there is one of that name; its ranks become free."""
         self._added.pop(name, None)

@@ -50,7 +50,10 @@ class DenoiserLoras:
     def copy(self) -> DenoiserLoras:
         """Returns LoRAs of the same bank, which are loaded and weighed apart from now on."""
         copied = DenoiserLoras(self._bank, self._config)
-        copied.loaded, copied.active, copied.enabled = dict(self.loaded), dict(self.active), self.enabled
+        copied.active, copied.enabled = dict(self.active), self.enabled
+        for name, key in self.loaded.items():
+            copied.loaded[name] = f"{name}#{next(_KEYS)}"
+            self.bank.repeat(key, copied.loaded[name])
         return copied
 
     def load(
@@ -93,9 +96,7 @@ class DenoiserLoras:
         Raises:
             InputError: a name is unknown, or a weight is not one finite number.
         """
-        unknown = [name for name in names if name not in self.loaded]
-        if unknown:
-            raise InputError(f"there is no LoRA {unknown[0]!r}: load it first")
+        self._check_loaded(names)
         numbers = [1.0 if weight is None else weight for weight in weights]
         odd = [number for number in numbers if not isinstance(number, int | float) or not math.isfinite(number)]
         if odd:
@@ -114,25 +115,25 @@ class DenoiserLoras:
         """Makes the strengths [batch, rank] of a call; None where nothing acts.
 
         Args:
-            attention: diffusers' ``cross_attention_kwargs``: ``scale`` multiplies all weights; ``loras``, the weights
-                by the bank's own names, one mapping for all samples or one for each, stand in place of the active ones.
+            attention: diffusers' ``cross_attention_kwargs``: ``scale`` multiplies all weights; ``loras``, weights by
+                name, one mapping for all samples or one for each, stand in place of the active ones.
             batch: samples; of guided pictures those without the prompt come first.
 
         Raises:
-            InputError: there is another key, or a value is not of that kind.
+            InputError: there is another key, a value is not of that kind, or a LoRA is not loaded.
         """
         unknown = sorted(set(attention) - {SCALE, LORAS})
         if unknown:
             raise InputError(
                 f"an engine's network is fixed, it cannot take {unknown[0]} in cross_attention_kwargs: leave it out"
             )
-        own = {self.loaded[name]: weight for name, weight in self.active.items()} if self.enabled else {}
-        given = attention.get(LORAS, own)
+        given = attention.get(LORAS, self.active if self.enabled else {})
         rows = [given] if isinstance(given, dict) else list(given)
         scale = attention.get(SCALE, 1.0)
-        if batch % len(rows) or not isinstance(scale, int | float):
+        if not rows or batch % len(rows) or not isinstance(scale, int | float):
             raise InputError(f"{len(rows)} settings of LoRAs, scaled by {scale!r}, do not fit a batch of {batch}")
-        scaled = [{name: weight * scale for name, weight in row.items()} for row in rows]
+        self._check_loaded([name for row in rows for name in row])
+        scaled = [{self.loaded[name]: weight * scale for name, weight in row.items()} for row in rows]
         if not any(scaled):
             return None
         return self.bank.strengths(scaled * (batch // len(rows)))
@@ -148,9 +149,10 @@ class DenoiserLoras:
         with torch.device("meta"):
             return network_weights(family_of_config(self._config).build(self._config))
 
-    def check_branches(self) -> None:
-        """Raises InputError where the engine has no branches for LoRAs."""
-        _ = self.bank
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.loaded]
+        if unknown:
+            raise InputError(f"there is no LoRA {unknown[0]!r}: load it first")
 
     @property
     def bank(self) -> LoraBank:
@@ -201,7 +203,7 @@ class ComponentWithLoras(EngineComponent):
         Raises:
             InputError: as :meth:`DenoiserLoras.load`; the tensors are not in memory.
         """
-        self.loras.check_branches()
+        _ = self.loras.bank  # raises where the engine has none
         given = pretrained_model_name_or_path_or_dict
         if not isinstance(given, dict):
             raise InputError("an engine takes the tensors of a LoRA: load it with the pipeline's load_lora_weights")

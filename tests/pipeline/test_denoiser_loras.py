@@ -132,11 +132,9 @@ def test_without_a_lora_the_bits_are_those_of_an_engine_without_branches(
 
 
 def test_each_sample_of_a_batch_has_its_own(opened: EnginePipeline, files: list[Path]) -> None:
-    """``loras`` names them as the bank does, and gives every sample's weights."""
     for name, file in zip("ab", (files[0], files[2]), strict=True):
         opened.pipe.load_lora_weights(str(file), adapter_name=name)
-    first, second = (opened.pipe.unet.loras.loaded[name] for name in "ab")
-    rows = [{first: 1.0}, {first: 0.5, second: -1.0}]
+    rows = [{"a": 1.0}, {"a": 0.5, "b": -1.0}]
     mixed = predicted(opened.pipe, cross_attention_kwargs={"loras": rows})
     for number, row in enumerate(rows):
         alone = predicted(opened.pipe, cross_attention_kwargs={"loras": row})
@@ -148,6 +146,9 @@ def test_a_copy_of_the_component_weighs_apart(opened: EnginePipeline, files: lis
     copied = copy.deepcopy(opened.pipe.unet)
     copied.set_adapters("a", 0.25)
     assert opened.pipe.unet.loras.active == {"a": 1.0}
+    acting = predicted(opened.pipe)
+    copied.unload_lora()
+    np.testing.assert_array_equal(predicted(opened.pipe), acting)
 
 
 def test_a_lora_can_take_the_place_of_another(opened: EnginePipeline, files: list[Path]) -> None:
@@ -208,6 +209,8 @@ def test_ranks_that_do_not_fit_together_are_refused(
         (lambda unet: unet.load_lora_adapter("somewhere"), "load it with the pipeline's load_lora_weights"),
         (lambda unet: unet.loras.strengths({"loras": [{}] * 3}, 2), "3 settings of LoRAs, scaled by 1.0, do not fit"),
         (lambda unet: unet.loras.strengths({"scale": "much"}, 2), "scaled by 'much', do not fit a batch of 2"),
+        (lambda unet: unet.loras.strengths({"loras": []}, 2), "0 settings of LoRAs"),
+        (lambda unet: unet.loras.strengths({"loras": {"a": 1.0}}, 2), "there is no LoRA 'a': load it first"),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(
