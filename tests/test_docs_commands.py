@@ -304,6 +304,8 @@ class Shell:
         arguments = words[2:] if words[0] == "-m" else words[1:]
         self._monkeypatch.setattr(sys, "argv", [program, *arguments])
         run = runpy.run_module if words[0] == "-m" else runpy.run_path
+        if words[0] != "-m":
+            self._monkeypatch.syspath_prepend(Path(program).parent)  # as Python itself does
         try:
             run(program, run_name="__main__")
         except SystemExit as ended:
