@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.shared_folder import SharedFolder
 
 pytestmark = pytest.mark.slow
-MINUTE, STEPS = 60.0, 6
+MINUTE, STEPS = 60.0, 24  # so many that all four are under way at once, on a busy machine too
 
 
 @pytest.fixture(scope="module")
