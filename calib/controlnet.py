@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from s2p_deploy.calib.calibrate import starting_state, training_setting, write_model
 from s2p_deploy.calib.hooks import Hooks, denoiser_weights
 from s2p_deploy.calib.model_files import training_summary
 from s2p_deploy.calib.plan import planned_layers
-from s2p_deploy.calib.request import CalibrationRequest
+from s2p_deploy.calib.request import CalibrationRequest, claim_unfinished
 from s2p_deploy.calib.training import train
 from s2p_deploy.calib.trajectories import FloatPipeline, encode_prompts
 from s2p_deploy.context import Context
@@ -35,7 +37,14 @@ from s2p_deploy.families import (
 from s2p_deploy.families.controlnet_family import without_embedding
 from s2p_deploy.families.controlnets import load_controlnet, with_controlnets
 from s2p_deploy.recipe import Rule
-from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, check_vacant, write_artifact
+from s2p_deploy.records import (
+    CalibratedModel,
+    LatentDataset,
+    PromptSet,
+    check_vacant,
+    file_digest,
+    write_artifact,
+)
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 from s2p_deploy.records.files import claimed, write_tensors
 from s2p_deploy.timesteps import timestep_indices, timestep_table_of
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import TimestepTable
 
+_DATASET = "dataset"
 _AT_ONCE = 8  # prompts that are walked together
 # What reads the latents, and what writes the residuals: a few percent of the work, and their errors go to the denoiser.
 _EDGES = tuple(
@@ -74,6 +84,8 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
 ) -> CalibratedModel:
     """Calibrates a ControlNet of a UNet and writes the CalibratedModel at ``out``, its dataset in ``out/dataset``.
 
+    Unfinished work is in ``<out>.partial``: a second start with the same request continues it, once the walk is done.
+
     Args:
         base: the floating-point pipeline that it acts in.
         folder: the ControlNet, in diffusers format.
@@ -87,7 +99,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
 
     Raises:
         InputError: the ControlNet does not fit the pipeline, or is none of a UNet; there are no pictures; ``out``
-            exists.
+            exists, or unfinished work of another request does.
         S2PError: training diverged.
     """
     context.set_threads()
@@ -108,14 +120,15 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         )
     walked = prompts.first(resolved.dataset.prompts)
     request = _request(base, resolved, walked, network.controlnet_cond_embedding, out, replace=replace, context=context)
-    shutil.rmtree(request.partial, ignore_errors=True)
-    request.partial.mkdir(parents=True)
-    with claimed(request.partial / "calibrate"), context.arithmetic():
+    with claimed(request.partial), context.arithmetic():
+        claim_unfinished(request.partial, _conditions(request, folder, pictures), replace=replace)
         steps, fractional = resolved.sampling.steps, bool(family_of(pipe.unet).added_width(network_config(pipe.unet)))
         timesteps = timestep_table_of(pipe.scheduler, steps, fractional=fractional)
-        calls = _walk(pipe, network.to(context.torch_device), request, pictures)
+        finished = request.partial / _DATASET
+        network.to(context.torch_device)
+        calls = None if finished.exists() else _walk(pipe, network, request, pictures)
         source = _as_denoiser(pipe, network, timesteps, latent_shape_of(base.denoiser_config())[1:])
-        dataset = _dataset(request, source, calls, base)
+        dataset = LatentDataset.open(finished) if calls is None else _dataset(request, source, calls, base)
         transforms, layers, plan = planned_layers(
             resolved,
             request.hooks.transforms(source.denoiser, resolved),
@@ -133,6 +146,16 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         write_model(request, source, state, transforms, dataset, about)
     shutil.rmtree(request.partial)
     return CalibratedModel.open(out)
+
+
+def _conditions(request: CalibrationRequest, folder: Path, pictures: Sequence[Image]) -> dict[str, Any]:
+    """Names everything that decides the bits of the result."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in {".json", ".safetensors"}]
+    read = hashlib.sha256(b"".join(np.asarray(picture).tobytes() for picture in pictures)).hexdigest()
+    return request.conditions() | {
+        "ControlNet": {file.name: file_digest(file) for file in files},
+        "control pictures": read,
+    }
 
 
 def _resolved(recipe: Recipe, base: BasePipeline) -> Recipe:
@@ -267,7 +290,7 @@ def _dataset(request: CalibrationRequest, source: FloatPipeline, calls: _Calls, 
         return {"samples": len(sample), "sampling": {"guided": guided}}
 
     sections = {name: getattr(request.recipe, name).model_dump(mode="json") for name in ("sampling", "dataset")}
-    out = request.partial / "dataset"
+    out = request.partial / _DATASET
     write_artifact(out, kind="LatentDataset", base=base.base, recipe=sections, fill=fill)
     return LatentDataset.open(out)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.engines.spare_timesteps import SpareTimesteps
     from s2p_deploy.records import TimestepTable
-    from s2p_deploy.records.image_slots import ImageSlots
+    from s2p_deploy.records.optional_inputs import ImageSlots
     from s2p_deploy.timesteps import Timesteps
 
 OUTPUT = "noise_pred"

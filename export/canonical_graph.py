@@ -36,8 +36,7 @@ from s2p_deploy.records import (
     GraphTap,
     TimeTable,
 )
-from s2p_deploy.records.image_slots import MOST_IMAGE_ADAPTERS, MOST_IMAGE_TOKENS
-from s2p_deploy.records.optional_inputs import is_optional
+from s2p_deploy.records.optional_inputs import MOST_IMAGE_ADAPTERS, MOST_IMAGE_TOKENS, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import Block, Tap
     from s2p_deploy.records import CalibratedModel
-    from s2p_deploy.records.image_slots import ImageSlots
-    from s2p_deploy.records.optional_inputs import LoraSlots
+    from s2p_deploy.records.optional_inputs import ImageSlots, LoraSlots
 
 DType = Literal["fp32", "fp16"]
 TimeTableForm = Literal["constant", "input"]

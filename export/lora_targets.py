@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
     from s2p_deploy.export.regions import LayerNode
     from s2p_deploy.families import BasePipeline
@@ -117,7 +115,7 @@ def lora_targets(
             continue
         if path in spec.split:
             raise InputError(f"{path} was split for its quantization, so no LoRA can have a slot there")
-        shift = partial(_norm_shift, calibrated, norms[path]) if path in norms else None
+        shift = partial(calibrated.tensor, parameter_name(f"{norms[path]}.shift")) if path in norms else None
         targets.append(LoraTarget(layer, path, _read_by(layer, path), shift))
     missing = sorted((request.paths or frozenset()) - {target.path for target in targets})
     if missing:
@@ -153,7 +151,3 @@ def _read_by(layer: LayerNode, path: str) -> ir.Value:
             break
         read = before
     return read
-
-
-def _norm_shift(calibrated: CalibratedModel, norm: str) -> NDArray[np.float32]:
-    return calibrated.tensor(parameter_name(f"{norm}.shift"))

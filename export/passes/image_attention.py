@@ -10,7 +10,7 @@ import onnx_ir as ir
 from s2p_deploy.export.attention import find_attention
 from s2p_deploy.export.regions import module_path
 from s2p_deploy.export.tensors import constant
-from s2p_deploy.records.image_slots import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES, ImageSlot, ImageSlots
+from s2p_deploy.records.optional_inputs import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES, ImageSlot, ImageSlots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -50,6 +50,33 @@ LorasOption = Annotated[
         help="A LoRA that acts, for an engine with low-rank branches (export --lora-rank); repeatable.",
     ),
 ]
+ControlNetsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FOLDER", help="A ControlNet in diffusers format, of an engine exported for it; may be repeated."
+    ),
+]
+ControlImagesOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="What each --controlnet reads: a picture of the size that is drawn."),
+]
+ControlScalesOption = Annotated[
+    list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --controlnet; 1 if omitted.")
+]
+IpAdaptersOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="An IP-Adapter with the folder image_encoder beside it, of an engine exported with --image-tokens; "
+        "may be repeated.",
+    ),
+]
+IpImagesOption = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="What each --ip-adapter reads: a picture.")
+]
+IpScalesOption = Annotated[
+    list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --ip-adapter; 1 if omitted.")
+]
 
 
 def generate(  # noqa: PLR0913 - its options
@@ -83,33 +110,12 @@ def generate(  # noqa: PLR0913 - its options
     strength: StrengthOption = None,
     mask: MaskOption = None,
     lora: LorasOption = None,
-    controlnet: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FOLDER", help="A ControlNet in diffusers format, of an engine exported for it; may be repeated."
-        ),
-    ] = None,
-    control_image: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="What each --controlnet reads: a picture of the size that is drawn."),
-    ] = None,
-    control_scale: Annotated[
-        list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --controlnet; 1 if omitted.")
-    ] = None,
-    ip_adapter: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="An IP-Adapter with the folder image_encoder beside it, of an engine exported with --image-tokens; "
-            "may be repeated.",
-        ),
-    ] = None,
-    ip_image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="What each --ip-adapter reads: a picture.")
-    ] = None,
-    ip_scale: Annotated[
-        list[float] | None, typer.Option(metavar="NUMBER", help="Strength of each --ip-adapter; 1 if omitted.")
-    ] = None,
+    controlnet: ControlNetsOption = None,
+    control_image: ControlImagesOption = None,
+    control_scale: ControlScalesOption = None,
+    ip_adapter: IpAdaptersOption = None,
+    ip_image: IpImagesOption = None,
+    ip_scale: IpScalesOption = None,
     model: ModelOption = None,
     components: ComponentsOption = None,
     device: DeviceOption = "auto",

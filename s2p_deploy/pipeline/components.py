@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from s2p_deploy.engines import BoundRunner, Runner, ShapeProfile
     from s2p_deploy.engines.lora_bank import LoraBank
     from s2p_deploy.records import TensorSpec, TimestepTable
-    from s2p_deploy.records.image_slots import ImageSlots
+    from s2p_deploy.records.optional_inputs import ImageSlots
     from s2p_deploy.timesteps import Timesteps
 
     Indices = Callable[[Timesteps], NDArray[np.int64]]

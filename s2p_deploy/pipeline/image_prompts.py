@@ -16,7 +16,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.ip_adapter import PROJECTION, attention_frame, check_ip_adapter, cross_attentions
 from s2p_deploy.pipeline.engine_component import EngineComponent
-from s2p_deploy.records.image_slots import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES
+from s2p_deploy.records.optional_inputs import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.families.ip_adapter import IpAdapterWeights
     from s2p_deploy.families.model_family import Config
-    from s2p_deploy.records.image_slots import ImageSlots
+    from s2p_deploy.records.optional_inputs import ImageSlots
 
 _EMBEDS = "image_embeds"  # the key of a pipeline's ``added_cond_kwargs``
 _NO_TOKEN = -1e4  # added to scores: exp of it is zero, and half precision has it

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from s2p_deploy.records.optional_inputs import ImageSlots
+
 ENCODER = "image_encoder"  # folder beside an IP-Adapter's file
 MOST_SCALE = 10.0
 
@@ -52,13 +54,13 @@ class IpAdapter:
             InputError: a file is missing, damaged, or of another model; the pipeline's denoiser is no engine that takes
                 image prompts.
         """
-        denoiser = _check_takes(denoiser_of(pipe))
+        denoiser = denoiser_of(pipe)
+        slots = _slots_of(denoiser)
         weights = read_ip_adapter(file)
         folder = file.parent / ENCODER
         if not folder.is_dir():
             raise InputError(f"IP-Adapter {file} has no image encoder: put it into {folder}, in transformers' format")
-        assert denoiser.images is not None, "it was checked"
-        adapters = IpAdapters([weights], [str(file)], dict(denoiser.config), denoiser.images)
+        adapters = IpAdapters([weights], [str(file)], dict(denoiser.config), slots)
         encoder = load_network(folder, CLIPVisionModelWithProjection, denoiser.dtype).eval().requires_grad_(False)
         size = encoder.config.image_size
         # as diffusers makes it where a pipeline has none
@@ -98,13 +100,9 @@ class ImagePrompt:
 
 def check_image_prompts(denoiser: object, count: int) -> None:
     """Checks that a denoiser takes so many image prompts at once. Raises InputError where it does not."""
-    if not count:
-        return
-    most = _check_takes(denoiser).images
-    assert most is not None, "it was checked"
-    if count > most.adapters:
+    if count and count > (most := _slots_of(denoiser).adapters):
         raise InputError(
-            f"{count} image prompts at once, this engine takes {most.adapters}: export with --image-adapters {count}"
+            f"{count} image prompts at once, this engine takes {most}: export with --image-adapters {count}"
         )
 
 
@@ -115,18 +113,17 @@ def prompted(denoiser: EngineUNet, prompts: Sequence[ImagePrompt], *, guided: bo
         InputError: it takes none, or not so many.
     """
     check_image_prompts(denoiser, len(prompts))
-    assert denoiser.images is not None, "it was checked"
     like = torch.zeros(2 if guided else 1, device=denoiser.device, dtype=denoiser.dtype)
     rows = []
     for prompt in prompts:
         ((keys, values),) = prompt.adapter.weights.prompts([prompt.adapter.embeds(prompt.picture, like, guided=guided)])
         rows.append((keys, values * prompt.scale))
     own: EngineUNet = copy.deepcopy(denoiser)
-    own.prompted = packed(denoiser.images, like, rows)
+    own.prompted = packed(_slots_of(denoiser), like, rows)
     return own
 
 
-def _check_takes(denoiser: object) -> EngineUNet:
+def _slots_of(denoiser: object) -> ImageSlots:
     if not isinstance(denoiser, EngineUNet) or denoiser.images is None:
         raise InputError("this engine takes no image prompts: export with --image-tokens, and build again")
-    return denoiser
+    return denoiser.images

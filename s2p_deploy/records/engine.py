@@ -18,8 +18,7 @@ from s2p_deploy.records.exported_graph import (
     Width,
     check_quantizers,
 )
-from s2p_deploy.records.image_slots import ImageSlots
-from s2p_deploy.records.optional_inputs import BOUND_MATRICES, LoraSlots
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, ImageSlots, LoraSlots
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
     TIMESTEPS_FILE,

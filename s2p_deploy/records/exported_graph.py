@@ -9,8 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator, with_co
 
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
-from s2p_deploy.records.image_slots import ImageSlots
-from s2p_deploy.records.optional_inputs import LoraSlots, is_optional
+from s2p_deploy.records.optional_inputs import ImageSlots, LoraSlots, is_optional
 from s2p_deploy.records.precision_plan import PLAN_FILE, PrecisionPlan, check_columns, plan_from_bytes
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,

@@ -1,6 +1,7 @@
 """Optional inputs: what a graph takes where it was exported for adapters. Left out of a call, they are zeros.
 
-Zeros change no prediction: low-rank branches, residuals and image attention add to what the network computes.
+Zeros change no prediction: low-rank branches, a ControlNet's residuals and an IP-Adapter's attention add to what the
+network computes. Slots say which part of an input is whose.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator, with_config
+from pydantic import Field, PositiveFloat, model_validator, with_config
 
 from s2p_deploy.records.typed_json import OPEN, Name
 
@@ -19,21 +20,21 @@ if TYPE_CHECKING:
 LORA_DOWN, LORA_UP, LORA_STRENGTHS = "lora_down", "lora_up", "lora_strengths"
 LORA_INPUTS = (LORA_DOWN, LORA_UP, LORA_STRENGTHS)
 BOUND_MATRICES = frozenset({LORA_DOWN, LORA_UP})  # replaced when adapters change, never given per step
-# A ControlNet's residuals, and an IP-Adapter's image tokens and scales.
-_PER_STEP = re.compile(rf"{LORA_STRENGTHS}|down_residual_\d+|mid_residual|block_residual_\d+|image_\w+")
-
+IMAGE_KEYS, IMAGE_VALUES, IMAGE_BIAS = "image_keys", "image_values", "image_bias"
+IMAGE_INPUTS = (IMAGE_KEYS, IMAGE_VALUES, IMAGE_BIAS)
 MID_RESIDUAL = "mid_residual"
 _RESIDUAL = re.compile(r"down_residual_\d+|mid_residual|block_residual_\d+")
 _FRACTION = re.compile(r"(\w+)/(\d+)")
 
 MOST_RANK = 1024
+MOST_IMAGE_TOKENS, MOST_IMAGE_ADAPTERS = 1024, 16
 Place = Annotated[int, Field(ge=0, le=2**40)]
 Channels = Annotated[int, Field(ge=1, le=2**20)]
 
 
 def is_optional(name: str) -> bool:
     """Tells whether an input may be left out of a call."""
-    return name in BOUND_MATRICES or _PER_STEP.fullmatch(name) is not None
+    return name in LORA_INPUTS or name in IMAGE_INPUTS or is_residual(name)
 
 
 def is_residual(name: str) -> bool:
@@ -103,3 +104,52 @@ class LoraSlots:
         if len({slot.layer for slot in self.layers}) != len(self.layers):
             raise ValueError("layers must have one slot each")
         return self
+
+
+@with_config(OPEN)
+@dataclass(frozen=True)
+class ImageSlot:
+    """A cross-attention's columns of ``image_keys`` and ``image_values``.
+
+    ``layer`` is its path in the denoiser as diffusers names it, ``scale`` the factor of its scores, which the keys
+    bring along.
+    """
+
+    layer: Name
+    start: Annotated[int, Field(ge=0, le=2**30)]
+    width: Annotated[int, Field(ge=1, le=2**20)]
+    scale: PositiveFloat
+
+
+@with_config(OPEN)
+@dataclass(frozen=True)
+class ImageSlots:
+    """Image prompts that a graph takes: of ``adapters`` IP-Adapters at once, of each up to ``tokens`` tokens.
+
+    Example:
+        >>> ImageSlots(4, 2, (ImageSlot("mid_block.attentions.0.transformer_blocks.0.attn2", 0, 64, 0.25),)).width
+        64
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=MOST_IMAGE_TOKENS)]
+    adapters: Annotated[int, Field(ge=1, le=MOST_IMAGE_ADAPTERS)]
+    layers: Annotated[tuple[ImageSlot, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> ImageSlots:
+        ends = [0, *(slot.start + slot.width for slot in self.layers)]
+        if [slot.start for slot in self.layers] != ends[:-1]:
+            raise ValueError("the columns of attentions must follow each other")
+        if len({slot.layer for slot in self.layers}) != len(self.layers):
+            raise ValueError("attentions must have columns once")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Returns the columns of all attentions."""
+        return self.layers[-1].start + self.layers[-1].width
+
+    @property
+    def most_tokens(self) -> int:
+        """Returns the tokens of all adapters."""
+        return self.tokens * self.adapters

@@ -45,7 +45,7 @@ from s2p_deploy.serve.loras import ServedLoras, changed_text_encoders
 from s2p_deploy.serve.request import ClosingError, ImageRequest, OverloadedError, RequestFuture
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -192,18 +192,12 @@ class ServedEngine:
 
     def _images(self, request: ImageRequest) -> list[ImagePrompt]:
         """Raises InputError where a request names an IP-Adapter that there is not."""
-        unknown = [image.name for image in request.images if image.name not in self.ip_adapters]
-        if unknown:
-            known = f"use {', '.join(self.ip_adapters)}" if self.ip_adapters else "serve it with --ip-adapter"
-            raise InputError(f"there is no IP-Adapter {unknown[0]!r}: {known}")
+        _check_known("IP-Adapter", "--ip-adapter", [one.name for one in request.images], self.ip_adapters)
         return [ImagePrompt(self.ip_adapters[one.name], one.picture, one.scale) for one in request.images]
 
     def _controls(self, request: ImageRequest) -> list[Control]:
         """Raises InputError where a request names a ControlNet that there is not."""
-        unknown = [control.name for control in request.controls if control.name not in self.controlnets]
-        if unknown:
-            known = f"use {', '.join(self.controlnets)}" if self.controlnets else "serve it with --controlnet"
-            raise InputError(f"there is no ControlNet {unknown[0]!r}: {known}")
+        _check_known("ControlNet", "--controlnet", [one.name for one in request.controls], self.controlnets)
         return [
             Control(self.controlnets[one.name], one.picture, one.scale, one.start, one.end) for one in request.controls
         ]
@@ -215,6 +209,13 @@ class ServedEngine:
 
     def _schedule(self, request: ImageRequest) -> Schedule:
         return Schedule(request.steps, request.scheduler, self.max_sequence_length, request.size)
+
+
+def _check_known(what: str, option: str, names: Sequence[str], there: Collection[str]) -> None:
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        known = f"use {', '.join(there)}" if there else f"serve it with {option}"
+        raise InputError(f"there is no {what} {unknown[0]!r}: {known}")
 
 
 class ImageService:

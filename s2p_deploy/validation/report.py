@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -201,7 +201,7 @@ class Validated:
     """A finished validation; ``pairs`` are the pictures, None where the engine could not generate any here.
 
     ``weights`` are the digests of the files that metrics read, ``command`` and ``spent`` how and how long it ran,
-    ``bench`` the benchmark of the engine.
+    ``bench`` the benchmark of the engine, ``loras`` the digests of those that act in the pictures, by name and weight.
     """
 
     prompts: PromptSet
@@ -211,6 +211,7 @@ class Validated:
     command: str
     spent: Spent
     bench: Mapping[str, Any] | None = None
+    loras: dict[str, str] = field(default_factory=dict)
 
 
 def write_report(chain: Chain, validated: Validated, gates: Gates, out: Path, *, replace: bool) -> ValidationReport:
@@ -266,7 +267,8 @@ def report_data(chain: Chain, validated: Validated, gates: Gates) -> ReportData:
             layers=engine.layers,
         ),
         digests={name: manifest.digest for name, manifest in manifests.items()}
-        | {"base": engine.manifest.base.digest, "prompts": validated.prompts.digest},
+        | {"base": engine.manifest.base.digest, "prompts": validated.prompts.digest}
+        | validated.loras,
         weights=validated.weights,
         versions={name: version for name in _LIBRARIES if (version := distribution_version(name))},
         command=validated.command,

@@ -118,7 +118,8 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         with run.loaded_engine() as runner:
             measurements, pairs = run.measure(runner)
         digests = weights.digests if weights else {}
-        validated = Validated(request.prompts, measurements, pairs, digests, command, checkpoint.spent, bench)
+        acting = {f"LoRA {each.file.name}:{each.weight:g}": file_digest(each.file) for each in loras}
+        validated = Validated(request.prompts, measurements, pairs, digests, command, checkpoint.spent, bench, acting)
         report = write_report(chain, validated, chain.recipe.validation.gates, out, replace=replace)
         shutil.rmtree(partial)
     return report

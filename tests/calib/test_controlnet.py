@@ -11,6 +11,7 @@ from diffusers import ControlNetModel
 
 from s2p_deploy import api
 from s2p_deploy.calib.controlnet import calibrate_controlnet
+from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.families.controlnets import load_controlnet
@@ -82,6 +83,34 @@ def test_a_calibrated_one_takes_the_place_of_diffusers_own(
         for one, other in zip(residuals(found, **options), residuals(own, **options), strict=True):
             assert sqnr(one, other) > least
     found.close()
+
+
+@pytest.mark.slow
+def test_a_stopped_calibration_goes_on_to_the_same_bytes(base: BasePipeline, folder: Path, tmp_path: Path) -> None:
+    """Stopped once in the walk and once in the training; another request does not take the work over, nor drop it."""
+    training = {"iterations": 4, "selection": {"prompts": 0}}
+    recipe = Recipe.load("w4a8", QUICK | {"training": training})
+    whole = calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES, tmp_path / "whole")
+    out, stages = tmp_path / "stopped", []
+
+    def stopping_at(wanted: str) -> Context:
+        def progress(stage: str, done: int, _total: int) -> None:
+            stages.append(stage)
+            if stage == wanted and done >= 1:
+                raise KeyboardInterrupt
+
+        return Context(progress=progress)
+
+    for stage in ("walk", "training"):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES, out, context=stopping_at(stage))
+        with pytest.raises(InputError, match="holds unfinished work with another control pictures"):
+            calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES[:1], out)
+    stages.clear()
+    found = calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES, out, context=stopping_at("never"))
+    assert "walk" not in stages
+    for name in ("weights.safetensors", "act_scales.safetensors", "weight_scales.safetensors", CONTROL_FILE):
+        assert found.manifest.files[name] == whole.manifest.files[name], name
 
 
 @pytest.mark.slow

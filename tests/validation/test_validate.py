@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import backend_by_name, build_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
+from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.families import load_time_path
+from s2p_deploy.families.lora import GivenLora
 from s2p_deploy.pipeline import Schedule
+from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import PromptSet, ValidationReport
 from s2p_deploy.validation import Chain, open_chain, validate
+from tests.random_loras import in_peft, random_layers, write_lora
 from tests.small_pipelines import tiny_base
 
 
@@ -112,3 +117,26 @@ def test_an_engine_of_the_input_form_validates_and_draws_fractional_schedules(
     assert (karras["scheduler"], karras["steps"]) == ("euler-karras", 4)
     assert karras["interpolated"] >= 2
     assert data["other_schedules"][0]["median"]["psnr"]["value"] > 20
+
+
+@pytest.mark.slow
+def test_loras_act_in_the_pictures_of_both(chain: Chain, prompts: PromptSet, tmp_path: Path) -> None:
+    """In floating point the engine's pictures are the pipeline's: with the LoRA, and other ones than without."""
+    model = calibrate(chain.base, Recipe.load("fp", {"sampling": {"steps": 4}}), None, tmp_path / "calib")
+    graph = export_graph(model, tmp_path / "graph", lora=LoraRequest(4))
+    branched = open_chain(build_engine(graph, tmp_path / "engine", backend="onnxruntime"))
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    paths = {"unet": [f"{block}.to_v", f"{block}.to_out.0"], "text_encoder": ["encoder.layers.0.self_attn.out_proj"]}
+    file = write_lora(tmp_path / "ink.safetensors", in_peft(random_layers(chain.base, paths)))
+    given = (GivenLora(file, 3.0),)
+    plain, changed = (
+        validate(branched, prompts, tmp_path / str(number), pictures=2, loras=loras)
+        for number, loras in enumerate(((), given))
+    )
+    for report in (plain, changed):
+        assert min(report.data["pictures"]["values"]["psnr"]) > 60
+    pictures = [sorted((report.folder / "pictures").iterdir()) for report in (plain, changed)]
+    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(*pictures, strict=True))
+    assert set(changed.data["digests"]) - set(plain.data["digests"]) == {"LoRA ink.safetensors:3"}
+    with pytest.raises(InputError, match="export with --lora-rank"):
+        validate(chain, prompts, tmp_path / "none", pictures=1, loras=given)
