@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from s2p_deploy.engines.onnx_files import read_onnx
@@ -72,7 +72,8 @@ def choose_lowerings(graph: ExportedGraph, options: BuildOptions, support: Suppo
 
     ``static`` where the quantizer's scales vary by no more than ``options.static_tolerance`` over the timesteps; else
     ``options.lowering``; with ``auto`` that is ``rescale``, or ``runtime_q`` where ``support`` says that the backend
-    refuses the first and takes the second.
+    refuses the first and takes the second. Scales that grow with image prompts, each sample's its own, leave
+    ``rescale`` alone.
 
     Raises:
         InputError: the backend refuses the lowering of ``options``.
@@ -82,8 +83,14 @@ def choose_lowerings(graph: ExportedGraph, options: BuildOptions, support: Suppo
     for layer in graph.layers:
         if layer.activation_quantizer is not None:
             members[layer.activation_quantizer].append(layer)
+    growing = () if graph.images is None else graph.images.quantizers
+    only_rescale = replace(options, static_tolerance=-1.0, lowering="rescale")
     return _lowerings(
-        graph, {name: _lowering_of(layers, columns[name], options, support) for name, layers in members.items()}
+        graph,
+        {
+            name: _lowering_of(layers, columns[name], only_rescale if name in growing else options, support)
+            for name, layers in members.items()
+        },
     )
 
 

@@ -15,7 +15,7 @@ from s2p_deploy.export.lora_targets import LoraRequest, lora_targets
 from s2p_deploy.export.lowering.rescale import lower_rescale
 from s2p_deploy.export.passes.float32_layers import Float32Layers
 from s2p_deploy.export.passes.fold_constants import FoldConstants
-from s2p_deploy.export.passes.gather_scales import GatherScales, QuantizerSpec
+from s2p_deploy.export.passes.gather_scales import GatherScales, QuantizerSpec, Reach
 from s2p_deploy.export.passes.hoisted_text import HoistedText
 from s2p_deploy.export.passes.image_attention import ImageAttention
 from s2p_deploy.export.passes.lora_branches import LoraBranches
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
     from s2p_deploy.export.lora_targets import LoraRequest
     from s2p_deploy.export.tracing import Sizes
     from s2p_deploy.families import Block, Tap
-    from s2p_deploy.records import CalibratedModel
+    from s2p_deploy.records import CalibratedModel, LayerPlan, PrecisionPlan
     from s2p_deploy.records.optional_inputs import ImageSlots, LoraSlots
 
 DType = Literal["fp32", "fp16"]
 TimeTableForm = Literal["constant", "input"]
 TextProjectionsForm = Literal["graph", "input"]
+_READER = ".to_out.0"
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -95,7 +96,7 @@ def canonical_graph(calibrated: CalibratedModel, form: GraphForm) -> CanonicalGr
         GraphContractError: a planned layer is not in the denoiser.
     """
     kind, plan, config = DTYPES[form.dtype], calibrated.plan, calibrated.denoiser_config()
-    attention = None if form.images is None else _image_attention(config, *form.images, kind)
+    attention = None if form.images is None else _image_attention(calibrated, config, *form.images, kind)
     model, blocks, weights = _traced(calibrated, config, form)
     layers = locate_layers(model.graph, plan.layers)
     for layer in layers:
@@ -111,9 +112,12 @@ def canonical_graph(calibrated: CalibratedModel, form: GraphForm) -> CanonicalGr
     counts = {layer.plan.name: _weights_per_channel(layer) for layer in layers}
     overflowing = overflowing_layers(calibrated, counts, reference_scales) if form.dtype == "fp16" else frozenset()
     full = [layer for layer in layers if layer.plan.name in overflowing]
-    scales = _gathered_scales(calibrated, layers, reference_scales, form)
+    if attention is not None:
+        _run(model, attention)
+    scales = _gathered_scales(calibrated, layers, reference_scales, form, attention)
     _run(model, StoredWeights(weights, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
-    _run(model, *(adapters for adapters in (branches, attention) if adapters is not None))
+    if branches is not None:
+        _run(model, branches)
     for quantizer in plan.activation_quantizers:
         fmt = format_by_name(quantizer.activations)
         assert fmt is not None  # an activation quantizer has a format
@@ -164,7 +168,11 @@ def _traced(
 
 
 def _gathered_scales(
-    calibrated: CalibratedModel, layers: tuple[LayerNode, ...], reference_scales: dict[str, float], form: GraphForm
+    calibrated: CalibratedModel,
+    layers: tuple[LayerNode, ...],
+    reference_scales: dict[str, float],
+    form: GraphForm,
+    attention: ImageAttention | None,
 ) -> GatherScales:
     """Makes the pass that adds the timestep-indexed scales."""
     ranks = {
@@ -175,10 +183,38 @@ def _gathered_scales(
         tuple(QuantizerSpec(name, reference_scales[name], ranks[name]) for name in calibrated.scales.quantizers),
         "timesteps" if form.time_table == "input" else len(calibrated.scales.scales),
         DTYPES[form.dtype],
+        None if attention is None else _reach(calibrated, attention),
     )
 
 
-def _image_attention(config: dict[str, Any], tokens: int, adapters: int, dtype: ir.DataType) -> ImageAttention:
+def _reach(calibrated: CalibratedModel, attention: ImageAttention) -> Reach | None:
+    """Says how the reach of image prompts enlarges the grids behind the attentions."""
+    if attention.reach is None:
+        return None
+    assert attention.slots is not None  # the pass ran
+    readers = _readers_of_attention(calibrated.plan)
+    columns, factors = {}, {}
+    for number, slot in enumerate(attention.slots.layers):
+        if slot.quantizer is None:
+            continue
+        fmt = format_by_name(calibrated.plan.quantizer(slot.quantizer).activations)
+        assert fmt is not None  # an activation quantizer has a format
+        smoothed = readers[slot.layer].name.rpartition(".")[0]
+        gain = 1.0
+        if smoothed in calibrated.transforms.smoothed:
+            gain /= float(calibrated.tensor(f"network.{smoothed}.factor").min())
+        columns[slot.quantizer], factors[slot.quantizer] = number, gain / fmt.qmax
+    return Reach(attention.reach, columns, factors)
+
+
+def _readers_of_attention(plan: PrecisionPlan) -> dict[str, LayerPlan]:
+    """Finds the layer that reads each attention's result, by the attention's path as diffusers names it."""
+    return {layer.name.partition(_READER)[0]: layer for layer in plan.layers if _READER in layer.name}
+
+
+def _image_attention(
+    calibrated: CalibratedModel, config: dict[str, Any], tokens: int, adapters: int, dtype: ir.DataType
+) -> ImageAttention:
     """Makes the pass that lets a graph take image prompts. Raises InputError where it cannot, or not so many."""
     for given, most, what in (
         (tokens, MOST_IMAGE_TOKENS, "tokens of an image prompt"),
@@ -190,7 +226,9 @@ def _image_attention(config: dict[str, Any], tokens: int, adapters: int, dtype: 
         raise InputError(
             "no IP-Adapter can act on this denoiser, which has no cross-attention: leave --image-tokens out"
         )
-    return ImageAttention(tokens, adapters, dtype)
+    readers = _readers_of_attention(calibrated.plan)
+    quantizers = {path: layer.activation_quantizer for path, layer in readers.items() if layer.activation_quantizer}
+    return ImageAttention(tokens, adapters, dtype, quantizers)
 
 
 def _with_text_apart(whole: CanonicalGraph, layers: tuple[LayerNode, ...], sums: tuple[ir.Node, ...]) -> CanonicalGraph:

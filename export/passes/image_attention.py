@@ -10,10 +10,17 @@ import onnx_ir as ir
 from s2p_deploy.export.attention import find_attention
 from s2p_deploy.export.regions import module_path
 from s2p_deploy.export.tensors import constant
-from s2p_deploy.records.optional_inputs import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES, ImageSlot, ImageSlots
+from s2p_deploy.records.optional_inputs import (
+    IMAGE_BIAS,
+    IMAGE_KEYS,
+    IMAGE_REACH,
+    IMAGE_VALUES,
+    ImageSlot,
+    ImageSlots,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from s2p_deploy.export.attention import Attention
 
@@ -37,15 +44,20 @@ class ImageAttention(ir.passes.InPlacePass):
     The layer's own attention keeps its form, which backends look for: queries are taken apart once more, and the sum is
     behind the Reshape that ends it.
 
+    The sum is larger than what was calibrated. Where an activation quantizer reads it (``quantizers``, by attention),
+    ``reach`` [batch, attentions] is one more input: the largest magnitude that prompts can add, for
+    :class:`~s2p_deploy.export.passes.gather_scales.GatherScales` to add to the grid.
+
     ``slots`` says where the columns of each attention lie.
 
     Requires: a cross-attention. Ensures: ``slots`` has every one.
     """
 
-    def __init__(self, tokens: int, adapters: int, dtype: ir.DataType) -> None:
+    def __init__(self, tokens: int, adapters: int, dtype: ir.DataType, quantizers: Mapping[str, str]) -> None:
         super().__init__()
-        self.tokens, self.adapters, self.dtype = tokens, adapters, dtype
+        self.tokens, self.adapters, self.dtype, self.quantizers = tokens, adapters, dtype, quantizers
         self.slots: ImageSlots | None = None
+        self.reach: ir.Value | None = None
 
     def requires(self, model: ir.Model) -> None:
         """Checks the requirement."""
@@ -58,12 +70,17 @@ class ImageAttention(ir.passes.InPlacePass):
         slots, start = [], 0
         for match in found:
             width = match.queries.heads * match.queries.width
-            slots.append(ImageSlot(module_path(match.last), start, width, match.scale))
+            layer = module_path(match.last)
+            slots.append(ImageSlot(layer, start, width, match.scale, self.quantizers.get(layer)))
             start += width
         self.slots = ImageSlots(self.tokens, self.adapters, tuple(slots))
         beside = _Beside(graph, self.slots, self.dtype)
         for number, match in enumerate(found):
             beside.add(match, number)
+        if self.slots.quantizers:
+            shape = ir.Shape(["batch", len(found)])
+            self.reach = ir.Value(name=IMAGE_REACH, type=ir.TensorType(self.dtype), shape=shape)
+            graph.inputs.append(self.reach)
         return ir.passes.PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.ip_adapter import PROJECTION, attention_frame, check_ip_adapter, cross_attentions
 from s2p_deploy.pipeline.engine_component import EngineComponent
-from s2p_deploy.records.optional_inputs import IMAGE_BIAS, IMAGE_KEYS, IMAGE_VALUES
+from s2p_deploy.records.optional_inputs import IMAGE_BIAS, IMAGE_KEYS, IMAGE_REACH, IMAGE_VALUES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -164,13 +164,21 @@ class IpAdapters(torch.nn.Module):
 
 
 def packed(slots: ImageSlots, like: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Puts keys and values [batch, tokens, columns] of several prompts into the engine's inputs, as ``like`` is."""
+    """Puts keys and values [batch, tokens, columns] of several prompts into the engine's inputs, as ``like`` is.
+
+    What an attention finds in a prompt is a mean of its values, so no larger than the largest of them, and of several
+    prompts no larger than the sum. By that ``reach`` [batch, attentions] the grid of what reads the attention grows.
+    """
     keys = like.new_zeros(len(like), slots.most_tokens, slots.width)
     values, bias = keys.clone(), like.new_full((len(like), slots.most_tokens), _NO_TOKEN)
+    reach = like.new_zeros(len(like), len(slots.layers))
     for number, (own_keys, own_values) in enumerate(prompts):
         start, stop = number * slots.tokens, number * slots.tokens + own_keys.shape[1]
         keys[:, start:stop], values[:, start:stop], bias[:, start:stop] = own_keys, own_values, 0
-    return {IMAGE_KEYS: keys, IMAGE_VALUES: values, IMAGE_BIAS: bias}
+        of_attentions = own_values.abs().amax(1).split([slot.width for slot in slots.layers], 1)
+        reach += torch.stack([largest.amax(1) for largest in of_attentions], 1)
+    inputs = {IMAGE_KEYS: keys, IMAGE_VALUES: values, IMAGE_BIAS: bias}
+    return inputs | {IMAGE_REACH: reach} if slots.quantizers else inputs
 
 
 class TakesImagePrompts(EngineComponent):

@@ -21,7 +21,8 @@ LORA_DOWN, LORA_UP, LORA_STRENGTHS = "lora_down", "lora_up", "lora_strengths"
 LORA_INPUTS = (LORA_DOWN, LORA_UP, LORA_STRENGTHS)
 BOUND_MATRICES = frozenset({LORA_DOWN, LORA_UP})  # replaced when adapters change, never given per step
 IMAGE_KEYS, IMAGE_VALUES, IMAGE_BIAS = "image_keys", "image_values", "image_bias"
-IMAGE_INPUTS = (IMAGE_KEYS, IMAGE_VALUES, IMAGE_BIAS)
+IMAGE_REACH = "image_reach"
+IMAGE_INPUTS = (IMAGE_KEYS, IMAGE_VALUES, IMAGE_BIAS, IMAGE_REACH)
 MID_RESIDUAL = "mid_residual"
 _RESIDUAL = re.compile(r"down_residual_\d+|mid_residual|block_residual_\d+")
 _FRACTION = re.compile(r"(\w+)/(\d+)")
@@ -109,16 +110,18 @@ class LoraSlots:
 @with_config(OPEN)
 @dataclass(frozen=True)
 class ImageSlot:
-    """A cross-attention's columns of ``image_keys`` and ``image_values``.
+    """A cross-attention's columns of ``image_keys`` and ``image_values``; its number is its column of ``image_reach``.
 
     ``layer`` is its path in the denoiser as diffusers names it, ``scale`` the factor of its scores, which the keys
-    bring along.
+    bring along, and ``quantizer`` the activation quantizer behind it, whose grid grows by the reach (None: its result
+    stays in floating point).
     """
 
     layer: Name
     start: Annotated[int, Field(ge=0, le=2**30)]
     width: Annotated[int, Field(ge=1, le=2**20)]
     scale: PositiveFloat
+    quantizer: Name | None = None
 
 
 @with_config(OPEN)
@@ -148,6 +151,11 @@ class ImageSlots:
     def width(self) -> int:
         """Returns the columns of all attentions."""
         return self.layers[-1].start + self.layers[-1].width
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """Returns the activation quantizers whose grids grow; without one there is no ``image_reach``."""
+        return tuple(slot.quantizer for slot in self.layers if slot.quantizer is not None)
 
     @property
     def most_tokens(self) -> int:

@@ -23,6 +23,7 @@ from s2p_deploy.engines.passes.expand_int4 import Int4Use
 from s2p_deploy.engines.support import Finding, Pattern, SupportTable, TableKey, Verdict
 from s2p_deploy.errors import InputError
 from s2p_deploy.records import Engine, ExportedGraph, ScaleTable
+from s2p_deploy.records.optional_inputs import ImageSlot, ImageSlots
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CALIBRATED, POINTS, REFERENCE_SCALE, small_inputs, small_scales
 
@@ -58,6 +59,18 @@ def test_constant_columns_are_static_and_others_rescale(graph: ExportedGraph) ->
     assert chosen.columns("rescale") == {"to_q/codes": 1}
     wide = choose_lowerings(mixed, BuildOptions(static_tolerance=0.04), UNKNOWN)
     assert wide.by_quantizer == {"conv": "static", "to_q": "static"}
+
+
+def test_scales_that_grow_with_image_prompts_stay_inputs(graph: ExportedGraph) -> None:
+    slots = ImageSlots(4, 1, (ImageSlot("attn2", 0, 8, 0.25, quantizer="conv"),))
+    constant = np.float32(REFERENCE_SCALE)
+    taking = replace(with_columns(graph, constant, constant), images=slots)
+    assert choose_lowerings(taking, BuildOptions(), UNKNOWN).by_quantizer == {"conv": "rescale", "to_q": "static"}
+    varied = replace(taking, scales=with_columns(graph, constant, np.linspace(0.03, 0.06, 1000)).scales)
+    asked = BuildOptions(lowering="runtime_q", static_tolerance=0.1)
+    assert choose_lowerings(varied, asked, UNKNOWN).by_quantizer == {"conv": "rescale", "to_q": "runtime_q"}
+    with pytest.raises(InputError, match=r"rescale of conv.*refuses"):
+        choose_lowerings(taking, BuildOptions(), support(rescale="fails", runtime_q="builds"))
 
 
 def test_the_tolerance_is_of_the_largest_over_the_smallest() -> None:

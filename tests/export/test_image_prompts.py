@@ -6,17 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from artifacts import tiny_inputs
+from artifacts import tiny_calibrated, tiny_inputs
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.export import Subgraphs, export_graph
 from s2p_deploy.export.lora_targets import LoraRequest
+from s2p_deploy.families import apply_transforms
+from s2p_deploy.families.transforms import SmoothedLinear
+from s2p_deploy.records import TransformSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from conftest import Run
 
+    from s2p_deploy.export.canonical_graph import DType
+    from s2p_deploy.families import IndexedDenoiser
     from s2p_deploy.records import CalibratedModel, ExportedGraph
 
 WIDTH = 32 + 64 + 32 + 32  # of four cross-attentions
@@ -41,7 +47,12 @@ def given(graph: ExportedGraph, batch: int = 3) -> dict[str, Any]:
 def prompts(batch: int = 3, tokens: int = 4, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     keys, values = (random.standard_normal((batch, tokens, WIDTH)).astype(dtype) for _ in range(2))
-    return {"image_keys": keys, "image_values": values, "image_bias": np.zeros((batch, tokens), dtype)}
+    bias, reach = np.zeros((batch, tokens), dtype), np.full((batch, 4), np.abs(values).max(), dtype)
+    return {"image_keys": keys, "image_values": values, "image_bias": bias, "image_reach": reach}
+
+
+def only(inputs: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarray]:
+    return {name: inputs[name] for name in names}
 
 
 def nothing(prompt: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -52,7 +63,7 @@ def test_the_graph_says_what_it_takes(graph: ExportedGraph, w8a8_graph: Exported
     assert [spec.name for spec in graph.inputs[: len(w8a8_graph.inputs)]] == [spec.name for spec in w8a8_graph.inputs]
     shapes = {spec.name: spec.shape for spec in graph.optional_inputs}
     both = ("batch", 4, WIDTH)
-    assert shapes == {"image_keys": both, "image_values": both, "image_bias": ("batch", 4)}
+    assert shapes == {"image_keys": both, "image_values": both, "image_bias": ("batch", 4), "image_reach": ("batch", 4)}
     assert graph.images is not None
     assert (graph.images.tokens, graph.images.adapters, graph.images.width) == (4, 1, WIDTH)
     heads = [slot.width // 4 for slot in graph.images.layers]  # four heads each
@@ -100,7 +111,8 @@ def test_every_sample_has_its_own(graph: ExportedGraph, run_onnx: Run) -> None:
 def test_places_without_a_token_take_no_part(graph: ExportedGraph, w8a8: CalibratedModel, run_onnx: Run) -> None:
     short = export_graph(w8a8, w8a8.folder.parent / "short", images=(3, 1))
     values, prompt = given(graph), prompts()
-    expected = run_onnx(short.onnx_file, values | {name: value[:, :3] for name, value in prompt.items()})["noise_pred"]
+    first = {name: value[:, :3] for name, value in prompt.items()} | only(prompt, "image_reach")
+    expected = run_onnx(short.onnx_file, values | first)["noise_pred"]
     prompt["image_bias"][:, 3] = ABSENT
     np.testing.assert_allclose(run_onnx(graph.onnx_file, values | prompt)["noise_pred"], expected, atol=1e-5)
     prompt["image_bias"][:] = ABSENT  # of nothing but such places
@@ -109,11 +121,11 @@ def test_places_without_a_token_take_no_part(graph: ExportedGraph, w8a8: Calibra
 
 def test_each_adapter_has_a_softmax_of_its_own(graph: ExportedGraph, pair: ExportedGraph, run_onnx: Run) -> None:
     values, prompt = given(graph), prompts()
-    twice = prompt | {"image_values": 2 * prompt["image_values"]}
+    twice = prompt | {name: 2 * prompt[name] for name in ("image_values", "image_reach")}
     expected = run_onnx(graph.onnx_file, values | twice)["noise_pred"]
-    both = {name: np.concatenate([value, value], 1) for name, value in prompt.items()}
+    both = {name: np.concatenate([value, value], 1) for name, value in prompt.items()} | only(twice, "image_reach")
     np.testing.assert_allclose(run_onnx(pair.onnx_file, values | both)["noise_pred"], expected, atol=1e-4)
-    first = both | {"image_values": both["image_values"] * (np.arange(8) < 4)[:, None]}
+    first = both | {"image_values": both["image_values"] * (np.arange(8) < 4)[:, None]} | only(prompt, "image_reach")
     expected = run_onnx(graph.onnx_file, values | prompt)["noise_pred"]
     np.testing.assert_allclose(run_onnx(pair.onnx_file, values | first)["noise_pred"], expected, atol=1e-4)
 
@@ -121,7 +133,67 @@ def test_each_adapter_has_a_softmax_of_its_own(graph: ExportedGraph, pair: Expor
 def test_a_block_is_cut_out_with_its_image_prompts(graph: ExportedGraph) -> None:
     block = next(block.block for block in graph.blocks if "mid_block.attentions" in block.block)
     taken = {value.name for value in Subgraphs(graph).block(block).graph.input}
-    assert {"image_keys", "image_values", "image_bias"} <= taken
+    assert {"image_keys", "image_values", "image_bias", "image_reach"} <= taken
+
+
+def smoothed_by_half(denoiser: IndexedDenoiser) -> TransformSpec:
+    """Divides what the layer behind every cross-attention reads by a half in one channel, so it reads the double."""
+    layers = dict(denoiser.network.named_modules())
+    spec = TransformSpec(smoothed=tuple(path for path in layers if path.endswith("attn2.to_out.0")))
+    apply_transforms(denoiser, spec)
+    for path in spec.smoothed:
+        layer = denoiser.network.get_submodule(path)
+        assert isinstance(layer, SmoothedLinear)
+        factor = layer.factor.clone()
+        factor[0] = 0.5
+        layer.set_factor(factor)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("activations", "rewrite", "dtype"),
+    [("int8", None, "fp32"), ("int8", None, "fp16"), ("int4", None, "fp32"), ("int8", smoothed_by_half, "fp32")],
+)
+def test_the_grid_behind_an_attention_grows_by_what_prompts_can_add(
+    activations: str,
+    rewrite: Callable[[IndexedDenoiser], TransformSpec] | None,
+    dtype: DType,
+    run_onnx: Run,
+    tmp_path: Path,
+) -> None:
+    """Samples of one batch by their own reach: what a prompt adds is not clipped, and without one all is as it was."""
+    model = tiny_calibrated(tmp_path / "calib", activations=activations, rewrite=rewrite)
+    graph = export_graph(model, tmp_path / "graph", dtype=dtype, images=(4, 1))
+    assert graph.images is not None
+    slot, largest = graph.images.layers[1], {"int8": 127, "int4": 7}[activations]
+    layer = next(each for each in graph.layers if each.activation_quantizer == slot.quantizer)
+    scale = float(graph.scales.scales[7, graph.scales.quantizers.index(str(slot.quantizer))])
+    own, reach = largest * scale, 2.5 * largest * scale
+    values = np.zeros((3, 16, slot.width))
+    values[:, 0, 0] = own + np.array([0, reach, reach]) * (2 if rewrite else 1)
+    kind = {"fp32": np.float32, "fp16": np.float16}[dtype]
+    found = run_onnx(
+        Subgraphs(graph).layer(layer.name),
+        {
+            layer.input: values.astype(kind),
+            "timestep_index": np.full(3, 7),
+            "act_scales": graph.scales.scales,
+            "image_reach": (np.array([0, reach, 0])[:, None] * np.eye(4)[1]).astype(kind),
+        },
+    )
+    assert found[str(layer.codes)][:, 0, 0].tolist() == [largest] * 3
+    added = (found[layer.output][:, 0] - found[layer.output][:, 1]).astype(np.float64)  # of the one value
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == "fp32" else {"rtol": 4e-3, "atol": 4e-3}
+    np.testing.assert_allclose(added[1], added[0] * values[1, 0, 0] / own, **tolerance)
+    np.testing.assert_allclose(added[2], added[0], **tolerance)
+
+
+def test_where_nothing_is_quantized_there_is_no_reach(tmp_path: Path) -> None:
+    model = tiny_calibrated(tmp_path / "calib", "int8", "none")
+    graph = export_graph(model, tmp_path / "graph", images=(4, 1))
+    assert {spec.name for spec in graph.optional_inputs} == {"image_keys", "image_values", "image_bias"}
+    assert graph.images is not None
+    assert graph.images.quantizers == ()
 
 
 def test_beside_low_rank_branches(w8a8: CalibratedModel, w8a8_graph: ExportedGraph, run_onnx: Run) -> None:

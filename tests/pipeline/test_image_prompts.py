@@ -16,8 +16,10 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import ImagePrompt, IpAdapter, Schedule, generate, initial_noise, pipeline_with_engine
+from s2p_deploy.pipeline.image_prompts import packed
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, Prompt
+from s2p_deploy.records.optional_inputs import ImageSlot, ImageSlots
 from tests.random_ip_adapters import image_embeds, random_ip_adapter, write_ip_adapter
 from tests.small_controlnets import control_picture
 
@@ -108,6 +110,17 @@ def test_inputs_are_made_once_per_prompt(pipes: tuple[Any, Any]) -> None:
     embeds.mul_(2)
     assert adapters.inputs([embeds], like) is not second
     assert first["image_bias"][0].tolist() == [0.0] * 4 + [-1e4] * 14
+
+
+def test_the_reach_is_the_most_that_prompts_can_add() -> None:
+    """Tokens of an attention of two columns and one of three; two prompts, the second for one sample alone."""
+    slots = ImageSlots(2, 2, (ImageSlot("a", 0, 2, 1.0, "a.to_out.0"), ImageSlot("b", 2, 3, 1.0)))
+    values = torch.tensor([[[1.0, -3, 0.5, 0, -0.25], [2, 1, 0, 1, 0]], [[0, 0, 0, 0, 0], [0, 4, 0, 0, 0]]])
+    second = torch.tensor([[[0.0, 0, -8, 0, 0]], [[10, 0, 0, 0, 0]]])
+    made = packed(slots, torch.zeros(2, 4, 8, 8), [(values, values), (second, second)])
+    assert made["image_reach"].tolist() == [[3 + 0, 1 + 8], [4 + 10, 0 + 0]]
+    floating = ImageSlots(2, 2, (ImageSlot("a", 0, 5, 1.0),))
+    assert "image_reach" not in packed(floating, torch.zeros(2, 4, 8, 8), [(values, values)])
 
 
 def test_a_copy_has_adapters_of_its_own(pipes: tuple[Any, Any]) -> None:
