@@ -146,7 +146,15 @@ def calibrate(  # noqa: PLR0913 - its options
             plain, memory_limit=limit, samples_per_call=samples_per_call, tf32=tf32, deterministic=deterministic
         )
         if controlnet is not None or control_images is not None:
-            others = {"--plan": plan, "--from": initial, "--dataset": dataset, "--lora": lora, "--target-*": asked}
+            others = {
+                "--plan": plan,
+                "--from": initial,
+                "--dataset": dataset,
+                "--lora": lora,
+                "--target-*": asked,
+                "--weights-dir": weights_dir,
+                "--dry-run": dry_run,
+            }
             _check_control(controlnet, control_images, prompts, [name for name, value in others.items() if value])
             made = api.calibrate_controlnet(
                 api.as_base(model, out, options),

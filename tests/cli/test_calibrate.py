@@ -37,6 +37,26 @@ def test_what_does_not_fit_is_refused(run: Run, tmp_path: Path) -> None:
     assert "--memory-limit 'much' must be a size" in refused.err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--control-images", "."], "give all three"),
+        (["--controlnet", "."], "give all three"),
+        (["--controlnet", ".", "--control-images", ".", "--dry-run"], "--dry-run cannot be used with --controlnet"),
+        (["--controlnet", ".", "--control-images", ".", "--lora", "a.safetensors"], "--lora cannot be used with"),
+        (["--controlnet", ".", "--control-images", ".", "--target-psnr", "50"], "--target-* cannot be used with"),
+    ],
+)
+def test_what_a_controlnet_is_not_calibrated_with_is_refused(
+    run: Run, tmp_path: Path, options: list[str], words: str
+) -> None:
+    prompts = () if words == "give all three" and "--controlnet" in options else ("--prompts", "shapes:train")
+    refused = run("calibrate", "shapes", "--recipe", "w8a8", "--out", tmp_path / "calib", *prompts, *options)
+    assert refused.code == 2
+    assert words in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "named"),
