@@ -14,6 +14,7 @@ from s2p_deploy.engines.lora_bank import BranchMatrices, LoraBank
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.lora import Lora
 from s2p_deploy.records.optional_inputs import LORA_DOWN, LORA_UP, LoraSlot, LoraSlots
+from s2p_deploy.records.typed_json import json_data, read_value
 
 RANK = 6
 # two linear layers [4 -> 3] and [4 -> 2] side by side, and a convolution [2 -> 5] of 3x3
@@ -39,6 +40,12 @@ def matrices(rank: int, value: float = 1.0, layers: str = "qkc") -> BranchMatric
     outputs = {"q": 3, "k": 2, "c": 5}
     down = {name: np.full((rank, *shapes[name]), value, np.float32) for name in layers}
     return BranchMatrices(rank, down, {name: np.full((outputs[name], rank), value, np.float32) for name in layers})
+
+
+def test_as_many_layers_may_read_one_tensor_as_read_sdxl_s_text() -> None:
+    """70 keys and as many values, whose down matrices lie side by side."""
+    slots = LoraSlots(2, tuple(LoraSlot(f"to_k.{i}", "linear", (4,), 3, 2 * i, 140, 6 * i) for i in range(140)))
+    assert read_value(LoraSlots, json_data(slots), Path("graph.json")) == slots
 
 
 def change(bound: dict[str, np.ndarray], slot: LoraSlot, strengths: np.ndarray) -> np.ndarray:
