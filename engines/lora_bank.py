@@ -85,7 +85,7 @@ class LoraBank:
 
     LoRAs are added by name and take ranks when they are first used; where none are free, those that were used longest
     ago give way, unless somebody holds them. Others may move then, so strengths are made for one call, not kept. Calls
-    come from one thread, that of the engine.
+    come from one thread, that of the engine; :meth:`forget` and :meth:`check_strength` from any.
 
     Args:
         slots: the engine's branches.
@@ -152,7 +152,7 @@ class LoraBank:
         self._ranks.pop(name, None)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Has LoRAs removed before the next call that counts: in any thread, at any moment, as a finalizer may."""
+        """Has LoRAs removed before the next call that names, adds or uses any; a finalizer may call this."""
         self._forgotten.extend(names)
 
     def _remove_forgotten(self) -> None:
