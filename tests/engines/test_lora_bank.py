@@ -132,6 +132,28 @@ def test_numbers_beyond_half_precision_are_refused() -> None:
     assert made.names == ()
 
 
+@pytest.mark.parametrize(("dtype", "strength"), [("float16", 1e6), ("float16", -7e4), ("float32", 1e39)])
+def test_a_strength_beyond_the_engines_type_is_refused(dtype: str, strength: float) -> None:
+    made, *_ = bank(dtype)
+    made.add("a", matrices(2))
+    with pytest.raises(InputError, match=f"of LoRA 'a' must be a finite number of {dtype}"):
+        made.strengths([{"a": strength}])
+    assert np.isfinite(made.strengths([{"a": strength / 20}])).all()
+
+
+def test_what_is_to_be_forgotten_goes_with_the_next_call() -> None:
+    made, *_ = bank()
+    for name in "ab":
+        made.add(name, matrices(RANK))
+    made.strengths([{"a": 1.0}])
+    made.hold(["b"])
+    made.forget(["a", "unknown"])
+    with pytest.raises(InputError, match="there is no LoRA 'a': those of this engine are b"):
+        made.strengths([{"a": 1.0}])
+    made.strengths([{"b": 1.0}])
+    assert made.names == ("b",)
+
+
 def test_branches_outside_their_inputs_are_damage() -> None:
     outside = LoraSlots(RANK, (LoraSlot("q", "linear", (4,), 3, 0, 2, 2**40),))
     with pytest.raises(IntegrityError, match="leave their inputs"):
