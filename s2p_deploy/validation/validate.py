@@ -242,7 +242,7 @@ class ValidationRun:
             loaded.add(lora, str(number))
         loaded.set(tuple(loaded.loaded), [weight for _, weight in self.loras])
         if self.loras:
-            loaded.strengths({}, 1)  # their ranks must fit side by side
+            loaded.strengths({}, torch.zeros(1))  # their ranks must fit side by side
 
     @cached_property
     def changed(self) -> PictureInputs | None:
