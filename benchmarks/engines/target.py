@@ -42,8 +42,8 @@ from s2p_deploy.shapes.scenes import distinct_captions
 from s2p_deploy.validation import validate
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TARGET = {"cost": "layers", "ranked": 16, "searched": 96, "verified": 64}
-SEARCH_PROMPTS = 224  # for both rounds of verification
+TARGET = {"cost": "layers", "ranked": 32, "searched": 256, "verified": 64}
+SEARCH_PROMPTS = 384  # for both rounds of verification
 _SEED = 20
 
 
