@@ -20,7 +20,7 @@ from s2p_deploy.calib.calibrate import starting_state, training_setting, write_m
 from s2p_deploy.calib.hooks import Hooks, denoiser_weights
 from s2p_deploy.calib.model_files import training_summary
 from s2p_deploy.calib.plan import planned_layers
-from s2p_deploy.calib.request import CalibrationRequest, claim_unfinished
+from s2p_deploy.calib.request import CalibrationRequest, claim_unfinished, open_calibrated
 from s2p_deploy.calib.training import train
 from s2p_deploy.calib.trajectories import FloatPipeline, encode_prompts
 from s2p_deploy.context import Context
@@ -41,7 +41,6 @@ from s2p_deploy.records import (
     CalibratedModel,
     LatentDataset,
     PromptSet,
-    check_vacant,
     file_digest,
     write_artifact,
 )
@@ -84,7 +83,8 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
 ) -> CalibratedModel:
     """Calibrates a ControlNet of a UNet and writes the CalibratedModel at ``out``, its dataset in ``out/dataset``.
 
-    Unfinished work is in ``<out>.partial``: a second start with the same request continues it, once the walk is done.
+    Unfinished work is in ``<out>.partial``: a second start with the same request continues it, once the walk is done,
+    and a finished ``out`` of the same request is returned as it is.
 
     Args:
         base: the floating-point pipeline that it acts in.
@@ -98,12 +98,11 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         context: where it is computed, and whom to report to.
 
     Raises:
-        InputError: the ControlNet does not fit the pipeline, or is none of a UNet; there are no pictures; ``out``
-            exists, or unfinished work of another request does.
-        S2PError: training diverged.
+        InputError: the ControlNet does not fit the pipeline, or is none of a UNet; there are no pictures; ``out`` or
+            its partial is of another request.
+        S2PError: training diverged. IntegrityError: a finished artifact was changed.
     """
     context.set_threads()
-    check_vacant(out, replace=replace)
     if not pictures:
         raise InputError("a ControlNet is calibrated with pictures that it reads: give some")
     if base.family.component != "unet" or base.task != "text-to-image":
@@ -119,9 +118,14 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
             " pipeline draws them"
         )
     walked = prompts.first(resolved.dataset.prompts)
-    request = _request(base, resolved, walked, network.controlnet_cond_embedding, out, replace=replace, context=context)
+    request = dataclasses.replace(
+        _request(base, resolved, walked, network.controlnet_cond_embedding, out, replace=replace, context=context),
+        control=_digests(folder, pictures),
+    )
     with claimed(request.partial), context.arithmetic():
-        claim_unfinished(request.partial, _conditions(request, folder, pictures), replace=replace)
+        if out.exists() and not replace:
+            return open_calibrated(request)
+        claim_unfinished(request.partial, request.conditions(), replace=replace)
         steps, fractional = resolved.sampling.steps, bool(family_of(pipe.unet).added_width(network_config(pipe.unet)))
         timesteps = timestep_table_of(pipe.scheduler, steps, fractional=fractional)
         finished = request.partial / _DATASET
@@ -144,18 +148,15 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         outcome = train(state, dataset, setting, request.partial, context.progress)
         about = {"training": training_summary(request, state.calibrated.tolist(), outcome)}
         write_model(request, source, state, transforms, dataset, about)
-    shutil.rmtree(request.partial)
+        shutil.rmtree(request.partial)
     return CalibratedModel.open(out)
 
 
-def _conditions(request: CalibrationRequest, folder: Path, pictures: Sequence[Image]) -> dict[str, Any]:
-    """Names everything that decides the bits of the result."""
+def _digests(folder: Path, pictures: Sequence[Image]) -> dict[str, Any]:
+    """Names the ControlNet's files, and what it reads."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in {".json", ".safetensors"}]
     read = hashlib.sha256(b"".join(np.asarray(picture).tobytes() for picture in pictures)).hexdigest()
-    return request.conditions() | {
-        "ControlNet": {file.name: file_digest(file) for file in files},
-        "control pictures": read,
-    }
+    return {"ControlNet": {file.name: file_digest(file) for file in files}, "control pictures": read}
 
 
 def _resolved(recipe: Recipe, base: BasePipeline) -> Recipe:

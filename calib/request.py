@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ class CalibrationRequest:
     ``prompts`` are walked for the dataset; ``selection`` are the prompts after them, whose trajectories choose the
     checkpoint; ``judged`` those after, whose pictures rank layers and decide a target. ``plan`` replaces the recipe's
     rules; ``initial`` is a finished model to continue. ``dataset`` is the folder of the dataset; None keeps it inside
-    the model. ``weights`` are of the metrics of a target that need some.
+    the model. ``weights`` are of the metrics of a target that need some. ``control`` has the digests of a ControlNet
+    that is calibrated in the denoiser's place, and of the pictures that it reads.
     """
 
     base: BasePipeline
@@ -59,6 +60,7 @@ class CalibrationRequest:
     hooks: Hooks
     context: Context
     weights: MetricWeights | None = None
+    control: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
@@ -68,18 +70,22 @@ class CalibrationRequest:
     def identity(self) -> dict[str, Any]:
         """Names what decides the result, whichever machine it is made on."""
         loras = fused_loras(self.base)
-        return ({"fused LoRAs": loras} if loras else {}) | {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "pipeline": self.base.base.digest,
-            "prompts": self.prompts.digest,
-            "selection prompts": self.selection.digest,
-            "judged prompts": self.judged.digest,
-            "initial model": None if self.initial is None else self.initial.manifest.digest,
-            "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
-            "hooks": self.hooks.replaced(),
-            **drawn_by(self.recipe),
-            "weights of metrics": None if self.weights is None else self.weights.digests,
-        }
+        return (
+            ({"fused LoRAs": loras} if loras else {})
+            | dict(self.control)
+            | {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "pipeline": self.base.base.digest,
+                "prompts": self.prompts.digest,
+                "selection prompts": self.selection.digest,
+                "judged prompts": self.judged.digest,
+                "initial model": None if self.initial is None else self.initial.manifest.digest,
+                "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
+                "hooks": self.hooks.replaced(),
+                **drawn_by(self.recipe),
+                "weights of metrics": None if self.weights is None else self.weights.digests,
+            }
+        )
 
     def conditions(self) -> dict[str, Any]:
         """Names everything that decides the bits of the result."""

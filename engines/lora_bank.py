@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ class LoraBank:
 
     LoRAs are added by name and take ranks when they are first used; where none are free, those that were used longest
     ago give way, unless somebody holds them. Others may move then, so strengths are made for one call, not kept. Calls
-    come from one thread, that of the engine.
+    come from one thread, that of the engine; :meth:`forget` and :meth:`check_strength` from any.
 
     Args:
         slots: the engine's branches.
@@ -108,6 +108,7 @@ class LoraBank:
         self._added: dict[str, BranchMatrices] = {}
         self._ranks: dict[str, slice] = {}  # of those that were used, that of the oldest use first
         self._held: Counter[str] = Counter()
+        self._forgotten: deque[str] = deque()
         try:
             for slot in slots.layers:
                 self._views(slot)
@@ -127,6 +128,7 @@ class LoraBank:
     @property
     def names(self) -> tuple[str, ...]:
         """Returns the names of all LoRAs."""
+        self._remove_forgotten()
         return tuple(self._added)
 
     def rank(self, names: Collection[str]) -> int:
@@ -136,6 +138,7 @@ class LoraBank:
     def add(self, name: str, matrices: BranchMatrices) -> None:
         """Adds a LoRA under a name, or replaces the one of that name; raises as :meth:`BranchMatrices.cast`."""
         cast = matrices.cast(self.dtype, name)
+        self._remove_forgotten()
         self.remove(name)
         self._added[name] = cast
 
@@ -147,6 +150,14 @@ class LoraBank:
         """Forgets a LoRA, if there is one of that name; its ranks become free."""
         self._added.pop(name, None)
         self._ranks.pop(name, None)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Has LoRAs removed before the next call that names, adds or uses any; a finalizer may call this."""
+        self._forgotten.extend(names)
+
+    def _remove_forgotten(self) -> None:
+        while self._forgotten:
+            self.remove(self._forgotten.popleft())
 
     def hold(self, names: Iterable[str]) -> None:
         """Keeps the ranks of LoRAs until they are released as often."""
@@ -160,19 +171,26 @@ class LoraBank:
         """Makes ``lora_strengths`` [batch, rank] of the strengths in each sample; puts LoRAs in where they are not yet.
 
         Raises:
-            InputError: an unknown name, a strength that is not finite, or more ranks than the engine has.
+            InputError: an unknown name, more ranks than the engine has, or as :meth:`check_strength`.
         """
+        self._remove_forgotten()
         used = dict.fromkeys(name for sample in samples for name, strength in sample.items() if strength != 0)
         self._place(list(used))
         values = np.zeros((len(samples), self.slots.rank), np.float64)
         for row, sample in zip(values, samples, strict=True):
             for name, strength in sample.items():
                 self._known(name)
-                if not np.isfinite(strength):
-                    raise InputError(f"the strength {strength} of LoRA {name!r} must be a finite number")
+                self.check_strength(name, strength)
                 if strength != 0:
                     row[self._ranks[name]] = strength
         return values.astype(self.dtype)
+
+    def check_strength(self, name: str, strength: float) -> None:
+        """Checks that a strength is finite in the engine's type. Raises InputError where it is not."""
+        with np.errstate(over="ignore"):
+            cast = np.float64(strength).astype(self.dtype)
+        if not np.isfinite(cast):
+            raise InputError(f"the strength {strength} of LoRA {name!r} must be a finite number of {self.dtype}")
 
     def _known(self, name: str) -> BranchMatrices:
         if name not in self._added:

@@ -105,15 +105,15 @@ def canonical_graph(calibrated: CalibratedModel, form: GraphForm) -> CanonicalGr
     # blocks and layers are described before quantizers change what they read
     described_blocks = _blocks(model.graph, blocks, layers)
     described = tuple(_describe(layer, calibrated) for layer in layers)
-    branches = None
-    if form.lora is not None:
-        branches = LoraBranches(lora_targets(calibrated, layers, form.lora), form.lora.rank, kind)
     reference_scales = usable_reference_scales(calibrated.scales, form.dtype)
     counts = {layer.plan.name: _weights_per_channel(layer) for layer in layers}
     overflowing = overflowing_layers(calibrated, counts, reference_scales) if form.dtype == "fp16" else frozenset()
     full = [layer for layer in layers if layer.plan.name in overflowing]
     if attention is not None:
         _run(model, attention)
+    branches = None
+    if form.lora is not None:  # they read what attention adds to, as the layers do
+        branches = LoraBranches(lora_targets(calibrated, layers, form.lora), form.lora.rank, kind)
     scales = _gathered_scales(calibrated, layers, reference_scales, form, attention)
     _run(model, StoredWeights(weights, calibrated.tensor, kind, layers, calibrated.weight_scales()), scales)
     if branches is not None:

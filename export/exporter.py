@@ -43,6 +43,7 @@ from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_sc
 from s2p_deploy.records.typed_json import json_data, json_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from s2p_deploy.export.canonical_graph import CanonicalGraph, DType, TextProjectionsForm, TimeTableForm
@@ -103,6 +104,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     """
     check_vacant(out, replace=replace)
     _check_exportable(calibrated, time_table, text_projections)
+    _check_adapters(calibrated, {"--lora-rank": lora, "--controlnet": controlnet, "--image-tokens": images})
     text = None if chunks is None else _text_chunks(calibrated, *chunks)
     form: TimeTableForm = time_table or ("input" if calibrated.added_width else "constant")
     if form == "input" and not calibrated.added_width:
@@ -180,6 +182,15 @@ def _check_exportable(
         raise InputError(
             f"{quantized[0].layers[0]} reads the text in {quantized[0].activations}, so it is computed in every step: "
             "export with --text-projections graph, or calibrate with the rule {match: text, activations: none}"
+        )
+
+
+def _check_adapters(calibrated: CalibratedModel, asked: Mapping[str, object]) -> None:
+    """Raises InputError where inputs for adapters are asked for, by option, of a ControlNet."""
+    given = [option for option, value in asked.items() if value]
+    if given and family_of_config(calibrated.denoiser_config()).component == "controlnet":
+        raise InputError(
+            f"{calibrated.folder} is a ControlNet's calibration, and adapters act on the denoiser: leave {given[0]} out"
         )
 
 

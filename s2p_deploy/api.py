@@ -208,11 +208,11 @@ def export_graph(  # noqa: PLR0913 - the command's options
     sizes: Literal["fixed", "dynamic"] = "fixed",
     chunks: tuple[int, int] | None = None,
     lora_rank: int | None = None,
-    lora_layers: Sequence[str] = ("attention",),
+    lora_layers: Sequence[str] = (),
     lora_for: Sequence[str | Path] = (),
     controlnet: bool = False,
     image_tokens: int | None = None,
-    image_adapters: int = 1,
+    image_adapters: int | None = None,
     model: str | Path | BasePipeline | None = None,
     force: bool = False,
     context: Context = Context(),
@@ -231,11 +231,11 @@ def export_graph(  # noqa: PLR0913 - the command's options
         chunks: the fewest and most chunks of text that one engine takes, for long or weighted prompts (None: one).
         lora_rank: ranks of the low-rank branches through which an engine takes LoRAs at run time, as many as those that
             act at once have together (None: no branches, or with ``lora_for`` the largest rank of these files).
-        lora_layers: kinds of layers that get a branch.
+        lora_layers: kinds of layers that get a branch (none: attention).
         lora_for: LoRA files; exactly the layers that they change get a branch.
         controlnet: makes the residuals of ControlNets inputs; left out of a call, they are zeros.
         image_tokens: the most tokens of an image prompt that an engine takes from an IP-Adapter (None: it takes none).
-        image_adapters: how many IP-Adapters may act at once.
+        image_adapters: how many IP-Adapters may act at once (None: one).
         model: the floating-point pipeline, if it was moved since calibration.
         force: replaces an artifact at ``out``, once the new one is complete.
         context: progress.
@@ -253,12 +253,16 @@ def export_graph(  # noqa: PLR0913 - the command's options
     from s2p_deploy.families import load_time_path
     from s2p_deploy.records import CalibratedModel
 
+    if lora_layers and (lora_rank is None or lora_for):
+        raise InputError("--lora-layers go with --lora-rank and without --lora-for: the files say which layers it is")
+    if image_adapters is not None and image_tokens is None:
+        raise InputError("--image-adapters go with --image-tokens: say how many tokens an image prompt may have")
     opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
     needs_path = time_table == "input" and not opened.added_width
     lora = None
     if lora_rank is not None or lora_for:
         base = base_of(opened.manifest, model) if lora_for else None
-        lora = lora_request(lora_rank, tuple(lora_layers), [Path(file) for file in lora_for], base)
+        lora = lora_request(lora_rank, tuple(lora_layers) or ("attention",), [Path(file) for file in lora_for], base)
     return export_calibrated(
         opened,
         new_folder(out),
@@ -270,7 +274,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
         chunks=chunks,
         lora=lora,
         controlnet=controlnet,
-        images=None if image_tokens is None else (image_tokens, image_adapters),
+        images=None if image_tokens is None else (image_tokens, 1 if image_adapters is None else image_adapters),
         replace=force,
         context=context,
     )

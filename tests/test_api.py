@@ -7,6 +7,7 @@ import doctest
 import inspect
 import runpy
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -167,3 +168,18 @@ def test_a_pipeline_with_adapters_is_refused(
     with pytest.raises(InputError, match="the unet of this pipeline has adapters"):
         save_pipeline(pipe, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_layers": ["convolutions"]}, "--lora-layers go with --lora-rank"),
+        ({"lora_layers": ["convolutions"], "lora_for": ["ink.safetensors"]}, "without --lora-for"),
+        ({"image_adapters": 2}, "--image-adapters go with --image-tokens"),
+    ],
+)
+def test_options_of_adapters_that_would_do_nothing_are_refused(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        api.export_graph(tmp_path / "calib", out=tmp_path / "graph", **options)

@@ -79,7 +79,9 @@ def export(  # noqa: PLR0913 - its options
             "image, 16 of a Plus adapter).",
         ),
     ] = None,
-    image_adapters: Annotated[int, typer.Option(metavar="M", help="How many IP-Adapters may act at once.")] = 1,
+    image_adapters: Annotated[
+        int | None, typer.Option(metavar="M", help="How many IP-Adapters may act at once; one if omitted.")
+    ] = None,
     model: ModelOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -102,7 +104,7 @@ def export(  # noqa: PLR0913 - its options
             sizes=sizes,
             chunks=span,
             lora_rank=lora_rank,
-            lora_layers=lora_layers or ["attention"],
+            lora_layers=lora_layers or (),
             lora_for=lora_for or (),
             controlnet=controlnet,
             image_tokens=image_tokens,

@@ -472,9 +472,13 @@ class _PeftSettings:
         named = next((own for key, own in patterns.items() if _ends_with(path, key)), alpha)
         if named is None:
             return 1.0
-        if not isinstance(named, int | float) or not math.isfinite(named):
-            raise InputError(f"the settings of {name} have lora_alpha {named!r}: an alpha is one finite number")
-        return float(named) / (rank**0.5 if self.values.get(f"{prefix}use_rslora") else rank)
+        try:
+            number = float(named) if isinstance(named, int | float) else math.nan
+        except OverflowError:  # JSON's integers have any size
+            number = math.inf
+        if not math.isfinite(number):
+            raise InputError(f"the settings of {name} have lora_alpha {named!r:.60}: an alpha is one finite number")
+        return number / (rank**0.5 if self.values.get(f"{prefix}use_rslora") else rank)
 
 
 def _ends_with(path: str, pattern: str) -> bool:
@@ -610,17 +614,22 @@ def _settings_of(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
     """Finds PEFT's settings, in a LoRA's header or in a file beside it, and that file."""
     beside = file.with_name(_PEFT_CONFIG)
     if _DIFFUSERS_METADATA in metadata:
-        return _parsed(metadata[_DIFFUSERS_METADATA], file), None
+        return _parsed(metadata[_DIFFUSERS_METADATA].encode(), file), None
     if file.name.startswith("adapter_model") and beside.is_file():
-        return _parsed(beside.read_text(encoding="utf-8"), beside), beside
+        try:
+            data = beside.read_bytes()
+        except OSError as error:
+            raise InputError(f"{beside} cannot be read ({error.strerror}): get the LoRA again") from error
+        return _parsed(data, beside), beside
     return {}, None
 
 
-def _parsed(text: str, file: Path) -> dict[str, Any]:
+def _parsed(data: bytes, file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{file}: PEFT's settings are no JSON: get the LoRA again") from error
+        settings = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep or long for Python
+        reason = type(error).__name__
+        raise InputError(f"{file}: PEFT's settings are no JSON ({reason}): get the LoRA again") from error
     if not isinstance(settings, dict):
         raise InputError(f"{file}: PEFT's settings must be a JSON object: get the LoRA again")
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ class EngineDenoiser(ComponentWithLoras):
         """Closes the runner, which copies of this component share."""
         self.runner.close()
 
-    def __deepcopy__(self, _memo: dict[int, object]) -> EngineDenoiser:
+    def __copy__(self) -> EngineDenoiser:
         copied = type(self)(
             self.runner,
             self._config,
@@ -178,8 +179,13 @@ class EngineDenoiser(ComponentWithLoras):
             optional=self.optional,
             images=self.images,
         )
-        copied.loras = self.loras.copy()
+        copied.loras = self.loras
         return copied.place(self.device, self.dtype)
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> EngineDenoiser:
+        copied = copy(self)
+        copied.loras = self.loras.copy()
+        return copied
 
     @property
     def takes_residuals(self) -> bool:
@@ -224,7 +230,7 @@ class EngineDenoiser(ComponentWithLoras):
                 what = "the embedded guidance scale" if guidance_width(dict(self.config)) else "the pooled text"
                 raise InputError(f"this engine needs {what} that its own pipeline gives: use that pipeline")
             inputs[ADDED_COND] = added.detach()
-        strengths = self.loras.strengths(attention, len(sample))
+        strengths = self.loras.strengths(attention, sample)
         if strengths is not None:
             inputs[LORA_STRENGTHS] = torch.from_numpy(strengths)
         prediction: Tensor = self._infer(inputs, self._timestep_indices(timestep, len(sample)))

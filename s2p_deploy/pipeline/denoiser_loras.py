@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import weakref
+from contextlib import suppress
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines.lora_bank import LoraBank
 
+LOG = logging.getLogger("s2p_deploy.pipeline")
 _KEYS = count(1)
 NO_BRANCHES = (
     "this engine has no low-rank branches, so no LoRA can be loaded: export with --lora-rank, or fuse it (calibrate"
     " --lora, or adapt)"
 )
+_WEIGHT = "a LoRA's weight"
 SCALE, LORAS = "scale", "loras"  # keys of cross_attention_kwargs and joint_attention_kwargs
 
 
@@ -46,6 +51,9 @@ class DenoiserLoras:
         self.loaded: dict[str, str] = {}
         self.active: dict[str, float] = {}
         self.enabled = True
+        if bank is not None:
+            # by the names that are loaded then; the finalizer must not hold this object itself
+            weakref.finalize(self, _forget, bank, self.loaded).atexit = False
 
     def copy(self) -> DenoiserLoras:
         """Returns LoRAs of the same bank, which are loaded and weighed apart from now on."""
@@ -94,14 +102,13 @@ class DenoiserLoras:
         """Lets these LoRAs act, with their weights (None: 1), and no others.
 
         Raises:
-            InputError: a name is unknown, or a weight is not one finite number.
+            InputError: a name is unknown, a weight is not one finite number, or there are more or fewer of them.
         """
         self._check_loaded(names)
-        numbers = [1.0 if weight is None else weight for weight in weights]
-        odd = [number for number in numbers if not isinstance(number, int | float) or not math.isfinite(number)]
-        if odd:
-            raise InputError(f"a LoRA on an engine has one finite weight for all its layers, not {odd[0]!r}")
-        self.active = {name: float(str(number)) for name, number in zip(names, numbers, strict=True)}
+        if len(names) != len(weights):
+            raise InputError(f"{len(names)} LoRAs and {len(weights)} weights: give one weight for each, or one for all")
+        numbers = [1.0 if weight is None else _finite(weight, _WEIGHT) for weight in weights]
+        self.active = dict(zip(names, numbers, strict=True))
 
     def delete(self, names: Sequence[str]) -> None:
         """Unloads LoRAs; unknown names are passed over."""
@@ -111,16 +118,21 @@ class DenoiserLoras:
             if key is not None and self._bank is not None:
                 self._bank.remove(key)
 
-    def strengths(self, attention: Mapping[str, Any], batch: int) -> NDArray[np.floating[Any]] | None:
+    def strengths(self, attention: Mapping[str, Any], sample: Tensor) -> NDArray[np.floating[Any]] | None:
         """Makes the strengths [batch, rank] of a call; None where nothing acts.
 
         Args:
             attention: diffusers' ``cross_attention_kwargs``: ``scale`` multiplies all weights; ``loras``, weights by
-                name, one mapping for all samples or one for each, stand in place of the active ones.
-            batch: samples; of guided pictures those without the prompt come first.
+                name, stand in place of the active ones: one mapping for all, or one for each picture of the call in
+                their order, so that a prompt's is repeated for ``num_images_per_prompt``. One for each sample, with
+                those of the other half of guidance, is taken too.
+            sample: [batch, C, H, W] latents. Nothing else tells whether a call is guided: its halves are equal then,
+                and the pictures half as many as the samples. Calls of pictures with equal noise look so without
+                guidance: give them one mapping for each sample.
 
         Raises:
-            InputError: there is another key, a value is not of that kind, or a LoRA is not loaded.
+            InputError: there is another key, a value is not of that kind, a LoRA is not loaded, or there are more or
+                fewer mappings than pictures.
         """
         unknown = sorted(set(attention) - {SCALE, LORAS})
         if unknown:
@@ -128,15 +140,12 @@ class DenoiserLoras:
                 f"an engine's network is fixed, it cannot take {unknown[0]} in cross_attention_kwargs: leave it out"
             )
         given = attention.get(LORAS, self.active if self.enabled else {})
-        rows = [given] if isinstance(given, dict) else list(given)
-        scale = attention.get(SCALE, 1.0)
-        if not rows or batch % len(rows) or not isinstance(scale, int | float):
-            raise InputError(f"{len(rows)} settings of LoRAs, scaled by {scale!r}, do not fit a batch of {batch}")
+        scale, rows = _finite(attention.get(SCALE, 1.0), "the scale of LoRAs"), _rows(given, sample)
         self._check_loaded([name for row in rows for name in row])
-        scaled = [{self.loaded[name]: weight * scale for name, weight in row.items()} for row in rows]
+        scaled = [{self.loaded[name]: _finite(weight, _WEIGHT) * scale for name, weight in row.items()} for row in rows]
         if not any(scaled):
             return None
-        return self.bank.strengths(scaled * (batch // len(rows)))
+        return self.bank.strengths(scaled * (len(sample) // len(rows)))
 
     @property
     def component(self) -> str:
@@ -160,6 +169,49 @@ class DenoiserLoras:
         if self._bank is None:
             raise InputError(NO_BRANCHES)
         return self._bank
+
+
+def _forget(bank: LoraBank, loaded: Mapping[str, str]) -> None:
+    bank.forget(loaded.values())
+
+
+def _finite(number: object, what: str) -> float:
+    """Returns a number as a float. Raises InputError where it is not one finite number."""
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        with suppress(OverflowError):  # Python's integers have any size
+            if math.isfinite(number):
+                return float(number)
+    raise InputError(f"{what} on an engine is one finite number for all layers, not {number!r:.60}")
+
+
+def _rows(given: object, sample: Tensor) -> list[dict[str, object]]:
+    """Returns the weights by name of all pictures of a call, of each, or of each sample.
+
+    Raises:
+        InputError: they are something else.
+    """
+    each = list(given) if isinstance(given, list | tuple) else [given]
+    rows = [row for row in each if isinstance(row, dict)]
+    if not rows or len(rows) < len(each):
+        raise InputError(
+            f"{LORAS} in cross_attention_kwargs is {given!r:.60}: give weights by name in a dict for all pictures, or a"
+            " list of one dict for each"
+        )
+    batch = len(sample)
+    if len(rows) not in {1, batch}:
+        pictures = batch // 2 if _is_guided(sample) else batch
+        if len(rows) != pictures:
+            raise InputError(
+                f"{len(rows)} settings of LoRAs for a call of {pictures} pictures: give one for all, or {pictures}, one"
+                " for each picture, those of a prompt repeated for num_images_per_prompt"
+            )
+    return rows
+
+
+def _is_guided(sample: Tensor) -> bool:
+    """Tells whether a batch is of a guided call: pipelines give the denoiser the same latents twice."""
+    half, odd = divmod(len(sample), 2)
+    return not odd and torch.allclose(sample[:half], sample[half:], rtol=0, atol=0, equal_nan=True)
 
 
 class ComponentWithLoras(EngineComponent):
@@ -194,6 +246,8 @@ class ComponentWithLoras(EngineComponent):
     ) -> None:
         """Loads a LoRA into the engine's low-rank branches, as pipelines' ``load_lora_weights`` asks: no rebuild.
 
+        One without a tensor for the denoiser is passed over with a warning: it may be for a text encoder.
+
         Args:
             pretrained_model_name_or_path_or_dict: its tensors; of other components' names none is read.
             prefix: what the denoiser's names begin with (None: all tensors are its own).
@@ -210,8 +264,16 @@ class ComponentWithLoras(EngineComponent):
         alphas = {name: torch.tensor(float(alpha)) for name, alpha in (options.get("network_alphas") or {}).items()}
         begin = "" if prefix is None else f"{prefix}."
         own = {name: tensor for name, tensor in {**given, **alphas}.items() if name.startswith(begin)}
+        name = options.get("adapter_name")
         if own:
-            self.loras.load(own, options.get("adapter_name"), options.get("metadata") or {}, replace=hotswap)
+            self.loras.load(own, name, options.get("metadata") or {}, replace=hotswap)
+        else:
+            which, first = "a LoRA" if name is None else f"LoRA {name!r}", next(iter(given), "none")
+            LOG.warning(
+                "nothing in %s is for this denoiser, whose names begin with %r (its first tensor is %.200s): it leaves"
+                " the denoiser as it is",
+                *(which, begin, first),
+            )
 
     def set_adapters(self, adapter_names: str | list[str], weights: object = None) -> None:
         """Lets LoRAs act with weights, one for each or one for all, and no others.

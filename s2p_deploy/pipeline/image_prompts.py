@@ -237,8 +237,13 @@ class TakesImagePrompts(EngineComponent):
         weights = list(state_dicts) if isinstance(state_dicts, list | tuple) else [state_dicts]
         names = [str(number) for number in range(1, len(weights) + 1)]
         adapters = IpAdapters(weights, names, dict(self.config), slots).to(self.device, self.dtype)
-        self.ip_adapters, self.encoder_hid_proj = adapters, adapters.projection
+        self._take(adapters)
         self.config.encoder_hid_dim_type = "ip_image_proj"
+
+    def _take(self, adapters: IpAdapters | None) -> None:
+        self.ip_adapters = adapters
+        if adapters is not None:
+            self.encoder_hid_proj = adapters.projection
 
     def _load_ip_adapter_loras(self, _state_dicts: object) -> dict[int, dict[str, Tensor]]:
         """Returns none: those of FaceID were refused."""
@@ -266,12 +271,15 @@ class TakesImagePrompts(EngineComponent):
             raise InputError("an IP-Adapter is loaded: give ip_adapter_image, or unload it (unload_ip_adapter)")
         return rest, self.ip_adapters.inputs(embeds, sample)
 
+    def __copy__(self) -> Self:
+        copied: Self = super().__copy__()
+        copied.prompted = self.prompted
+        copied._take(self.ip_adapters)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         copied: Self = super().__deepcopy__(memo)
-        copied.prompted = self.prompted
-        copied.ip_adapters = copy.deepcopy(self.ip_adapters)
-        if copied.ip_adapters is not None:
-            copied.encoder_hid_proj = copied.ip_adapters.projection
+        copied._take(copy.deepcopy(self.ip_adapters))
         return copied
 
     def _frame(self, name: str) -> Any:  # noqa: ANN401 - as above

@@ -107,7 +107,7 @@ def check_image_prompts(denoiser: object, count: int) -> None:
 
 
 def prompted(denoiser: EngineUNet, prompts: Sequence[ImagePrompt], *, guided: bool) -> EngineUNet:
-    """Makes a denoiser like ``denoiser``, on its runner, that draws one picture with image prompts.
+    """Makes a denoiser like ``denoiser``, on its runner and with its LoRAs, for one picture with image prompts.
 
     Raises:
         InputError: it takes none, or not so many.
@@ -118,7 +118,7 @@ def prompted(denoiser: EngineUNet, prompts: Sequence[ImagePrompt], *, guided: bo
     for prompt in prompts:
         ((keys, values),) = prompt.adapter.weights.prompts([prompt.adapter.embeds(prompt.picture, like, guided=guided)])
         rows.append((keys, values * prompt.scale))
-    own: EngineUNet = copy.deepcopy(denoiser)
+    own: EngineUNet = copy.copy(denoiser)
     own.prompted = packed(_slots_of(denoiser), like, rows)
     return own
 

@@ -88,7 +88,7 @@ class LoraSlot:
     inputs: Annotated[tuple[Channels, ...], Field(min_length=1, max_length=3)]
     outputs: Channels
     down: Place
-    width: Annotated[int, Field(ge=1, le=64)]
+    width: Channels
     up: Place
 
 

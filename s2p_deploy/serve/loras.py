@@ -166,7 +166,7 @@ class ServedLoras:
 
         Raises:
             UnknownLoraError: there is none of a name.
-            InputError: together they have more ranks than the engine.
+            InputError: together they have more ranks than the engine, or a weight is beyond its type.
         """
         with self._lock:
             # in one order, as a sum of floats depends on it
@@ -178,6 +178,9 @@ class ServedLoras:
                     f"the LoRAs of this request have {ranks} ranks together, this engine takes {self.rank}: leave one"
                     " out"
                 )
+            for lora, weight in active:
+                if self.bank is not None:
+                    self.bank.check_strength(lora.name, weight)
             self._used.update(lora for lora, _ in active)
         return active
 

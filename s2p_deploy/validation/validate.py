@@ -201,13 +201,15 @@ class ValidationRun:
         """
         own, *others = self.schedules
         measure, weights = self.checkpoint.measure, self.request.weights
+        candidate_pipe = self.pipe
+        if not isinstance(runner, Skipped):
+            candidate_pipe = pipeline_with_engine(self.pipe, self.chain.engine, runner)
+            self.let_loras_act(candidate_pipe)  # what does not fit is refused before the long work
         reference = self.generated(self.pipe, own, "pictures, FP")
         latents = self.latents(reference)
         parity = self.parity(latents, runner) | {"floors": measure("floors", lambda: self.floors(latents))}
         if isinstance(runner, Skipped):
             return Measurements(**parity, end_to_end=runner, pictures=runner), None
-        candidate_pipe = pipeline_with_engine(self.pipe, self.chain.engine, runner)
-        self.let_loras_act(candidate_pipe)
         candidate = self.generated(candidate_pipe, own, "pictures, engine")
         pairs = PicturePairs.of(self.request.prompts, reference, candidate)
         measurements = Measurements(
@@ -234,11 +236,13 @@ class ValidationRun:
         return tuple((Lora(each.file, known), each.weight) for each in given)
 
     def let_loras_act(self, candidate: DiffusionPipeline) -> None:
-        """Loads the LoRAs into the engine of a pipeline. Raises InputError where it has no branches that fit."""
+        """Loads the LoRAs into the engine of a pipeline. Raises InputError where its branches do not hold them."""
         loaded = denoiser_of(candidate).loras
         for number, (lora, _) in enumerate(self.loras):
             loaded.add(lora, str(number))
         loaded.set(tuple(loaded.loaded), [weight for _, weight in self.loras])
+        if self.loras:
+            loaded.strengths({}, torch.zeros(1))  # their ranks must fit side by side
 
     @cached_property
     def changed(self) -> PictureInputs | None:

@@ -70,6 +70,9 @@ def test_a_calibrated_one_takes_the_place_of_diffusers_own(
     assert any(layer.activation_quantizer for layer in model.plan.layers) == (recipe != "fp")
     scales = model.scales.scales[list(model.scales.calibrated)]
     assert recipe == "fp" or (scales.std(0) > 0).any()  # scales per timestep
+    for adapters in ({"lora_rank": 2}, {"controlnet": True}, {"image_tokens": 4}):
+        with pytest.raises(InputError, match=r"a ControlNet's calibration, .*: leave --"):
+            api.export_graph(model, out=tmp_path / "graph", **adapters)
     graph = api.export_graph(model, out=tmp_path / "graph")
     built = api.build_engine(graph, backend="onnxruntime", out=tmp_path / "engine")
     assert CONTROL_FILE in built.manifest.files
@@ -111,6 +114,12 @@ def test_a_stopped_calibration_goes_on_to_the_same_bytes(base: BasePipeline, fol
     assert "walk" not in stages
     for name in ("weights.safetensors", "act_scales.safetensors", "weight_scales.safetensors", CONTROL_FILE):
         assert found.manifest.files[name] == whole.manifest.files[name], name
+    stages.clear()
+    again = calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES, out, context=stopping_at("never"))
+    assert again.manifest == found.manifest
+    assert stages == []
+    with pytest.raises(InputError, match="made by another request \\(it differs in control pictures"):
+        calibrate_controlnet(base, folder, recipe, PROMPTS, PICTURES[:1], out)
 
 
 @pytest.mark.slow

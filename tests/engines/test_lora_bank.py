@@ -14,6 +14,7 @@ from s2p_deploy.engines.lora_bank import BranchMatrices, LoraBank
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.lora import Lora
 from s2p_deploy.records.optional_inputs import LORA_DOWN, LORA_UP, LoraSlot, LoraSlots
+from s2p_deploy.records.typed_json import json_data, read_value
 
 RANK = 6
 # two linear layers [4 -> 3] and [4 -> 2] side by side, and a convolution [2 -> 5] of 3x3
@@ -39,6 +40,12 @@ def matrices(rank: int, value: float = 1.0, layers: str = "qkc") -> BranchMatric
     outputs = {"q": 3, "k": 2, "c": 5}
     down = {name: np.full((rank, *shapes[name]), value, np.float32) for name in layers}
     return BranchMatrices(rank, down, {name: np.full((outputs[name], rank), value, np.float32) for name in layers})
+
+
+def test_as_many_layers_may_read_one_tensor_as_read_sdxl_s_text() -> None:
+    """70 keys and as many values, whose down matrices lie side by side."""
+    slots = LoraSlots(2, tuple(LoraSlot(f"to_k.{i}", "linear", (4,), 3, 2 * i, 140, 6 * i) for i in range(140)))
+    assert read_value(LoraSlots, json_data(slots), Path("graph.json")) == slots
 
 
 def change(bound: dict[str, np.ndarray], slot: LoraSlot, strengths: np.ndarray) -> np.ndarray:
@@ -123,6 +130,28 @@ def test_numbers_beyond_half_precision_are_refused() -> None:
     with pytest.raises(InputError, match="LoRA 'a' has numbers beyond float16"):
         made.add("a", matrices(2, 1e5))
     assert made.names == ()
+
+
+@pytest.mark.parametrize(("dtype", "strength"), [("float16", 1e6), ("float16", -7e4), ("float32", 1e39)])
+def test_a_strength_beyond_the_engines_type_is_refused(dtype: str, strength: float) -> None:
+    made, *_ = bank(dtype)
+    made.add("a", matrices(2))
+    with pytest.raises(InputError, match=f"of LoRA 'a' must be a finite number of {dtype}"):
+        made.strengths([{"a": strength}])
+    assert np.isfinite(made.strengths([{"a": strength / 20}])).all()
+
+
+def test_what_is_to_be_forgotten_goes_with_the_next_call() -> None:
+    made, *_ = bank()
+    for name in "ab":
+        made.add(name, matrices(RANK))
+    made.strengths([{"a": 1.0}])
+    made.hold(["b"])
+    made.forget(["a", "unknown"])
+    with pytest.raises(InputError, match="there is no LoRA 'a': those of this engine are b"):
+        made.strengths([{"a": 1.0}])
+    made.strengths([{"b": 1.0}])
+    assert made.names == ("b",)
 
 
 def test_branches_outside_their_inputs_are_damage() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 from artifacts import tiny_calibrated, tiny_inputs
 
@@ -197,8 +198,12 @@ def test_where_nothing_is_quantized_there_is_no_reach(tmp_path: Path) -> None:
 
 
 def test_beside_low_rank_branches(w8a8: CalibratedModel, w8a8_graph: ExportedGraph, run_onnx: Run) -> None:
-    """The branch of to_out reads what the image prompt added to."""
+    """The branch of to_out reads what the image prompt added to, as the layer does."""
     both = export_graph(w8a8, w8a8.folder.parent / "both", images=(4, 1), lora=LoraRequest(2))
+    nodes = onnx.load(both.onnx_file, load_external_data=False).graph.node
+    made_by = {name: node for node in nodes for name in node.output}
+    branches = [node for node in nodes if node.name.endswith("attn2.to_out.0/lora/product")]
+    assert [made_by[node.input[0]].name.rpartition("/")[2] for node in branches] == ["sum"] * 4
     values = given(both)
     zeros = {
         spec.name: np.zeros([3 if d == "batch" else int(d) for d in spec.shape], np.float32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +280,10 @@ def test_the_model_that_a_lora_is_for_is_named(
     ("settings", "words"),
     [
         ("no JSON", "no JSON"),
+        ("[" * 200_000, r"no JSON \(RecursionError\)"),
         ("[]", "JSON object"),
+        (f'{{"unet.lora_alpha": {10**400}}}', r"lora_alpha 10{59}: an alpha is one finite number"),
+        ('{"unet.lora_alpha": Infinity}', "lora_alpha inf"),
         (json.dumps({"unet.lora_alpha": "x"}), "lora_alpha 'x'"),
         (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}), "alpha_pattern"),
         (json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}), "alpha_pattern"),
@@ -287,6 +292,34 @@ def test_the_model_that_a_lora_is_for_is_named(
 def test_settings_that_are_none_are_refused(tmp_path: Path, settings: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         Lora(write(tmp_path, one_layer(), lora_adapter_metadata=settings), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"lora_alpha": 8}'.encode("utf-16"),
+            r"adapter_config.json: PEFT's settings are no JSON \(UnicodeDecodeError",
+        ),
+        (b"[" * 200_000, r"adapter_config.json: PEFT's settings are no JSON \(RecursionError"),
+        (None, r"adapter_config.json cannot be read \(Input/output error\): get the LoRA again"),
+    ],
+)
+def test_settings_beside_a_file_that_cannot_be_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
+) -> None:
+    beside, read = tmp_path / "adapter_config.json", Path.read_bytes
+    beside.write_bytes(content or b"{}")
+
+    def failing(path: Path) -> bytes:
+        if content is None and path == beside:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(InputError, match=words) as refused:
+        Lora(write(tmp_path, one_layer(), "adapter_model.safetensors"), WEIGHTS)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

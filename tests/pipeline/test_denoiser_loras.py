@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+import gc
+import logging
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -203,35 +205,137 @@ def test_ranks_that_do_not_fit_together_are_refused(
     predicted(opened.pipe)
 
 
+def asking(**attention: object) -> Callable[[Any], object]:
+    return lambda unet: unet.loras.strengths(attention, torch.zeros(2, 4, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
         (lambda unet: unet.load_lora_adapter("somewhere"), "load it with the pipeline's load_lora_weights"),
-        (lambda unet: unet.loras.strengths({"loras": [{}] * 3}, 2), "3 settings of LoRAs, scaled by 1.0, do not fit"),
-        (lambda unet: unet.loras.strengths({"scale": "much"}, 2), "scaled by 'much', do not fit a batch of 2"),
-        (lambda unet: unet.loras.strengths({"loras": []}, 2), "0 settings of LoRAs"),
-        (lambda unet: unet.loras.strengths({"loras": {"a": 1.0}}, 2), "there is no LoRA 'a': load it first"),
+        (asking(scale="much"), "the scale of LoRAs on an engine is one finite number for all layers, not 'much'"),
+        (asking(scale=True), "not True"),
+        (asking(scale=10**400), "not 10"),
+        (asking(loras=[]), "loras in cross_attention_kwargs is \\[\\]: give weights by name in a dict"),
+        (asking(loras=None), "is None: give weights by name in a dict"),
+        (asking(loras=5), "is 5: give weights by name in a dict"),
+        (asking(loras=[["x"]]), "give weights by name in a dict"),
+        (asking(loras=[{}, "x"]), "give weights by name in a dict"),
+        (asking(loras={"b": 1.0}), "there is no LoRA 'b': load it first"),
+        (asking(loras={"x": "a"}), "a LoRA's weight on an engine is one finite number for all layers, not 'a'"),
+        (asking(loras={"x": None}), "not None"),
+        (asking(loras=[{"x": 1.0}, {"x": float("nan")}]), "not nan"),
+        (lambda unet: unet.set_adapters("x", True), "not True"),
+        (lambda unet: unet.set_adapters("x", [10**400]), "not 10"),
+        (lambda unet: unet.set_adapters("x", {"down": 0.5}), "not {'down': 0.5}"),
+        (lambda unet: unet.set_adapters("x", [1.0, 2.0]), "1 LoRAs and 2 weights: give one weight for each"),
+        (lambda unet: unet.set_adapters("b"), "there is no LoRA 'b'"),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(
-    opened: EnginePipeline, ask: Callable[[object], object], words: str
+    opened: EnginePipeline, files: list[Path], ask: Callable[[object], object], words: str
 ) -> None:
-    with pytest.raises(InputError, match=words):
+    opened.pipe.load_lora_weights(str(files[0]), adapter_name="x")
+    with pytest.raises(InputError, match=words) as refused:
         ask(opened.pipe.unet)
+    assert "\n" not in str(refused.value)
+    assert opened.pipe.unet.loras.active == {"x": 1.0}
+
+
+def latents(samples: int, *, guided: bool) -> torch.Tensor:
+    noise = torch.randn(samples // 2 if guided else samples, 4, 8, 8)
+    return torch.cat([noise] * 2) if guided else noise
+
+
+@pytest.mark.parametrize(
+    ("sample", "rows", "pictures"),
+    [
+        (latents(8, guided=True), 2, 4),  # two prompts of two pictures
+        (latents(4, guided=False), 2, 4),
+        (latents(4, guided=True), 3, 2),
+        (latents(3, guided=False), 2, 3),
+        (latents(2, guided=True), 4, 1),
+    ],
+)
+def test_settings_of_other_than_all_pictures_are_refused(
+    opened: EnginePipeline, sample: torch.Tensor, rows: int, pictures: int
+) -> None:
+    words = f"{rows} settings of LoRAs for a call of {pictures} pictures: give one for all, or {pictures}"
+    with pytest.raises(InputError, match=words):
+        opened.pipe.unet.loras.strengths({"loras": [{}] * rows}, sample)
+
+
+@pytest.mark.parametrize(
+    ("sample", "rows", "order"),
+    [
+        (latents(4, guided=True), 2, [0, 1, 0, 1]),
+        (latents(4, guided=True).fill_(torch.nan), 2, [0, 1, 0, 1]),
+        (latents(4, guided=True), 4, [0, 1, 2, 3]),
+        (latents(4, guided=True).half(), 1, [0, 0, 0, 0]),
+        (latents(3, guided=False), 3, [0, 1, 2]),
+    ],
+)
+def test_samples_have_the_settings_of_their_pictures(
+    opened: EnginePipeline, files: list[Path], sample: torch.Tensor, rows: int, order: list[int]
+) -> None:
+    opened.pipe.load_lora_weights(str(files[0]), adapter_name="a")
+    given = [{"a": 1.0 + number} for number in range(rows)]
+    strengths = opened.pipe.unet.loras.strengths({"loras": given}, sample)
+    assert strengths.max(1).tolist() == [1.0 + number for number in order]
+
+
+def test_guided_pictures_have_the_loras_that_they_have_alone(opened: EnginePipeline, files: list[Path]) -> None:
+    pipe, prompts = opened.pipe, ["a red circle", "a blue square"]
+    pipe.load_lora_weights(str(files[0]), adapter_name="a")
+    noise = latents(4, guided=False)
+
+    def drawn(texts: list[str], noise: torch.Tensor, rows: object, guidance_scale: float, count: int = 1) -> np.ndarray:
+        attention = {"num_images_per_prompt": count, "cross_attention_kwargs": {"loras": rows}}
+        options = {"num_inference_steps": 2, "guidance_scale": guidance_scale, "output_type": "latent"}
+        return np.asarray(pipe(texts, latents=noise, **options, **attention).images.numpy())
+
+    rows = [{"a": 1.0}, {"a": -1.0}]
+    both = drawn(prompts, noise[:2], rows, 3.0)
+    for number, row in enumerate(rows):
+        alone = drawn(prompts[number : number + 1], noise[number : number + 1], row, 3.0)
+        np.testing.assert_allclose(both[number], alone[0], atol=1e-4)
+    for guidance in (1.0, 3.0):
+        with pytest.raises(InputError, match="2 settings of LoRAs for a call of 4 pictures"):
+            drawn(prompts, noise, rows, guidance, 2)
+
+
+def test_copies_free_their_loras_when_they_go(opened: EnginePipeline, files: list[Path]) -> None:
+    unet = opened.pipe.unet
+    opened.pipe.load_lora_weights(str(files[0]), adapter_name="x")
+    copies = [copy.deepcopy(unet) for _ in range(3)]
+    copies[0].load_lora_adapter(opened.pipe.lora_state_dict(str(files[2]))[0], adapter_name="later")
+    assert len(unet.loras.bank.names) == 5
+    del copies
+    gc.collect()
+    assert unet.loras.bank.names == (unet.loras.loaded["x"],)
+    unet.loras.delete(["x"])
+    assert unet.loras.bank.names == ()
+
+
+@pytest.mark.parametrize("other", ["text_encoder.encoder.layers.0.self_attn.q_proj", "transformer.single_blocks.0.q"])
+def test_a_lora_without_a_tensor_for_the_denoiser_is_told(
+    opened: EnginePipeline, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    tensors = {f"{other}.lora_A.weight": torch.ones(2, 4), f"{other}.lora_B.weight": torch.ones(4, 2)}
+    with caplog.at_level(logging.WARNING, "s2p_deploy"):
+        opened.pipe.unet.load_lora_adapter(tensors, adapter_name="flux")
+    (record,) = [record for record in caplog.records if record.name == "s2p_deploy.pipeline"]
+    assert (
+        f"nothing in LoRA 'flux' is for this denoiser, whose names begin with 'unet.' (its first tensor is {other}"
+        in (record.getMessage())
+    )
+    assert opened.pipe.unet.loras.loaded == {}
 
 
 def test_a_name_is_taken_once(opened: EnginePipeline, files: list[Path]) -> None:
     opened.pipe.load_lora_weights(str(files[0]), adapter_name="a")
     with pytest.raises(InputError, match="LoRA 'a' cannot be loaded, that name is taken"):
         opened.pipe.load_lora_weights(str(files[2]), adapter_name="a")
-
-
-def test_weights_per_block_are_refused(opened: EnginePipeline, files: list[Path]) -> None:
-    opened.pipe.load_lora_weights(str(files[0]), adapter_name="a")
-    with pytest.raises(InputError, match="one finite weight for all its layers"):
-        opened.pipe.unet.set_adapters("a", {"down": 0.5})
-    with pytest.raises(InputError, match="there is no LoRA 'b'"):
-        opened.pipe.unet.set_adapters("b")
 
 
 def test_an_engine_without_branches_says_what_to_do(engine: Engine, origin: BasePipeline, files: list[Path]) -> None:

@@ -17,6 +17,7 @@ from s2p_deploy.export import export_graph
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import ImagePrompt, IpAdapter, Schedule, generate, initial_noise, pipeline_with_engine
 from s2p_deploy.pipeline.image_prompts import packed
+from s2p_deploy.pipeline.ip_adapter import prompted
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine, Prompt
 from s2p_deploy.records.optional_inputs import ImageSlot, ImageSlots
@@ -156,6 +157,18 @@ def test_generate_encodes_pictures_as_diffusers_does(pipes: tuple[Any, Any], kin
         assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
         without = generate(ours, Prompt("one", PROMPT), schedule=Schedule(3), guidance_scale=guidance, seed=3)
         assert np.abs(np.asarray(found, np.int16) - np.asarray(without, np.int16)).max() > 3
+
+
+def test_pictures_with_image_prompts_share_the_loras(pipes: tuple[Any, Any], tmp_path: Path) -> None:
+    stock, ours = pipes
+    adapter = IpAdapter.load(write_ip_adapter(tmp_path, stock.unet), ours)
+    load(ours, random_ip_adapter(stock.unet))
+    own = prompted(ours.unet, [ImagePrompt(adapter, control_picture())], guided=True)
+    assert own.loras is ours.unet.loras
+    assert own.ip_adapters is ours.unet.ip_adapters
+    assert ours.unet.prompted is None
+    assert own.prompted is not None
+    assert copy.deepcopy(own).prompted is own.prompted
 
 
 def test_strengths_out_of_range_and_files_without_an_encoder_are_refused(

@@ -208,6 +208,11 @@ def test_an_engine_without_branches_takes_none(tiny: Tiny, lora_files: dict[str,
         open_service(tiny.engine, tiny.base, ServiceSettings(loras=(("ink", lora_files["ink"]),)), Log())
 
 
+def test_a_weight_beyond_the_engines_type_is_refused_before_it_meets_others(service: ImageService) -> None:
+    with pytest.raises(InputError, match=r"strength 1e\+300 of LoRA 'ink' must be a finite number of float32"):
+        service.submit(asking(ink=1e300), timeout=MINUTE)
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_weight_is_finite(weight: float) -> None:
     with pytest.raises(InputError, match="must be a finite number"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2p_deploy.calib import calibrate
+from s2p_deploy.context import Context
 from s2p_deploy.engines import backend_by_name, build_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
@@ -138,5 +139,11 @@ def test_loras_act_in_the_pictures_of_both(chain: Chain, prompts: PromptSet, tmp
     pictures = [sorted((report.folder / "pictures").iterdir()) for report in (plain, changed)]
     assert all(one.read_bytes() != other.read_bytes() for one, other in zip(*pictures, strict=True))
     assert set(changed.data["digests"]) - set(plain.data["digests"]) == {"LoRA ink.safetensors:3"}
+    stages: set[str] = set()
+    context = Context(progress=lambda stage, *_: stages.add(stage))
     with pytest.raises(InputError, match="export with --lora-rank"):
-        validate(chain, prompts, tmp_path / "none", pictures=1, loras=given)
+        validate(chain, prompts, tmp_path / "none", pictures=1, loras=given, context=context)
+    other = write_lora(tmp_path / "more.safetensors", in_peft(random_layers(chain.base, paths)))
+    with pytest.raises(InputError, match="ranks together, this engine takes 4"):
+        validate(branched, prompts, tmp_path / "many", pictures=1, loras=(*given, GivenLora(other)), context=context)
+    assert not any("pictures" in stage for stage in stages)
