@@ -1,4 +1,4 @@
-"""Untrained ControlNets whose zero convolutions are not zero, for pipelines of every family."""
+"""Untrained ControlNets whose zero convolutions are not zero, for pipelines of every family; an engine's stand-in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from diffusers import ControlNetModel, SD3ControlNetModel
 from PIL import Image
 
 from s2p_deploy.families import family_of
+from s2p_deploy.pipeline import EngineControlNet
 from s2p_deploy.records import TensorSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diffusers import ModelMixin
 
 EMBEDDING = (4, 8, 8, 8)  # channels on the way from 64x64 pixels to 8x8 latents
@@ -47,3 +50,27 @@ def control_picture(seed: int = 0, size: int = 64) -> Image.Image:
     pixels[top:bottom, left:right] = 255
     pixels[top + 1 : bottom - 1, left + 1 : right - 1] = 0
     return Image.fromarray(pixels)
+
+
+class OpenedEngines:
+    """Takes the place of ``open_controlnet``: notes the devices that engines are opened for, and how many are open."""
+
+    def __init__(self) -> None:
+        self.devices: list[str] = []
+        self.open = 0
+
+    def __call__(
+        self, _folder: Path, _config: object, _factor: int, _dtype: torch.dtype | None = None, device: str = "auto"
+    ) -> EngineControlNet:
+        self.devices.append(device)
+        self.open += 1
+        return _EngineStandIn(self)
+
+
+class _EngineStandIn(EngineControlNet):
+    def __init__(self, engines: OpenedEngines) -> None:
+        torch.nn.Module.__init__(self)
+        self.engines = engines
+
+    def close(self) -> None:
+        self.engines.open -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,8 @@ from s2p_deploy.cli.output import Outcome, show
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
@@ -162,6 +165,7 @@ def generate(  # noqa: PLR0913 - its options
             context=context,
         ) as pipeline,
         loras_acting(pipeline.pipe, base, loras),
+        _opened_controls(pipeline.pipe, named, context.device) as controls,
     ):
         pipe, request = pipeline.pipe, Prompt("command line", prompt)
         if start is None:
@@ -178,7 +182,7 @@ def generate(  # noqa: PLR0913 - its options
             seed=seed,
             long_prompts=long_prompts,
             start=start,
-            controls=[_control(pipe, *each) for each in named],
+            controls=controls,
             images=[_image_prompt(pipe, *each) for each in prompts],
         )
         chunks = len(divide_text(pipe, prompt))
@@ -223,15 +227,23 @@ def _read_picture(file: Path, what: str) -> Image:
         raise InputError(f"{file}: {error}") from error
 
 
-def _control(pipe: DiffusionPipeline, folder: Path, image: Path, scale: float) -> Control:
-    """Loads a ControlNet for a pipeline, and its picture."""
+@contextmanager
+def _opened_controls(
+    pipe: DiffusionPipeline, named: list[tuple[Path, Path, float]], device: str
+) -> Iterator[list[Control]]:
+    """Loads ControlNets for a pipeline, and their pictures; those that are engines are closed afterwards."""
     from s2p_deploy.families import denoiser_of
-    from s2p_deploy.pipeline import Control, open_controlnet
+    from s2p_deploy.pipeline import Control, EngineControlNet, open_controlnet
 
-    picture = _read_picture(image, "control picture")
-    denoiser = denoiser_of(pipe)
-    network = open_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype)
-    return Control(network.to(pipe.device), picture, scale)
+    denoiser, controls = denoiser_of(pipe), []
+    with ExitStack() as opened:
+        for folder, image, scale in named:
+            picture = _read_picture(image, "control picture")
+            network = open_controlnet(folder, dict(denoiser.config), pipe.vae_scale_factor, denoiser.dtype, device)
+            if isinstance(network, EngineControlNet):
+                opened.callback(network.close)
+            controls.append(Control(network.to(pipe.device), picture, scale))
+        yield controls
 
 
 def _start_picture(

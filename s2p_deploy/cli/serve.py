@@ -148,7 +148,8 @@ def serve(  # noqa: PLR0913 - its options
         if against is not None:
             raise InputError("--against cannot be used with --ray: serve the other engine by a command of its own")
     lora_bytes = lora_memory * 2**20
-    limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size))
+    pictures = bool(controlnet or ip_adapter)
+    limits = HttpLimits(seconds=timeout, steps=max_steps, sizes=_sizes(size), adapter_pictures=pictures)
     limits = replace(limits, lora_bytes=min(limits.lora_bytes, lora_bytes))
     token = _token(token_file)
     second = None if against is None else open_engine(against, public_key)

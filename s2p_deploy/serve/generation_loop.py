@@ -1,7 +1,8 @@
 """The generation loop: one thread that admits requests, forms batches, runs the engine and resumes every task.
 
-Other threads reach it through the request queue alone: they put requests in, results of background tasks, and the
-order to stop. A request is waiting (in the queue), then active (a generation task), then done (its future is).
+Other threads reach it through the request queue alone: they put requests in, results of background tasks, word that a
+LoRA is no longer needed, and the order to stop. A request is waiting (in the queue), then active (a generation task),
+then done (its future is).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class RequestQueue:
         self._waiting: deque[RequestFuture] = deque()
         self._results: deque[tuple[GenerationTask, Future[object]]] = deque()
         self._active = 0
+        self._woken = False
         self._refusal: S2PError | None = None
         self._stopped = False
 
@@ -127,8 +129,16 @@ class RequestQueue:
         with self._changed:
             idle = not (self._waiting or self._active)
             self._changed.wait_for(
-                lambda: self._stopped or self._results or (idle and self._waiting), None if idle else seconds
+                lambda: self._stopped or self._woken or self._results or (idle and self._waiting),
+                None if idle else seconds,
             )
+            self._woken = False
+
+    def wake(self) -> None:
+        """Ends the :meth:`wait` of now, or the next one."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
     def refuse(self, error: S2PError) -> None:
         """Accepts nothing more: :meth:`put` raises ``error``, or the first one that was given here."""
@@ -198,6 +208,7 @@ class GenerationLoop:
                     self._advance(task, task.throw, error)
         now = time.monotonic()
         self._end_where(lambda future: _overdue(future, now))
+        self._loras.prune()
         self._admit()
         return self._run_batch()
 

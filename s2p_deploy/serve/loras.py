@@ -94,6 +94,7 @@ class ServedLoras:
         self._named: dict[str, ServedLora] = {}
         self._bytes: dict[ServedLora, int] = {}  # of those that are named or used
         self._used: Counter[ServedLora] = Counter()
+        self._on_forgotten: Callable[[], None] = lambda: None
 
     @property
     def rank(self) -> int:
@@ -105,6 +106,16 @@ class ServedLoras:
         """Lists them in the order of their names."""
         with self._lock:
             return tuple(self._named[name] for name in sorted(self._named))
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Returns the keys of those that are named, or used."""
+        with self._lock:
+            return frozenset(lora.key for lora in self._bytes)
+
+    def watch(self, on_forgotten: Callable[[], None]) -> None:
+        """Has a function called, from any thread, whenever one is neither named nor used any more."""
+        self._on_forgotten = on_forgotten
 
     def add(self, name: str, file: Path) -> ServedLora:
         """Reads a LoRA from a file, which is not needed afterwards, and gives it a name, or that of another one.
@@ -133,7 +144,10 @@ class ServedLoras:
                     f" {self.most_bytes / _MIB:.0f} are left: remove another one, or serve with more --lora-memory"
                 )
             self._named[name] = added
+            forgotten = len(stays) < len(self._bytes)
             self._bytes = stays | {added: size}
+        if forgotten:
+            self._on_forgotten()
         return added
 
     def remove(self, name: str) -> None:
@@ -145,7 +159,7 @@ class ServedLoras:
         with self._lock:
             self._of(name)
             del self._named[name]
-            self._forget()
+        self._forget()
 
     def use(self, weights: Iterable[LoraWeight]) -> tuple[ActiveLora, ...]:
         """Returns the LoRAs of a request, which are kept until :meth:`unuse`; one of weight 0 is none.
@@ -174,12 +188,7 @@ class ServedLoras:
         """Ends one :meth:`use`."""
         with self._lock:
             self._used -= Counter(lora for lora, _ in active)
-            self._forget()
-
-    def keeps(self, key: str) -> bool:
-        """Returns whether the LoRA of a key is named, or used."""
-        with self._lock:
-            return any(lora.key == key for lora in self._bytes)
+        self._forget()
 
     def _of(self, name: str) -> ServedLora:
         if name not in self._named:
@@ -188,8 +197,13 @@ class ServedLoras:
         return self._named[name]
 
     def _forget(self) -> None:
-        kept = {*self._named.values(), *self._used}
-        self._bytes = {lora: size for lora, size in self._bytes.items() if lora in kept}
+        with self._lock:
+            kept = {*self._named.values(), *self._used}
+            stays = {lora: size for lora, size in self._bytes.items() if lora in kept}
+            forgotten = len(stays) < len(self._bytes)
+            self._bytes = stays
+        if forgotten:
+            self._on_forgotten()
 
 
 class BatchedLoras:
@@ -215,13 +229,16 @@ class BatchedLoras:
             selected.append(future)
         return selected
 
+    def prune(self) -> None:
+        """Takes those out of the engine's memory that are neither named nor used."""
+        if self._bank is not None:
+            for key in set(self._bank.names) - self._served.keys:
+                self._bank.remove(key)
+
     def begin(self, future: RequestFuture) -> None:
         """Gives the engine the LoRAs of a request that begins."""
         if self._bank is None:
             return
-        for name in self._bank.names:
-            if not self._served.keeps(name):
-                self._bank.remove(name)
         for lora, _ in future.loras:
             if lora.key not in self._bank.names:
                 self._bank.add(lora.key, lora.matrices)

@@ -20,6 +20,7 @@ from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import (
     Control,
+    EngineControlNet,
     ImagePrompt,
     IpAdapter,
     Schedule,
@@ -173,6 +174,13 @@ class ServedEngine:
         check_image_prompts(denoiser_of(self.pipe), len(self._images(request)))
         return calls
 
+    def close(self) -> None:
+        """Frees the memory of the engine, and of text encoders, autoencoder and ControlNets that are engines too."""
+        for network in self.controlnets.values():
+            if isinstance(network, EngineControlNet):
+                network.close()
+        self.stock.close()
+
     def task(self, future: RequestFuture) -> GenerationTask:
         """Makes the task of a checked request; it has not begun."""
         request = future.request
@@ -226,6 +234,7 @@ class ImageService:
         self.loras: ServedLoras = engine.loras
         self._engine, self._max_waiting = engine, settings.max_waiting
         self._queue = RequestQueue()
+        self.loras.watch(self._queue.wake)  # whose loop takes out of the engine what is not needed any more
         # a new thread would not start with as many of PyTorch's own as this one has, and bits depend on their number
         threads = torch.get_num_threads()
         self._background = ThreadPoolExecutor(1, f"{self.info.name} background", torch.set_num_threads, (threads,))
@@ -281,7 +290,7 @@ class ImageService:
         self._queue.stop()
         self._thread.join()
         self._background.shutdown()
-        self._engine.stock.close()
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -379,7 +388,7 @@ def load_served_engine(
         calls,
         engine.mixed_timesteps,
         sampling.max_sequence_length,
-        controlnets=_controlnets(stock.pipe, settings.controlnets),
+        controlnets=_controlnets(stock.pipe, settings.controlnets, context.device),
         ip_adapters={name: _pausing(IpAdapter.load(file, stock.pipe)) for name, file in settings.ip_adapters},
         loras=loras,
     )
@@ -390,13 +399,20 @@ def _pausing(adapter: IpAdapter) -> IpAdapter:
     return replace(adapter, encoder=OffloadedModule(adapter.encoder))
 
 
-def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...]) -> dict[str, ModelMixin]:
-    """Loads ControlNets by name. Raises InputError where one does not fit the pipeline, or its engine takes none."""
+def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str) -> dict[str, ModelMixin]:
+    """Loads ControlNets by name; ``device`` is a context's.
+
+    Raises:
+        InputError: one does not fit the pipeline, or its engine takes none.
+    """
     denoiser = denoiser_of(pipe)
     if folders and not denoiser.takes_residuals:
         raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
     config, factor = dict(denoiser.config), pipe.vae_scale_factor
-    return {name: open_controlnet(folder, config, factor, denoiser.dtype).to(pipe.device) for name, folder in folders}
+    return {
+        name: open_controlnet(folder, config, factor, denoiser.dtype, device).to(pipe.device)
+        for name, folder in folders
+    }
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:

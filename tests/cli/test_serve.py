@@ -23,6 +23,8 @@ from tests.small_pipelines import tiny_base
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from s2p_deploy.serve.http.images import HttpLimits
+    from s2p_deploy.serve.http.server import Listening
     from tests.cli.commands import Run
 
 COMMAND = [sys.executable, "-c", "import sys; from s2p_deploy.cli import main; sys.exit(main())", "serve"]
@@ -32,6 +34,7 @@ sys.modules[sys.argv[1]] = None  # importing it now raises ModuleNotFoundError
 from s2p_deploy.cli import main
 sys.exit(main(["serve", "engine"]))
 """
+IP_ADAPTER = "ip-adapters/scenes/ip-adapter.safetensors"
 SLOW = {"prompt": "a large red circle", "num_inference_steps": 500, "seed": 1}
 
 
@@ -131,6 +134,22 @@ def test_a_second_engine_is_not_for_replicas(run: Run, tiny_engine: Path) -> Non
     done = run("serve", tiny_engine, "--ray", "--against", tiny_engine)
     assert (done.code, done.out) == (2, "")
     assert "--against cannot be used with --ray" in done.err
+
+
+@pytest.mark.parametrize(("option", "path"), [("--controlnet", "controlnets/edges"), ("--ip-adapter", IP_ADAPTER)])
+def test_pictures_may_come_with_prompts_where_an_adapter_reads_them(
+    run: Run, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, option: str, path: str
+) -> None:
+    allowed = []
+
+    def not_run(_models: object, limits: HttpLimits, _metrics: object, listening: Listening, **_: object) -> None:
+        listening.socket.close()
+        allowed.append(limits.adapter_pictures)
+
+    monkeypatch.setattr("s2p_deploy.serve.http.server.run_server", not_run)
+    for options in ([], [option, f"edges=tests/assets/{path}"]):
+        assert run("serve", tiny_engine, "--port", 0, *options).code == 0
+    assert allowed == [False, True]
 
 
 @pytest.mark.parametrize("content", ["", "short", "a token with spaces in it", "é" * 20])

@@ -58,6 +58,12 @@ def test_nothing_is_accepted_once_it_closes() -> None:
         queue.put(future("late"))
 
 
+def test_a_word_that_comes_before_the_loop_waits_is_not_lost() -> None:
+    queue = RequestQueue()
+    queue.wake()
+    queue.wait(SECONDS)  # which would last for ever, as nothing waits or is active
+
+
 class Failing(ClosingRunner):
     """An engine that raises while ``broken``, as a device does that was lost."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -169,6 +170,21 @@ def test_a_lora_that_is_removed_or_replaced_stays_with_who_was_accepted(
         service.submit(asking(passing=1.0), timeout=MINUTE)
     with pytest.raises(UnknownLoraError):
         loras.remove("passing")
+
+
+def test_what_is_removed_or_replaced_leaves_an_idle_engine(service: ImageService, lora_files: dict[str, Path]) -> None:
+    """Without another request; else its memory would be taken twice."""
+    loras, bank = service.loras, service.loras.bank
+    assert bank is not None
+    for forget in (lambda: loras.add("passing", lora_files["wash"]), lambda: loras.remove("passing")):
+        key = loras.add("passing", lora_files["ink"]).key
+        drawn(service, asking(passing=1.0))
+        assert key in bank.names
+        forget()
+        end = time.monotonic() + MINUTE
+        while key in bank.names:
+            assert time.monotonic() < end, "it stays"
+            time.sleep(0.001)
 
 
 def test_all_loras_share_a_budget(branched_tiny: Tiny, lora_files: dict[str, Path], service: ImageService) -> None:

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from s2p_deploy.context import Context
 from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.runner import ClosingRunner
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.pipeline import Schedule, generate, pipeline_with_engine, timesteps_of
+from s2p_deploy.pipeline import EngineUNet, Schedule, generate, pipeline_with_engine, timesteps_of
 from s2p_deploy.records import Prompt
 from s2p_deploy.serve.generation_loop import Observer
 from s2p_deploy.serve.request import CancelledRequestError, ClosingError, DeadlineError, ImageRequest, OverloadedError
 from s2p_deploy.serve.service import ImageService, ServiceSettings, load_served_engine, open_service
+from tests.small_controlnets import OpenedEngines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -251,3 +254,16 @@ def test_requests_come_from_many_threads(service: ImageService, alone: Alone) ->
         thread.join(MINUTE)
     for seed in (0, 7, 15):
         np.testing.assert_array_equal(found[seed], alone(ImageRequest("a large red circle", 3 + seed % 4, 2.0, seed)))
+
+
+def test_engines_of_controlnets_have_the_device_and_end_with_the_service(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = OpenedEngines()
+    monkeypatch.setattr("s2p_deploy.serve.service.open_controlnet", engines)
+    monkeypatch.setattr(EngineUNet, "takes_residuals", True)
+    settings = ServiceSettings(batches=(2,), controlnets=(("edges", tmp_path), ("depth", tmp_path)))
+    engine = load_served_engine(tiny.engine, tiny.base, settings, context=Context(device="cpu"))
+    with ImageService(engine, settings, Observer()):
+        assert (engines.devices, engines.open) == (["cpu", "cpu"], 2)
+    assert engines.open == 0

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from s2p_deploy import __version__
 from s2p_deploy.errors import S2PError
 from s2p_deploy.serve.http.edits import EDITS, VARIATIONS, edit_routes
-from s2p_deploy.serve.http.images import HttpLimits, ImageForm, image_routes
+from s2p_deploy.serve.http.images import GENERATIONS, HttpLimits, ImageForm, image_routes
 from s2p_deploy.serve.http.loras import LORAS, lora_routes
 from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
 from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware, Uploads
@@ -76,8 +76,9 @@ def create_app(
     app.include_router(_page_routes())
     for kind in (S2PError, RequestProblem, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
-    pictures = Uploads((EDITS, VARIATIONS), limits.upload_bytes, limits.body_seconds, limits.uploads)
-    loras = Uploads((LORAS,), limits.lora_bytes, limits.lora_seconds, at_once=1)
+    paths = (EDITS, VARIATIONS, GENERATIONS) if limits.adapter_pictures else (EDITS, VARIATIONS)
+    pictures = Uploads(paths, limits.upload_bytes, limits.body_seconds, limits.uploads, above=limits.body_bytes)
+    loras = Uploads((LORAS,), limits.lora_bytes, limits.lora_seconds, at_once=1, until_answered=True)
     app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=(pictures, loras))  # the last one is the outermost
     app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)

@@ -55,7 +55,7 @@ def edit_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
     router = APIRouter(responses=PROBLEMS)
 
     async def drawn(request: Request, kind: type[EditForm], files: frozenset[str]) -> Response:
-        form, sent = await _read_form(request, kind, files)
+        form, sent = await _read_form(request, kind, files, limits.upload_bytes)
         service = models.service(form.model)
         requests = await asyncio.to_thread(_started, form, sent, service.info, limits)
         return await answer(service, requests, request, limits, stream=form.stream)
@@ -77,9 +77,9 @@ def edit_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
 
 
 async def _read_form(
-    request: Request, kind: type[EditForm], allowed: frozenset[str]
+    request: Request, kind: type[EditForm], allowed: frozenset[str], most_bytes: int
 ) -> tuple[EditForm, dict[str, bytes]]:
-    """Reads the fields and the files of a form; a field of no characters is one that was left out.
+    """Reads the fields, of ``most_bytes`` each, and the files of a form; a field of no characters was left out.
 
     Raises:
         RequestProblem: it is no form of this kind. HTTPException: it is none at all.
@@ -88,7 +88,7 @@ async def _read_form(
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     most = len(kind.model_fields) + 1  # one more, so that a foreign one is named
-    async with request.form(max_files=len(allowed) + 1, max_fields=most) as data:
+    async with request.form(max_files=len(allowed) + 1, max_fields=most, max_part_size=most_bytes) as data:
         for name, value in data.multi_items():
             if name in fields or _FILES.get(name) in files:
                 raise _refusal(f"{name} is given twice: send it once", name)

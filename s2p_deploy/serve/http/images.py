@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from s2p_deploy.serve.request import RequestFuture
     from s2p_deploy.serve.service import ImageService, ModelInfo
 
+GENERATIONS = "/v1/images/generations"
 _TIMEOUT = "x-request-timeout"
 _MOST_SEED = 2**63 - 1
 _RANDOM_SEEDS = 2**32  # a number that every client can hold
@@ -51,8 +52,9 @@ _UNBUFFERED = {"x-accel-buffering": "no"}  # a proxy that buffers would hold pro
 class HttpLimits:
     """Bounds on what a client may request. Times are in seconds, ``body_bytes`` covers one request's body.
 
-    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; a body that is a LoRA may
-    have ``lora_bytes`` and take ``lora_seconds``, and one is read at once. ``seconds`` is how long a
+    Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; where ``adapter_pictures``
+    come with prompts, for ControlNets and IP-Adapters, those of generations are such bodies too. A body that is a LoRA
+    may have ``lora_bytes`` and take ``lora_seconds``, and one is read and registered at once. ``seconds`` is how long a
     request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
     the model's own.
     """
@@ -66,6 +68,7 @@ class HttpLimits:
     body_bytes: int = 2**20
     upload_bytes: int = 2**24
     uploads: int = 16
+    adapter_pictures: bool = False
     lora_bytes: int = 2**29
     lora_seconds: float = 60.0
     body_seconds: float = 15.0
@@ -189,16 +192,16 @@ class ImageForm(BaseModel):
 
 def image_routes(models: ServedModels, limits: HttpLimits) -> APIRouter:
     """Makes the routes ``/v1/images/generations`` and ``/v1/models``."""
-    router = APIRouter(prefix="/v1", responses=PROBLEMS)
+    router = APIRouter(responses=PROBLEMS)
 
-    @router.post("/images/generations", dependencies=[Depends(_require_json)], responses=STREAMED)
+    @router.post(GENERATIONS, dependencies=[Depends(_require_json)], responses=STREAMED)
     async def generate(form: ImageForm, request: Request) -> Response:
         """Draws pictures."""
         service = models.service(form.model)
         requests = await asyncio.to_thread(form.requests, service.info, limits)
         return await answer(service, requests, request, limits, stream=form.stream)
 
-    @router.get("/models")
+    @router.get("/v1/models")
     async def list_models() -> JSONResponse:
         """Lists the models that are served, with their defaults."""
         return JSONResponse({"object": "list", "data": [_described(name, models, limits) for name in models.names]})

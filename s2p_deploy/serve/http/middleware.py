@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -53,6 +53,7 @@ _SECURITY_HEADERS = {
 }
 _NO_TOKEN = frozenset({"/", "/health/live", "/health/ready"})  # and what is below /page/: for probes and browsers
 _PAGE = "/page/"
+_METHODS = frozenset({"POST", "PUT"})  # whose bodies are read
 
 
 class RequestLogMiddleware:
@@ -145,16 +146,30 @@ class Uploads:
         most_bytes: of a body.
         seconds: that a body may take.
         at_once: how many are read at once.
+        above: bytes; bodies that announce no more than these are none.
+        until_answered: counts a body as read when its request is answered, for what takes memory until then.
     """
 
-    def __init__(self, paths: tuple[str, ...], most_bytes: int, seconds: float, at_once: int) -> None:
-        self.most_bytes, self.seconds = most_bytes, seconds
-        self._paths, self._at_once = paths, at_once
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        most_bytes: int,
+        seconds: float,
+        at_once: int,
+        *,
+        above: int = 0,
+        until_answered: bool = False,
+    ) -> None:
+        self.most_bytes, self.seconds, self.until_answered = most_bytes, seconds, until_answered
+        self._paths, self._at_once, self._above = paths, at_once, above
         self._reading = 0
 
-    def has(self, path: str) -> bool:
-        """Returns whether bodies of a path are such files."""
-        return path.startswith(self._paths)
+    def has(self, scope: Scope) -> bool:
+        """Returns whether a request's body is such a file."""
+        if scope["method"] not in _METHODS or not scope["path"].startswith(self._paths):
+            return False
+        length = _announced(scope)
+        return length is None or length > self._above
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -180,37 +195,42 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            body = await self._read(scope, receive)
-        except (RequestProblem, TimeoutError) as error:
-            problem = error.problem if isinstance(error, RequestProblem) else Problem(408, "the body came too slowly")
-            await problem_response(problem, scope)(scope, receive, send)
-            return
-        if body is None:
-            return
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        del body  # not kept while the picture is drawn
+        with ExitStack() as places:
+            try:
+                body = await self._read(scope, receive, places)
+            except (RequestProblem, TimeoutError) as error:
+                late = Problem(408, "the body came too slowly")
+                problem = error.problem if isinstance(error, RequestProblem) else late
+                await problem_response(problem, scope)(scope, receive, send)
+                return
+            if body is None:
+                return
+            unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            del body  # not kept while the picture is drawn
 
-        async def receive_body() -> Message:
-            return unread.pop() if unread else await receive()  # after the body: that the client has left
+            async def receive_body() -> Message:
+                return unread.pop() if unread else await receive()  # after the body: that the client has left
 
-        await self._app(scope, receive_body, send)
+            await self._app(scope, receive_body, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the body, None where the client left before it ended; raises TimeoutError where it is too slow."""
-        upload = next((one for one in self._uploads if one.has(scope["path"])), None)
+    async def _read(self, scope: Scope, receive: Receive, places: ExitStack) -> bytes | None:
+        """Returns the body, None where the client left before it ended; raises TimeoutError where it is too slow.
+
+        A place that the request needs until it is answered is left to ``places``.
+        """
+        upload = next((one for one in self._uploads if one.has(scope)), None)
         if upload is None:
             async with asyncio.timeout(self._limits.body_seconds):
                 return await _body(scope, receive, self._limits.body_bytes)
-        with upload.place():
+        with ExitStack() as reading:
+            (places if upload.until_answered else reading).enter_context(upload.place())
             async with asyncio.timeout(upload.seconds):
                 return await _body(scope, receive, upload.most_bytes)
 
 
 async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:
     too_long = RequestProblem(Problem(413, f"the body may have {most} bytes"))
-    length = Headers(scope=scope).get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > most:
+    if (_announced(scope) or 0) > most:
         raise too_long
     body = bytearray()
     while True:
@@ -222,6 +242,12 @@ async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:
             raise too_long
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def _announced(scope: Scope) -> int | None:
+    """Parses the bytes that a body is to have; None where the client does not say."""
+    length = Headers(scope=scope).get("content-length", "")
+    return int(length[:20]) if length.isdecimal() else None
 
 
 def note(scope: Scope, text: str) -> None:

@@ -229,17 +229,29 @@ def test_uploads_are_bounded(opening: Opening) -> None:
         assert (other.status, "this engine" in other.data["error"]["message"]) == (400, True)
 
 
+@pytest.mark.parametrize("field", ["controlnet", "ip_adapter"])
+def test_pictures_of_adapters_are_as_large_as_other_uploads(opening: Opening, field: str) -> None:
+    """In JSON and in a form: what is refused is the adapter, which there is not, and no longer the size."""
+    metrics, photograph = Metrics(), [{"name": "none", "image": "A" * 2**21}]
+    limits = HttpLimits(adapter_pictures=True, upload_bytes=2**22)
+    with live_server({"fp": opening("fp", metrics)}, limits, metrics=metrics) as live:
+        answers = [live.draw(**{field: photograph}), edited(live, **{field: json.dumps(photograph)})]
+        found = [(answer.status, answer.data["error"]["param"]) for answer in answers]
+        assert found == [(400, f"{field}.0.name")] * 2, answers
+        assert live.draw(**{field: photograph * 2}).status == 413
+
+
 def test_few_uploads_are_read_at_once() -> None:
-    """The next gets 429, and there is room again when one is read."""
+    """The next gets 429 unless it is small, and there is room again when one is read."""
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await PlainTextResponse("read")(scope, receive, send)
 
-    middleware = BodyLimitMiddleware(app, HttpLimits(), [Uploads((EDITS,), 2**10, 60, at_once=1)])
+    middleware = BodyLimitMiddleware(app, HttpLimits(), [Uploads((EDITS,), 2**10, 60, at_once=1, above=9)])
 
-    async def asked(slow: bool) -> int:
+    async def asked(length: bytes = b"10", *, slow: bool = False) -> int:
         sent: list[Message] = []
 
         async def receive() -> Message:
@@ -251,17 +263,19 @@ def test_few_uploads_are_read_at_once() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await middleware({"type": "http", "path": EDITS, "headers": [], "state": {}}, receive, send)
+        headers = [(b"content-length", length)]
+        scope = {"type": "http", "method": "POST", "path": EDITS, "headers": headers, "state": {}}
+        await middleware(scope, receive, send)
         return int(sent[0]["status"])
 
     async def all_of_them() -> list[int]:
         first = asyncio.ensure_future(asked(slow=True))
         await arrived.wait()
-        second = await asked(slow=False)
+        second, small = await asked(), await asked(b"9")
         go_on.set()
-        return [await first, second, await asked(slow=False)]
+        return [await first, second, small, await asked()]
 
-    assert asyncio.run(all_of_them()) == [200, 429, 200]
+    assert asyncio.run(all_of_them()) == [200, 429, 200, 200]
 
 
 @pytest.fixture(scope="module")

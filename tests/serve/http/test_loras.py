@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save
 from s2p_deploy.serve.http.edits import EDITS
 from s2p_deploy.serve.http.images import HttpLimits
 from s2p_deploy.serve.http.metrics import Metrics
+from s2p_deploy.serve.loras import ServedLora, ServedLoras
 from s2p_deploy.serve.service import ServiceSettings, open_service
 from tests.random_loras import in_kohya, in_peft, random_layers
 from tests.serve.conftest import BLOCK
@@ -175,6 +178,33 @@ def test_what_is_too_large_is_refused(live: LiveServer, tiny: Tiny) -> None:
     layers = random_layers(tiny.base, {"text_encoder": ["encoder.layers.0.mlp.fc1"]}, rank=60)
     answer = asked(live, "PUT", "/v1/loras/bad", save(in_peft(layers)))
     assert (answer.status, "of memory" in answer.data["error"]["message"]) == (400, True), answer.data
+
+
+def test_one_at_a_time_is_read_and_added(
+    live: LiveServer, lora_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have as much as all memory for LoRAs; what is removed meanwhile makes room."""
+    begun, go_on, add = threading.Event(), threading.Event(), ServedLoras.add
+
+    def added_slowly(loras: ServedLoras, name: str, file: Path) -> ServedLora:
+        begun.set()
+        assert go_on.wait(60)
+        return add(loras, name, file)
+
+    monkeypatch.setattr(ServedLoras, "add", added_slowly)
+    body = lora_files["wide"].read_bytes()
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(asked, live, "PUT", "/v1/loras/first", body)
+        try:
+            assert begun.wait(60)
+            second = asked(live, "PUT", "/v1/loras/second", body)
+            removed = asked(live, "DELETE", "/v1/loras/second")
+        finally:
+            go_on.set()
+        assert (second.status, second.headers["retry-after"], removed.status) == (429, "1", 404)
+        assert first.result().status == 201
+    assert asked(live, "PUT", "/v1/loras/first", body).status == 201, "there is room again"
+    assert asked(live, "DELETE", "/v1/loras/first").status == 204
 
 
 @pytest.mark.parametrize("name", ["-x", "a" * 65, "%0a", "a%20b"])
