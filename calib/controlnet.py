@@ -37,13 +37,7 @@ from s2p_deploy.families import (
 from s2p_deploy.families.controlnet_family import without_embedding
 from s2p_deploy.families.controlnets import load_controlnet, with_controlnets
 from s2p_deploy.recipe import Rule
-from s2p_deploy.records import (
-    CalibratedModel,
-    LatentDataset,
-    PromptSet,
-    file_digest,
-    write_artifact,
-)
+from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, file_digest, write_artifact
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 from s2p_deploy.records.files import claimed, write_tensors
 from s2p_deploy.timesteps import timestep_indices, timestep_table_of

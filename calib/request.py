@@ -70,22 +70,19 @@ class CalibrationRequest:
     def identity(self) -> dict[str, Any]:
         """Names what decides the result, whichever machine it is made on."""
         loras = fused_loras(self.base)
-        return (
-            ({"fused LoRAs": loras} if loras else {})
-            | dict(self.control)
-            | {
-                "recipe": self.recipe.model_dump(mode="json"),
-                "pipeline": self.base.base.digest,
-                "prompts": self.prompts.digest,
-                "selection prompts": self.selection.digest,
-                "judged prompts": self.judged.digest,
-                "initial model": None if self.initial is None else self.initial.manifest.digest,
-                "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
-                "hooks": self.hooks.replaced(),
-                **drawn_by(self.recipe),
-                "weights of metrics": None if self.weights is None else self.weights.digests,
-            }
-        )
+        return ({"fused LoRAs": loras} if loras else {}) | {
+            **self.control,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "pipeline": self.base.base.digest,
+            "prompts": self.prompts.digest,
+            "selection prompts": self.selection.digest,
+            "judged prompts": self.judged.digest,
+            "initial model": None if self.initial is None else self.initial.manifest.digest,
+            "plan": None if self.plan is None else json.loads(json.dumps(asdict(self.plan))),
+            "hooks": self.hooks.replaced(),
+            **drawn_by(self.recipe),
+            "weights of metrics": None if self.weights is None else self.weights.digests,
+        }
 
     def conditions(self) -> dict[str, Any]:
         """Names everything that decides the bits of the result."""

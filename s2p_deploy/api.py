@@ -254,7 +254,7 @@ def export_graph(  # noqa: PLR0913 - the command's options
     from s2p_deploy.records import CalibratedModel
 
     if lora_layers and (lora_rank is None or lora_for):
-        raise InputError("--lora-layers go with --lora-rank and without --lora-for: the files say which layers it is")
+        raise InputError("--lora-layers go with --lora-rank and without --lora-for, whose files name the layers")
     if image_adapters is not None and image_tokens is None:
         raise InputError("--image-adapters go with --image-tokens: say how many tokens an image prompt may have")
     opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
