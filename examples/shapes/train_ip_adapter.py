@@ -68,7 +68,7 @@ def main() -> None:
     if not options.judge:
         options.work.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        encoder = train_image_encoder(options.work)
+        encoder = image_encoder(options.work, options.out / NAMES["sd1"], own=options.kind == "sd1")
         checkpoint = options.work / f"{name}.safetensors"
         train_ip_adapter(frozen_pipeline(options.kind), encoder, checkpoint, folder / WEIGHTS)
         save_encoder(encoder, folder)
@@ -86,6 +86,13 @@ def pixel_values(pictures: Tensor) -> Tensor:
     """Brings pictures uint8 [n, 3, 64, 64] into the form that the image encoder takes."""
     values: Tensor = image_processor()(list(pictures.permute(0, 2, 3, 1).numpy()), return_tensors="pt").pixel_values
     return values
+
+
+def image_encoder(work: Path, first: Path, *, own: bool) -> CLIPVisionModelWithProjection:
+    """Trains the image encoder, or loads that of the ``first`` adapter."""
+    if own:
+        return train_image_encoder(work)
+    return CLIPVisionModelWithProjection.from_pretrained(first / "image_encoder", dtype=torch.float32).eval()
 
 
 def train_image_encoder(work: Path) -> CLIPVisionModelWithProjection:
