@@ -9,6 +9,7 @@ of the training captions are dropped, and half of the kept ones name another sce
 
 Over 60 held-out scenes, the share of places, shapes and sizes that are the edges': 0.833 without a prompt, 0.895 with
 another scene's, 0.304 with that and scale 0. What is missed is the shape of small objects.
+The SDXL kind's: 0.520, 0.814 and 0.304.
 """
 
 from __future__ import annotations
