@@ -40,10 +40,12 @@ def noise(count: int) -> Tensor:
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def draw(pipe: DiffusionPipeline, texts: list[str], guidance: float = 2.0, steps: int = 20, **given: object) -> list:
+def draw(
+    pipe: DiffusionPipeline, texts: list[str] | None, guidance: float = 2.0, steps: int = 20, **given: object
+) -> list:
     drawn = pipe(
         texts,
-        latents=noise(len(texts)),
+        latents=noise(len(texts or [0])),
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="np",
@@ -149,8 +151,15 @@ def test_edges_decide_forms_whatever_the_prompt_says(name: str, least: float) ->
     assert accuracy_of_forms(without, scenes) <= 0.4
 
 
-@pytest.mark.parametrize("name", ["scenes", "sdxl-scenes"])
-def test_a_picture_decides_what_is_drawn_without_a_prompt(name: str) -> None:
+def of_no_caption(pipe: DiffusionPipeline) -> dict[str, object]:
+    """What guidance takes for no prompt, which these networks know as no caption: in SDXL zeros, not an empty text."""
+    states = pipe.encode_prompt("", "cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {name: states[place | 1] for place, name in enumerate(names[: len(states)])}
+
+
+@pytest.mark.parametrize(("name", "least"), [("scenes", 0.7), ("sdxl-scenes", 0.6)])
+def test_a_picture_decides_what_is_drawn_without_a_prompt(name: str, least: float) -> None:
     assert size_of(IP_ADAPTERS / name) <= 3_000_000
     pipe = stock(name)
     pipe.load_ip_adapter(IP_ADAPTERS / name, subfolder="", weight_name="ip-adapter.safetensors")
@@ -158,8 +167,9 @@ def test_a_picture_decides_what_is_drawn_without_a_prompt(name: str) -> None:
     # one picture a call: a pipeline gives all prompts of a call the same image
     texts = held_out(6)
     sources = [Image.fromarray(render(parse(text))) for text in texts]
-    with_pictures = [draw(pipe, [""], ip_adapter_image=source)[0] for source in sources]
+    none = of_no_caption(pipe)
+    with_pictures = [draw(pipe, None, ip_adapter_image=source, **none)[0] for source in sources]
     pipe.set_ip_adapter_scale(0.0)
-    without = draw(pipe, [""], ip_adapter_image=sources[0]) * len(texts)
-    assert attribute_accuracy(with_pictures, texts) >= 0.7
+    without = draw(pipe, None, ip_adapter_image=sources[0], **none) * len(texts)
+    assert attribute_accuracy(with_pictures, texts) >= least
     assert attribute_accuracy(without, texts) <= 0.45
