@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,6 +153,9 @@ def open_controlnet(
     """
     if not (folder / MANIFEST).is_file():
         return load_controlnet(folder, denoiser_config, pixels_per_latent, dtype)
-    network = EngineControlNet.load(folder, device=device)
-    check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+    with ExitStack() as opened:
+        network = EngineControlNet.load(folder, device=device)
+        opened.callback(network.close)
+        check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+        opened.pop_all()
     return network.place(network.device, dtype or torch.float32)

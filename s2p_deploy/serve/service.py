@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Self
@@ -31,7 +32,6 @@ from s2p_deploy.pipeline import (
     open_pipeline,
     timesteps_from_start,
     timesteps_of,
-    trained_size,
 )
 from s2p_deploy.pipeline.control import check_controls
 from s2p_deploy.pipeline.ip_adapter import check_image_prompts
@@ -90,6 +90,7 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
             raise InputError("a service needs room: max_waiting from 0, max_active from 1")
+        policy_named(self.batching)  # raises
 
 
 @dataclass(frozen=True)
@@ -324,14 +325,16 @@ def open_service(
         IntegrityError, MissingEnvironmentError, InputError: as :func:`s2p_deploy.pipeline.open_pipeline`.
     """
     context.set_threads()
-    served = load_served_engine(engine, base, settings, name, context)
-    service = ImageService(served, settings, observer)
-    start = None
-    if base.task != "text-to-image":
-        size = trained_size(served.stock.pipe)
-        start = StartPicture.blank(*size, base.default_strength, masked=base.task == "inpainting")
-    warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0, start=start)
-    service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
+    with ExitStack() as opened:  # one that draws no picture is closed
+        service = opened.enter_context(
+            ImageService(load_served_engine(engine, base, settings, name, context), settings, observer)
+        )
+        start = None
+        if base.task != "text-to-image":
+            start = StartPicture.blank(*service.info.size, base.default_strength, masked=base.task == "inpainting")
+        warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0, start=start)
+        service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
+        opened.pop_all()
     return service
 
 
@@ -342,10 +345,29 @@ def load_served_engine(
     name: str | None = None,
     context: Context = Context(),
 ) -> ServedEngine:
-    """Loads an engine and times its batches; raises as :func:`open_service`."""
+    """Loads an engine and times its batches; raises as :func:`open_service`, and leaves nothing open then."""
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
-    schedules = (Schedule.of(sampling), *settings.schedules)
-    stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)
+    schedules, components = (Schedule.of(sampling), *settings.schedules), settings.component_engines
+    with ExitStack() as opened:
+        stock = opened.enter_context(
+            open_pipeline(engine, base, schedules=schedules, components=components, context=context)
+        )
+        controlnets = _controlnets(stock.pipe, settings.controlnets, context.device, opened)
+        served = _profiled_engine(engine, base, settings, stock, controlnets, name)
+        opened.pop_all()
+    return served
+
+
+def _profiled_engine(
+    engine: Engine,
+    base: BasePipeline,
+    settings: ServiceSettings,
+    stock: EnginePipeline,
+    controlnets: Mapping[str, ModelMixin],
+    name: str | None,
+) -> ServedEngine:
+    """Loads the other adapters of an opened engine and times its batches; raises as :func:`open_service`."""
+    sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
     runner, factor = stock.runner, stock.pipe.vae_scale_factor
     guidance = sampling.guidance(base.default_guidance)
     guided = has_branches(engine.denoiser_config, guidance)
@@ -388,7 +410,7 @@ def load_served_engine(
         calls,
         engine.mixed_timesteps,
         sampling.max_sequence_length,
-        controlnets=_controlnets(stock.pipe, settings.controlnets, context.device),
+        controlnets=controlnets,
         ip_adapters={name: _pausing(IpAdapter.load(file, stock.pipe)) for name, file in settings.ip_adapters},
         loras=loras,
     )
@@ -399,8 +421,10 @@ def _pausing(adapter: IpAdapter) -> IpAdapter:
     return replace(adapter, encoder=OffloadedModule(adapter.encoder))
 
 
-def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str) -> dict[str, ModelMixin]:
-    """Loads ControlNets by name; ``device`` is a context's.
+def _controlnets(
+    pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str, opened: ExitStack
+) -> dict[str, ModelMixin]:
+    """Loads ControlNets by name; ``device`` is a context's, and ``opened`` closes those that are engines.
 
     Raises:
         InputError: one does not fit the pipeline, or its engine takes none.
@@ -409,10 +433,13 @@ def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...],
     if folders and not denoiser.takes_residuals:
         raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
     config, factor = dict(denoiser.config), pipe.vae_scale_factor
-    return {
-        name: open_controlnet(folder, config, factor, denoiser.dtype, device).to(pipe.device)
-        for name, folder in folders
-    }
+    networks = {}
+    for name, folder in folders:
+        network = open_controlnet(folder, config, factor, denoiser.dtype, device)
+        if isinstance(network, EngineControlNet):
+            opened.callback(network.close)
+        networks[name] = network.to(pipe.device)
+    return networks
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:
