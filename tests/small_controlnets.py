@@ -77,7 +77,7 @@ class OpenedEngines:
 class _EngineStandIn(EngineControlNet):
     def __init__(self, engines: OpenedEngines) -> None:
         torch.nn.Module.__init__(self)
-        self.engines = engines
+        self.engines, self._config = engines, {}
 
     def close(self) -> None:
         self.engines.open -= 1

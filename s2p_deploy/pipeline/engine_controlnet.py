@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load as tensors_from
 
 from s2p_deploy.engines import load_engine
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.checkpoint import Checkpoint
 from s2p_deploy.families.controlnet_family import divided_residuals, residual_maps
 from s2p_deploy.families.controlnets import check_fits, load_controlnet
 from s2p_deploy.pipeline.components import EngineDenoiser
@@ -129,6 +131,24 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
             weights = next(self.embedding.parameters())
             self._embedded = picture, self.embedding(pictures.to(weights.device, weights.dtype))
         return self._embedded[1]
+
+
+def controlnet_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[bool, int]:
+    """Counts the bytes of a ControlNet's weights before it is opened, and tells whether they are a GPU's.
+
+    Args:
+        folder: of either kind that :func:`open_controlnet` takes.
+        dtype: of a floating-point one's weights.
+        device: of a floating-point one.
+
+    Raises:
+        InputError: there are no weights. IntegrityError: an engine was changed.
+    """
+    if (folder / MANIFEST).is_file():
+        engine = Engine.open(folder)
+        return engine.on_gpu, sum(engine.sizes.values())
+    numbers = sum(math.prod(tensor.shape) for tensor in Checkpoint(folder).tensors.values())
+    return device.type != "cpu", numbers * dtype.itemsize
 
 
 def open_controlnet(

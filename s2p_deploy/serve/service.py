@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from s2p_deploy.context import Context
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.engines.machine import free_gpu_memory
+from s2p_deploy.errors import InputError, MissingEnvironmentError, S2PError
 from s2p_deploy.families import denoiser_of, latent_shape_of
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
@@ -26,6 +27,7 @@ from s2p_deploy.pipeline import (
     IpAdapter,
     Schedule,
     StartPicture,
+    controlnet_memory,
     generate,
     latent_size,
     open_controlnet,
@@ -38,6 +40,7 @@ from s2p_deploy.pipeline.ip_adapter import check_image_prompts
 from s2p_deploy.pipeline.lora_files import LoraReader
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
+from s2p_deploy.records.files import available_memory
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
-    from s2p_deploy.pipeline import EnginePipeline
+    from s2p_deploy.pipeline import EngineDenoiser, EnginePipeline
     from s2p_deploy.records import ComponentEngines, Engine, Execution
     from s2p_deploy.serve.batching import BatchProfile
 
@@ -62,6 +65,7 @@ _BATCHES = (1, 2, 4, 8, 16)
 _SCHEDULES = 1024  # whose number of calls is remembered
 _WARM_UP_SECONDS = 600.0
 _LONGEST_RETRY_AFTER = 600  # seconds
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -428,10 +432,12 @@ def _controlnets(
 
     Raises:
         InputError: one does not fit the pipeline, or its engine takes none.
+        MissingEnvironmentError: their weights are more than the memory that is free.
     """
     denoiser = denoiser_of(pipe)
     if folders and not denoiser.takes_residuals:
         raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
+    _check_memory(folders, denoiser, device)
     config, factor = dict(denoiser.config), pipe.vae_scale_factor
     networks = {}
     for name, folder in folders:
@@ -440,6 +446,20 @@ def _controlnets(
             opened.callback(network.close)
         networks[name] = network.to(pipe.device)
     return networks
+
+
+def _check_memory(folders: tuple[tuple[str, Path], ...], denoiser: EngineDenoiser, device: str) -> None:
+    """Raises MissingEnvironmentError where ControlNets have more weights than there is memory for, as far as known."""
+    sizes = {name: controlnet_memory(folder, denoiser.dtype, denoiser.device) for name, folder in folders}
+    for on_gpu, free in ((False, available_memory), (True, partial(free_gpu_memory, device))):
+        taken = {name: size for name, (there, size) in sizes.items() if there is on_gpu}
+        left = free() if taken else None
+        if left is not None and sum(taken.values()) > left:
+            each = ", ".join(f"{name} {size / _MIB:.1f}" for name, size in taken.items())
+            raise MissingEnvironmentError(
+                f"the ControlNets take {sum(taken.values()) / _MIB:.1f} MiB of memory ({each}), {left / _MIB:.1f} are"
+                " free: serve fewer, or quantize them (calibrate --controlnet)"
+            )
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:
