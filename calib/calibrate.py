@@ -18,7 +18,7 @@ from s2p_deploy.calib.hooks import PRODUCT, Hooks
 from s2p_deploy.calib.memory import memory_of, samples_that_fit, usable_memory
 from s2p_deploy.calib.model_files import WEIGHTS, training_summary, write_model_files
 from s2p_deploy.calib.modelopt import modelopt_scales, set_smoothing, smoothed_layers
-from s2p_deploy.calib.picture_error import sharing_tensors
+from s2p_deploy.calib.picture_error import KINDS, sharing_tensors
 from s2p_deploy.calib.pictures import check_pictures
 from s2p_deploy.calib.plan import Transforms, mixed_plan, planned_layers
 from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
@@ -40,6 +40,7 @@ from s2p_deploy.calib.target import (
     rank_by_picture,
     reach_target,
     search_time,
+    shares_of_products,
     target_prompts,
     with_errors,
 )
@@ -432,10 +433,10 @@ def _final_plan(
     recipe, file = request.recipe, request.partial / _PLAN
     if request.plan is not None:
         return request.plan
-    if not file.exists():
+    if not file.exists() and recipe.mixed.sensitivity != "none":
         if recipe.mixed.sensitivity == "pictures":
-            plan = mixed_plan(plan, layers, _errors_of_layers(request, source, plan, dataset), recipe.mixed)
-        elif recipe.mixed.sensitivity != "none":
+            scores = _errors_of_layers(request, source, plan, dataset)
+        else:
             scores = layer_sensitivities(
                 source.denoiser,
                 plan,
@@ -446,7 +447,12 @@ def _final_plan(
                 progress=request.context.progress,
                 samples_per_call=request.context.samples_per_call,
             )
-            plan = mixed_plan(plan, layers, scores, recipe.mixed)
+        products = None
+        if recipe.mixed.products is not None:
+            tokens = text_tokens(source.pipe, recipe.sampling.max_sequence_length)
+            products = shares_of_products(source.denoiser, plan, tokens)
+        plan = mixed_plan(plan, layers, scores, recipe.mixed, products)
+    if not file.exists():
         write_plan(request.hooks.refined_plan(request, source.denoiser, plan, dataset), file)
     return read_plan(file)
 
@@ -454,14 +460,17 @@ def _final_plan(
 def _errors_of_layers(
     request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan, dataset: LatentDataset
 ) -> dict[str, float]:
-    """Measures what each layer of a plan does to the pictures, with starting scales."""
+    """Measures what of a layer mixed precision changes does to the pictures, with starting scales."""
     weight_scales, act_scales = request.hooks.starting_scales(request, source, plan, dataset)
     denoiser = QuantizedDenoiser(sharing_tensors(source.denoiser), plan, weight_scales)
     calibrated = torch.tensor(calibrated_indices(dataset))
     scales = request.hooks.act_scales(request.recipe, plan, act_scales)
     state = TrainingState(denoiser, scales, calibrated, request.context.samples_per_call)
     state.modules().to(source.device)
-    return rank_by_picture(request, source, state, request.recipe.mixed.prompts, "mixed").of_layers(plan)
+    mixed = request.recipe.mixed
+    changes = [*mixed.sensitive, *mixed.insensitive]
+    kinds = {kind for kind, changed in changes if changed is not None} or KINDS
+    return rank_by_picture(request, source, state, mixed.prompts, "mixed", kinds).of_layers(plan)
 
 
 def _starting_scales(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 LATENTS = "latents"
 RELIEVED = "target"  # rule of a layer that was left in higher precision
+KINDS = ("activations", "weights")
 _WIDER = "int8"  # what INT4 weights become
 
 

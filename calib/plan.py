@@ -134,12 +134,17 @@ def plan_from_recipe(recipe: Recipe, layers: Sequence[QuantizableLayer]) -> Prec
 
 
 def mixed_plan(
-    plan: PrecisionPlan, layers: Sequence[QuantizableLayer], sensitivities: Mapping[str, float], mixed: Mixed
+    plan: PrecisionPlan,
+    layers: Sequence[QuantizableLayer],
+    sensitivities: Mapping[str, float],
+    mixed: Mixed,
+    products: Mapping[str, float] | None = None,
 ) -> PrecisionPlan:
     """Adds mixed precision by sensitivity (S2P, arXiv 2412.06661, section 4.3) to the plan that the rules gave.
 
     Of the n layers that ``plan`` quantizes, the round(top * n) with the largest scores become sensitive and the
     round(bottom * n) with the smallest insensitive (those that are not sensitive already); ties go by module order.
+    Where ``mixed.products`` is given, it decides which become sensitive.
     A layer whose formats the override would leave as they are is no candidate: the rules decided about it.
     Their rules are called so. Every layer keeps its score in the plan.
 
@@ -148,6 +153,7 @@ def mixed_plan(
         layers: of the denoiser: which of them read one tensor.
         sensitivities: one score per layer.
         mixed: shares and formats.
+        products: every layer's share of a call's multiplications, for ``mixed.products``.
 
     Raises:
         InputError: a layer would quantize activations but not weights, or has no score.
@@ -163,12 +169,38 @@ def mixed_plan(
     quantized = [name for name, (weights, activations, _) in rules.items() if {weights, activations} != {"none"}]
     choices = {name: _Choice(*rule, sensitivities[name]) for name, rule in rules.items()}
     ranked = sorted(quantized, key=lambda name: -sensitivities[name])
-    top = [name for name in ranked if _changes(choices[name], mixed.sensitive)][: round(mixed.top * len(ranked))]
+    top = [name for name in ranked if _changes(choices[name], mixed.sensitive)]
+    if mixed.products is None:
+        top = top[: round(mixed.top * len(ranked))]
+    else:
+        top = _within_products(plan, top, sensitivities, products or {}, mixed.products)
     lowest = [name for name in ranked if name not in top and _changes(choices[name], mixed.insensitive)]
     bottom = lowest[max(0, len(lowest) - round(mixed.bottom * len(ranked))) :]
     choices |= {name: _overridden(choices[name], mixed.sensitive, SENSITIVE) for name in top}
     choices |= {name: _overridden(choices[name], mixed.insensitive, INSENSITIVE) for name in bottom}
     return _plan(layers, choices, "mixed precision")
+
+
+def _within_products(
+    plan: PrecisionPlan,
+    candidates: Sequence[str],
+    sensitivities: Mapping[str, float],
+    products: Mapping[str, float],
+    share: float,
+) -> list[str]:
+    """Chooses layers by score per multiplication, within a ``share`` of all; those of one quantizer go together."""
+    quantizer = {layer.name: layer.activation_quantizer or layer.name for layer in plan.layers}
+    groups: dict[str, list[str]] = {}
+    for name in candidates:
+        groups.setdefault(quantizer[name], []).append(name)
+    costs = {group: sum(products[name] for name in names) for group, names in groups.items()}
+    scores = {group: max(sensitivities[name] for name in names) for group, names in groups.items()}
+    chosen: list[str] = []
+    for group in sorted(groups, key=lambda group: -scores[group] / costs[group]):
+        if scores[group] > 0 and costs[group] <= share:
+            share -= costs[group]
+            chosen += groups[group]
+    return chosen
 
 
 def check_plan(plan: PrecisionPlan, layers: Sequence[QuantizableLayer]) -> None:

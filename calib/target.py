@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from s2p_deploy.calib.picture_error import (
+    KINDS,
     Drawing,
     alone,
     drawn_in_float,
@@ -35,7 +36,7 @@ from s2p_deploy.records import PromptSet, Skipped
 from s2p_deploy.records.files import write_tensors, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -129,9 +130,9 @@ class Ranking:
     drawn: dict[str, Tensor]
 
     def of_layers(self, plan: PrecisionPlan) -> dict[str, float]:
-        """Computes the mean squared error of the pictures by layer: of its input's quantizer and its INT4 weights."""
+        """Computes the mean squared error of the pictures by layer, of what was measured of it."""
         found = dict.fromkeys((layer.name for layer in plan.layers), 0.0)
-        for relief in reliefs(plan):
+        for relief in (each for each in reliefs(plan) if each.key in self.errors):
             for layer in relief.layers:
                 found[layer] += float(self.errors[relief.key].mean())
         return found
@@ -149,8 +150,11 @@ def rank_by_picture(
     state: TrainingState,
     count: int,
     purpose: Literal["mixed", "target"] = "target",
+    kinds: Collection[str] = KINDS,
 ) -> Ranking:
     """Measures what each quantizer of ``state`` does to the pictures of the first ``count`` prompts of the search.
+
+    ``kinds`` says which quantizers: of activations, INT4 weights, or both.
 
     ``state`` is as it was before training. What is measured is kept in the work folder, so that a killed run goes on;
     by its ``purpose``, because mixed precision ranks another plan than the target that follows it.
@@ -163,7 +167,7 @@ def rank_by_picture(
     drawing = Drawing.of(source, request.judged, request, drawn)[:count]
     file = folder / f"{purpose}_picture_errors.json"
     errors = _read(file)
-    all_reliefs = reliefs(state.denoiser.plan)
+    all_reliefs = [relief for relief in reliefs(state.denoiser.plan) if relief.kind in kinds]
     for done, relief in enumerate(all_reliefs):
         progress("sensitivity by picture", done, len(all_reliefs))
         if relief.key not in errors:
@@ -190,16 +194,20 @@ class Costs:
         return {key: float(len(relief.layers)) for key, relief in by_key.items()}
 
 
-def costs_by_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: int) -> Costs:
-    """Counts the multiplications of one call, of layers and attention, and derives costs from them alone."""
+def shares_of_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: int) -> dict[str, float]:
+    """Counts every layer's share of the multiplications of one call, attention included."""
     counter = FlopCounterMode(display=False)
-    layers = {layer.name: denoiser.network.get_submodule(layer.name) for layer in plan.layers}
     with counter:
         call_with_zeros(denoiser, tokens, 1)
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    total = counts["Global"]
-    by_layer = {name: _ending(counts, name) / total for name in layers}
-    sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
+    return {layer.name: _ending(counts, layer.name) / counts["Global"] for layer in plan.layers}
+
+
+def costs_by_products(denoiser: IndexedDenoiser, plan: PrecisionPlan, tokens: int) -> Costs:
+    """Counts the multiplications of one call, of layers and attention, and derives costs from them alone."""
+    by_layer = shares_of_products(denoiser, plan, tokens)
+    weights = {name: denoiser.network.get_submodule(name).get_parameter("weight") for name in by_layer}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
     all_weights = sum(sizes.values())
     quantized = {name for quantizer in plan.activation_quantizers for name in quantizer.layers}
     step = sum(share * (1 if name in quantized else 2) for name, share in by_layer.items())

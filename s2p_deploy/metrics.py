@@ -202,9 +202,17 @@ def distance_of(first: NDArray[np.float64], second: NDArray[np.float64]) -> Numb
     value = frechet_distance(first, second)
     if min(first.shape) > _MOST_RESAMPLED:
         return Number(value, count)
-    chosen = [some for some in picks(count, _DISTANCE_RESAMPLES) if len(set(some.tolist())) > 1]
-    again = np.array([frechet_distance(first[some], second[some]) for some in chosen])
+    again = resampled_distances(first, second)
     return resampled(value, count, np.maximum(again - again.mean() + value, 0))
+
+
+def resampled_distances(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Computes the Frechet distance float64 [resamples] of the same resamples of two feature sets [n, d].
+
+    Those of as many samples are of the same samples: differences of two candidates' distances are paired.
+    """
+    chosen = (some for some in picks(len(first), _DISTANCE_RESAMPLES) if len(set(some.tolist())) > 1)
+    return np.array([frechet_distance(first[some], second[some]) for some in chosen])
 
 
 def _spread_of(features: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -53,8 +53,11 @@ class Mixed(Section):
     ``sensitivity``: ``none`` switches it off; ``fisher`` is the empirical Fisher score of random projections of the
     output, ``literal`` the paper's printed formula with the diffusion loss on FP-made latents, ``quantized`` the same
     formula with L_out at the starting quantized weights; these are measured on ``latents`` samples. ``pictures`` is the
-    squared error of the pictures where one layer alone is quantized, over ``prompts`` that follow the dataset's.
+    squared error of the pictures where one layer alone is quantized, in what the overrides change, over ``prompts``
+    that follow the dataset's.
     ``top`` and ``bottom`` are the shares of layers (rounded) that become ``sensitive`` and ``insensitive``.
+    ``products`` replaces ``top``: the layers with the largest score per multiplication become sensitive, up to that
+    share of a call's multiplications.
     """
 
     sensitivity: Literal["none", "fisher", "literal", "quantized", "pictures"] = "none"
@@ -62,6 +65,7 @@ class Mixed(Section):
     prompts: int = Field(16, ge=1)
     top: float = Field(0.05, ge=0, le=1)
     bottom: float = Field(0.05, ge=0, le=1)
+    products: float | None = Field(None, gt=0, le=1)
     sensitive: Override = Override()
     insensitive: Override = Override()
 

@@ -24,6 +24,7 @@ from s2p_deploy.metrics import (
     ratio_of,
     relative_error,
     resampled,
+    resampled_distances,
     shifted,
     sqnr_db,
     ssim,
@@ -200,6 +201,13 @@ def test_a_distance_has_its_n_and_interval(monkeypatch: pytest.MonkeyPatch) -> N
     assert distance_of(first, second) == found
     monkeypatch.setattr(module, "_MOST_RESAMPLED", 5)
     assert distance_of(first, second) == Number(found.value, 64)
+
+
+def test_distances_of_like_sets_are_of_the_same_resamples() -> None:
+    rng = np.random.default_rng(4)
+    first = rng.normal(size=(32, 3))
+    near, far = (resampled_distances(first, first + way) for way in (1.0, 2.0))
+    np.testing.assert_allclose(far - near, 3 * (2.0**2 - 1.0**2))  # the spread of the samples falls out of every pair
 
 
 def test_what_has_no_distance() -> None:

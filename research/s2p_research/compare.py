@@ -29,7 +29,7 @@ from s2p_deploy.families import denoiser_of, load_pipeline
 from s2p_deploy.metrics import median_of, picks, pooled_sqnrs_db, resampled
 from s2p_deploy.pipeline import Schedule, engine_denoiser, timesteps_of
 from s2p_deploy.recipe import Sampling, recipe_from_data
-from s2p_deploy.records import LatentDataset, open_artifact, write_artifact
+from s2p_deploy.records import LatentDataset, Number, Skipped, open_artifact, write_artifact
 from s2p_deploy.records.artifacts import MANIFEST
 from s2p_deploy.records.files import write_text
 from s2p_deploy.validation.compare import check_comparable, float_bytes
@@ -38,6 +38,7 @@ from s2p_research.calibrate import calibrate, deployed_bytes, fake_quant_denoise
 from s2p_research.comparison import (
     Comparison,
     FailedRecipe,
+    Gains,
     RecipeFigures,
     TimestepSqnr,
     read_recipe_figures,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from s2p_deploy.context import Progress
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records import CalibratedModel, PromptSet
+    from s2p_research.comparison import PictureFigures
     from s2p_research.recipe import ResearchRecipe
 
 JSON_FILE, PAGE_FILE = "comparison.json", "comparison.html"
@@ -288,12 +290,31 @@ def _comparison(
 
 
 def _with_gain(figures: RecipeFigures, first: RecipeFigures | None) -> RecipeFigures:
-    """Adds the median of the paired differences of PSNR to the first recipe that quantizes."""
+    """Adds how far a recipe's pictures are from those of the first recipe that quantizes."""
     if first is None or not figures.quantized:
         return figures
     pairs = zip(figures.pictures, first.pictures, strict=True)
-    gain = tuple(median_of(np.subtract(mine.psnr_values, other.psnr_values)) for mine, other in pairs)
-    return figures.model_copy(update={"psnr_gain": gain})
+    return figures.model_copy(update={"gains": tuple(_gains(mine, other) for mine, other in pairs)})
+
+
+def _gains(mine: PictureFigures, other: PictureFigures) -> Gains:
+    psnr, ssim, haarpsi = (
+        median_of(np.subtract(getattr(mine, values), getattr(other, values)))
+        for values in ("psnr_values", "ssim_values", "haarpsi_values")
+    )
+    return Gains(psnr=psnr, ssim=ssim, haarpsi=haarpsi, feature_distance=_difference_of_distances(mine, other))
+
+
+def _difference_of_distances(mine: PictureFigures, other: PictureFigures) -> Number | None:
+    """Computes the difference of two feature distances; its interval is of the same resamples of both."""
+    own, others = mine.feature_distance, other.feature_distance
+    if isinstance(own, Skipped) or isinstance(others, Skipped):
+        return None
+    if not (mine.resampled_distances and other.resampled_distances):
+        return None
+    again = np.subtract(mine.resampled_distances, other.resampled_distances)
+    value = own.value - others.value
+    return resampled(value, own.n, again - again.mean() + value)
 
 
 def _is_nested(value: object) -> bool:

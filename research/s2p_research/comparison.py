@@ -46,8 +46,9 @@ class StepErrors(_Record):
 class PictureFigures(_Record):
     """One recipe's pictures on one schedule, against floating point.
 
-    PSNR in dB, also of every single picture (``psnr_values``, in the prompts' order); wall ``seconds`` per picture.
-    ``feature_distance`` is the Frechet distance to the FP pictures in the features of the shapes classifier.
+    PSNR in dB; wall ``seconds`` per picture. ``feature_distance`` is the Frechet distance to the FP pictures in the
+    features of the shapes classifier. ``*_values`` are of every single picture, in the prompts' order, and
+    ``resampled_distances`` of the same resamples of the pictures for all recipes: with them gains are paired.
     """
 
     psnr: Spread
@@ -58,6 +59,22 @@ class PictureFigures(_Record):
     step_error: StepErrors
     seconds: float
     psnr_values: tuple[float, ...]
+    ssim_values: tuple[float, ...] = ()
+    haarpsi_values: tuple[float, ...] = ()
+    resampled_distances: tuple[float, ...] = ()
+
+
+class Gains(_Record):
+    """How far one recipe's pictures are from another's on one schedule, its own less the other's.
+
+    Medians of the differences of every picture's PSNR (dB), SSIM and HaarPSI, and the difference of the feature
+    distances, which is a gain where it is below 0. None where the pictures' own values were not kept.
+    """
+
+    psnr: Number
+    ssim: Number | None = None
+    haarpsi: Number | None = None
+    feature_distance: Number | None = None
 
 
 class TimestepSqnr(_Record):
@@ -76,8 +93,8 @@ class RecipeFigures(_Record):
 
     ``average_bits`` has weights and activations by the weightings of the CalibratedModel's manifest.
     ``size`` in bytes is computed: weights in their format's bits, everything else as the engines keep it.
-    ``calibration_seconds`` is wall time, None where it was not watched. ``psnr_gain`` is, per schedule, the median of
-    every picture's PSNR less the same picture's under the first recipe that quantizes.
+    ``calibration_seconds`` is wall time, None where it was not watched. ``gains`` are over the first recipe that
+    quantizes, per schedule.
     """
 
     name: str
@@ -89,7 +106,7 @@ class RecipeFigures(_Record):
     calibration_seconds: float | None
     sqnr: TimestepSqnr
     pictures: tuple[PictureFigures, ...]
-    psnr_gain: tuple[Number, ...] = ()
+    gains: tuple[Gains, ...] = ()
 
     @property
     def weight_bits(self) -> float:

@@ -9,7 +9,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from s2p_deploy.families import with_denoiser
-from s2p_deploy.metrics import distance_of, mean_of, median_of, quantile_of, relative_error, to_bytes
+from s2p_deploy.metrics import (
+    distance_of,
+    mean_of,
+    median_of,
+    quantile_of,
+    relative_error,
+    resampled_distances,
+    to_bytes,
+)
 from s2p_deploy.pipeline import Schedule
 from s2p_deploy.records import Number, PromptSet, Skipped, open_artifact, write_artifact
 from s2p_deploy.shapes.classifier import CLASSIFIER
@@ -207,6 +215,9 @@ def _figures(parts: Sequence[_Part], reference: ReferencePictures, count: int) -
         step_error=StepErrors(timesteps=parts[0].timesteps, low=low, median=median, high=high),
         seconds=sum(part.seconds for part in parts) / count,
         psnr_values=tuple(similar.psnr.tolist()),
+        ssim_values=tuple(similar.ssim.tolist()),
+        haarpsi_values=tuple(similar.haarpsi.tolist()),
+        resampled_distances=_resampled_distances(reference.scores, scores),
     )
 
 
@@ -221,6 +232,14 @@ def _distance(reference: ShapeScores | Skipped, candidate: ShapeScores | Skipped
     if isinstance(reference, Skipped) or isinstance(candidate, Skipped):
         return reference if isinstance(reference, Skipped) else Skipped("these pictures have no features")
     return distance_of(reference.features, candidate.features)
+
+
+def _resampled_distances(reference: ShapeScores | Skipped, candidate: ShapeScores | Skipped) -> tuple[float, ...]:
+    """Computes the distances of resamples, where both have finite features."""
+    if isinstance(reference, Skipped) or isinstance(candidate, Skipped) or len(reference.features) < 2:
+        return ()
+    both = reference.features, candidate.features
+    return tuple(resampled_distances(*both).tolist()) if all(np.isfinite(one).all() for one in both) else ()
 
 
 def _shape_scores(pictures: NDArray[np.float32], prompts: PromptSet) -> ShapeScores | Skipped:

@@ -12,7 +12,7 @@ from s2p_research.comparison import FLOAT_BITS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from s2p_research.comparison import Comparison, FloatFigures, PictureFigures, RecipeFigures
+    from s2p_research.comparison import Comparison, FloatFigures, Gains, PictureFigures, RecipeFigures
 
 Value = Number | Skipped | float | None
 
@@ -26,6 +26,7 @@ class Column:
     digits: int
     better: Literal["higher", "lower", ""] = ""
     once: bool = False  # the same for all schedules
+    paired: bool = False  # with another recipe; left out where no recipe has it
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,25 @@ def _of_pictures(find: Callable[[PictureFigures], Value]) -> Callable[[RecipeFig
     return lambda recipe, schedule: find(recipe.pictures[schedule])
 
 
+def _gain(find: Callable[[Gains], Value]) -> Callable[[RecipeFigures, int], Value]:
+    return lambda recipe, schedule: find(recipe.gains[schedule]) if recipe.gains else None
+
+
 COLUMNS = (
     Column("W bits", lambda recipe, _: recipe.weight_bits, 2, once=True),
     Column("A bits", lambda recipe, _: recipe.activation_bits, 2, once=True),
     Column("MB", lambda recipe, _: recipe.size / 1e6, 2, "lower", once=True),
     Column("PSNR dB, median", _of_pictures(lambda found: found.psnr.median), 2, "higher"),
-    Column("gain dB", lambda recipe, schedule: recipe.psnr_gain[schedule] if recipe.psnr_gain else None, 2),
+    Column("gain dB", _gain(lambda gains: gains.psnr), 2),
     Column("PSNR, mean", _of_pictures(lambda found: found.psnr.mean), 2, "higher"),
     Column("10th pct", _of_pictures(lambda found: found.psnr.tenth), 2, "higher"),
     Column("worst", _of_pictures(lambda found: found.psnr.worst), 2, "higher"),
     Column("SSIM", _of_pictures(lambda found: found.ssim.median), 4, "higher"),
+    Column("gain, SSIM", _gain(lambda gains: gains.ssim), 5, paired=True),
     Column("HaarPSI", _of_pictures(lambda found: found.haarpsi.median), 4, "higher"),
+    Column("gain, HaarPSI", _gain(lambda gains: gains.haarpsi), 5, paired=True),
     Column("FID-to-FP*", _of_pictures(lambda found: found.feature_distance), 3, "lower"),
+    Column("change, FID*", _gain(lambda gains: gains.feature_distance), 3, paired=True),
     Column("attributes right", _of_pictures(lambda found: found.accuracy), 4, "higher"),
     Column("SQNR dB", lambda recipe, _: recipe.sqnr.mean, 2, "higher", once=True),
     Column("calibration s", lambda recipe, _: recipe.calibration_seconds, 0, once=True),
@@ -85,15 +93,19 @@ SHORT = (
     "gain dB",
     "10th pct",
     "SSIM",
+    "gain, SSIM",
     "HaarPSI",
+    "gain, HaarPSI",
     "FID-to-FP*",
+    "change, FID*",
     "attributes right",
     "SQNR dB",
 )
 NOTE = (
     "Bits are averages: of a weight, and of an element that a layer reads; what stays in floating point counts 16."
     " PSNR, SSIM and HaarPSI to the floating-point pictures: medians unless said otherwise, bootstrap 95 % intervals."
-    " gain: median of every picture's PSNR less the same picture's under the first recipe that quantizes."
+    " gain: median of every picture's figure (dB: PSNR) less the same picture's under the first recipe that quantizes;"
+    " change: of the distance, over the same resamples of the pictures."
     " FID-to-FP*: Frechet distance in the features of the shapes classifier."
     " SQNR: of one call, teacher-forced on held-out latents, pooled per timestep, mean over the timesteps."
     " Drawn by the float32 simulation of the integer arithmetic in PyTorch."
@@ -112,6 +124,12 @@ def table_of(comparison: Comparison, schedule: int = 0, titles: tuple[str, ...] 
         column
         for column in COLUMNS
         if (titles is None or column.title in titles) and not (schedule > 0 and column.once)
+    ]
+    shown = [recipe for recipe in comparison.results if recipe.quantized]
+    columns = [
+        column
+        for column in columns
+        if not column.paired or any(column.value(recipe, schedule) is not None for recipe in shown)
     ]
     best = {column.title: _best(column, comparison, schedule) for column in columns}
     drawn = comparison.floats[schedule]

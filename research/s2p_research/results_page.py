@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from s2p_research.comparison import Comparison
 
-_WITH_INTERVAL = {"PSNR dB, median", "gain dB"}
+_WITH_INTERVAL = {"PSNR dB, median", "gain dB", "gain, SSIM", "gain, HaarPSI", "change, FID*"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

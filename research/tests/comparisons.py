@@ -7,6 +7,7 @@ from s2p_research.comparison import (
     Comparison,
     FailedRecipe,
     FloatFigures,
+    Gains,
     PictureFigures,
     RecipeFigures,
     Spread,
@@ -50,7 +51,7 @@ def recipe(
             timestep_indices=(1, 501), db=(psnr - 20, psnr - 10), mean=Number(psnr - 15, 2, psnr - 16, psnr - 14)
         ),
         pictures=(pictures,) * schedules,
-        psnr_gain=() if gain is None else (Number(gain, 3, gain - 0.5, gain + 0.5),) * schedules,
+        gains=() if gain is None else (Gains(psnr=Number(gain, 3, gain - 0.5, gain + 0.5)),) * schedules,
     )
 
 

@@ -122,10 +122,19 @@ def test_every_call_and_row_is_there(found: Comparison) -> None:
 
 def test_gains_are_against_the_first_recipe_that_quantizes(found: Comparison) -> None:
     plain, eight, four = found.results
-    assert plain.psnr_gain == ()
-    assert [gain.value for gain in eight.psnr_gain] == [0.0, 0.0]
-    differences = np.subtract(four.pictures[0].psnr_values, eight.pictures[0].psnr_values)
-    assert four.psnr_gain[0].value == pytest.approx(float(np.median(differences)), abs=1e-3)
+    assert plain.gains == ()
+    assert [gains.psnr.value for gains in eight.gains] == [0.0, 0.0]
+    gains = four.gains[0]
+    for metric in ("psnr", "ssim", "haarpsi"):
+        mine, other = (getattr(recipe.pictures[0], f"{metric}_values") for recipe in (four, eight))
+        assert getattr(gains, metric).value == pytest.approx(float(np.median(np.subtract(mine, other))), rel=1e-3)
+    mine, other = (recipe.pictures[0].feature_distance for recipe in (four, eight))
+    assert isinstance(mine, Number)
+    assert isinstance(other, Number)
+    assert gains.feature_distance is not None
+    assert gains.feature_distance.value == pytest.approx(mine.value - other.value, rel=1e-3)
+    assert isinstance(eight.gains[0].feature_distance, Number)
+    assert eight.gains[0].feature_distance.low == eight.gains[0].feature_distance.high == 0.0
 
 
 def test_the_yardstick_and_the_distance_have_their_numbers(found: Comparison) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         ValidationReport,
     )
 
+_ITERATIONS = 600  # of w4a8's training, which the preset does longer: the demo takes minutes
 _SHORT = 16  # pictures of every validation but the first
 _PROMPT = "a large red circle at the top left and a small blue square at the bottom right, white background"
 _SEED = 7
@@ -65,8 +66,9 @@ def demo(
     """
     from s2p_deploy import Recipe
 
-    overrides = overrides_from_settings(settings)
-    untrained = overrides | {"training": overrides.get("training", {}) | {"iterations": 0}}
+    given = overrides_from_settings(settings)
+    overrides = given | {"training": {"iterations": _ITERATIONS} | given.get("training", {})}
+    untrained = overrides | {"training": overrides["training"] | {"iterations": 0}}
     recipes = {
         "w4a8": Recipe.load("w4a8", overrides),
         "w4a8-untrained": Recipe.load("w4a8", untrained),

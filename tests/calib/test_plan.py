@@ -195,6 +195,22 @@ def test_no_layer_is_both() -> None:
     assert Counter(layer.rule for layer in found.layers) == {"sensitive": 6, "insensitive": 1}
 
 
+def test_a_share_of_the_multiplications_goes_to_the_largest_scores_per_multiplication() -> None:
+    plan = plan_from_recipe(recipe(), LAYERS)
+    scores = dict.fromkeys(SCORES, 0.0) | {"conv_in": 8.0, "attn1.to_q": 6.0, "attn2.to_q": 1.0}
+    products = dict.fromkeys(SCORES, 0.1) | {"conv_in": 0.4, "attn1.to_q": 0.2, "attn1.to_k": 0.02, "attn1.to_v": 0.02}
+
+    def sensitive(share: float) -> set[str]:
+        within = mixed({"activations": "none"}, {}, products=share)
+        found = mixed_plan(plan, LAYERS, scores, within, products)
+        return {layer.name for layer in found.layers if layer.rule == "sensitive"}
+
+    of_attention = {"attn1.to_q", "attn1.to_k", "attn1.to_v"}  # read one tensor, so they go together: 6 / 0.24
+    assert sensitive(0.25) == of_attention
+    assert sensitive(0.63) == of_attention | {"attn2.to_q"}  # conv_in has too many, and what scores 0 gains nothing
+    assert sensitive(0.65) == of_attention | {"conv_in"}
+
+
 def test_mixed_precision_refuses_what_no_engine_can_do() -> None:
     plan = plan_from_recipe(recipe(), LAYERS)
     with pytest.raises(InputError, match=r"attn2\.to_k would have int8 activations with floating-point weights"):

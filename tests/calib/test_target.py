@@ -27,6 +27,7 @@ from s2p_deploy.calib.target import (
     ordered,
     rank_by_picture,
     reach_target,
+    shares_of_products,
     target_prompts,
     with_errors,
 )
@@ -34,7 +35,15 @@ from s2p_deploy.calib.training_state import TrainingState
 from s2p_deploy.calib.trajectories import FloatPipeline, final_latents, load_float_pipeline, trajectory_inputs
 from s2p_deploy.context import Context
 from s2p_deploy.errors import GateFailedError, InputError
-from s2p_deploy.families import BasePipeline, IndexedDenoiser, load_pipeline, resolve_base, text_tokens, zero_inputs
+from s2p_deploy.families import (
+    BasePipeline,
+    IndexedDenoiser,
+    indexed_denoiser_of,
+    load_pipeline,
+    resolve_base,
+    text_tokens,
+    zero_inputs,
+)
 from s2p_deploy.families.pictures import latent_pictures
 from s2p_deploy.metric_networks import LPIPS, open_weights
 from s2p_deploy.metrics import psnr_db
@@ -470,6 +479,31 @@ def test_mixed_precision_by_picture_scores_every_layer(
     ranked = sorted(scores, key=lambda name: -(scores[name] or 0))
     sensitive = [layer.name for layer in model.plan.layers if layer.rule == "sensitive"]
     assert ranked[0] in sensitive
+
+
+def test_mixed_precision_stays_within_a_share_of_the_multiplications(
+    base: BasePipeline, prompts: PromptSet, few_layers: Recipe, judged: PromptSet, tmp_path: Path
+) -> None:
+    mixed = {
+        "sensitivity": "pictures",
+        "prompts": 1,
+        "products": 0.3,
+        "bottom": 0,
+        "sensitive": {"activations": "none"},
+    }
+    data = few_layers.model_dump() | {"mixed": mixed, "training": {"iterations": 0}}
+    texts = PromptSet((*prompts.prompts, *judged.prompts))
+    model = calibrate(base, recipe_from_data(data, "test"), texts, tmp_path / "model")
+    products = shares_of_products(indexed_denoiser_of(load_pipeline(base), 5), model.plan, model.tokens)
+    wide = [layer for layer in model.plan.layers if layer.rule == "sensitive"]
+    assert wide
+    assert all(layer.activation_quantizer is None for layer in wide)
+    assert 0 < sum(products[layer.name] for layer in wide) <= 0.3
+    narrow = [layer for layer in model.plan.layers if layer.activation_quantizer is not None]
+    assert all(layer.sensitivity for layer in narrow)
+    # what cannot change scores nothing: errors of INT4 weights are not measured
+    plain = [layer for layer in model.plan.layers if layer not in wide and layer not in narrow]
+    assert all(layer.sensitivity == 0 for layer in plain)
 
 
 def test_lpips_is_a_target_of_its_own_weights(

@@ -19,7 +19,7 @@ def test_a_dry_run_tells_how_the_training_fits_and_writes_nothing(run: Run, tmp_
     out = tmp_path / "calib"
     told = run("calibrate", "shapes", *TRAINED, "--out", out, "--dry-run", "--memory-limit", "8GiB")
     assert told.code == 0, told.err
-    assert told.out.startswith("training: 600 iterations of 32 x 1: ")
+    assert told.out.startswith("training: 2000 iterations of 32 x 1: ")
     assert told.out.endswith(" GiB of 8.0 GiB\n")
     told = run("calibrate", "shapes", *TRAINED, "--out", out, "--dry-run", "--json")
     assert told.data == {"kind": "fit", "training": None}
