@@ -58,12 +58,16 @@ _SEED = 24
 
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline, and its trained adapters: LoRAs as ``name: FILE[:weight] ...``."""
+    """A pipeline and its trained adapters, LoRAs by the names of their cases.
+
+    ``empty_texts``: whether it was trained with them; SDXL puts zeros in their place.
+    """
 
     model: str
     loras: dict[str, tuple[GivenLora, ...]]
     controlnet: Path
     ip_adapter: Path
+    empty_texts: bool
 
 
 def _lora(name: str, weight: float = 1.0) -> GivenLora:
@@ -83,6 +87,7 @@ KINDS = {
         },
         ASSETS / "controlnets" / "edges",
         ASSETS / "ip-adapters" / "scenes",
+        empty_texts=True,
     ),
     "sdxl": Kind(
         str(ASSETS / "pipelines" / "shapes-sdxl"),
@@ -92,6 +97,7 @@ KINDS = {
         },
         ASSETS / "controlnets" / "sdxl-edges",
         ASSETS / "ip-adapters" / "sdxl-scenes",
+        empty_texts=False,
     ),
 }
 
@@ -109,19 +115,22 @@ class Case:
 
 
 def cases_of(kind: Kind, controlnet_engine: Path | None) -> list[Case]:
-    """Lists the cases of a kind, those without adapters first."""
+    """Lists the cases of a kind, each behind the one without adapters that it stands beside."""
     empty = f"{WITHOUT}, empty text"
     controls = {"ControlNet in FP": kind.controlnet}
     if controlnet_engine is not None:
         controls["ControlNet quantized"] = controlnet_engine
-    return [
+    scales = (1.0, 0.5)
+    cases = [
         Case(WITHOUT),
-        Case(empty, empty=True, like=empty),
         *(Case(name, loras=loras) for name, loras in kind.loras.items()),
         *(Case(name, control=folder) for name, folder in controls.items()),
-        *(Case(f"IP-Adapter at {scale:g}", image_scale=scale) for scale in (1.0, 0.5)),
-        *(Case(f"IP-Adapter at {s:g}, empty text", image_scale=s, empty=True, like=empty) for s in (1.0, 0.5)),
+        *(Case(f"IP-Adapter at {scale:g}", image_scale=scale) for scale in scales),
     ]
+    if kind.empty_texts:
+        cases.append(Case(empty, empty=True, like=empty))
+        cases += [Case(f"IP-Adapter at {s:g}, empty text", image_scale=s, empty=True, like=empty) for s in scales]
+    return cases
 
 
 def main() -> None:

@@ -78,6 +78,19 @@ def encoded_captions(pipe: DiffusionPipeline, scenes: list[Scene]) -> Captions:
     return given
 
 
+@torch.no_grad()
+def text_arguments(pipe: DiffusionPipeline, texts: list[str]) -> dict[str, Any]:
+    """Makes a pipeline's keyword arguments for texts; where they are empty, what training has for no caption.
+
+    That is what guidance takes for none, zeros in SDXL, whose encoders were never asked for an empty text.
+    """
+    if any(texts):
+        return {"prompt": texts}
+    states = pipe.encode_prompt(prompt=texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {name: states[place | 1] for place, name in enumerate(names[: len(states)])}
+
+
 @dataclass(frozen=True)
 class Batch:
     """Noisy latents ``sample`` of the ``chosen`` scenes, the ``noise`` in them, and which captions are kept."""

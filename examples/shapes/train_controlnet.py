@@ -9,6 +9,7 @@ of the training captions are dropped, and half of the kept ones name another sce
 
 Over 60 held-out scenes, the share of places, shapes and sizes that are the edges': 0.833 without a prompt, 0.895 with
 another scene's, 0.304 with that and scale 0. What is missed is the shape of small objects.
+The SDXL kind's: 0.739, 0.814 and 0.304.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from adapter_training import ASSETS, BASES, draw_batch, encoded_captions, examples, frozen_pipeline
+from adapter_training import (
+    ASSETS,
+    BASES,
+    draw_batch,
+    encoded_captions,
+    examples,
+    frozen_pipeline,
+    text_arguments,
+)
 from diffusers import AutoPipelineForText2Image, ControlNetModel
 from evaluate import write_grid
 from saved_configs import forget_origin
@@ -122,7 +131,7 @@ def judge(pipe: DiffusionPipeline, folder: Path, guidance: float, picture: Path 
         ("another prompt, scale 0", texts[-count:], 0.0),
     ):
         drawn = control(
-            prompts,
+            **text_arguments(control, prompts),
             image=list(edges / np.float32(255)),
             num_inference_steps=25,
             guidance_scale=guidance,

@@ -9,7 +9,7 @@ training captions are dropped, and half of the kept ones say other colours. The 
 model, trained beforehand to predict the layout of a picture, as the text encoder is for captions.
 
 Of 30 held-out scenes' attributes, 0.847 are drawn without a prompt. With a prompt that says other colours, 0.596 of the
-objects' colours are the picture's (0.327 at scale 0). A pipeline gives all prompts of a call the same image.
+objects' colours are the picture's (0.327 at scale 0). The SDXL kind's: 0.761, 0.500 and 0.308. A pipeline gives all prompts of a call the same image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from adapter_training import ASSETS, BASES, draw_batch, encoded_captions, examples, frozen_pipeline
+from adapter_training import (
+    ASSETS,
+    BASES,
+    draw_batch,
+    encoded_captions,
+    examples,
+    frozen_pipeline,
+    text_arguments,
+)
 from evaluate import write_grid
 from PIL import Image
 from safetensors.torch import save_file
@@ -68,7 +76,7 @@ def main() -> None:
     if not options.judge:
         options.work.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        encoder = train_image_encoder(options.work)
+        encoder = image_encoder(options.work, options.out / NAMES["sd1"], own=options.kind == "sd1")
         checkpoint = options.work / f"{name}.safetensors"
         train_ip_adapter(frozen_pipeline(options.kind), encoder, checkpoint, folder / WEIGHTS)
         save_encoder(encoder, folder)
@@ -86,6 +94,13 @@ def pixel_values(pictures: Tensor) -> Tensor:
     """Brings pictures uint8 [n, 3, 64, 64] into the form that the image encoder takes."""
     values: Tensor = image_processor()(list(pictures.permute(0, 2, 3, 1).numpy()), return_tensors="pt").pixel_values
     return values
+
+
+def image_encoder(work: Path, first: Path, *, own: bool) -> CLIPVisionModelWithProjection:
+    """Trains the image encoder, or loads that of the ``first`` adapter."""
+    if own:
+        return train_image_encoder(work)
+    return CLIPVisionModelWithProjection.from_pretrained(first / "image_encoder", dtype=torch.float32).eval()
 
 
 def train_image_encoder(work: Path) -> CLIPVisionModelWithProjection:
@@ -225,7 +240,7 @@ def judge(pipe: DiffusionPipeline, guidance: float, picture: Path | None, count:
 def _draw(pipe: DiffusionPipeline, text: str, source: np.ndarray, guidance: float, seed: int) -> np.ndarray:
     """Draws one picture: a pipeline gives all prompts of a call the same image."""
     drawn = pipe(
-        text,
+        **text_arguments(pipe, [text]),
         ip_adapter_image=Image.fromarray(source),
         num_inference_steps=25,
         guidance_scale=guidance,
