@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -111,7 +112,13 @@ def load_component_engines(engines: ComponentEngines, device: str = "auto") -> d
     """
     backend = usable_backend(engines.backend)
     check_environment(engines, backend, device)
-    return {name: _loaded(engines, backend, network, device) for name, network in engines.networks.items()}
+    with ExitStack() as opened:  # one that cannot be loaded leaves none open
+        runners = {
+            name: opened.enter_context(_loaded(engines, backend, network, device))
+            for name, network in engines.networks.items()
+        }
+        opened.pop_all()
+    return runners
 
 
 def copy_networks(engines: ComponentEngines, names: Sequence[str], out: Path) -> None:

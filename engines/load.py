@@ -9,7 +9,7 @@ load, once. It is no sandbox: the child has the user's rights.
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +106,17 @@ def load_engine(
     if any(spec.name == BOUND for spec in engine.inputs):
         bound[BOUND] = rows
     runner: Runner = backend.load(engine, files, bound, device)
-    spare = None
-    if features is not None and spares and isinstance(runner, RebindingRunner):
-        spare = _spare_timesteps(engine, timesteps, rows, runner, features)
-    loras = None
-    if engine.lora is not None and isinstance(runner, RebindingRunner):
-        sizes = {name: bound[name].size for name in BOUND_MATRICES}
-        loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
-    texts = text_projections(engine, loras) if engine.takes_text_projections else None
+    with ExitStack() as opened:
+        opened.callback(runner.close)
+        spare = None
+        if features is not None and spares and isinstance(runner, RebindingRunner):
+            spare = _spare_timesteps(engine, timesteps, rows, runner, features)
+        loras = None
+        if engine.lora is not None and isinstance(runner, RebindingRunner):
+            sizes = {name: bound[name].size for name in BOUND_MATRICES}
+            loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
+        texts = text_projections(engine, loras) if engine.takes_text_projections else None
+        opened.pop_all()
     if not engine.mixed_timesteps:
         uniform = UniformTimestepTensorRunner if isinstance(runner, TensorRunner) else UniformTimestepRunner
         runner = uniform(runner)

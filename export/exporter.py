@@ -6,6 +6,7 @@ from safetensors one at a time while the finished graph is written.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -33,6 +34,7 @@ from s2p_deploy.records.exported_graph import (
     GRAPH_FILE,
     MOST_CHUNKS,
     TEXT_FILE,
+    GraphContent,
     LatentSizes,
     QuantizerRange,
     TextChunks,
@@ -40,7 +42,7 @@ from s2p_deploy.records.exported_graph import (
 from s2p_deploy.records.files import check_room
 from s2p_deploy.records.precision_plan import PLAN_FILE, write_plan
 from s2p_deploy.records.scale_table import SCALES_FILE, TIMESTEPS_FILE, write_scale_table, write_timestep_table
-from s2p_deploy.records.typed_json import json_data, json_text
+from s2p_deploy.records.typed_json import flaw_of, json_data, json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,10 +112,11 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
     if form == "input" and not calibrated.added_width:
         check_time_path(time_path, calibrated)
     config = calibrated.denoiser_config()
-    graph = canonical_graph(
-        calibrated,
-        GraphForm(dtype, form, text_projections, sizes, text is not None, lora, controlnet, images),
-    )
+    graph_form = GraphForm(dtype, form, text_projections, sizes, text is not None, lora, controlnet, images)
+    graph = canonical_graph(calibrated, graph_form)
+    description = json_text(_description(graph, dtype))
+    content = _content(calibrated, graph, graph_form, text)
+    _check_readable(calibrated, content, description)
     conditioning = None
     if form == "input" and calibrated.added_width:
         conditioning = conditioning_model(calibrated, config, half=dtype == "fp16")
@@ -131,28 +134,13 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
         check_graph(
             folder / ONNX_FILE, calibrated.plan, [layer.name for layer in graph.layers if layer.graph == "text"]
         )
-        (folder / GRAPH_FILE).write_text(json_text(_description(graph, dtype)), encoding="utf-8")
+        (folder / GRAPH_FILE).write_text(description, encoding="utf-8")
         write_scale_table(calibrated.scales, folder / SCALES_FILE)
         write_plan(calibrated.plan, folder / PLAN_FILE)
         write_timestep_table(calibrated.timesteps, folder / TIMESTEPS_FILE)
         if CONTROL_FILE in calibrated.manifest.files:
             copy_verified(calibrated, CONTROL_FILE, folder / CONTROL_FILE)
-        opened = {"latents": _latent_sizes(config)} if sizes == "dynamic" else {}
-        opened |= {} if text is None else {"chunks": json_data(text)}
-        opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}
-        opened |= {} if graph.images is None else {"images": json_data(graph.images)}
-        return {
-            "dtype": dtype,
-            "opset": OPSET,
-            "added_width": calibrated.added_width,
-            "lowering": "rescale",
-            "layers": len(calibrated.plan.layers),
-            "quantizers": _quantizer_ranges(calibrated, graph.reference_scales),
-            "denoiser_config": config,
-            "time_table": form,
-            "text_projections": text_projections,
-            "float32_layers": list(graph.float32_layers),
-        } | opened
+        return content
 
     write_artifact(
         out,
@@ -199,6 +187,39 @@ def _text_chunks(calibrated: CalibratedModel, fewest: int, most: int) -> TextChu
     if not 1 <= fewest <= most <= MOST_CHUNKS:
         raise InputError(f"{fewest} to {most} chunks of text: 1 to {MOST_CHUNKS} are possible, ascending")
     return TextChunks(calibrated.tokens, fewest, most)
+
+
+def _content(
+    calibrated: CalibratedModel, graph: CanonicalGraph, form: GraphForm, text: TextChunks | None
+) -> dict[str, Any]:
+    """Makes the graph's own part of its manifest, JSON-ready."""
+    config = calibrated.denoiser_config()
+    opened = {"latents": _latent_sizes(config)} if form.sizes == "dynamic" else {}
+    opened |= {} if text is None else {"chunks": json_data(text)}
+    opened |= {} if graph.lora is None else {"lora": json_data(graph.lora)}
+    opened |= {} if graph.images is None else {"images": json_data(graph.images)}
+    return {
+        "dtype": form.dtype,
+        "opset": OPSET,
+        "added_width": calibrated.added_width,
+        "lowering": "rescale",
+        "layers": len(calibrated.plan.layers),
+        "quantizers": _quantizer_ranges(calibrated, graph.reference_scales),
+        "denoiser_config": config,
+        "time_table": form.time_table,
+        "text_projections": form.text_projections,
+        "float32_layers": list(graph.float32_layers),
+    } | opened
+
+
+def _check_readable(calibrated: CalibratedModel, content: dict[str, Any], description: str) -> None:
+    """Raises InputError where a graph's records are none that :meth:`ExportedGraph.open` reads."""
+    problem = flaw_of(GraphContent, json.dumps(content)) or flaw_of(GraphDescription, description)
+    if problem:
+        raise InputError(
+            f"a graph of {calibrated.folder} could not be read again, so it is not written ({problem}): leave adapters"
+            " out, or take smaller ones"
+        )
 
 
 def _description(graph: CanonicalGraph, dtype: DType) -> GraphDescription:

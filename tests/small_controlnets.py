@@ -9,6 +9,7 @@ import torch
 from diffusers import ControlNetModel, SD3ControlNetModel
 from PIL import Image
 
+from s2p_deploy.errors import IntegrityError
 from s2p_deploy.families import family_of
 from s2p_deploy.pipeline import EngineControlNet
 from s2p_deploy.records import TensorSpec
@@ -53,15 +54,21 @@ def control_picture(seed: int = 0, size: int = 64) -> Image.Image:
 
 
 class OpenedEngines:
-    """Takes the place of ``open_controlnet``: notes the devices that engines are opened for, and how many are open."""
+    """Takes the place of ``open_controlnet``: notes the devices that engines are opened for, and how many are open.
 
-    def __init__(self) -> None:
+    ``most`` engines can be opened (None: any number); the next one fails.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
         self.devices: list[str] = []
         self.open = 0
+        self.most = most
 
     def __call__(
         self, _folder: Path, _config: object, _factor: int, _dtype: torch.dtype | None = None, device: str = "auto"
     ) -> EngineControlNet:
+        if self.open == self.most:
+            raise IntegrityError("another one cannot be opened")
         self.devices.append(device)
         self.open += 1
         return _EngineStandIn(self)
@@ -70,7 +77,7 @@ class OpenedEngines:
 class _EngineStandIn(EngineControlNet):
     def __init__(self, engines: OpenedEngines) -> None:
         torch.nn.Module.__init__(self)
-        self.engines = engines
+        self.engines, self._config = engines, {}
 
     def close(self) -> None:
         self.engines.open -= 1

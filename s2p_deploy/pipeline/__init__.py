@@ -13,7 +13,7 @@ from s2p_deploy.pipeline.components import (
 )
 from s2p_deploy.pipeline.control import Control
 from s2p_deploy.pipeline.engine_component import EngineComponent
-from s2p_deploy.pipeline.engine_controlnet import EngineControlNet, open_controlnet
+from s2p_deploy.pipeline.engine_controlnet import EngineControlNet, controlnet_memory, open_controlnet
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
     load_engine_pipeline,
@@ -55,6 +55,7 @@ __all__ = [
     "StartPicture",
     "auxiliary_components",
     "call_arguments",
+    "controlnet_memory",
     "denoiser_from_engine",
     "engine_denoiser",
     "generate",

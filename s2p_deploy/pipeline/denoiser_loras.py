@@ -8,9 +8,11 @@ import weakref
 from contextlib import suppress
 from functools import cached_property
 from itertools import count
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import is_peft_available
 
 from s2p_deploy.engines.lora_bank import BranchMatrices
 from s2p_deploy.errors import InputError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
+    from diffusers import DiffusionPipeline
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -37,19 +40,28 @@ _WEIGHT = "a LoRA's weight"
 SCALE, LORAS = "scale", "loras"  # keys of cross_attention_kwargs and joint_attention_kwargs
 
 
-class DenoiserLoras:
+class DenoiserLoras(torch.nn.Module):
     """LoRAs by their names in one pipeline; the engine's bank, which several pipelines may share, holds the matrices.
+
+    A module without weights, which ``isinstance`` takes for a layer of PEFT's: diffusers' pipelines ask the first such
+    layer of a network for the LoRAs that act.
 
     Attributes:
         loaded: the bank's key of every LoRA, by name.
         active: the weights of those that act, by name.
         enabled: whether any acts.
+        merged_adapters, lora_A: as of PEFT's layers. No LoRA is in the weights, and none has tensors to be moved.
     """
 
+    merged_adapters: tuple[str, ...] = ()
+    lora_A: Mapping[str, torch.nn.Module] = MappingProxyType({})  # noqa: N815 - PEFT's name
+
     def __init__(self, bank: LoraBank | None, config: Mapping[str, Any]) -> None:
+        super().__init__()
         self._bank, self._config = bank, dict(config)
         self.loaded: dict[str, str] = {}
         self.active: dict[str, float] = {}
+        self._weights: dict[str, float] = {}  # that were last given, of all
         self.enabled = True
         if bank is not None:
             # by the names that are loaded then; the finalizer must not hold this object itself
@@ -58,7 +70,7 @@ class DenoiserLoras:
     def copy(self) -> DenoiserLoras:
         """Returns LoRAs of the same bank, which are loaded and weighed apart from now on."""
         copied = DenoiserLoras(self._bank, self._config)
-        copied.active, copied.enabled = dict(self.active), self.enabled
+        copied.active, copied.enabled, copied._weights = dict(self.active), self.enabled, dict(self._weights)
         for name, key in self.loaded.items():
             copied.loaded[name] = f"{name}#{next(_KEYS)}"
             self.bank.repeat(key, copied.loaded[name])
@@ -85,7 +97,7 @@ class DenoiserLoras:
             raise InputError(f"LoRA {name!r} cannot be loaded, {taken}")
         self.add(Lora(name, {self.component: self.weights}, LoraInMemory(tensors, settings)), name)
         if not replace:
-            self.active = {name: 1.0}
+            self.set({name: 1.0})
 
     def add(self, lora: Lora, name: str) -> None:
         """Adds a LoRA under a name, or in place of the one of that name; it does not act yet.
@@ -98,25 +110,39 @@ class DenoiserLoras:
         bank.add(key, BranchMatrices.of(lora, self.component, bank.slots))
         self.loaded[name] = key
 
-    def set(self, names: Sequence[str], weights: Sequence[object]) -> None:
-        """Lets these LoRAs act, with their weights (None: 1), and no others.
+    def set(self, weights: Mapping[str, object]) -> None:
+        """Lets these LoRAs act, with their weights by name (None: 1), and no others.
 
         Raises:
-            InputError: a name is unknown, a weight is not one finite number, or there are more or fewer of them.
+            InputError: a name is unknown, or a weight is not one finite number.
         """
-        self._check_loaded(names)
-        if len(names) != len(weights):
-            raise InputError(f"{len(names)} LoRAs and {len(weights)} weights: give one weight for each, or one for all")
-        numbers = [1.0 if weight is None else _finite(weight, _WEIGHT) for weight in weights]
-        self.active = dict(zip(names, numbers, strict=True))
+        self._check_loaded(list(weights))
+        self.active = {name: 1.0 if weight is None else _finite(weight, _WEIGHT) for name, weight in weights.items()}
+        self._weights |= self.active
 
     def delete(self, names: Sequence[str]) -> None:
         """Unloads LoRAs; unknown names are passed over."""
         for name in names:
             key = self.loaded.pop(name, None)
-            self.active.pop(name, None)
+            for weights in (self.active, self._weights):
+                weights.pop(name, None)
             if key is not None and self._bank is not None:
                 self._bank.remove(key)
+
+    def let_another_act(self) -> None:
+        """Lets the first LoRA by name act with its last weight, as PEFT does where all that acted were deleted."""
+        if self.loaded:
+            first = min(self.loaded)
+            LOG.warning("the LoRAs that acted are deleted: %s acts now, as in PEFT (set_adapters chooses)", first)
+            self.set({first: self._weights.get(first)})
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Lists the names of the LoRAs that were set to act, in their order."""
+        return list(self.active)
+
+    def unmerge(self) -> None:
+        """Does nothing: no LoRA is in the weights."""
 
     def strengths(self, attention: Mapping[str, Any], sample: Tensor) -> NDArray[np.floating[Any]] | None:
         """Makes the strengths [batch, rank] of a call; None where nothing acts.
@@ -171,6 +197,12 @@ class DenoiserLoras:
         return self._bank
 
 
+if is_peft_available():  # without it pipelines load no LoRA
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    BaseTunerLayer.register(DenoiserLoras)
+
+
 def _forget(bank: LoraBank, loaded: Mapping[str, str]) -> None:
     bank.forget(loaded.values())
 
@@ -221,6 +253,8 @@ class ComponentWithLoras(EngineComponent):
         loras: those that are loaded.
     """
 
+    loras: DenoiserLoras
+
     def __init__(self, config: Mapping[str, Any], loras: DenoiserLoras) -> None:
         super().__init__(config)
         self.loras = loras
@@ -258,17 +292,18 @@ class ComponentWithLoras(EngineComponent):
             InputError: as :meth:`DenoiserLoras.load`; the tensors are not in memory.
         """
         _ = self.loras.bank  # raises where the engine has none
-        given = pretrained_model_name_or_path_or_dict
+        given, name = pretrained_model_name_or_path_or_dict, options.get("adapter_name")
         if not isinstance(given, dict):
             raise InputError("an engine takes the tensors of a LoRA: load it with the pipeline's load_lora_weights")
+        which = "a LoRA" if name is None else f"LoRA {name!r}"
+        _check_components(options.get("_pipeline"), given, which)
         alphas = {name: torch.tensor(float(alpha)) for name, alpha in (options.get("network_alphas") or {}).items()}
         begin = "" if prefix is None else f"{prefix}."
         own = {name: tensor for name, tensor in {**given, **alphas}.items() if name.startswith(begin)}
-        name = options.get("adapter_name")
         if own:
             self.loras.load(own, name, options.get("metadata") or {}, replace=hotswap)
         else:
-            which, first = "a LoRA" if name is None else f"LoRA {name!r}", next(iter(given), "none")
+            first = next(iter(given), "none")
             LOG.warning(
                 "nothing in %s is for this denoiser, whose names begin with %r (its first tensor is %.200s): it leaves"
                 " the denoiser as it is",
@@ -278,19 +313,30 @@ class ComponentWithLoras(EngineComponent):
     def set_adapters(self, adapter_names: str | list[str], weights: object = None) -> None:
         """Lets LoRAs act with weights, one for each or one for all, and no others.
 
+        A name that is not loaded here is passed over with a warning: the LoRA may be one of a text encoder alone.
+
         Raises:
-            InputError: as :meth:`DenoiserLoras.set`.
+            InputError: as :meth:`DenoiserLoras.set`, or there are more or fewer weights than names.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.loras.set(names, weights if isinstance(weights, list) else [weights] * len(names))
+        given = weights if isinstance(weights, list) else [weights] * len(names)
+        if len(names) != len(given):
+            raise InputError(f"{len(names)} LoRAs and {len(given)} weights: give one weight for each, or one for all")
+        elsewhere = [name for name in names if name not in self.loras.loaded]
+        if elsewhere:
+            LOG.warning("no LoRA %r is loaded in this denoiser: nothing of it acts here", elsewhere[0])
+        self.loras.set({name: weight for name, weight in zip(names, given, strict=True) if name not in elsewhere})
 
     def active_adapters(self) -> list[str]:
         """Lists the names of the LoRAs that act."""
-        return list(self.loras.active)
+        return self.loras.active_adapters
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Unloads LoRAs by name."""
+        """Unloads LoRAs by name; where all that acted are, another one acts, as in a network of diffusers."""
+        acted = bool(self.loras.active)
         self.loras.delete([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        if acted and not self.loras.active:
+            self.loras.let_another_act()
 
     def unload_lora(self) -> None:
         """Unloads all LoRAs."""
@@ -304,3 +350,15 @@ class ComponentWithLoras(EngineComponent):
     def enable_lora(self) -> None:
         """Lets the LoRAs act that were set."""
         self.loras.enabled = True
+
+
+def _check_components(pipe: DiffusionPipeline | None, tensors: Mapping[str, Tensor], which: str) -> None:
+    """Raises InputError where a LoRA changes a component of the pipeline, besides its denoiser, that is an engine."""
+    parts = {} if pipe is None else pipe.components
+    changed = (name for name in parts if any(tensor.startswith(f"{name}.") for tensor in tensors))
+    for name in changed:
+        if isinstance(parts[name], EngineComponent) and not isinstance(parts[name], ComponentWithLoras):
+            raise InputError(
+                f"{which} changes the {name}, which runs on an engine here: open the pipeline without engines of its"
+                " components, or fuse the LoRA (calibrate --lora)"
+            )

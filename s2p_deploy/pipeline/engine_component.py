@@ -24,17 +24,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Methods of diffusers' networks that change no picture: how attention and memory are used, which an engine has decided,
-# and the end of what cannot have begun.
+# and the end of what cannot have begun. Those of LoRAs are called on every component that might have some, by pipelines
+# that know the names of all.
 _CHANGE_NOTHING = frozenset(
     {
+        "delete_adapters",
         "disable_forward_chunking",
         "disable_freeu",
+        "disable_lora",
         "disable_tiling",
+        "enable_lora",
         "fuse_qkv_projections",
+        "set_adapters",
         "set_attention_slice",
         "set_default_attn_processor",
         "unfuse_lora",
         "unfuse_qkv_projections",
+        "unload_lora",
     }
 )
 _SAME_ATTENTION = (
@@ -50,8 +56,7 @@ _NO_LORA = "fuse it into the floating-point pipeline (fuse_lora) before you cali
 _ADVICE = {
     "load_lora_adapter": f"no LoRA can be loaded: {_NO_LORA}",
     "load_attn_procs": f"no LoRA can be loaded: {_NO_LORA}",
-    "fuse_lora": f"no LoRA can be fused: {_NO_LORA}",
-    "set_adapters": f"no LoRA can be set: {_NO_LORA}",
+    "fuse_lora": "no LoRA can be fused: one that is loaded acts unfused; to have it in the weights, calibrate --lora",
     "_load_ip_adapter_weights": "no IP-Adapter can be loaded: use the floating-point pipeline",
     "encoder_hid_proj": "it has no image projection: load an IP-Adapter first (load_ip_adapter)",
     "enable_freeu": "FreeU cannot be switched on: use the floating-point pipeline",

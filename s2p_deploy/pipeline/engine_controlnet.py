@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load as tensors_from
 
 from s2p_deploy.engines import load_engine
 from s2p_deploy.errors import InputError, IntegrityError
+from s2p_deploy.families.checkpoint import Checkpoint
 from s2p_deploy.families.controlnet_family import divided_residuals, residual_maps
 from s2p_deploy.families.controlnets import check_fits, load_controlnet
 from s2p_deploy.pipeline.components import EngineDenoiser
@@ -130,6 +133,24 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         return self._embedded[1]
 
 
+def controlnet_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[bool, int]:
+    """Counts the bytes of a ControlNet's weights before it is opened, and tells whether they are a GPU's.
+
+    Args:
+        folder: of either kind that :func:`open_controlnet` takes.
+        dtype: of a floating-point one's weights.
+        device: of a floating-point one.
+
+    Raises:
+        InputError: there are no weights. IntegrityError: an engine was changed.
+    """
+    if (folder / MANIFEST).is_file():
+        engine = Engine.open(folder)
+        return engine.on_gpu, sum(engine.sizes.values())
+    numbers = sum(math.prod(tensor.shape) for tensor in Checkpoint(folder).tensors.values())
+    return device.type != "cpu", numbers * dtype.itemsize
+
+
 def open_controlnet(
     folder: Path,
     denoiser_config: dict[str, Any],
@@ -152,6 +173,9 @@ def open_controlnet(
     """
     if not (folder / MANIFEST).is_file():
         return load_controlnet(folder, denoiser_config, pixels_per_latent, dtype)
-    network = EngineControlNet.load(folder, device=device)
-    check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+    with ExitStack() as opened:
+        network = EngineControlNet.load(folder, device=device)
+        opened.callback(network.close)
+        check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+        opened.pop_all()
     return network.place(network.device, dtype or torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -113,11 +113,14 @@ def open_pipeline(
     if CONTROL_FILE in engine.manifest.files:
         raise InputError(f"{engine.folder} is an engine of a ControlNet: give it beside the denoiser's (--controlnet)")
     timesteps = schedules_to_bind(engine, base, schedules)  # what is refused is, before networks are read
-    loaded = _load_components(engine, components, context.device)
-    stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
-    if runner is None:
-        runner = load_engine(engine, schedules=timesteps, device=context.device)
-    return _with_engine(stock, engine, runner, loaded, context)
+    with ExitStack() as opened:  # what cannot be opened leaves nothing open
+        loaded = _load_components(engine, components, context.device, opened)
+        stock = load_pipeline(base, context.torch_dtype, without={base.family.component, *loaded})
+        if runner is None:
+            runner = opened.enter_context(load_engine(engine, schedules=timesteps, device=context.device))
+        pipeline = _with_engine(stock, engine, runner, loaded, context)
+        opened.pop_all()
+    return pipeline
 
 
 def schedules_to_bind(engine: Engine, base: BasePipeline, schedules: Sequence[Schedule]) -> list[NDArray[np.float64]]:
@@ -223,12 +226,16 @@ def load_engine_pipeline(folder: str | Path, *, context: Context = Context()) ->
     engine = Engine.open(parent_folder(folder, manifest, _ENGINE))
     saved = _COMPONENTS in manifest.parents
     components = ComponentEngines.open(parent_folder(folder, manifest, _COMPONENTS)) if saved else None
-    loaded = _load_components(engine, components, context.device)
-    if sorted(loaded) != sorted(manifest.content.get("components", [])):
-        raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
-    stock = load_folder(folder, name, context.torch_dtype)
-    runner = load_engine(engine, schedules=[manifest.content.get("timesteps", [])], device=context.device)
-    return _with_engine(stock, engine, runner, loaded, context)
+    with ExitStack() as opened:
+        loaded = _load_components(engine, components, context.device, opened)
+        if sorted(loaded) != sorted(manifest.content.get("components", [])):
+            raise IntegrityError(f"{folder} has other components than it was saved with: save the pipeline again")
+        stock = load_folder(folder, name, context.torch_dtype)
+        schedules = [manifest.content.get("timesteps", [])]
+        runner = opened.enter_context(load_engine(engine, schedules=schedules, device=context.device))
+        pipeline = _with_engine(stock, engine, runner, loaded, context)
+        opened.pop_all()
+    return pipeline
 
 
 def _check_classes(folder: Path, name: str, index: dict[str, Any]) -> None:
@@ -253,7 +260,10 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_components(engine: Engine, components: ComponentEngines | None, device: str) -> dict[str, AuxiliaryComponent]:
+def _load_components(
+    engine: Engine, components: ComponentEngines | None, device: str, opened: ExitStack
+) -> dict[str, AuxiliaryComponent]:
+    """Loads components, which ``opened`` closes; raises as :func:`open_pipeline`."""
     if components is None:
         return {}
     if components.manifest.base.digest != engine.manifest.base.digest:
@@ -267,7 +277,10 @@ def _load_components(engine: Engine, components: ComponentEngines | None, device
             components.profile.check_latents(sizes["height"], sizes["width"])
         except InputError as error:
             raise InputError(f"{components.folder}: {error}") from error
-    return auxiliary_components(components, device=device)
+    loaded = auxiliary_components(components, device=device)
+    for component in loaded.values():
+        opened.callback(component.close)
+    return loaded
 
 
 def _with_engine(

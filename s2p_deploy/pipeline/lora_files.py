@@ -101,9 +101,11 @@ def loras_acting(pipe: DiffusionPipeline, base: BasePipeline, given: Sequence[Gi
     opened = [(reader.read(each.file), each.weight) for each in given]
     for name, (lora, _) in zip(names, opened, strict=True):
         loaded.add(lora, name)
-    loaded.set(names, [each.weight for each in given])
+    former = {name: weight for name, weight in loaded.active.items() if name not in names}
+    loaded.set({str(each.file): each.weight for each in given})
     try:
         with fused(text_encoders(pipe), opened):
             yield
     finally:
         loaded.delete(names)
+        loaded.active = former

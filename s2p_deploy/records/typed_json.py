@@ -36,6 +36,9 @@ Dimension = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LatentSize = Annotated[int, Field(ge=1, le=4096)]
 
 
+_INVALID = (ValidationError, InputError)  # a record's own checks raise the latter
+
+
 class Strict(BaseModel):
     """A part of an artifact's JSON that no record has; unknown keys are left."""
 
@@ -55,10 +58,18 @@ def read_json(record: type[_Record], text: bytes, path: Path) -> _Record:
     """
     try:
         value: _Record = _adapter(cast("Hashable", record)).validate_json(text)
-    except (ValidationError, InputError) as error:  # a record's own checks raise InputError
-        problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise IntegrityError(f"{path} is damaged: {problem}: make the artifact again") from error
+    except _INVALID as error:
+        raise IntegrityError(f"{path} is damaged: {_flaw(error)}: make the artifact again") from error
     return value
+
+
+def flaw_of(record: type[Any], text: str) -> str | None:
+    """Says in one line why JSON text that is to be written is none that :func:`read_json` reads; None where it is."""
+    try:
+        _adapter(cast("Hashable", record)).validate_json(text)
+    except _INVALID as error:
+        return _flaw(error)
+    return None
 
 
 def read_value(record: type[_Record], value: Any, path: Path) -> _Record:  # noqa: ANN401 - JSON is of any type
@@ -94,6 +105,10 @@ def reading_tensors(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as error:
         raise IntegrityError(f"{path} is damaged ({type(error).__name__}): make the artifact again") from error
+
+
+def _flaw(error: Exception) -> str:
+    return first_problem(error) if isinstance(error, ValidationError) else str(error)
 
 
 def first_problem(error: ValidationError) -> str:

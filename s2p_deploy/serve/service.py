@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from s2p_deploy.context import Context
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.engines.machine import free_gpu_memory
+from s2p_deploy.errors import InputError, MissingEnvironmentError, S2PError
 from s2p_deploy.families import denoiser_of, latent_shape_of
 from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
@@ -25,19 +27,20 @@ from s2p_deploy.pipeline import (
     IpAdapter,
     Schedule,
     StartPicture,
+    controlnet_memory,
     generate,
     latent_size,
     open_controlnet,
     open_pipeline,
     timesteps_from_start,
     timesteps_of,
-    trained_size,
 )
 from s2p_deploy.pipeline.control import check_controls
 from s2p_deploy.pipeline.ip_adapter import check_image_prompts
 from s2p_deploy.pipeline.lora_files import LoraReader
 from s2p_deploy.recipe import recipe_from_data
 from s2p_deploy.records import Prompt
+from s2p_deploy.records.files import available_memory
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 
     from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
-    from s2p_deploy.pipeline import EnginePipeline
+    from s2p_deploy.pipeline import EngineDenoiser, EnginePipeline
     from s2p_deploy.records import ComponentEngines, Engine, Execution
     from s2p_deploy.serve.batching import BatchProfile
 
@@ -62,6 +65,7 @@ _BATCHES = (1, 2, 4, 8, 16)
 _SCHEDULES = 1024  # whose number of calls is remembered
 _WARM_UP_SECONDS = 600.0
 _LONGEST_RETRY_AFTER = 600  # seconds
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if self.max_waiting < 0 or (self.max_active or 1) < 1:
             raise InputError("a service needs room: max_waiting from 0, max_active from 1")
+        policy_named(self.batching)  # raises
 
 
 @dataclass(frozen=True)
@@ -324,14 +329,16 @@ def open_service(
         IntegrityError, MissingEnvironmentError, InputError: as :func:`s2p_deploy.pipeline.open_pipeline`.
     """
     context.set_threads()
-    served = load_served_engine(engine, base, settings, name, context)
-    service = ImageService(served, settings, observer)
-    start = None
-    if base.task != "text-to-image":
-        size = trained_size(served.stock.pipe)
-        start = StartPicture.blank(*size, base.default_strength, masked=base.task == "inpainting")
-    warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0, start=start)
-    service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
+    with ExitStack() as opened:  # one that draws no picture is closed
+        service = opened.enter_context(
+            ImageService(load_served_engine(engine, base, settings, name, context), settings, observer)
+        )
+        start = None
+        if base.task != "text-to-image":
+            start = StartPicture.blank(*service.info.size, base.default_strength, masked=base.task == "inpainting")
+        warm_up = ImageRequest("", service.info.steps, service.info.guidance_scale, seed=0, start=start)
+        service.submit(warm_up, timeout=_WARM_UP_SECONDS, id="warm-up").result()
+        opened.pop_all()
     return service
 
 
@@ -342,10 +349,29 @@ def load_served_engine(
     name: str | None = None,
     context: Context = Context(),
 ) -> ServedEngine:
-    """Loads an engine and times its batches; raises as :func:`open_service`."""
+    """Loads an engine and times its batches; raises as :func:`open_service`, and leaves nothing open then."""
     sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
-    schedules = (Schedule.of(sampling), *settings.schedules)
-    stock = open_pipeline(engine, base, schedules=schedules, components=settings.component_engines, context=context)
+    schedules, components = (Schedule.of(sampling), *settings.schedules), settings.component_engines
+    with ExitStack() as opened:
+        stock = opened.enter_context(
+            open_pipeline(engine, base, schedules=schedules, components=components, context=context)
+        )
+        controlnets = _controlnets(stock.pipe, settings.controlnets, context.device, opened)
+        served = _profiled_engine(engine, base, settings, stock, controlnets, name)
+        opened.pop_all()
+    return served
+
+
+def _profiled_engine(
+    engine: Engine,
+    base: BasePipeline,
+    settings: ServiceSettings,
+    stock: EnginePipeline,
+    controlnets: Mapping[str, ModelMixin],
+    name: str | None,
+) -> ServedEngine:
+    """Loads the other adapters of an opened engine and times its batches; raises as :func:`open_service`."""
+    sampling = recipe_from_data(engine.manifest.recipe, str(engine.folder)).sampling
     runner, factor = stock.runner, stock.pipe.vae_scale_factor
     guidance = sampling.guidance(base.default_guidance)
     guided = has_branches(engine.denoiser_config, guidance)
@@ -388,7 +414,7 @@ def load_served_engine(
         calls,
         engine.mixed_timesteps,
         sampling.max_sequence_length,
-        controlnets=_controlnets(stock.pipe, settings.controlnets, context.device),
+        controlnets=controlnets,
         ip_adapters={name: _pausing(IpAdapter.load(file, stock.pipe)) for name, file in settings.ip_adapters},
         loras=loras,
     )
@@ -399,20 +425,41 @@ def _pausing(adapter: IpAdapter) -> IpAdapter:
     return replace(adapter, encoder=OffloadedModule(adapter.encoder))
 
 
-def _controlnets(pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str) -> dict[str, ModelMixin]:
-    """Loads ControlNets by name; ``device`` is a context's.
+def _controlnets(
+    pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str, opened: ExitStack
+) -> dict[str, ModelMixin]:
+    """Loads ControlNets by name; ``device`` is a context's, and ``opened`` closes those that are engines.
 
     Raises:
         InputError: one does not fit the pipeline, or its engine takes none.
+        MissingEnvironmentError: their weights are more than the memory that is free.
     """
     denoiser = denoiser_of(pipe)
     if folders and not denoiser.takes_residuals:
         raise InputError("this engine takes no ControlNet: export with --controlnet, and build again")
+    _check_memory(folders, denoiser, device)
     config, factor = dict(denoiser.config), pipe.vae_scale_factor
-    return {
-        name: open_controlnet(folder, config, factor, denoiser.dtype, device).to(pipe.device)
-        for name, folder in folders
-    }
+    networks = {}
+    for name, folder in folders:
+        network = open_controlnet(folder, config, factor, denoiser.dtype, device)
+        if isinstance(network, EngineControlNet):
+            opened.callback(network.close)
+        networks[name] = network.to(pipe.device)
+    return networks
+
+
+def _check_memory(folders: tuple[tuple[str, Path], ...], denoiser: EngineDenoiser, device: str) -> None:
+    """Raises MissingEnvironmentError where ControlNets have more weights than there is memory for, as far as known."""
+    sizes = {name: controlnet_memory(folder, denoiser.dtype, denoiser.device) for name, folder in folders}
+    for on_gpu, free in ((False, available_memory), (True, partial(free_gpu_memory, device))):
+        taken = {name: size for name, (there, size) in sizes.items() if there is on_gpu}
+        left = free() if taken else None
+        if left is not None and sum(taken.values()) > left:
+            each = ", ".join(f"{name} {size / _MIB:.1f}" for name, size in taken.items())
+            raise MissingEnvironmentError(
+                f"the ControlNets take {sum(taken.values()) / _MIB:.1f} MiB of memory ({each}), {left / _MIB:.1f} are"
+                " free: serve fewer, or quantize them (calibrate --controlnet)"
+            )
 
 
 def _calls_of_schedule(pipe: DiffusionPipeline, runner: BoundRunner, steps: int, scheduler: str | None) -> int:

@@ -240,7 +240,7 @@ class ValidationRun:
         loaded = denoiser_of(candidate).loras
         for number, (lora, _) in enumerate(self.loras):
             loaded.add(lora, str(number))
-        loaded.set(tuple(loaded.loaded), [weight for _, weight in self.loras])
+        loaded.set({str(number): weight for number, (_, weight) in enumerate(self.loras)})
         if self.loras:
             loaded.strengths({}, torch.zeros(1))  # their ranks must fit side by side
 

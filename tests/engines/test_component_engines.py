@@ -20,6 +20,7 @@ from s2p_deploy.families import BasePipeline, resolve_base
 from s2p_deploy.families.components import load_component
 from s2p_deploy.records import Execution, ShapeProfile, Span, read_manifest, write_artifact
 from s2p_deploy.records.engine import ComponentEngines
+from tests.open_runners import watch_runners
 from tests.shared_folder import SharedFolder
 from tests.small_pipelines import PIPELINES, shared_small_base, shared_small_components, small_base, t5_base
 
@@ -78,6 +79,18 @@ def test_a_changed_byte_is_found_before_it_is_loaded(parts: ComponentEngines, ne
         with pytest.raises(IntegrityError, match="was changed after it was written: make the artifact again"):
             load_component_engines(ComponentEngines.open(parts.folder))
         (parts.folder / name).write_bytes(data)
+
+
+def test_one_that_cannot_be_loaded_leaves_none_open(parts: ComponentEngines, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parts.backend != "onnxruntime":
+        pytest.skip("its sessions are counted")
+    opened, still_open = watch_runners(monkeypatch)
+    *_, last = parts.networks.values()
+    (parts.folder / last.files[0]).unlink()
+    with pytest.raises(IntegrityError):
+        load_component_engines(parts)
+    assert len(opened) == len(parts.networks) - 1
+    assert not still_open
 
 
 def test_a_file_that_nobody_described_is_refused(parts: ComponentEngines) -> None:

@@ -25,6 +25,7 @@ from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.small_graph import CALIBRATED, POINTS, small_inputs, small_scales
 from tests.engines.stand_in_gpu import stand_in_gpus
 from tests.mutations.sealing import seal_anew
+from tests.open_runners import watch_runners
 
 
 @pytest.fixture
@@ -233,3 +234,16 @@ def test_a_build_leaves_two_copies_of_the_weights(graph_of: GraphOf, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
     large = [path.name for path in (tmp_path / "engine").iterdir() if path.stat().st_size > 5000]
     assert [name for name in large if name.startswith("denoiser")] == ["denoiser.onnx", "denoiser.onnx.data"]
+
+
+def test_an_engine_that_cannot_be_bound_is_closed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: object) -> None:
+        raise IntegrityError("the products of the text cannot be read")
+
+    opened, still_open = watch_runners(monkeypatch)
+    monkeypatch.setattr(Engine, "takes_text_projections", True)
+    monkeypatch.setattr("s2p_deploy.engines.load.text_projections", fail)
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        load_engine(engine)
+    assert opened
+    assert not still_open

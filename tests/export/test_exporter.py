@@ -15,9 +15,11 @@ from s2p_deploy.calib.quantized_denoiser import fake_quant_denoiser
 from s2p_deploy.context import Context
 from s2p_deploy.errors import GraphContractError, InputError
 from s2p_deploy.export import Subgraphs, check_graph, export_graph
+from s2p_deploy.export.canonical_graph import canonical_graph
 from s2p_deploy.families import indexed_denoiser, time_table_of
 from s2p_deploy.numerics import INT4, INT8, quantize
 from s2p_deploy.records import CalibratedModel, TensorSpec, read_manifest
+from s2p_deploy.records.optional_inputs import MOST_RANK, ImageSlot, ImageSlots, LoraSlots
 from s2p_deploy.records.precision_plan import read_plan, write_plan
 from tests.remembered_traces import trace_anew
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from s2p_deploy.export.canonical_graph import CanonicalGraph, GraphForm
     from s2p_deploy.records import ExportedGraph
 
 # The bundled architecture: 73 layers, of which conv_in, conv_out and 8 text layers keep A16; the 63 others share 55 act
@@ -324,3 +327,37 @@ def test_bundled_denoiser_has_the_same_nodes(tmp_path: Path) -> None:
     check_graph(graph.onnx_file, graph.plan)
     write_plan(graph.plan, tmp_path / "plan.yaml")
     assert (tmp_path / "plan.yaml").read_bytes() == (graph.folder / "plan.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _: {"lora": LoraSlots(MOST_RANK + 1, ())}, "lora.rank: input should be less than or equal to 1024"),
+        (
+            lambda _: {"images": ImageSlots(4, 1, (ImageSlot("mid", 1, 64, 0.25),))},
+            "images: value error, the columns of attentions must follow each other",
+        ),
+        (lambda graph: {"blocks": (replace(graph.blocks[0], leaving=()),)}, "blocks.0.leaving: tuple should have at "),
+        (lambda graph: {"reference_scales": dict.fromkeys(graph.reference_scales, 0.0)}, "reference_scale: input "),
+    ],
+)
+def test_records_that_could_not_be_read_again_are_refused_before_anything_is_written(
+    w8a8: CalibratedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[CanonicalGraph], dict[str, object]],
+    said: str,
+) -> None:
+    def changed(calibrated: CalibratedModel, form: GraphForm) -> CanonicalGraph:
+        graph = canonical_graph(calibrated, form)
+        return replace(graph, **change(graph))
+
+    def wrote(*_progress: object) -> None:
+        pytest.fail("something is written")
+
+    monkeypatch.setattr("s2p_deploy.export.exporter.canonical_graph", changed)
+    with pytest.raises(InputError, match="could not be read again, so it is not written") as refused:
+        export_graph(w8a8, tmp_path / "graph", context=Context(progress=wrote))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())

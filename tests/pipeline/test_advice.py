@@ -224,6 +224,7 @@ ADVICE: dict[str, tuple[Callable[[Given], object], Callable[[Given], object]]] =
 ELSEWHERE = {
     "is given twice: give it once, with one weight": "test_lora_files.py",
     "which runs on an engine here: leave --components out": "test_lora_files.py",
+    "which runs on an engine here: open the pipeline without": "test_denoiser_loras.py",
     "is no engine of a ControlNet": "../calib/test_controlnet.py",
     "is an engine of a ControlNet": "../calib/test_controlnet.py",
     "cannot be loaded, {taken}": "test_denoiser_loras.py",

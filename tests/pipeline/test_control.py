@@ -17,10 +17,21 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.export import export_graph
 from s2p_deploy.families import denoiser_of, load_pipeline, with_denoiser
 from s2p_deploy.families.controlnets import load_controlnet, with_controlnets
-from s2p_deploy.pipeline import Control, EngineUNet, Schedule, StartPicture, engine_denoiser, generate, open_pipeline
+from s2p_deploy.pipeline import (
+    Control,
+    EngineControlNet,
+    EngineUNet,
+    Schedule,
+    StartPicture,
+    controlnet_memory,
+    engine_denoiser,
+    generate,
+    open_controlnet,
+    open_pipeline,
+)
 from s2p_deploy.recipe import Recipe
-from s2p_deploy.records import Prompt, TimestepTable
-from tests.small_controlnets import EMBEDDING, control_picture, residual_specs, small_controlnet
+from s2p_deploy.records import Engine, Prompt, TimestepTable
+from tests.small_controlnets import EMBEDDING, OpenedEngines, control_picture, residual_specs, small_controlnet
 from tests.small_pipelines import TABLE, sibling
 
 if TYPE_CHECKING:
@@ -320,6 +331,36 @@ def test_controlnets_are_loaded_and_checked(
         load_controlnet(tmp_path / "fits", other, 8)
     with pytest.raises(InputError, match="is a ControlNet of 128 numbers per token, this pipeline's network has 64"):
         load_controlnet(tmp_path / "fits", dict(config) | {"cross_attention_dim": 64}, 8)
+
+
+def test_an_engine_that_does_not_fit_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = OpenedEngines()
+
+    def refuse(*_given: object) -> None:
+        assert engines.open == 1
+        raise InputError("it does not fit")
+
+    monkeypatch.setattr(EngineControlNet, "load", lambda folder, **_options: engines(folder, {}, 8))
+    monkeypatch.setattr("s2p_deploy.pipeline.engine_controlnet.residual_maps", lambda _config: [])
+    monkeypatch.setattr("s2p_deploy.pipeline.engine_controlnet.check_fits", refuse)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InputError, match="it does not fit"):
+        open_controlnet(tmp_path, {}, 8)
+    assert engines.open == 0
+
+
+def test_the_memory_of_controlnets_is_counted_before_they_are_opened(
+    controlnets: list[ControlNetModel], engine: Engine, tmp_path: Path
+) -> None:
+    controlnets[0].save_pretrained(tmp_path / "whole")
+    controlnets[0].save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    numbers, cpu = sum(weight.numel() for weight in controlnets[0].parameters()), torch.device("cpu")
+    for folder in ("whole", "shards"):
+        assert controlnet_memory(tmp_path / folder, torch.float32, cpu) == (False, 4 * numbers)
+        assert controlnet_memory(tmp_path / folder, torch.float16, torch.device("cuda")) == (True, 2 * numbers)
+    files = sum((engine.folder / name).stat().st_size for name in engine.engine_files)
+    assert controlnet_memory(engine.folder, torch.float32, cpu) == (False, files)
 
 
 @pytest.mark.parametrize("spoilt", ["missing", "class", "truncated", "nan"])

@@ -21,6 +21,7 @@ from s2p_deploy.pipeline import open_pipeline
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import Engine
 from tests.random_loras import in_kohya, in_old_diffusers, in_peft, random_layers, write_lora
+from tests.small_pipelines import shared_small_components
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ def test_a_lora_has_the_life_that_it_has_in_diffusers(
     assert reference.get_list_adapters() == opened.pipe.get_list_adapters()
     for pipe in pipes:
         pipe.disable_lora()
+        assert pipe.get_active_adapters() == ["a", "c"]
     assert_alike(*pipes)
     for pipe in pipes:
         pipe.enable_lora()
@@ -117,6 +119,64 @@ def test_a_lora_has_the_life_that_it_has_in_diffusers(
     assert_alike(*pipes)
     opened.pipe.unload_lora_weights()
     np.testing.assert_allclose(predicted(opened.pipe), plain, atol=TOLERANCE * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("text_engine", [False, True])
+def test_pipelines_say_which_loras_act(
+    engine_with_branches: Engine,
+    origin: BasePipeline,
+    reference: StableDiffusionPipeline,
+    shared: SharedFolder,
+    files: list[Path],
+    *,
+    text_engine: bool,
+) -> None:
+    parts = shared_small_components(shared, "onnxruntime") if text_engine else None
+    with open_pipeline(engine_with_branches, origin, components=parts) as opened:
+        pipes = (reference, opened.pipe)
+
+        def alike(change: Callable[[StableDiffusionPipeline], object], active: list[str]) -> None:
+            for pipe in pipes:
+                change(pipe)
+                assert pipe.get_active_adapters() == active
+            assert reference.get_list_adapters() == opened.pipe.get_list_adapters()
+            assert_alike(*pipes)
+
+        alike(lambda pipe: pipe.load_lora_weights(str(files[0]), adapter_name="a"), ["a"])
+        alike(lambda pipe: pipe.set_adapters("a", adapter_weights=[{"unet": 0.5}]), ["a"])
+        alike(lambda pipe: pipe.load_lora_weights(str(files[2]), adapter_name="c"), ["c"])
+        alike(lambda pipe: pipe.delete_adapters(["c", "unknown"]), ["a"])  # with the weight that it had
+        alike(lambda pipe: pipe.unfuse_lora(), ["a"])
+        alike(lambda pipe: pipe.set_lora_device(["a"], "cpu"), ["a"])
+        with pytest.raises(ValueError, match="Adapter name"):
+            opened.pipe.set_adapters("unknown")
+        with pytest.raises(InputError, match="one that is loaded acts unfused"):
+            opened.pipe.fuse_lora()
+        alike(lambda pipe: (pipe.disable_lora(), pipe.set_adapters("a"), pipe.enable_lora()), ["a"])
+        alike(lambda pipe: pipe.unload_lora_weights(), [])
+
+
+def test_a_lora_of_the_text_encoder_alone_acts_beside_others(
+    opened: EnginePipeline, reference: StableDiffusionPipeline, origin: BasePipeline, files: list[Path], tmp_path: Path
+) -> None:
+    layers = random_layers(origin, {"text_encoder": ["encoder.layers.0.self_attn.out_proj"]}, seed=4)
+    text = write_lora(tmp_path / "text.safetensors", in_peft(layers))
+    for pipe in (reference, opened.pipe):
+        pipe.load_lora_weights(str(files[0]), adapter_name="a")
+        pipe.load_lora_weights(str(text), adapter_name="t")
+        pipe.set_adapters(["a", "t"], [0.5, 0.25])
+        assert pipe.get_active_adapters() == ["a", "t"]
+    assert_alike(reference, opened.pipe)
+
+
+def test_a_lora_for_a_text_encoder_on_an_engine_is_refused_whole(
+    engine_with_branches: Engine, origin: BasePipeline, shared: SharedFolder, files: list[Path]
+) -> None:
+    parts = shared_small_components(shared, "onnxruntime")
+    with open_pipeline(engine_with_branches, origin, components=parts) as opened:
+        with pytest.raises(InputError, match="LoRA 'b' changes the text_encoder, which runs on an engine here"):
+            opened.pipe.load_lora_weights(str(files[1]), adapter_name="b")
+        assert opened.pipe.get_list_adapters() == {}
 
 
 def test_without_a_lora_the_bits_are_those_of_an_engine_without_branches(
@@ -229,7 +289,6 @@ def asking(**attention: object) -> Callable[[Any], object]:
         (lambda unet: unet.set_adapters("x", [10**400]), "not 10"),
         (lambda unet: unet.set_adapters("x", {"down": 0.5}), "not {'down': 0.5}"),
         (lambda unet: unet.set_adapters("x", [1.0, 2.0]), "1 LoRAs and 2 weights: give one weight for each"),
-        (lambda unet: unet.set_adapters("b"), "there is no LoRA 'b'"),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(

@@ -27,9 +27,13 @@ from s2p_deploy.pipeline import (
     save_engine_pipeline,
 )
 from s2p_deploy.records import Engine, Prompt, open_artifact, verify_chain, write_artifact
+from tests.open_runners import watch_runners
+from tests.small_pipelines import shared_small_components
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.shared_folder import SharedFolder
 
 PROMPT = Prompt("id", "a small red circle at the top left, white background")
 KARRAS = Schedule(3, "euler-karras")
@@ -205,3 +209,26 @@ def test_what_is_there_is_not_written_over(engine: Engine, tmp_path: Path) -> No
         with pytest.raises(InputError, match="exists"):
             save_engine_pipeline(opened.pipe, tmp_path / "saved")
         save_engine_pipeline(opened.pipe, tmp_path / "saved", replace=True)
+
+
+def test_a_pipeline_that_cannot_be_opened_leaves_no_engine_open(
+    engine: Engine, origin: BasePipeline, shared: SharedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = shared_small_components(shared, "onnxruntime")
+    with open_pipeline(engine, origin, components=parts) as pipeline:
+        save_engine_pipeline(pipeline.pipe, tmp_path / "saved")
+    opened, still_open = watch_runners(monkeypatch)
+
+    def fail(*_given: object) -> None:
+        raise IntegrityError("no component can be put in")
+
+    monkeypatch.setattr("s2p_deploy.pipeline.engine_pipeline.with_components", fail)
+    for open_one in (
+        lambda: open_pipeline(engine, origin, components=parts),
+        lambda: load_engine_pipeline(tmp_path / "saved"),
+    ):
+        opened.clear()
+        with pytest.raises(IntegrityError, match="no component can be put in"):
+            open_one()
+        assert len(opened) == 1 + len(parts.networks)
+        assert not still_open

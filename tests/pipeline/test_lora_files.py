@@ -61,6 +61,15 @@ def test_loras_act_until_the_context_is_left(pipe: StableDiffusionPipeline, orig
     assert loras.bank.names == ()
 
 
+def test_those_that_acted_before_act_again(pipe: StableDiffusionPipeline, origin: BasePipeline, file: Path) -> None:
+    loras = denoiser_of(pipe).loras
+    loras.add(LoraReader(pipe, origin).read(file), "mine")
+    loras.set({"mine": 0.25})
+    with loras_acting(pipe, origin, [GivenLora(file, 0.5)]):
+        assert loras.active == {str(file): 0.5}
+    assert loras.active == {"mine": 0.25}
+
+
 def test_a_part_in_memory_needs_the_file_no_more(
     pipe: StableDiffusionPipeline, origin: BasePipeline, file: Path
 ) -> None:

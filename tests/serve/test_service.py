@@ -15,13 +15,21 @@ import pytest
 from s2p_deploy.context import Context
 from s2p_deploy.engines import load_engine
 from s2p_deploy.engines.runner import ClosingRunner
-from s2p_deploy.errors import InputError, S2PError
+from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
 from s2p_deploy.families import load_pipeline
 from s2p_deploy.pipeline import EngineUNet, Schedule, generate, pipeline_with_engine, timesteps_of
 from s2p_deploy.records import Prompt
 from s2p_deploy.serve.generation_loop import Observer
-from s2p_deploy.serve.request import CancelledRequestError, ClosingError, DeadlineError, ImageRequest, OverloadedError
+from s2p_deploy.serve.request import (
+    CancelledRequestError,
+    ClosingError,
+    DeadlineError,
+    ImageRequest,
+    OverloadedError,
+    StoppedError,
+)
 from s2p_deploy.serve.service import ImageService, ServiceSettings, load_served_engine, open_service
+from tests.open_runners import watch_runners
 from tests.small_controlnets import OpenedEngines
 
 if TYPE_CHECKING:
@@ -261,9 +269,60 @@ def test_engines_of_controlnets_have_the_device_and_end_with_the_service(
 ) -> None:
     engines = OpenedEngines()
     monkeypatch.setattr("s2p_deploy.serve.service.open_controlnet", engines)
+    monkeypatch.setattr("s2p_deploy.serve.service.controlnet_memory", lambda *_given: (False, 1))
     monkeypatch.setattr(EngineUNet, "takes_residuals", True)
     settings = ServiceSettings(batches=(2,), controlnets=(("edges", tmp_path), ("depth", tmp_path)))
     engine = load_served_engine(tiny.engine, tiny.base, settings, context=Context(device="cpu"))
     with ImageService(engine, settings, Observer()):
         assert (engines.devices, engines.open) == (["cpu", "cpu"], 2)
     assert engines.open == 0
+
+
+def test_a_service_whose_second_controlnet_fails_leaves_no_engine_open(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, (opened, still_open) = OpenedEngines(most=1), watch_runners(monkeypatch)
+    monkeypatch.setattr("s2p_deploy.serve.service.open_controlnet", engines)
+    monkeypatch.setattr("s2p_deploy.serve.service.controlnet_memory", lambda *_given: (False, 1))
+    monkeypatch.setattr(EngineUNet, "takes_residuals", True)
+    settings = ServiceSettings(batches=(2,), controlnets=(("edges", tmp_path), ("depth", tmp_path)))
+    with pytest.raises(IntegrityError, match="another one cannot be opened"):
+        open_service(tiny.engine, tiny.base, settings, Observer())
+    assert (len(engines.devices), engines.open) == (1, 0)
+    assert opened
+    assert not still_open
+
+
+def test_a_service_that_draws_no_first_picture_is_closed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Observer):
+        def ran_batch(self, samples: int, padded: int, pictures: int, seconds: float) -> None:
+            raise ValueError("cannot count")
+
+    opened, still_open = watch_runners(monkeypatch)
+    with pytest.raises(StoppedError):
+        open_service(tiny.engine, tiny.base, ServiceSettings(batches=(2,)), Broken())
+    assert opened
+    assert not still_open
+
+
+def test_an_unknown_batching_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(InputError, match="unknown batching 'all'"):
+        ServiceSettings(batching="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_controlnets_that_memory_does_not_hold_are_refused_before_they_are_opened(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool
+) -> None:
+    engines = OpenedEngines()
+    monkeypatch.setattr("s2p_deploy.serve.service.open_controlnet", engines)
+    monkeypatch.setattr("s2p_deploy.serve.service.controlnet_memory", lambda *_given: (on_gpu, 2**20))
+    for place, free in (("available_memory", 3 * 2**19), ("free_gpu_memory", 2**20)):
+        monkeypatch.setattr(f"s2p_deploy.serve.service.{place}", lambda *_given, free=free: free)
+    monkeypatch.setattr(EngineUNet, "takes_residuals", True)
+    settings = ServiceSettings(batches=(2,), controlnets=(("edges", tmp_path), ("depth", tmp_path)))
+    free = "1.0" if on_gpu else "1.5"
+    said = rf"take 2\.0 MiB of memory \(edges 1\.0, depth 1\.0\), {free} are free: serve fewer"
+    with pytest.raises(MissingEnvironmentError, match=said):
+        load_served_engine(tiny.engine, tiny.base, settings)
+    assert not engines.devices
