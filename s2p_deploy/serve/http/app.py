@@ -18,7 +18,14 @@ from s2p_deploy.serve.http.edits import EDITS, VARIATIONS, edit_routes
 from s2p_deploy.serve.http.images import GENERATIONS, HttpLimits, ImageForm, image_routes
 from s2p_deploy.serve.http.loras import LORAS, lora_routes
 from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
-from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware, Uploads
+from s2p_deploy.serve.http.middleware import (
+    LOG,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    RequestLogMiddleware,
+    UnreadBodyMiddleware,
+    Uploads,
+)
 from s2p_deploy.serve.http.problems import (
     PROBLEMS,
     Problem,
@@ -82,6 +89,7 @@ def create_app(
     app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=(pictures, loras))  # the last one is the outermost
     app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)
+    app.add_middleware(UnreadBodyMiddleware, limits=limits)
     return app
 
 

@@ -54,7 +54,8 @@ class HttpLimits:
 
     Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; where ``adapter_pictures``
     come with prompts, for ControlNets and IP-Adapters, those of generations are such bodies too. A body that is a LoRA
-    may have ``lora_bytes`` and take ``lora_seconds``, and one is read and registered at once. ``seconds`` is how long a
+    may have ``lora_bytes`` and take ``lora_seconds``, and one is read and registered at once. Of a body that is refused
+    ``refused_bytes`` are read on, for as long as bodies may take. ``seconds`` is how long a
     request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
     the model's own.
     """
@@ -72,6 +73,7 @@ class HttpLimits:
     lora_bytes: int = 2**29
     lora_seconds: float = 60.0
     body_seconds: float = 15.0
+    refused_bytes: int = 2**26
     connections: int = 2000
 
 
