@@ -33,6 +33,7 @@ from s2p_deploy.serve.http.problems import (
     invalid_form,
     problem_of,
     problem_response,
+    unreadable_json,
 )
 
 if TYPE_CHECKING:
@@ -153,7 +154,9 @@ async def _error_response(request: Request, error: Exception) -> Response:
             first = error.errors()[0]
             problem = invalid_form({**first, "loc": first["loc"][1:]}, ImageForm.model_fields)
         case HTTPException():
-            problem = Problem(error.status_code, str(error.detail), headers=tuple((error.headers or {}).items()))
+            headers = tuple((error.headers or {}).items())
+            problem = Problem(error.status_code, str(error.detail), headers=headers)
+            problem = unreadable_json(error.__cause__) or problem  # of which FastAPI says only that there was an error
         case _:
             problem = problem_of(error)
     if problem.status == 500:
