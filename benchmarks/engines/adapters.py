@@ -8,6 +8,9 @@ the layers that a LoRA changes. Prompts are those of ``shapes:held_out``, noise 
 other prompts' scenes, IP-Adapters the prompt's own scene in other colours, and once its text is empty. Every engine
 draws every case once more with its ControlNet quantized, where one is given. Figures go into ``results/adapters.json``
 under the engine's name: PSNR in dB to floating point, and how far every picture's is from the same picture's without.
+
+``NAME=noise:35`` in place of an engine is the floating-point pipeline with white noise, 35 dB under every prediction:
+how much of a loss is due to pictures that part sooner, with adapters that lead them where nothing was trained.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "tests" / "assets"
 IP_WEIGHTS = "ip-adapter.safetensors"
-WITHOUT = "without"
+WITHOUT, NOISE = "without", "noise:"
 LEAST_GRADIENT = 24.0  # of an edge, in levels per pixel: as the ControlNets were trained
 BATCH = 8
 _SEED = 24
@@ -166,9 +169,14 @@ def main() -> None:
         references[case.name] = Drawing(stock, base, schedule, kind, fuse).pictures(inputs, plain)
         print("floating point:", case.name, flush=True)
     for text in asked.engines:
-        name, _, folder = text.partition("=")
-        with open_pipeline(Engine.open(Path(folder)), base, schedules=[schedule]) as opened:
-            drawing = Drawing(opened.pipe, base, schedule, kind, partial(loras_acting, opened.pipe, base))
+        name, _, what = text.partition("=")
+        with ExitStack() as stack:
+            if what.startswith(NOISE):
+                stack.enter_context(noise_in(denoiser_of(stock), float(what.removeprefix(NOISE))))
+                drawing = Drawing(stock, base, schedule, kind, fuse)
+            else:
+                pipe = stack.enter_context(open_pipeline(Engine.open(Path(what)), base, schedules=[schedule])).pipe
+                drawing = Drawing(pipe, base, schedule, kind, partial(loras_acting, pipe, base))
             scores: dict[str, NDArray[np.float64]] = {}
             rows = []
             for case in cases:
@@ -176,6 +184,23 @@ def main() -> None:
                 rows.append(row_of(case, scores))
                 print(name, json.dumps(rows[-1]), flush=True)
         write(asked.out, name, {"pictures": asked.pictures, "schedule": asked.schedule or asked.steps, "cases": rows})
+
+
+@contextmanager
+def noise_in(network: torch.nn.Module, under_db: float) -> Iterator[None]:
+    """Adds white noise to a network's predictions while the context lasts, so many dB under each sample's power."""
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def noisy(_network: object, _inputs: object, output: Any) -> Any:  # noqa: ANN401 - of diffusers
+        (clean,) = output
+        power = clean.square().mean(tuple(range(1, clean.ndim)), keepdim=True)
+        return (clean + torch.randn(clean.shape, generator=generator) * power.sqrt() * 10 ** (-under_db / 20),)
+
+    hook = network.register_forward_hook(noisy)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

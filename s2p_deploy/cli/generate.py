@@ -20,6 +20,7 @@ from s2p_deploy.cli.options import (
     context_from_options,
 )
 from s2p_deploy.cli.output import Outcome, show
+from s2p_deploy.context import MOST_SEED
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def generate(  # noqa: PLR0913 - its options
     *,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The prompt.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the noise.")] = 0,
     scheduler: Annotated[
         str | None,
         typer.Option(
