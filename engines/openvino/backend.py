@@ -255,7 +255,6 @@ def _fixed(model: openvino.Model, shapes: Mapping[str, Shape]) -> openvino.Model
 
 
 def _compiled(model: openvino.Model, execution: Execution) -> openvino.CompiledModel:
-
     return _core().compile_model(model, "CPU", _properties(execution))
 
 

@@ -85,7 +85,7 @@ class UnreadBodyMiddleware:
             if unread and message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["connection"] = "close"
             held = unread and message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message | {"more_body": True} if held else message)
+            await send({**message, "more_body": True} if held else message)
 
         await self._app(scope, receive_counted, send_but_the_end)
         if held:
