@@ -13,12 +13,12 @@ import torch
 
 from s2p_deploy.calib.fused_pipeline import fused_loras
 from s2p_deploy.calib.model_files import WEIGHT_SCALES, WEIGHTS
-from s2p_deploy.calib.quantized_denoiser import WeightQuantizer
+from s2p_deploy.calib.quantized_denoiser import WeightQuantizer, product_of_rounding
 from s2p_deploy.calib.request import KIND
 from s2p_deploy.calib.starting_scales import weight_scale
 from s2p_deploy.calib.streaming import DenoiserWeights, shifted_sources, split_sources
 from s2p_deploy.context import Context
-from s2p_deploy.families import check_base, indexed_skeleton, load_time_path
+from s2p_deploy.families import check_base, indexed_skeleton, load_time_path, shifted_layers
 from s2p_deploy.families.checkpoint import DTYPES, Checkpoint, TensorForm
 from s2p_deploy.families.streamed_tensors import write_tensor_file
 from s2p_deploy.families.time_path import table_of_path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.families import BasePipeline
+    from s2p_deploy.numerics import IntegerFormat
 
 TIME_TABLE = "time_table.safetensors"
 _KEPT = ("act_scales.safetensors", "timesteps.json", "plan.yaml", "denoiser_config.json")
@@ -120,6 +121,7 @@ class _AdaptedWeights:
         context: Context,
     ) -> None:
         self.scales = {name: torch.from_numpy(scale) for name, scale in calibrated.weight_scales().items()}
+        self._own_scales = dict(self.scales)
         self.touched: set[str] = set()
         self._stored, self._progress = stored, context.progress
         self._before, self._after = (_PipelineWeights(calibrated, stored, each) for each in (base, fused))
@@ -127,6 +129,12 @@ class _AdaptedWeights:
             parameter_name(f"{layer.name}.weight"): (layer.name, fmt)
             for layer in calibrated.plan.layers
             if (fmt := format_by_name(layer.weights)) is not None
+        }
+        # biases of shifted layers: what their inputs lost, and the weight whose codes' product with it they hold
+        self._shifted = {
+            parameter_name(f"{layer}.bias"): (stored.read(parameter_name(f"{path}.shift")), weight)
+            for layer, path in shifted_layers(calibrated.transforms).items()
+            if (weight := parameter_name(f"{layer}.weight")) in self._formats
         }
         self._recipe = recipe_from_data(calibrated.manifest.recipe, str(calibrated.folder)).scales
         if self._recipe.calibrator != "own":  # modelopt's scales are of the largest magnitudes
@@ -136,21 +144,41 @@ class _AdaptedWeights:
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
         """Makes a tensor in the model's own dtype; of a quantized layer's weight the scale too."""
-        own = self._stored.read(name)
         self._done += 1
         self._progress("fit weights", self._done, len(self._stored.names))
+        own = self._stored.read(name)
+        adapted = self._adapted(name, own)
+        if adapted is not own and name in self._formats:
+            layer, fmt = self._formats[name]
+            self.touched.add(layer)
+            self.scales[layer] = self._scale(adapted, fmt)
+        return adapted
+
+    def _adapted(self, name: str, own: Tensor) -> Tensor:
+        """Makes a tensor; the model's ``own`` itself where the LoRAs leave it."""
         if not self._before.has(name):
             return own
         before, after = self._before.read(name), self._after.read(name)
         if torch.equal(before, after):
             return own
-        # in this order nothing is rounded where the model has the pipeline's own weight
-        adapted = (after.float() + (own.float() - before.float())).to(own.dtype)
-        if name in self._formats:
-            layer, fmt = self._formats[name]
-            self.touched.add(layer)
-            self.scales[layer] = WeightQuantizer(weight_scale(adapted, fmt, self._recipe), fmt).scale.detach()
-        return adapted
+        # in this order nothing is rounded where the model has the pipeline's own tensor
+        if name not in self._shifted:
+            return (after.float() + (own.float() - before.float())).to(own.dtype)
+        rounding_before, rounding_after = self._roundings(*self._shifted[name])
+        return after + (own - (before + rounding_before)) + rounding_after
+
+    def _roundings(self, shift: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Computes what rounding adds to a bias that a shift went into, of the model's own weight and the adapted."""
+        own = self._stored.read(name)
+        adapted = self._adapted(name, own)
+        layer, fmt = self._formats[name]
+        return (
+            product_of_rounding(own.float(), self._own_scales[layer], fmt, shift),
+            product_of_rounding(adapted.float(), self._scale(adapted, fmt), fmt, shift),
+        )
+
+    def _scale(self, weight: Tensor, fmt: IntegerFormat) -> Tensor:
+        return WeightQuantizer(weight_scale(weight, fmt, self._recipe), fmt).scale.detach()
 
 
 class _PipelineWeights:

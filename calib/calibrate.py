@@ -57,6 +57,7 @@ from s2p_deploy.families import (
     load_scheduler,
     module_of_type,
     set_norm_shift,
+    shifts_by_layer,
     text_tokens,
 )
 from s2p_deploy.records import CalibratedModel, PromptSet, ScaleTable, TransformSpec, write_artifact
@@ -372,7 +373,7 @@ def starting_state(
             set_smoothing(denoiser, peaks.smoothing)
             transforms = replaced(transforms, spec=replaced(transforms.spec, smoothed=smoothing.smoothed))
             transforms, layers, plan = planned_layers(recipe, transforms, denoiser.config, source.time_source, None)
-        plan = _final_plan(request, source, layers, plan, dataset)
+        plan = _final_plan(request, source, layers, plan, dataset, transforms.spec)
         if peaks is not None:
             weight_scales, act_scales = peaks.weight_scales(plan), peaks.act_scales(plan, len(calibrated))
         else:
@@ -384,6 +385,7 @@ def starting_state(
         weight_format=request.hooks.weight_format,
         input_quantizer=request.hooks.input_quantizer,
     )
+    quantized.follow_shifts(shifts_by_layer(denoiser, transforms.spec), settled=request.initial is not None)
     scales = request.hooks.act_scales(recipe, plan, act_scales)
     state = TrainingState(quantized, scales, torch.tensor(calibrated), per_call)
     state.modules().to(source.device)  # the scales, which come from files
@@ -431,6 +433,7 @@ def _final_plan(
     layers: tuple[QuantizableLayer, ...],
     plan: PrecisionPlan,
     dataset: LatentDataset,
+    spec: TransformSpec,
 ) -> PrecisionPlan:
     """Adds mixed precision to the plan, unless the plan was given; found once and kept in the work folder."""
     recipe, file = request.recipe, request.partial / _PLAN
@@ -438,7 +441,7 @@ def _final_plan(
         return request.plan
     if not file.exists() and recipe.mixed.sensitivity != "none":
         if recipe.mixed.sensitivity == "pictures":
-            scores = _errors_of_layers(request, source, plan, dataset)
+            scores = _errors_of_layers(request, source, plan, dataset, spec)
         else:
             scores = layer_sensitivities(
                 source.denoiser,
@@ -461,11 +464,16 @@ def _final_plan(
 
 
 def _errors_of_layers(
-    request: CalibrationRequest, source: FloatPipeline, plan: PrecisionPlan, dataset: LatentDataset
+    request: CalibrationRequest,
+    source: FloatPipeline,
+    plan: PrecisionPlan,
+    dataset: LatentDataset,
+    spec: TransformSpec,
 ) -> dict[str, float]:
     """Measures what of a layer mixed precision changes does to the pictures, with starting scales."""
     weight_scales, act_scales = request.hooks.starting_scales(request, source, plan, dataset)
     denoiser = QuantizedDenoiser(sharing_tensors(source.denoiser), plan, weight_scales)
+    denoiser.follow_shifts(shifts_by_layer(denoiser.inner, spec), settled=False)
     calibrated = torch.tensor(calibrated_indices(dataset))
     scales = request.hooks.act_scales(request.recipe, plan, act_scales)
     state = TrainingState(denoiser, scales, calibrated, request.context.samples_per_call)

@@ -19,8 +19,10 @@ from s2p_deploy.families import (
     indexed_denoiser_of,
     load_pipeline,
     new_indexed_denoiser,
+    product_with_shift,
 )
 from s2p_deploy.numerics import IntegerFormat, fake_quantize, format_by_name, quantize
+from s2p_deploy.records.calibrated_model import parameter_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -100,7 +102,41 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(weight, self.scale, self.fmt)
 
 
-class QuantizedConv2d(nn.Conv2d):
+def product_of_rounding(weight: Tensor, scale: Tensor, fmt: IntegerFormat, shift: Tensor) -> Tensor:
+    """Computes what rounding a ``weight`` [out, in, ...] adds to its product [out] with ``shift`` [in]."""
+    return product_with_shift(fake_quantize(weight, scale, fmt), shift) - product_with_shift(weight, shift)
+
+
+class _OnGrid(nn.Module):
+    """What quantized layers of both kinds have: quantizers, and a bias that follows the weight's codes.
+
+    Where the input lost a ``shift`` k [in], the bias holds a ``product`` with it. Of the codes it must be that of the
+    codes: with W k there, what rounding does to W would be multiplied by x - k, not by x, and k is larger than most x.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    shift: Tensor | None
+    product: Tensor | None
+
+    def _set_quantizers(self, module: nn.Module, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
+        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+        for name in ("shift", "product"):
+            self.register_buffer(name, getattr(module, name) if isinstance(module, _OnGrid) else None, persistent=False)
+
+    def follow_shift(self, shift: Tensor, weight: Tensor) -> None:
+        """Lets the bias, which holds the product of ``weight`` with ``shift``, hold that of the codes from now on."""
+        self.shift, self.product = shift, product_with_shift(weight.detach(), shift)
+
+    def on_grid(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight on its grid, and the bias that goes with it."""
+        weight = self.weight_quantizer(self.weight)
+        if self.shift is None or self.product is None or self.bias is None:
+            return weight, self.bias
+        return weight, self.bias + (product_with_shift(weight, self.shift) - self.product)
+
+
+class QuantizedConv2d(_OnGrid, nn.Conv2d):
     """A convolution whose input and weight pass a quantizer (``nn.Identity`` where they stay in floating point)."""
 
     def __init__(self, conv: nn.Conv2d, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
@@ -117,25 +153,25 @@ class QuantizedConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
-        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+        self._set_quantizers(conv, input_quantizer, weight_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolution of the quantized input with the quantized weight."""
-        output: Tensor = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        output: Tensor = self._conv_forward(self.input_quantizer(x), *self.on_grid())
         return output
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(_OnGrid, nn.Linear):
     """A linear layer whose input and weight pass a quantizer (``nn.Identity`` where they stay in floating point)."""
 
     def __init__(self, linear: nn.Linear, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantizer, self.weight_quantizer = input_quantizer, weight_quantizer
+        self._set_quantizers(linear, input_quantizer, weight_quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Product of the quantized input with the quantized weight."""
-        return nn.functional.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return nn.functional.linear(self.input_quantizer(x), *self.on_grid())
 
 
 class QuantizedDenoiser(nn.Module):
@@ -242,13 +278,37 @@ class QuantizedDenoiser(nn.Module):
         module: nn.Module = self.inner.network.get_submodule(name)
         return module
 
+    @torch.no_grad()
+    def follow_shifts(self, shifts: Mapping[str, Tensor], *, settled: bool) -> None:
+        """Lets the biases of layers follow their weights' codes.
+
+        Args:
+            shifts: what the layers' inputs lost [in], by layer.
+            settled: whether the biases hold the codes' products with it already, as those of a finished model do.
+        """
+        for name, shift in shifts.items():
+            module = self.layer(name)
+            assert isinstance(module, _OnGrid), "shifted layers are planned"
+            module.follow_shift(shift, module.weight_quantizer(module.weight) if settled else module.weight)
+
+    @torch.no_grad()
     def inner_state(self) -> dict[str, Tensor]:
-        """Returns parameters and buffers under the indexed denoiser's own names, without the quantizers'."""
-        return {
+        """Returns parameters and buffers under the indexed denoiser's own names, without the quantizers'.
+
+        Biases of shifted layers are those that go with the codes.
+        """
+        state = {
             name: value
             for name, value in self.inner.state_dict().items()
             if not name.endswith("weight_quantizer.log_scale")
         }
+        for layer in self.plan.layers:
+            module = self.layer(layer.name)
+            if isinstance(module, _OnGrid) and module.shift is not None:
+                bias = module.on_grid()[1]
+                assert bias is not None, "a shifted layer has one"
+                state[parameter_name(f"{layer.name}.bias")] = bias
+        return state
 
     def weight_scales(self) -> dict[str, Tensor]:
         """Returns the scales float32 [out, 1, ...] of the layers whose weights are not baked."""

@@ -9,11 +9,18 @@ import torch
 
 from s2p_deploy.calib.model_files import WEIGHTS, write_model_files
 from s2p_deploy.calib.plan import Transforms, planned_layers, split_shortcuts
-from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, WeightQuantizer
+from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser, WeightQuantizer, product_of_rounding
 from s2p_deploy.calib.request import KIND
 from s2p_deploy.calib.starting_scales import default_scales, given_scales, weight_scale
 from s2p_deploy.errors import InputError
-from s2p_deploy.families import indexed_skeleton, load_pipeline, load_time_path, product_with_shift, text_tokens
+from s2p_deploy.families import (
+    indexed_skeleton,
+    load_pipeline,
+    load_time_path,
+    product_with_shift,
+    shifted_layers,
+    text_tokens,
+)
 from s2p_deploy.families.checkpoint import Checkpoint, TensorForm
 from s2p_deploy.families.network_files import check_components, component_classes
 from s2p_deploy.families.streamed_tensors import write_tensor_file
@@ -63,6 +70,13 @@ def stream_model(request: CalibrationRequest) -> None:
     act_scales, timesteps = default_scales(layout.plan, layout.timesteps), layout.timesteps
     if request.initial is not None:
         act_scales, timesteps = given_scales(layout.plan, layout.timesteps, request.initial)
+    # biases that follow the weight's codes, as in QuantizedDenoiser.inner_state
+    formats = {layer.name: format_by_name(layer.weights) for layer in layout.plan.layers}
+    roundings = {
+        parameter_name(f"{layer}.bias"): (shifts[path], layer, fmt)
+        for layer, path in shifted_layers(layout.transforms.spec).items()
+        if (fmt := formats[layer]) is not None
+    }
     check_room(request.out, sum(form.bytes for form in weights.forms.values()) + act_scales.scales.nbytes + _SLACK)
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -75,6 +89,10 @@ def stream_model(request: CalibrationRequest) -> None:
             tensor = weights.read(name)
             done += 1
             progress("write weights", done, len(weights.forms))
+            if name in roundings:
+                shift, layer, fmt = roundings[name]
+                weight = weights.read(parameter_name(f"{layer}.weight")).float()
+                tensor = tensor + product_of_rounding(weight, weight_scales[layer], fmt, shift)
             return tensor
 
         write_tensor_file(folder / WEIGHTS, weights.forms, read)

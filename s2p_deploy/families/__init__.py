@@ -50,6 +50,8 @@ from s2p_deploy.families.transforms import (
     put_module,
     set_norm_shift,
     shiftable,
+    shifted_layers,
+    shifts_by_layer,
     unpadded,
 )
 
@@ -97,6 +99,8 @@ __all__ = [
     "resolve_base",
     "set_norm_shift",
     "shiftable",
+    "shifted_layers",
+    "shifts_by_layer",
     "text_tokens",
     "time_table_of",
     "unpadded",

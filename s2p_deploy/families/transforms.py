@@ -123,6 +123,17 @@ def product_with_shift(weight: Tensor, shift: Tensor) -> Tensor:
     return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
 
 
+def shifts_by_layer(denoiser: IndexedDenoiser, spec: TransformSpec) -> dict[str, Tensor]:
+    """Returns what the inputs of layers lost [in], by the layers' own names in the transformed ``denoiser``."""
+    return {layer: denoiser.network.get_submodule(path).shift for layer, path in shifted_layers(spec).items()}
+
+
+def shifted_layers(spec: TransformSpec) -> dict[str, str]:
+    """Lists the layers whose inputs lose a shift, each with the module that has it: around it, or its norm."""
+    readers = {reader: norm for norm, names in spec.shifted_norms.items() for reader in names}
+    return {f"{path}.layer": path for path in spec.shifted} | readers
+
+
 def shiftable(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
     """Tells whether a layer can be a :class:`ShiftedLayer`: a Linear, or a Conv2d without groups, padded by zeros."""
     if isinstance(layer, nn.Conv2d):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from s2p_deploy.calib import QuantizedConv2d, QuantizedDenoiser, QuantizedLinear, plan_from_recipe
-from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser, InputQuantizer
+from s2p_deploy.calib.quantized_denoiser import FakeQuantDenoiser, InputQuantizer, WeightQuantizer
 from s2p_deploy.calib.starting_scales import starting_weight_scales
 from s2p_deploy.errors import InputError, S2PError
-from s2p_deploy.families import IndexedDenoiser, discover_layers
+from s2p_deploy.families import IndexedDenoiser, ShiftedLayer, discover_layers
 from s2p_deploy.numerics import INT4, INT8, fake_quantize
 from s2p_deploy.recipe import Recipe, Rule, Scales
 from s2p_deploy.records import PrecisionPlan
@@ -168,6 +168,33 @@ def test_baked_weights_give_the_same_output(
     scales_of_batch = act_scales[inputs[1]]
     torch.testing.assert_close(baked(*inputs, scales_of_batch), quantized(*inputs, scales_of_batch))
     assert baked.weight_scales() == {}
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, torch.nn.Conv2d])
+def test_a_shift_changes_nothing_in_a_layer_whose_weights_alone_are_rounded(kind: type[torch.nn.Module]) -> None:
+    """Q(W) (x - k) + Q(W) k = Q(W) x: with W k in its place rounding would cost k times as much."""
+    torch.manual_seed(0)
+    size, shape = ((1,), (2, 6, 5, 5)) if kind is torch.nn.Conv2d else ((), (2, 5, 6))
+    plain = kind(6, 4, *size).double()
+    shifted, shift = ShiftedLayer(copy.deepcopy(plain)), 10 * torch.randn(6, dtype=torch.float64)
+    shifted.set_shift(shift)
+    scale = plain.weight.detach().abs().amax(tuple(range(1, plain.weight.dim())), keepdim=True) / 7
+    make = QuantizedConv2d if kind is torch.nn.Conv2d else QuantizedLinear
+    layers = [make(each, torch.nn.Identity(), WeightQuantizer(scale, INT4)) for each in (plain, shifted.layer)]
+    layers[1].follow_shift(shift, shifted.layer.weight)
+    shifted.layer = layers[1]
+    x = torch.randn(shape, dtype=torch.float64)
+    expected, found = layers[0](x), shifted(x)
+    torch.testing.assert_close(found, expected)
+    assert (expected - plain(x)).abs().max() > 0.01
+    for output, layer in ((expected, layers[0]), (found, layers[1])):
+        output.square().sum().backward()
+        assert layer.weight.grad is not None
+    torch.testing.assert_close(layers[1].weight.grad, layers[0].weight.grad)
+    again = make(layers[1], torch.nn.Identity(), torch.nn.Identity())  # as a search makes it, of what is on the grid
+    again.weight = torch.nn.Parameter(fake_quantize(plain.weight.detach(), scale, INT4))
+    shifted.layer = again
+    torch.testing.assert_close(shifted(x), expected)
 
 
 def test_a4_is_the_four_bit_grid(float_denoiser: IndexedDenoiser, recipe: Recipe, inputs: Inputs) -> None:
