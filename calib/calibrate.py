@@ -25,6 +25,7 @@ from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.request import (
     KIND,
     CalibrationRequest,
+    check_out,
     claim_unfinished,
     continued,
     is_unfinished,
@@ -153,6 +154,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     request = CalibrationRequest(
         base, resolved, walked, selection, judged, out, plan, initial, dataset, replace, hooks, context, weights
     )
+    check_out(request)
     with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:
             return open_calibrated(request)

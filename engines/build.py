@@ -142,7 +142,7 @@ def check_build(  # noqa: PLR0913 - a build has these arguments, two of them by 
         raise InputError(
             f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
         )
-    check_vacant(out, replace=replace)
+    check_vacant(out, "Engine", replace=replace, inputs={"graph": graph.folder})
     execution = resolve_execution(chosen, options.execution, graph.dtype)
     profile = profile_for(graph, options.profile or default_profile(graph, chosen, execution, device).profile)
     resolved = dataclasses.replace(options, **dataclasses.asdict(execution), profile=profile)
