@@ -73,8 +73,8 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
 
     def fill(folder: Path) -> dict[str, Any]:
         context.progress("build", 0, 1)
-        # scratch beside the artifact, on the same disk
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.scratch-", dir=folder.parent) as scratch:
+        # on the artifact's disk, and inside of its folder, which the next writer removes where a kill leaves it
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             message = {
                 "graph": str(graph.folder.resolve()),
                 "backend": backend,
