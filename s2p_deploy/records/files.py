@@ -175,7 +175,7 @@ def check_file(path: Path) -> None:
     Raises:
         InputError: as :func:`check_place`, or ``path`` is a folder.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise InputError(f"{path} is a folder: give the name of a file")
     check_place(path)
 
