@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import asdict
 from dataclasses import replace as replaced
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
     from s2p_deploy.metric_networks import MetricWeights
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import LatentDataset, PrecisionPlan
+
+_LOGGER = logging.getLogger(__name__)
 
 _DATASET = "dataset"
 _NO_PROMPTS = PromptSet(())
@@ -515,6 +518,18 @@ def training_setting(
     )
 
 
+def _warn_of_ends(schedule: tuple[float, ...], covered: tuple[float, float]) -> None:
+    """Says so where the samples' timesteps do not reach to those of the schedule, ascending."""
+    first, last = covered
+    missing = [value for value in (schedule[0], schedule[-1]) if not first <= value <= last]
+    if missing:
+        _LOGGER.warning(
+            "the dataset has no sample near timestep %g, so engines of this calibration cannot draw their own schedule:"
+            " raise dataset.prompts (and give as many), or dataset.samples_per_prompt",
+            missing[0],
+        )
+
+
 def write_model(
     request: CalibrationRequest,
     source: FloatPipeline,
@@ -526,6 +541,7 @@ def write_model(
     """Writes the model; ``about`` is what its manifest says of training and target."""
     calibrated = state.calibrated.tolist()
     timesteps = replaced(source.timesteps, calibrated=tuple(source.timesteps.timesteps[calibrated].tolist()))
+    _warn_of_ends(source.timesteps.calibrated, timesteps.covered)
     scales = interpolate_scales(state.act_scales.table().cpu().numpy(), timesteps)
 
     def fill(folder: Path) -> dict[str, Any]:

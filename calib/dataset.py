@@ -6,6 +6,7 @@ Unfinished work is in ``<out>.shards``: the request, the prompts' text states, a
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import Prompt, PromptSet
 
 KIND = "LatentDataset"
+LOG = logging.getLogger(__name__)
 _REQUEST = "request.json"
 _LESS_ROOM = "make room, choose another --out, or lower dataset.prompts or dataset.samples_per_prompt"
 
@@ -203,7 +205,11 @@ def write_shards(
 ) -> None:
     """Makes the missing shards of the request's rank in its work folder. As :func:`generate_dataset`."""
     context.set_threads()
-    sampling = request.recipe.sampling
+    sampling, given, asked = request.recipe.sampling, len(request.prompts.prompts), request.recipe.dataset.prompts
+    if given < asked and request.rank == 0:
+        LOG.warning(
+            "%d prompts are given, the recipe asks for %d (dataset.prompts): the dataset is smaller", given, asked
+        )
     check_pictures(request.base.pipeline_class, request.recipe)
     source = source or load_float_pipeline(
         request.base, sampling.steps, device=context.torch_device, strength=sampling.strength

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_SEED = 2**63 - 1  # of PyTorch's generators
+
+
 class Progress(Protocol):
     """Called after every unit of work; ``done`` starts above zero where a run was resumed.
 

@@ -47,3 +47,9 @@ class EngineBuildError(S2PError):
 
 class GraphContractError(S2PError):
     """A graph breaks the contract of the exported graph: a defect of this package or a foreign graph."""
+
+
+class ServerStoppedError(S2PError):
+    """A server was stopped by Ctrl-C: nothing went wrong, and there is nothing to go on with."""
+
+    exit_code = 130

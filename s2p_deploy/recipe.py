@@ -40,6 +40,9 @@ class Rule(Section):
     activations: FormatName | None = None
 
 
+MOST_GUIDANCE = 100.0
+
+
 class Override(Section):
     """Formats that replace a layer's own; null keeps what the rules gave."""
 
@@ -118,7 +121,7 @@ class Sampling(Section):
 
     steps: int = Field(50, ge=1, le=1000)
     max_sequence_length: int = Field(256, ge=1, le=4096)
-    guidance_scale: float | None = Field(None, ge=0)
+    guidance_scale: float | None = Field(None, ge=0, le=MOST_GUIDANCE)
     strength: float | None = Field(None, gt=0, le=1)
     pictures: str | None = None
 

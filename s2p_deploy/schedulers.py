@@ -112,7 +112,9 @@ def with_steps(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name}, as it is configured, cannot do {steps} steps: {_one_line(error)}") from error
+        raise InputError(
+            f"{name}, as it is configured, cannot do {steps} steps: {_one_line(error)} (sampling.steps, --steps)"
+        ) from error
     if not torch.isfinite(latents).all():
         raise InputError(
             f"{name} ends {steps} steps with values that are no numbers (timestep_spacing"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from benchmarks.engines.adapters import KINDS, Case, Inputs, cases_of, edge_map, row_of
+from benchmarks.engines.adapters import KINDS, Case, Inputs, cases_of, edge_map, noise_in, row_of
 from s2p_deploy.api import as_prompts
+from s2p_deploy.metrics import sqnr_db
 from s2p_deploy.shapes.checker import read_picture
 from s2p_deploy.shapes.scenes import parse
 
@@ -45,6 +47,15 @@ def test_edges_are_where_the_colour_changes() -> None:
     picture[:, :, 4:] = 200
     assert edge_map(picture)[0, 0, :, 0].tolist() == [0, 0, 0, 255, 255, 0, 0, 0]
     assert not edge_map(np.full((1, 4, 4, 3), 90, np.uint8)).any()
+
+
+def test_noise_has_the_power_that_was_asked_for_and_ends() -> None:
+    network, clean = torch.nn.Module(), torch.randn(4, 3, 32, 32) * torch.tensor([0.1, 1.0, 5.0, 9.0]).view(4, 1, 1, 1)
+    network.forward = lambda: (clean,)
+    with noise_in(network, 35.0):
+        found = sqnr_db(clean.numpy(), network()[0].numpy())
+    np.testing.assert_allclose(found, 35.0, atol=0.3)
+    assert network()[0] is clean
 
 
 def test_figures_by_hand() -> None:

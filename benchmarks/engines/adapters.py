@@ -1,18 +1,25 @@
 """Engines with adapters against the floating-point pipeline with the same ones: as close as without?
 
     python -m benchmarks.engines.adapters shapes w8a8=ENGINE w4a8=ENGINE [--controlnet-engine FOLDER] [--pictures 32]
-    python -m benchmarks.engines.adapters sdxl sdxl-w8a8=ENGINE --schedule pndm:25
+    python -m benchmarks.engines.adapters shapes w8a8=ENGINE --calls [--pictures 8]
+    python -m benchmarks.engines.adapters sdxl sdxl-w8a8=ENGINE --steps 30
 
 Engines have slots for everything: ``export --lora-rank 64 --controlnet --image-tokens 4``, with ``--lora-layers`` for
 the layers that a LoRA changes. Prompts are those of ``shapes:held_out``, noise is equal; ControlNets read the edges of
 other prompts' scenes, IP-Adapters the prompt's own scene in other colours, and once its text is empty. Every engine
 draws every case once more with its ControlNet quantized, where one is given. Figures go into ``results/adapters.json``
 under the engine's name: PSNR in dB to floating point, and how far every picture's is from the same picture's without.
+
+``--calls`` measures single calls instead: the SQNR in dB of an engine's predictions at the inputs that floating point
+had in every step of its pictures, mean over the calls: what quantization does. Pictures say what becomes of it.
+``NAME=noise:35`` in place of an engine is the floating-point pipeline with white noise, 35 dB under every prediction:
+how much of a loss is due to pictures that part sooner, with adapters that lead them where nothing was trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -32,7 +39,7 @@ from s2p_deploy.families import denoiser_of, load_pipeline, resolve_base
 from s2p_deploy.families.controlnets import with_controlnets
 from s2p_deploy.families.lora import GivenLora, Lora
 from s2p_deploy.families.lora_fusing import fused, loadable_networks, weights_in_memory
-from s2p_deploy.metrics import median_of, psnr_db, quantile_of
+from s2p_deploy.metrics import median_of, psnr_db, quantile_of, sqnr_db
 from s2p_deploy.pipeline import Schedule, initial_noise, open_controlnet, open_pipeline, with_schedule
 from s2p_deploy.pipeline.lora_files import loras_acting
 from s2p_deploy.records import Engine
@@ -50,7 +57,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "tests" / "assets"
 IP_WEIGHTS = "ip-adapter.safetensors"
-WITHOUT = "without"
+WITHOUT, NOISE = "without", "noise:"
 LEAST_GRADIENT = 24.0  # of an edge, in levels per pixel: as the ControlNets were trained
 BATCH = 8
 _SEED = 24
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("engines", nargs="+", metavar="NAME=ENGINE")
     parser.add_argument("--controlnet-engine", type=Path)
     parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--calls", action="store_true", help="SQNR of single calls, no pictures of engines")
     parser.add_argument("--schedule", default=None, metavar="SCHEDULER:STEPS", help="the pipeline's own, if omitted")
     parser.add_argument("--steps", type=int, default=50, help="of the pipeline's own scheduler")
     parser.add_argument("--only", action="append", help="cases whose names begin so, and those without")
@@ -161,21 +169,73 @@ def main() -> None:
         return fused(networks, [(Lora(lora.file, known), lora.weight) for lora in loras])
 
     references: dict[str, NDArray[np.float32]] = {}
+    calls: dict[str, list[Call]] = {}
     for case in cases:
         plain = replace(case, control=case.control and kind.controlnet)
-        references[case.name] = Drawing(stock, base, schedule, kind, fuse).pictures(inputs, plain)
+        with recorded(denoiser_of(stock)) if asked.calls else nullcontext([]) as calls[case.name]:
+            references[case.name] = Drawing(stock, base, schedule, kind, fuse).pictures(inputs, plain)
         print("floating point:", case.name, flush=True)
     for text in asked.engines:
-        name, _, folder = text.partition("=")
-        with open_pipeline(Engine.open(Path(folder)), base, schedules=[schedule]) as opened:
-            drawing = Drawing(opened.pipe, base, schedule, kind, partial(loras_acting, opened.pipe, base))
+        name, _, what = text.partition("=")
+        with ExitStack() as stack:
+            if what.startswith(NOISE):
+                stack.enter_context(noise_in(denoiser_of(stock), float(what.removeprefix(NOISE))))
+                drawing = Drawing(stock, base, schedule, kind, fuse)
+            else:
+                pipe = stack.enter_context(open_pipeline(Engine.open(Path(what)), base, schedules=[schedule])).pipe
+                drawing = Drawing(pipe, base, schedule, kind, partial(loras_acting, pipe, base))
             scores: dict[str, NDArray[np.float64]] = {}
-            rows = []
+            rows = {}
             for case in cases:
-                scores[case.name] = psnr_db(references[case.name], drawing.pictures(inputs, case))
-                rows.append(row_of(case, scores))
-                print(name, json.dumps(rows[-1]), flush=True)
-        write(asked.out, name, {"pictures": asked.pictures, "schedule": asked.schedule or asked.steps, "cases": rows})
+                if asked.calls:
+                    rows[case.name] = {"call_sqnr": round(drawing.call_sqnr(case, calls[case.name]), 2)}
+                else:
+                    scores[case.name] = psnr_db(references[case.name], drawing.pictures(inputs, case))
+                    rows[case.name] = row_of(case, scores)
+                print(name, case.name, json.dumps(rows[case.name]), flush=True)
+        about = {"pictures": asked.pictures, "schedule": asked.schedule or asked.steps}
+        write(asked.out, f"{name}, calls" if asked.calls else name, about | {"cases": rows})
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a denoiser was called with, and the prediction."""
+
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    predicted: torch.Tensor
+
+
+@contextmanager
+def recorded(network: torch.nn.Module) -> Iterator[list[Call]]:
+    """Records a network's calls while the context lasts."""
+    calls: list[Call] = []
+
+    def keep(_network: object, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:  # noqa: ANN401
+        calls.append(Call(copy.deepcopy(args), copy.deepcopy(options), output[0].clone()))
+
+    hook = network.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def noise_in(network: torch.nn.Module, under_db: float) -> Iterator[None]:
+    """Adds white noise to a network's predictions while the context lasts, so many dB under each sample's power."""
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def noisy(_network: object, _inputs: object, output: Any) -> Any:  # noqa: ANN401 - of diffusers
+        (clean,) = output
+        power = clean.square().mean(tuple(range(1, clean.ndim)), keepdim=True)
+        return (clean + torch.randn(clean.shape, generator=generator) * power.sqrt() * 10 ** (-under_db / 20),)
+
+    hook = network.register_forward_hook(noisy)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)
@@ -219,13 +279,19 @@ class Drawing:
     kind: Kind
     act: Callable[[Sequence[GivenLora]], Any]
 
+    def call_sqnr(self, case: Case, calls: Sequence[Call]) -> float:
+        """Computes the mean SQNR in dB of the denoiser's predictions in a case, at the inputs of recorded calls."""
+        with self._acting(case):
+            network = denoiser_of(self.pipe)
+            found = [
+                sqnr_db(call.predicted.numpy(), network(*call.args, **call.options)[0].numpy()).mean() for call in calls
+            ]
+        return float(np.mean(found))
+
     def pictures(self, inputs: Inputs, case: Case) -> NDArray[np.float32]:
         """Draws a case; float32 [n, H, W, 3] in 0..1."""
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self.act(case.loras) if case.loras else nullcontext())
+        with self._acting(case):
             ready = self._controlled(case.control) if case.control is not None else self.pipe
-            if case.image_scale is not None:
-                stack.enter_context(self._ip_adapter(case.image_scale))
             ready = with_schedule(ready, self.schedule)
             ready.set_progress_bar_config(disable=True)
             size = 1 if case.image_scale is not None else BATCH  # a pipeline gives all prompts of a call one image
@@ -250,6 +316,14 @@ class Drawing:
         ).images
         return drawn
 
+    @contextmanager
+    def _acting(self, case: Case) -> Iterator[None]:
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self.act(case.loras) if case.loras else nullcontext())
+            if case.image_scale is not None:
+                stack.enter_context(self._ip_adapter(case.image_scale))
+            yield
+
     def _controlled(self, folder: Path) -> DiffusionPipeline:
         network = open_controlnet(folder, dict(denoiser_of(self.pipe).config), self.pipe.vae_scale_factor)
         return with_controlnets(self.pipe, [network])
@@ -268,7 +342,6 @@ def row_of(case: Case, scores: dict[str, NDArray[np.float64]]) -> dict[str, Any]
     """Makes a case's figures in dB: of its pictures, and of every picture less the same without the adapter."""
     own, without = scores[case.name], scores[case.like]
     return {
-        "case": case.name,
         "psnr": rounded(median_of(own)),
         "p10": rounded(quantile_of(own, 0.1)),
         "worst": round(float(own.min()), 2),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import Engine, ExportedGraph
 
 XML, BIN = "denoiser.xml", "denoiser.bin"
+_MAKING_CORE = Lock()
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class OpenVinoBackend:
         """Writes the IR, compiles it once, and reads per layer what runs in which type (known after a first run)."""
         import openvino
 
-        core = openvino.Core()
+        core = _core()
         onnx_path = request.scratch / "denoiser.onnx"  # OpenVINO reads large models from files alone
         write_onnx(request.model, onnx_path)
         model = core.read_model(onnx_path)
@@ -117,7 +120,7 @@ class OpenVinoBackend:
 
         names = (f"{onnx_file.stem}.xml", f"{onnx_file.stem}.bin")
         # serialize, not save_model: that one rounds float32 weights to float16
-        openvino.serialize(openvino.Core().read_model(onnx_file), *(folder / name for name in names))
+        openvino.serialize(_core().read_model(onnx_file), *(folder / name for name in names))
         return Compiled(names, self.environment(execution), {})
 
     def load_network(self, files: Mapping[str, bytearray], execution: Execution, device: str = "auto") -> Runner:
@@ -129,12 +132,10 @@ class OpenVinoBackend:
 
     def runner_from_model(self, model: ir.Model, execution: Execution) -> Runner:
         """Opens a model; OpenVINO reads large ones from files alone."""
-        import openvino
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "subgraph.onnx"
             write_onnx(model, path)
-            return OpenVinoRunner(openvino.Core().read_model(path), execution, {})
+            return OpenVinoRunner(_core().read_model(path), execution, {})
 
     def subgraphs(self, engine: Engine, graph: ExportedGraph, scratch: Path) -> Subgraphs:
         """Opens the engine's IR."""
@@ -221,7 +222,25 @@ def _model_of(xml: bytearray, data: bytearray) -> tuple[openvino.Model, NDArray[
 
     weights = np.frombuffer(data, np.uint8)
     shared = openvino.Tensor(weights, shared_memory=True)
-    return openvino.Core().read_model(model=bytes(xml), weights=shared), weights
+    return _core().read_model(model=bytes(xml), weights=shared), weights
+
+
+def _core() -> openvino.Core:
+    """Returns the process's one core, which is never given up.
+
+    Every core loads OpenVINO's CPU plugin anew, and every plugin gives its thread another stack for signals. One that
+    is dropped puts back the stack that it found, which is unmapped where that one's plugin went before it: the next
+    signal then ends the process with a segmentation fault.
+    """
+    with _MAKING_CORE:
+        return _only_core()
+
+
+@cache
+def _only_core() -> openvino.Core:
+    import openvino
+
+    return openvino.Core()
 
 
 def _for_inputs(model: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> openvino.Model:
@@ -236,9 +255,7 @@ def _fixed(model: openvino.Model, shapes: Mapping[str, Shape]) -> openvino.Model
 
 
 def _compiled(model: openvino.Model, execution: Execution) -> openvino.CompiledModel:
-    import openvino
-
-    return openvino.Core().compile_model(model, "CPU", _properties(execution))
+    return _core().compile_model(model, "CPU", _properties(execution))
 
 
 def _properties(execution: Execution) -> dict[str, str]:

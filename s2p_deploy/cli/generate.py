@@ -21,6 +21,7 @@ from s2p_deploy.cli.options import (
     writable_file,
 )
 from s2p_deploy.cli.output import Outcome, show
+from s2p_deploy.context import MOST_SEED
 from s2p_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def generate(  # noqa: PLR0913 - its options
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.", callback=writable_file)
     ],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the noise.")] = 0,
     scheduler: Annotated[
         str | None,
         typer.Option(

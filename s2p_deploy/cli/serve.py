@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,10 +29,10 @@ from s2p_deploy.cli.options import (
 )
 from s2p_deploy.cli.output import Outcome, show
 from s2p_deploy.context import Context
-from s2p_deploy.errors import InputError, MissingEnvironmentError
+from s2p_deploy.errors import InputError, MissingEnvironmentError, ServerStoppedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from s2p_deploy.families import BasePipeline
     from s2p_deploy.records import Engine
@@ -178,12 +179,24 @@ def serve(  # noqa: PLR0913 - its options
         spec = ReplicaSpec.of(
             engines[first], base(), first, settings(), limits, hosts=hosts, token=token, context=context
         )
-        serve_replicas(spec, cluster, address, port, on_ready)
+        with _stopped_by_ctrl_c():
+            serve_replicas(spec, cluster, address, port, on_ready)
         return 0
     metrics = Metrics()
     openings = {one: partial(_open, opened, base, one, settings, metrics, context) for one, opened in engines.items()}
-    run_server(ServedModels(openings, on_ready), limits, metrics, listening, token=token, drain_seconds=drain_seconds)
+    models = ServedModels(openings, on_ready)
+    with _stopped_by_ctrl_c():
+        run_server(models, limits, metrics, listening, token=token, drain_seconds=drain_seconds)
     return 0
+
+
+@contextmanager
+def _stopped_by_ctrl_c() -> Iterator[None]:
+    """Raises ServerStoppedError where Ctrl-C ends what runs inside: other commands go on when they are repeated."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise ServerStoppedError("stopped") from error
 
 
 def check_installed(command: str, packages: tuple[str, ...]) -> None:

@@ -285,7 +285,7 @@ def check_base(base: BasePipeline, manifest: Manifest) -> None:
 
 def _another(source: str) -> IntegrityError:
     return IntegrityError(
-        f"{source} is not the pipeline that this artifact was made from (its digest differs): pass --model"
+        f"{source} is not the pipeline that this artifact was made from (its digest differs): give that one (--model)"
     )
 
 

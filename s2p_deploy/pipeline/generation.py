@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from s2p_deploy.context import MOST_SEED
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import (
     BasePipeline,
@@ -26,6 +27,7 @@ from s2p_deploy.families.text import is_sd3
 from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.pipeline.control import check_controls, control_arguments
 from s2p_deploy.pipeline.ip_adapter import prompted
+from s2p_deploy.recipe import MOST_GUIDANCE
 from s2p_deploy.records import Span
 from s2p_deploy.schedulers import on_host, scheduler_by_name, skipped_calls, with_steps
 
@@ -145,9 +147,16 @@ def generate(  # noqa: PLR0913 - what is drawn, and how by keyword
 
     Raises:
         InputError: there is no such scheduler, the engine's table does not cover the schedule, or the engine does not
-            take the size, a text of so many chunks, ControlNets or image prompts; as :func:`timesteps_from_start`.
+            take the size, a text of so many chunks, ControlNets or image prompts; the seed or the guidance scale is out
+            of range; as :func:`timesteps_from_start`.
     """
     noise_seed = prompt.noise_seed if seed is None else seed
+    if not 0 <= noise_seed <= MOST_SEED:
+        raise InputError(f"seed {noise_seed} is out of range: give one from 0 to {MOST_SEED}")
+    if not 0 <= guidance_scale <= MOST_GUIDANCE:
+        raise InputError(
+            f"a guidance scale of {guidance_scale:g} is out of range: give one from 0 to {MOST_GUIDANCE:g}"
+        )
     if images:
         guided = has_branches(dict(denoiser_of(pipe).config), guidance_scale)
         pipe = with_denoiser(pipe, prompted(denoiser_of(pipe), images, guided=guided))

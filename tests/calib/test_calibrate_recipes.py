@@ -84,6 +84,21 @@ def test_a_plan_file_stands_in_place_of_the_rules(base: BasePipeline, prompts: P
         calibrate(base, recipe, prompts, tmp_path / "second")
 
 
+def test_a_dataset_without_the_ends_of_the_schedule_is_named(
+    base: BasePipeline, prompts: PromptSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = {"dataset": QUICK["dataset"] | {"prompts": 1, "samples_per_prompt": 1}}
+    model = made("w8a8", base, prompts, tmp_path / "few", UNTRAINED | few)
+    (said,) = caplog.messages
+    assert said.startswith("the dataset has no sample near timestep ")
+    missing = float(said.split("timestep ")[1].split(",")[0])
+    first, last = model.timesteps.covered
+    assert not first <= missing <= last
+    caplog.clear()
+    made("w8a8", base, prompts, tmp_path / "all", UNTRAINED | {"dataset": few["dataset"] | {"samples_per_prompt": 7}})
+    assert caplog.messages == []
+
+
 def test_going_on_from_a_finished_model(base: BasePipeline, prompts: PromptSet, tmp_path: Path) -> None:
     first = made("w4a8", base, prompts, tmp_path / "first", TRAINED)
     untouched = QUICK | UNTRAINED

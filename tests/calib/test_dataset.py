@@ -206,6 +206,20 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
         assert not out.with_name("dataset.shards").exists()
 
 
+def test_fewer_prompts_than_the_recipe_asks_for_are_named(
+    base: BasePipeline,
+    recipe: Recipe,
+    prompts: PromptSet,
+    source: FloatPipeline,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generate_dataset(dataset_request(base, recipe, prompts, tmp_path / "all"), source)
+    assert caplog.messages == []
+    generate_dataset(dataset_request(base, recipe, prompts.first(2), tmp_path / "two"), source)
+    assert caplog.messages == ["2 prompts are given, the recipe asks for 6 (dataset.prompts): the dataset is smaller"]
+
+
 def test_a_whole_dataset_is_opened_and_checked(
     base: BasePipeline, recipe: Recipe, prompts: PromptSet, source: FloatPipeline, tmp_path: Path
 ) -> None:

@@ -174,6 +174,16 @@ def test_an_artifact_of_another_kind_is_refused(run: Run, tiny_engine: Path) -> 
     assert run("serve", tiny_engine.parent / "graph").code == 2
 
 
+def test_ctrl_c_leaves_nothing_to_go_on_with(run: Run, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_models: object, _limits: object, _metrics: object, listening: Listening, **_: object) -> None:
+        listening.socket.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2p_deploy.serve.http.server.run_server", interrupted)
+    done = run("serve", tiny_engine, "--port", 0)
+    assert (done.code, done.err) == (130, "s2p-deploy: stopped\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_lets_the_running_request_finish(tiny_engine: Path, sent: signal.Signals, code: int) -> None:
@@ -195,6 +205,8 @@ def test_a_signal_lets_the_running_request_finish(tiny_engine: Path, sent: signa
     assert [status for status, _ in answers] == [200]
     assert "closing: requests that run have 30 s" in said
     assert "Traceback" not in said
+    own = [line for line in said.splitlines() if line.startswith("s2p-deploy: ")]
+    assert own == (["s2p-deploy: stopped"] if sent == signal.SIGINT else [])
 
 
 @pytest.mark.slow

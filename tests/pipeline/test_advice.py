@@ -248,6 +248,8 @@ ELSEWHERE = {
     "{components.folder}: {error}": "the size's own error",
     "has too many pixels": "test_start_picture.py",
     "a {kind} takes {wanted}": "test_generation.py",
+    "seed {noise_seed} is out of range": "test_generation.py",
+    "a guidance scale of {guidance_scale:g} is out of range": "test_generation.py",
     "pixels: give one of at most": "test_start_picture.py",
     "IP-Adapters at once, this engine takes": "test_image_prompts.py",
     "one tensor for each": "test_image_prompts.py",

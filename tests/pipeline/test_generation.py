@@ -98,6 +98,18 @@ def test_a_picture_depends_on_its_seed_or_its_prompts_id(base: StableDiffusionPi
     assert not np.array_equal(picture("one", None), picture("two", None))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_a_seed_that_no_generator_takes_is_refused(base: StableDiffusionPipeline, seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed {seed} is out of range: give one from 0 to {2**63 - 1}"):
+        generate(base, Prompt("id", PROMPT), schedule=Schedule(2), guidance_scale=2.0, seed=seed)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 100.1, 1e308, float("inf"), float("nan")])
+def test_a_guidance_scale_that_draws_no_picture_is_refused(base: StableDiffusionPipeline, scale: float) -> None:
+    with pytest.raises(InputError, match=r"guidance scale of .* is out of range: give one from 0 to 100"):
+        generate(base, Prompt("id", PROMPT), schedule=Schedule(2), guidance_scale=scale)
+
+
 def test_no_negative_prompt_is_none_where_no_prompt_has_any(base: StableDiffusionPipeline) -> None:
     """SDXL takes zeros then, not the states of an empty text."""
     plain, other = Prompt("a", "x"), Prompt("b", "y", "blurry")

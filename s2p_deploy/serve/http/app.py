@@ -18,7 +18,14 @@ from s2p_deploy.serve.http.edits import EDITS, VARIATIONS, edit_routes
 from s2p_deploy.serve.http.images import GENERATIONS, HttpLimits, ImageForm, image_routes
 from s2p_deploy.serve.http.loras import LORAS, lora_routes
 from s2p_deploy.serve.http.metrics import CONTENT_TYPE, Metrics
-from s2p_deploy.serve.http.middleware import LOG, AuthMiddleware, BodyLimitMiddleware, RequestLogMiddleware, Uploads
+from s2p_deploy.serve.http.middleware import (
+    LOG,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    RequestLogMiddleware,
+    UnreadBodyMiddleware,
+    Uploads,
+)
 from s2p_deploy.serve.http.problems import (
     PROBLEMS,
     Problem,
@@ -26,6 +33,7 @@ from s2p_deploy.serve.http.problems import (
     invalid_form,
     problem_of,
     problem_response,
+    unreadable_json,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +90,7 @@ def create_app(
     app.add_middleware(BodyLimitMiddleware, limits=limits, uploads=(pictures, loras))  # the last one is the outermost
     app.add_middleware(AuthMiddleware, hosts=hosts, token=token)
     app.add_middleware(RequestLogMiddleware, metrics=metrics)
+    app.add_middleware(UnreadBodyMiddleware, limits=limits)
     return app
 
 
@@ -145,7 +154,9 @@ async def _error_response(request: Request, error: Exception) -> Response:
             first = error.errors()[0]
             problem = invalid_form({**first, "loc": first["loc"][1:]}, ImageForm.model_fields)
         case HTTPException():
-            problem = Problem(error.status_code, str(error.detail), headers=tuple((error.headers or {}).items()))
+            headers = tuple((error.headers or {}).items())
+            problem = Problem(error.status_code, str(error.detail), headers=headers)
+            problem = unreadable_json(error.__cause__) or problem  # of which FastAPI says only that there was an error
         case _:
             problem = problem_of(error)
     if problem.status == 500:

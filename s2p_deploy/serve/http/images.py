@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from s2p_deploy.context import MOST_SEED
 from s2p_deploy.errors import InputError, S2PError
 from s2p_deploy.serve.http.middleware import LOG, note
 from s2p_deploy.serve.http.problems import PROBLEMS, Problem, RequestProblem, problem_data, problem_of, request_id_of
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 GENERATIONS = "/v1/images/generations"
 _TIMEOUT = "x-request-timeout"
-_MOST_SEED = 2**63 - 1
 _RANDOM_SEEDS = 2**32  # a number that every client can hold
 _MOST_WEIGHT = 10.0  # of a LoRA; beyond 2 pictures dissolve
 _POLL_SECONDS = 0.1  # between looks at the progress
@@ -54,7 +54,8 @@ class HttpLimits:
 
     Bodies with pictures may have ``upload_bytes``, and ``uploads`` of them are read at once; where ``adapter_pictures``
     come with prompts, for ControlNets and IP-Adapters, those of generations are such bodies too. A body that is a LoRA
-    may have ``lora_bytes`` and take ``lora_seconds``, and one is read and registered at once. ``seconds`` is how long a
+    may have ``lora_bytes`` and take ``lora_seconds``, and one is read and registered at once. Of a body that is refused
+    ``refused_bytes`` are read on, for as long as bodies may take. ``seconds`` is how long a
     request may take unless it asks for less. ``sizes`` are heights and widths in pixels that may be requested besides
     the model's own.
     """
@@ -72,6 +73,7 @@ class HttpLimits:
     lora_bytes: int = 2**29
     lora_seconds: float = 60.0
     body_seconds: float = 15.0
+    refused_bytes: int = 2**26
     connections: int = 2000
 
 
@@ -119,7 +121,7 @@ class ImageForm(BaseModel):
     n: Annotated[int, Field(ge=1, description="Pictures; they get seed, seed + 1, ...")] = 1
     size: Annotated[str | None, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = None
     response_format: Literal["b64_json"] = "b64_json"
-    seed: Annotated[int | None, Field(ge=0, le=_MOST_SEED)] = None
+    seed: Annotated[int | None, Field(ge=0, le=MOST_SEED)] = None
     num_inference_steps: Annotated[int | None, Field(ge=1)] = None
     guidance_scale: Annotated[float | None, Field(ge=0, description="Up to 1: without guidance.")] = None
     negative_prompt: str | None = None

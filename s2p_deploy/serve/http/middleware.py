@@ -1,4 +1,4 @@
-"""The ASGI middlewares that stand before every route, outermost first: log and headers, access, body.
+"""The ASGI middlewares that stand before every route, outermost first: unread bodies, log and headers, access, body.
 
 Starlette's own do not fit: TrustedHostMiddleware cannot read IPv6 hosts, and none bounds a body by size and time. All
 answer in the form of the API (:mod:`s2p_deploy.serve.http.problems`).
@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -54,6 +54,45 @@ _SECURITY_HEADERS = {
 _NO_TOKEN = frozenset({"/", "/health/live", "/health/ready"})  # and what is below /page/: for probes and browsers
 _PAGE = "/page/"
 _METHODS = frozenset({"POST", "PUT"})  # whose bodies are read
+
+
+class UnreadBodyMiddleware:
+    """Answers whoever is refused before the body was read so that the answer arrives, and closes the connection.
+
+    Most clients send the whole body before they read anything. A connection that is closed while they send is reset,
+    and the answer is lost with it: what still comes is read on and dropped, as much of it and as long as ``limits``
+    allow (``refused_bytes``, ``body_seconds``).
+    """
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on; holds the end of an answer back while the body of the request comes."""
+        if scope["type"] != "http" or not _has_body(scope):
+            await self._app(scope, receive, send)
+            return
+        unread, held = True, False
+
+        async def receive_counted() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = bool(message.get("more_body", False))
+            return message
+
+        async def send_but_the_end(message: Message) -> None:
+            nonlocal held
+            if unread and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            held = unread and message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send({**message, "more_body": True} if held else message)
+
+        await self._app(scope, receive_counted, send_but_the_end)
+        if held:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.body_seconds):
+                    await _drop_body(receive, self._limits.refused_bytes)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class RequestLogMiddleware:
@@ -242,6 +281,19 @@ async def _body(scope: Scope, receive: Receive, most: int) -> bytes | None:
             raise too_long
         if not message.get("more_body", False):
             return bytes(body)
+
+
+async def _drop_body(receive: Receive, most: int) -> None:
+    """Reads a body until it ends, the client leaves, or more than ``most`` bytes came."""
+    more = True
+    while more and most >= 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+def _has_body(scope: Scope) -> bool:
+    return bool(_announced(scope)) or "transfer-encoding" in Headers(scope=scope)
 
 
 def _announced(scope: Scope) -> int | None:

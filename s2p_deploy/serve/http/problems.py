@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ _DESCRIBED = {"description": "What is wrong.", "content": {"application/json": {
 PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": _DESCRIBED, "5XX": _DESCRIBED}  # as OpenAPI describes them
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _SECONDS_UNTIL_READY = 2
+_SUCH_AS = 'send a JSON object such as {"prompt": "a large red circle"}'
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,33 @@ def invalid_form(error: Mapping[str, Any], fields: Iterable[str]) -> Problem:
     field = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "json_invalid":
-            return Problem(400, f"the body is not JSON: {error['ctx']['error']}")
+            return Problem(400, f"the body is not JSON: {error['ctx']['error']} at character {field}: {_SUCH_AS}")
+        case "missing" if not field:
+            return Problem(400, f"the body is empty: {_SUCH_AS}")
+        case "model_attributes_type" if not field:
+            return Problem(400, f"the body is no JSON object: {_SUCH_AS}")
         case "extra_forbidden" if len(error["loc"]) > 1:  # of a part of a field
             return Problem(400, f"{field} is not supported: leave it out", field)
         case "extra_forbidden":
             return Problem(400, f"{field} is not supported: there are {', '.join(fields)}", field)
-        case "missing" if field:
+        case "missing":
             return Problem(400, f"{field} is missing", field)
         case _:
             return Problem(400, f"{field or 'the body'}: {error['msg']}", field or None)
+
+
+def unreadable_json(error: BaseException | None) -> Problem | None:
+    """Describes why a body cannot be read as JSON at all; None where the error is not of that kind."""
+    match error:
+        case UnicodeDecodeError():
+            return Problem(400, f"the body is not UTF-8 at byte {error.start}: send JSON in UTF-8")
+        case RecursionError():
+            return Problem(400, f"the body is nested too deep: {_SUCH_AS}")
+        case ValueError():  # not json.JSONDecodeError, which is described as the form's
+            most = sys.get_int_max_str_digits()
+            return Problem(400, f"the body has a number of more than {most} digits: send a smaller one")
+        case _:
+            return None
 
 
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:

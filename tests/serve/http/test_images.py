@@ -162,10 +162,22 @@ def test_what_cannot_be_drawn_is_400_with_the_field_at_fault(
     assert error["request_id"] == found.headers["x-request-id"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"prompt": ' + b"9" * 5000 + b"}", b"[" * 100_000])
-def test_a_body_that_is_no_form_is_400(server: LiveServer, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "the body is empty: send a JSON object such as"),
+        (b"null", "the body is no JSON object: send a JSON object such as"),
+        (b"[]", "the body is no JSON object: send a JSON object such as"),
+        (b"{", "the body is not JSON: Expecting property name enclosed in double quotes at character 1: send"),
+        (b'{"prompt": "\xe9"}', "the body is not UTF-8 at byte 12: send JSON in UTF-8"),
+        (b"[" * 100_000, "the body is nested too deep: send a JSON object such as"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "the body has a number of more than 4300 digits: send a smaller one"),
+    ],
+)
+def test_a_body_that_is_no_form_is_400_with_what_is_wrong(server: LiveServer, body: bytes, said: str) -> None:
     found = server.ask("POST", IMAGES, body, content_type="application/json")
     assert (found.status, found.data["error"]["type"]) == (400, "invalid_request_error")
+    assert found.data["error"]["message"].startswith(said)
 
 
 def test_there_is_no_other_model(server: LiveServer) -> None:

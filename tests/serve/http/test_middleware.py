@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
 import socket
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -168,6 +173,43 @@ def test_a_body_in_chunks_is_counted(narrow: LiveServer) -> None:
 
 def test_a_body_that_does_not_come_is_408(narrow: LiveServer) -> None:
     assert b" 408 " in answer_to(narrow, f"{HEAD}content-length: 100\r\n\r\n".encode(), b"{")
+
+
+def test_clients_that_send_all_before_they_read_hear_why_they_are_refused(server: LiveServer) -> None:
+    body = b'{"prompt": "' + b"x" * (20 * 2**20) + b'"}'
+    found = server.ask("POST", IMAGES, body, content_type="application/json")
+    assert (found.status, found.data["error"]["message"]) == (413, f"the body may have {2**20} bytes")
+    request = urllib.request.Request(server.url + IMAGES, body, {"content-type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(request, timeout=60):
+        pass
+    with refused.value as answer:
+        assert (answer.code, json.load(answer)["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_clients_without_the_token_hear_it_too(closed: LiveServer) -> None:
+    request = urllib.request.Request(closed.url + IMAGES, b" " * (20 * 2**20), {"content-type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(request, timeout=60):
+        pass
+    with refused.value as answer:
+        assert answer.code == 401
+
+
+def test_a_refused_body_is_not_read_for_ever(server: LiveServer, narrow: LiveServer) -> None:
+    """Of a longer one the server reads a part; of one that does not come, nothing after a time."""
+    head, part, sent = f"{HEAD}content-length: {10**12}\r\n\r\n".encode(), bytes(2**20), 0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as opened, contextlib.suppress(OSError):
+        opened.sendall(head)
+        while sent < 2**28:
+            opened.sendall(part)
+            sent += len(part)
+    assert sent < 2**28
+    with socket.create_connection(("127.0.0.1", narrow.port), timeout=10) as opened:
+        start = time.monotonic()
+        opened.sendall(head)
+        answer = b"".join(iter(lambda: opened.recv(4096), b""))
+        assert time.monotonic() - start < 5
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+    assert b"\r\nconnection: close\r\n" in answer.lower()
 
 
 def test_the_server_goes_on_afterwards(narrow: LiveServer) -> None:
