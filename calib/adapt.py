@@ -66,7 +66,7 @@ def adapt(
         InputError: ``out`` exists, its disk has no room, or the model was made for a comparison only.
         IntegrityError: the model was not made from ``base``.
     """
-    check_vacant(out, replace=replace)
+    check_vacant(out, KIND, replace=replace, inputs={"calibrated model": calibrated.folder, "pipeline": base.folder})
     calibrated.require_deployable()
     check_base(base, calibrated.manifest)
     context.set_threads()

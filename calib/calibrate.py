@@ -26,6 +26,7 @@ from s2p_deploy.calib.quantized_denoiser import QuantizedDenoiser
 from s2p_deploy.calib.request import (
     KIND,
     CalibrationRequest,
+    check_out,
     claim_unfinished,
     continued,
     is_unfinished,
@@ -157,6 +158,7 @@ def calibrate(  # noqa: PLR0913 - what is calibrated, from what, to where, and o
     request = CalibrationRequest(
         base, resolved, walked, selection, judged, out, plan, initial, dataset, replace, hooks, context, weights
     )
+    check_out(request)
     with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:
             return open_calibrated(request)
@@ -172,16 +174,17 @@ def training_fit(
 ) -> Fit | None:
     """Chooses how a recipe's training is divided so that it fits into the memory of the context's device.
 
-    None where no memory is counted and none is given, or where no activation is looked at. The networks are not loaded.
+    None where no memory is counted and none is given, or where no activation is looked at. The networks are not loaded,
+    but recipe and plan are resolved over their layers either way.
 
     Raises:
         InputError: the recipe or the plan does not fit the pipeline.
         MissingEnvironmentError: the training does not fit, or without one a single sample.
     """
+    layout = resolve_layout(base, recipe, plan)
     memory = None if streams(recipe, plan) else usable_memory(context.torch_device, context.memory_limit)
     if memory is None:
         return None
-    layout = resolve_layout(base, recipe, plan)
     network = Network(layout.denoiser, layout.plan, layout.tokens, teacher=_looks_at_a_teacher(recipe, PRODUCT))
     return fit_training(TrainingAccount(network, recipe.training), memory)
 
@@ -290,7 +293,7 @@ def _fitted(request: CalibrationRequest) -> tuple[CalibrationRequest, Fit | None
     before = continued(request)
     if is_unfinished(request.partial, before.conditions(), replace=request.replace):
         return before, None
-    if request.hooks != PRODUCT:
+    if request.hooks != PRODUCT or usable_memory(request.context.torch_device, request.context.memory_limit) is None:
         return request, None
     fit = training_fit(request.base, request.recipe, plan=request.plan, context=request.context)
     if fit is None:

@@ -20,7 +20,7 @@ from s2p_deploy.calib.calibrate import starting_state, training_setting, write_m
 from s2p_deploy.calib.hooks import Hooks, denoiser_weights
 from s2p_deploy.calib.model_files import training_summary
 from s2p_deploy.calib.plan import planned_layers
-from s2p_deploy.calib.request import CalibrationRequest, claim_unfinished, open_calibrated
+from s2p_deploy.calib.request import KIND, CalibrationRequest, claim_unfinished, open_calibrated
 from s2p_deploy.calib.training import train
 from s2p_deploy.calib.trajectories import FloatPipeline, encode_prompts
 from s2p_deploy.context import Context
@@ -37,7 +37,7 @@ from s2p_deploy.families import (
 from s2p_deploy.families.controlnet_family import without_embedding
 from s2p_deploy.families.controlnets import load_controlnet, with_controlnets
 from s2p_deploy.recipe import Rule
-from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, file_digest, write_artifact
+from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, check_vacant, file_digest, write_artifact
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 from s2p_deploy.records.files import claimed, write_tensors
 from s2p_deploy.timesteps import timestep_indices, timestep_table_of
@@ -116,6 +116,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         _request(base, resolved, walked, network.controlnet_cond_embedding, out, replace=replace, context=context),
         control=_digests(folder, pictures),
     )
+    check_vacant(out, KIND, replace=True, inputs={"pipeline": base.folder, "ControlNet": folder})
     with claimed(request.partial), context.arithmetic():
         if out.exists() and not replace:
             return open_calibrated(request)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from s2p_deploy import __version__
 from s2p_deploy.calib.memory import memory_of, samples_that_fit
 from s2p_deploy.calib.pictures import changed_pictures, check_pictures, drawn_by
+from s2p_deploy.calib.request import check_work
 from s2p_deploy.calib.trajectories import (
     FloatPipeline,
     PromptTexts,
@@ -39,7 +40,7 @@ from s2p_deploy.errors import InputError
 from s2p_deploy.families import EncodedText, latent_shape, text_tokens
 from s2p_deploy.families.layers import sample_shape_of
 from s2p_deploy.families.model_family import has_branches
-from s2p_deploy.records import LatentDataset, read_manifest, write_artifact
+from s2p_deploy.records import LatentDataset, check_vacant, read_manifest, write_artifact
 from s2p_deploy.records.files import check_room, claimed, is_claimed, link_or_copy, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -176,9 +177,10 @@ def open_dataset(request: DatasetRequest) -> LatentDataset | None:
     """Opens the finished dataset, or returns None; clears work away that a kill left after the last rename.
 
     Raises:
-        InputError: another dataset is there.
+        InputError: another dataset, or something else, is there.
         IntegrityError: it was changed.
     """
+    check_vacant(request.out, KIND, replace=True, inputs={"pipeline": request.base.folder})
     if request.replace or not request.out.exists():
         return None
     manifest = read_manifest(request.out, KIND)
@@ -470,7 +472,7 @@ def _claim_work(request: DatasetRequest, conditions: dict[str, Any]) -> None:
     """Makes the work folder of a request, or takes over the one left behind; ranks may come at the same time.
 
     Raises:
-        InputError: the folder is of another request.
+        InputError: the folder is of another request, or no work folder.
     """
     wanted = request.identity() | conditions
     with FileLock(request.work / ".request.lock"):
@@ -482,8 +484,9 @@ def _claim_work(request: DatasetRequest, conditions: dict[str, Any]) -> None:
                 f"{request.work} holds an unfinished dataset with another {_difference(stored, wanted)}:"
                 " start it as it was, choose another --out, or pass --force to drop it"
             )
+        check_work(request.work)
         for path in request.work.iterdir():
-            if path.suffix != ".lock":
+            if path.suffix != ".lock" and path.name != _REQUEST:  # kept to the last: it tells whose files these are
                 path.unlink()
         write_text(request.work / _REQUEST, json.dumps(wanted, indent=1) + "\n")
 

@@ -6,6 +6,7 @@ A second start continues the same request only.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replaced
@@ -17,8 +18,7 @@ from s2p_deploy import __version__
 from s2p_deploy.calib.fused_pipeline import fused_loras
 from s2p_deploy.calib.pictures import drawn_by
 from s2p_deploy.errors import InputError
-from s2p_deploy.records import CalibratedModel, read_manifest
-from s2p_deploy.records.artifacts import MANIFEST
+from s2p_deploy.records import CalibratedModel, check_vacant, read_manifest
 from s2p_deploy.records.files import write_text
 
 if TYPE_CHECKING:
@@ -99,14 +99,23 @@ class CalibrationRequest:
         }
 
 
+def check_out(request: CalibrationRequest) -> None:
+    """Raises InputError where ``request.out`` can be no model of the request, new or finished; reads no model."""
+    inputs: dict[str, Path | None] = {
+        "pipeline": request.base.folder,
+        "dataset": request.dataset,
+        "initial model": None if request.initial is None else request.initial.folder,
+    }
+    given = {name: folder for name, folder in inputs.items() if folder is not None}
+    check_vacant(request.out, KIND, replace=True, inputs=given)  # a finished one is opened, or replaced
+
+
 def open_calibrated(request: CalibrationRequest) -> CalibratedModel:
     """Opens the finished model at ``request.out``.
 
     Raises:
-        InputError: it is no model, or of another request. IntegrityError: it was changed.
+        InputError: it is of another request. IntegrityError: it was changed.
     """
-    if not (request.out / MANIFEST).exists():
-        raise InputError(f"{request.out} exists and is no calibrated model: choose another --out")
     manifest = read_manifest(request.out, KIND)
     identity = _chosen_alike(request, manifest.recipe).identity()
     present = manifest.content.get("request", {}) | {"recipe": manifest.recipe}
@@ -168,13 +177,26 @@ def is_unfinished(folder: Path, request: dict[str, Any], *, replace: bool) -> bo
 
 
 def claim_unfinished(folder: Path, request: dict[str, Any], *, replace: bool) -> None:
-    """Makes the work folder of a request, or takes over the one left behind. As :func:`is_unfinished`."""
+    """Makes the work folder of a request, or takes over the one left behind.
+
+    Raises:
+        InputError: as :func:`is_unfinished` and :func:`check_work`.
+    """
     if is_unfinished(folder, request, replace=replace):
         return
+    check_work(folder)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_text(folder / _REQUEST, json.dumps(request, indent=1) + "\n")
+
+
+def check_work(folder: Path) -> None:
+    """Raises InputError where a work folder holds files and no request, so that no stage of this package made it."""
+    if not os.path.lexists(folder) or (folder / _REQUEST).is_file():
+        return
+    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is needed for unfinished work and is none: move it away, or choose another --out")
 
 
 def stored_request(folder: Path) -> dict[str, Any]:

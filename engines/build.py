@@ -73,8 +73,8 @@ def build_engine(  # noqa: PLR0913 - a build has these arguments, all but two by
 
     def fill(folder: Path) -> dict[str, Any]:
         context.progress("build", 0, 1)
-        # scratch beside the artifact, on the same disk
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.scratch-", dir=folder.parent) as scratch:
+        # on the artifact's disk, and inside of its folder, which the next writer removes where a kill leaves it
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
             message = {
                 "graph": str(graph.folder.resolve()),
                 "backend": backend,
@@ -142,7 +142,7 @@ def check_build(  # noqa: PLR0913 - a build has these arguments, two of them by 
         raise InputError(
             f"{backend} builds from {' or '.join(dtypes)} graphs, {graph.folder} is {graph.dtype}: export it again"
         )
-    check_vacant(out, replace=replace)
+    check_vacant(out, "Engine", replace=replace, inputs={"graph": graph.folder})
     execution = resolve_execution(chosen, options.execution, graph.dtype)
     profile = profile_for(graph, options.profile or default_profile(graph, chosen, execution, device).profile)
     resolved = dataclasses.replace(options, **dataclasses.asdict(execution), profile=profile)

@@ -71,7 +71,7 @@ def build_component_engines(  # noqa: PLR0913 - as build_engine's, all but two b
     """
     from s2p_deploy.families.components import component_networks
 
-    check_vacant(out, replace=replace)
+    check_vacant(out, KIND, replace=replace, inputs={"pipeline": base.folder})
     chosen = usable_backend(backend)
     requested, able = execution or Execution(), chosen.capabilities()
     dtype = "fp32" if "fp32" in able.dtypes or requested.precision == "f32" else "fp16"

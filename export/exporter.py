@@ -104,7 +104,7 @@ def export_graph(  # noqa: PLR0913 - an export has these arguments, all but two 
             the denoiser has no cross-attention.
         GraphContractError: a planned layer is not in the denoiser, or the graph breaks its own contract.
     """
-    check_vacant(out, replace=replace)
+    check_vacant(out, "ExportedGraph", replace=replace, inputs={"calibrated model": calibrated.folder})
     _check_exportable(calibrated, time_table, text_projections)
     _check_adapters(calibrated, {"--lora-rank": lora, "--controlnet": controlnet, "--image-tokens": images})
     text = None if chunks is None else _text_chunks(calibrated, *chunks)

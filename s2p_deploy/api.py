@@ -191,8 +191,8 @@ def adapt(
     from s2p_deploy.calib import adapt as adapt_model
     from s2p_deploy.records import CalibratedModel, check_vacant
 
-    check_vacant(out, replace=force)
     opened = CalibratedModel.open(Path(calibrated)) if isinstance(calibrated, str | Path) else calibrated
+    check_vacant(out, "CalibratedModel", replace=force, inputs={"calibrated model": opened.folder})
     base = base_of(opened.manifest, model)
     fused = with_loras(base, lora, context.work or out.parent, context)
     return adapt_model(opened, base, fused, out, replace=force, context=context)

@@ -72,8 +72,10 @@ def adapt(  # noqa: PLR0913 - its options
     if engine is None and (like or backend):
         raise InputError("--like and --backend are for --engine DIR: give one, or leave them out")
     settings = None if engine is None else _settings(like, backend)
-    for folder in () if engine is None else (engine, _graph_folder(engine)):
-        check_vacant(folder, replace=force)
+    if engine is not None:
+        inputs = {"calibrated model": calibrated, "adapted model": out} | ({} if like is None else {"engine": like})
+        check_vacant(engine, "Engine", replace=force, inputs=inputs)
+        check_vacant(_graph_folder(engine), "ExportedGraph", replace=force, inputs=inputs)
     with context_from_options(threads=threads) as context:
         made = api.adapt(calibrated, lora=lora, out=out, model=model, force=force, context=context)
         outcome = with_pipeline(artifact_outcome(made.folder, made.manifest), made.manifest)

@@ -41,6 +41,7 @@ _WRONG_PATH = {
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.ENOENT,  # of a folder in which nothing can be made, or that went while the command ran
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,

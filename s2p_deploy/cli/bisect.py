@@ -40,6 +40,7 @@ def bisect_model(folder: Path | None, calib: Path | None, plan_out: Path | None,
     plan = changed_plan(calibrated.plan, bisection.changes)
     text: list[Any] = [_table(bisection), *_lines(bisection)]
     if plan_out is not None:
+        plan_out.parent.mkdir(parents=True, exist_ok=True)
         write_plan(plan, plan_out)
         text.append(f"the changed plan is in {plan_out}: s2p-deploy calibrate MODEL --plan {plan_out} ...")
     bits = {name: _bits_of(calibrated, one) for name, one in (("now", calibrated.plan), ("suggested", plan))}

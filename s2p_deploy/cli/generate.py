@@ -18,6 +18,7 @@ from s2p_deploy.cli.options import (
     PublicKeyOption,
     ThreadsOption,
     context_from_options,
+    writable_file,
 )
 from s2p_deploy.cli.output import Outcome, show
 from s2p_deploy.context import MOST_SEED
@@ -87,7 +88,9 @@ def generate(  # noqa: PLR0913 - its options
     engine: EngineArgument,
     *,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The prompt.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.png", help="The picture to write.", callback=writable_file)
+    ],
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the noise.")] = 0,
     scheduler: Annotated[
         str | None,

@@ -218,6 +218,15 @@ def bytes_from_option(text: str) -> int:
     return size
 
 
+def writable_file(file: Path | None) -> Path | None:
+    """Checks a file to write before any work: the callback of an option. Raises InputError as :func:`check_file`."""
+    if file is not None:
+        from s2p_deploy.records.files import check_file
+
+        check_file(file)
+    return file
+
+
 @contextmanager
 def context_from_options(
     device: str = "auto", threads: int | None = None, seed: int | None = None

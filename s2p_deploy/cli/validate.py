@@ -23,6 +23,7 @@ from s2p_deploy.cli.options import (
     context_from_options,
     overrides_from_settings,
     schedule_from_option,
+    writable_file,
 )
 from s2p_deploy.cli.output import Outcome, show, table
 from s2p_deploy.errors import GateFailedError, InputError
@@ -71,9 +72,14 @@ def validate(  # noqa: PLR0913 - its options
         bool, typer.Option("--bisect", help="Name the layers that cost most fidelity instead, and a plan change.")
     ] = False,
     plan_out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --bisect: where to write the changed plan.yaml.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --bisect: where to write the changed plan.yaml.", callback=writable_file
+        ),
     ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML.", callback=writable_file)
+    ] = None,
     graph: Annotated[Path | None, typer.Option(help="Where the engine's graph is now, where it was moved.")] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Where the graph's calibrated model is now, where it was moved.")

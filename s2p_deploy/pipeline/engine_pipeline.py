@@ -30,7 +30,7 @@ from s2p_deploy.pipeline.components import (
 )
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.generation import timesteps_of
-from s2p_deploy.records import Engine, open_artifact, parent_folder, write_artifact
+from s2p_deploy.records import Engine, check_vacant, open_artifact, parent_folder, write_artifact
 from s2p_deploy.records.artifacts import copy_artifact
 from s2p_deploy.records.engine import ComponentEngines
 from s2p_deploy.records.exported_graph import CONTROL_FILE
@@ -163,8 +163,6 @@ def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace
         'Pipeline'
     """
     folder = Path(folder)
-    if folder.exists() and not replace:
-        raise InputError(f"{folder} exists: choose another folder, or pass replace=True")
     denoiser = denoiser_of(pipe)
     if not isinstance(denoiser, EngineDenoiser):
         raise InputError("this pipeline's denoiser is no engine: save it with save_pretrained")
@@ -176,6 +174,9 @@ def save_engine_pipeline(pipe: DiffusionPipeline, folder: str | Path, *, replace
         if any(other.manifest != first.manifest for other in others):
             raise InputError("its text encoders and autoencoder are of several artifacts: use pipe.save_pretrained")
         artifacts[_COMPONENTS] = first
+    check_vacant(folder, KIND, replace=True, inputs={name: artifact.folder for name, artifact in artifacts.items()})
+    if folder.exists() and not replace:
+        raise InputError(f"{folder} exists: choose another folder, or pass replace=True")
     stock = with_components(pipe, dict.fromkeys((denoiser_name(pipe), *auxiliary)))
     # the runner may be bound to fractional timesteps that the engine does not know by itself
     bound, own = (() if t.fractional is None else t.fractional for t in (denoiser.timesteps, engine.timesteps))

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, StringConstraints, with_config
 
 from s2p_deploy import __version__
-from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError
+from s2p_deploy.errors import InputError, IntegrityError, MissingEnvironmentError, S2PError
 from s2p_deploy.records.files import (
     available_memory,
+    check_place,
     check_room,
     claimed,
     is_plain_name,
@@ -35,7 +36,7 @@ from s2p_deploy.records.files import (
 from s2p_deploy.records.typed_json import EXACT, parsed_json, read_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from s2p_deploy.records.engine import Engine
@@ -166,10 +167,10 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     The folder is ``.<name>.writing`` beside ``out``; where a kill left one, the next writer removes it.
 
     Raises:
-        InputError: ``out`` exists and ``replace`` is not set, or another process is writing it. An artifact at ``out``
-            stays until the new one is whole.
+        InputError: ``out`` may not be written (as :func:`check_vacant`), or another process is writing it. An artifact
+            at ``out`` stays until the new one is whole.
     """
-    check_vacant(out, replace=replace)
+    check_vacant(out, kind, replace=replace)
     recorded_parents = {
         name: Parent(manifest.digest, os.path.relpath(path.resolve(), out.resolve()))
         for name, (path, manifest) in (parents or {}).items()
@@ -177,7 +178,7 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     temporary = out.with_name(f".{out.name}.writing")
     with claimed(temporary):
         _undo_replacement(out)
-        check_vacant(out, replace=replace)
+        check_vacant(out, kind, replace=replace)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -195,10 +196,51 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     return manifest
 
 
-def check_vacant(out: Path, *, replace: bool) -> None:
-    """Raises InputError where ``out`` exists and may not be replaced: for stages whose work before writing is long."""
-    if out.exists() and not replace:
+def check_vacant(out: Path, kind: str, *, replace: bool, inputs: Mapping[str, Path] | None = None) -> None:
+    """Checks that an artifact may be written to ``out``: for stages whose work before writing is long.
+
+    Only an artifact of the same kind is ever replaced, be it damaged or of an older version.
+
+    Args:
+        out: folder of the artifact.
+        kind: of the artifact.
+        replace: whether one at ``out`` may be replaced.
+        inputs: folders that it is made from, by what they are called.
+
+    Raises:
+        InputError: something else is at ``out``, or an artifact that may not be replaced; ``out`` is, holds or lies in
+            an input; or nothing can be written there.
+    """
+    for name, folder in (inputs or {}).items():
+        _check_apart(out, name, folder)
+    if not os.path.lexists(out):
+        return check_place(out)
+    if out.is_symlink():
+        raise InputError(f"{out} is a link: choose another --out, or give the folder that it leads to")
+    if _written_kind(out) != kind:
+        raise InputError(f"{out} exists and is no artifact of kind {kind}: choose another --out")
+    if not replace:
         raise InputError(f"{out} exists: choose another --out, or pass --force to replace it")
+    return None
+
+
+def _check_apart(out: Path, name: str, folder: Path) -> None:
+    place, given = out.resolve(), folder.resolve()
+    if place == given:
+        raise InputError(f"{out} is the {name} that is read: choose another --out")
+    if place in given.parents:
+        raise InputError(f"{out} holds the {name} that is read ({folder}): choose another --out")
+    if given in place.parents:
+        raise InputError(f"{out} lies in the {name} that is read ({folder}): choose another --out")
+
+
+def _written_kind(folder: Path) -> object:
+    """Reads the kind in a manifest that may be damaged or of another version; None where there is none."""
+    try:
+        data = parsed_json(read_plain(folder, MANIFEST, MOST_MANIFEST), folder / MANIFEST)
+    except S2PError:
+        return None
+    return data.get("kind") if isinstance(data, dict) and "seal" in data else None
 
 
 def copy_artifact(artifact: Artifact, out: Path) -> None:

@@ -149,6 +149,37 @@ def available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def check_place(path: Path) -> None:
+    """Checks, before any work, that something new can be written at ``path``, with the folders that lead there.
+
+    Raises:
+        InputError: a file or a folder that cannot be written in is on the way, or there can be no such name.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be used ({reason}): choose another path") from error
+    existing = next(place for place in path.absolute().parents if os.path.lexists(place))
+    if not existing.is_dir():
+        raise InputError(f"{path} cannot be used ({existing} is no folder): choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be used (no right to write in {existing}): choose another path")
+
+
+def check_file(path: Path) -> None:
+    """Checks, before any work, that a file can be written, or one at ``path`` be overwritten.
+
+    Raises:
+        InputError: as :func:`check_place`, or ``path`` is a folder.
+    """
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise InputError(f"{path} is a folder: give the name of a file")
+    check_place(path)
+
+
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
     """Turns an OSError while ``file`` is written into an InputError that names the file and the remedy."""

@@ -34,6 +34,13 @@ class Chain:
         return self.recipe.sampling.guidance(self.base.default_guidance)
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """Returns the folders of its parts, by what they are called."""
+        folders = {"engine": self.engine.folder, "graph": self.graph.folder, "calibrated model": self.calibrated.folder}
+        dataset = {} if self.dataset is None else {"dataset": self.dataset.folder}
+        return folders | dataset | {"pipeline": self.base.folder}
+
+    @property
     def half(self) -> bool:
         """True where the engine computes what is not INT8 in half precision."""
         return self.engine.dtype == "fp16" or self.engine.precision != "f32"

@@ -17,8 +17,8 @@ from s2p_deploy.families import denoiser_of, load_pipeline, with_denoiser
 from s2p_deploy.metrics import mean_of, median_of, psnr_db, quantile_of, sqnr_db
 from s2p_deploy.numerics import format_by_name
 from s2p_deploy.pipeline import Schedule, engine_denoiser
-from s2p_deploy.records import Number
-from s2p_deploy.records.files import write_text
+from s2p_deploy.records import Number, check_vacant
+from s2p_deploy.records.files import check_file, write_text
 from s2p_deploy.validation.end_to_end import outputs_on, whole_denoiser
 from s2p_deploy.validation.pictures import generate_pictures, pictures_to_change
 from s2p_deploy.validation.placement import onloaded
@@ -91,6 +91,9 @@ def compare(  # noqa: PLR0913 - what is compared, on what, to where, and options
             fit the pipeline.
     """
     check_comparable(recipes, prompts, held_out)
+    check_file(out / COMPARISON)
+    for recipe in recipes:  # a finished one is used again, or replaced
+        check_vacant(out / recipe.name / "calib", "CalibratedModel", replace=True, inputs={"pipeline": base.folder})
     context.set_threads()
     sampling, device, progress = recipes[0].sampling, context.torch_device, context.progress
     schedule, guidance = Schedule.of(sampling), sampling.guidance(base.default_guidance)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.recipe import Recipe, recipe_from_data
-from s2p_deploy.records import Prompt, PromptSet, Skipped
+from s2p_deploy.records import Prompt, PromptSet, Skipped, check_vacant
 from s2p_deploy.records.artifacts import verify_files
 from s2p_deploy.records.typed_json import Strict, read_json
 from s2p_deploy.records.validation_report import MEASUREMENTS, REPORT
@@ -15,7 +15,7 @@ from s2p_deploy.validation.checkpoint import Spent
 from s2p_deploy.validation.gates import judge, verdict_of
 from s2p_deploy.validation.measurements import Measurements, from_json
 from s2p_deploy.validation.pictures import PicturePairs
-from s2p_deploy.validation.report import PICTURES, Validated, write_report
+from s2p_deploy.validation.report import KIND, PICTURES, Validated, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,9 +81,10 @@ def write_rechecked(
     """Writes a whole report anew, judged by other gates; ``chain`` is the report's engine.
 
     Raises:
-        InputError: ``out`` exists and ``replace`` is not set, or the report is of a version that kept no measurements.
+        InputError: ``out`` may not be written, or the report is of a version that kept no measurements.
         IntegrityError: the report was changed, or is damaged.
     """
+    check_vacant(out, KIND, replace=replace, inputs=chain.folders | {"report": report.folder})
     text = verify_files(report.folder, report.manifest, keep=(REPORT,))[REPORT]
     form = read_json(_KeptForm, text, report.folder / REPORT)
     measurements = saved_measurements(report)

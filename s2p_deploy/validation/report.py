@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from s2p_deploy.validation.measurements import Agreement, EndToEnd, PictureComparison
     from s2p_deploy.validation.pictures import PicturePairs
 
+KIND = "ValidationReport"
 PICTURES = "pictures"
 _SIMILARITIES = ("psnr", "ssim", "haarpsi")
 _LIBRARIES = ("s2p-deploy", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxruntime", "openvino")
@@ -218,7 +219,7 @@ def write_report(chain: Chain, validated: Validated, gates: Gates, out: Path, *,
     """Judges measurements by gates and writes the report.
 
     Raises:
-        InputError: ``out`` exists and ``replace`` is not set.
+        InputError: ``out`` may not be written.
     """
     data = report_data(chain, validated, gates)
     engine, pairs = chain.engine, validated.pairs
@@ -236,7 +237,7 @@ def write_report(chain: Chain, validated: Validated, gates: Gates, out: Path, *,
 
     write_artifact(
         out,
-        kind="ValidationReport",
+        kind=KIND,
         base=engine.manifest.base,
         recipe=engine.manifest.recipe,
         parents={"engine": (engine.folder, engine.manifest)},

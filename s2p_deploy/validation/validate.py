@@ -34,7 +34,7 @@ from s2p_deploy.validation.perceptual import measure_perceptual
 from s2p_deploy.validation.pictures import PicturePairs, compare_pictures, pictures_to_change
 from s2p_deploy.validation.placement import onloaded, reference_device
 from s2p_deploy.validation.reference import choose_latents, latents_of_pictures
-from s2p_deploy.validation.report import Validated, write_report
+from s2p_deploy.validation.report import KIND, Validated, write_report
 from s2p_deploy.validation.report_page import bench_rows
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         MissingEnvironmentError: the engine cannot be loaded.
         IntegrityError: what was kept of an earlier start was changed.
     """
-    check_vacant(out, replace=replace)
     chain = engine if isinstance(engine, Chain) else open_chain(engine)
+    inputs = chain.folders | ({} if floor is None else {"floor engine": floor.folder})
+    check_vacant(out, KIND, replace=replace, inputs=inputs)
     if bench is not None:
         bench_rows(bench, chain.engine.manifest.digest)
     if floor is not None:

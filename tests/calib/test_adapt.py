@@ -135,7 +135,7 @@ def test_another_pipeline_and_a_folder_that_is_there_are_refused(base: BasePipel
     fused = fused_with(base, tmp_path, PATHS[:1])
     with pytest.raises(IntegrityError, match="not the pipeline that this artifact was made from"):
         adapt(calibrated, resolve_base("shapes"), fused, tmp_path / "adapted")
-    with pytest.raises(InputError, match="exists: choose another --out"):
+    with pytest.raises(InputError, match="is the calibrated model that is read: choose another --out"):
         adapt(calibrated, base, fused, tmp_path / "calib")
     again = adapt(calibrated, base, fused, tmp_path / "adapted")
     assert again.manifest == adapt(calibrated, base, fused, tmp_path / "adapted", replace=True).manifest

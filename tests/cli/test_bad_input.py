@@ -142,6 +142,27 @@ def test_a_file_for_a_folder_and_the_like(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "text.txt"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "none", "--prompt", "x", "--out"],
+        ["validate", "none", "--bisect", "--plan-out"],
+        ["validate", "none", "--prompts", "none", "--out", "report", "--junit"],
+        ["validate", "--recheck", "none", "--junit"],
+    ],
+)
+def test_a_file_to_write_is_looked_at_before_all_else(run: Run, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    assert_refused(run(*command, tmp_path / "file" / "x.png"), 2, "x.png cannot be used", "file is no folder")
+    assert_refused(run(*command, tmp_path / "folder.png"), 2, "folder.png is a folder", "name of a file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_place_where_no_folder_can_be_made(run: Run) -> None:
+    assert_refused(run("demo", "--out", "/proc/nothing/demo"), 2, "/proc/nothing", "cannot be used")
+
+
 def test_an_artifact_of_another_kind(run: Run, chain: Chain, tmp_path: Path) -> None:
     expected = {"export": "CalibratedModel", "build": "ExportedGraph", "generate": "Engine", "validate": "Engine"}
     more: dict[str, tuple[object, ...]] = {

@@ -26,6 +26,16 @@ def test_a_dry_run_tells_how_the_training_fits_and_writes_nothing(run: Run, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", "ptq-stream", "fp"])
+def test_a_dry_run_refuses_a_rule_that_the_run_would_refuse(run: Run, tmp_path: Path, recipe: str) -> None:
+    rule = "rules=[{match: conv_inn, weights: int8, activations: none}]"
+    command = ("calibrate", "shapes", "--recipe", recipe, "--device", "cpu", "--out", tmp_path / "a", "--set", rule)
+    refused = run(*command, "--prompts", "shapes:train", "--dry-run")
+    assert refused.code == 2
+    assert "recipe rule 'conv_inn' matches no layer of this denoiser" in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_does_not_fit_is_refused(run: Run, tmp_path: Path) -> None:
     small = ("--recipe", "w8a8", "--device", "cpu", "--memory-limit", "1M", "--out", tmp_path / "a")
     refused = run("calibrate", "shapes", *small, "--dry-run")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -11,7 +15,7 @@ from s2p_deploy.context import Context
 from s2p_deploy.engines import BuildOptions, Limits, ShapeProfile, backend_by_name, backend_names, build_engine
 from s2p_deploy.engines.build import compile_in_child
 from s2p_deploy.errors import EngineBuildError, InputError, IntegrityError, MissingEnvironmentError
-from s2p_deploy.records import Engine
+from s2p_deploy.records import Engine, ExportedGraph
 from tests.engines.conftest import EngineOf, GraphOf
 from tests.engines.stand_in_gpu import stand_in_gpus
 
@@ -100,6 +104,27 @@ def test_what_stands_at_out_stays_when_a_replacing_build_fails(graph_of: GraphOf
         ).optimization
         == "full"
     )
+
+
+def killed_while_it_compiles(graph: ExportedGraph, out: Path) -> None:
+    def kill(_function: str, message: dict[str, str], _limits: Limits) -> None:
+        (Path(message["scratch"]) / "denoiser.onnx.data").write_bytes(b"a copy of the weights")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch("s2p_deploy.engines.build.call_in_child", kill):
+        build_engine(graph, out, backend="onnxruntime")
+
+
+def test_what_a_killed_build_leaves_is_removed_by_the_next(graph_of: GraphOf, tmp_path: Path) -> None:
+    graph, out = graph_of("fp32", "int8"), tmp_path / "out"
+    child = multiprocessing.get_context("fork").Process(target=killed_while_it_compiles, args=(graph, out))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert list(tmp_path.rglob("denoiser.onnx.data")), "the kill must hit it in the middle"
+    made = build_engine(graph, out, backend="onnxruntime")
+    assert Engine.open(out).manifest == made.manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_graph_that_changed_after_it_was_opened_is_refused(graph_of: GraphOf, tmp_path: Path) -> None:

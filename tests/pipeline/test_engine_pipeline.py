@@ -232,3 +232,19 @@ def test_a_pipeline_that_cannot_be_opened_leaves_no_engine_open(
             open_one()
         assert len(opened) == 1 + len(parts.networks)
         assert not still_open
+
+
+def test_only_a_saved_pipeline_is_replaced_and_not_one_that_it_runs_from(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("precious")
+    with open_pipeline(engine) as opened:
+        with pytest.raises(InputError, match="no artifact of kind Pipeline"):
+            save_engine_pipeline(opened.pipe, tmp_path / "notes", replace=True)
+        save_engine_pipeline(opened.pipe, tmp_path / "saved")
+    with (
+        load_engine_pipeline(tmp_path / "saved") as loaded,
+        pytest.raises(InputError, match="holds the engine that is read"),
+    ):
+        save_engine_pipeline(loaded.pipe, tmp_path / "saved", replace=True)
+    load_engine_pipeline(tmp_path / "saved").close()
+    assert (tmp_path / "notes" / "notes.txt").exists()

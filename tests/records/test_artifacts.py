@@ -226,6 +226,20 @@ def test_refuses_to_overwrite_unless_told(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_only_an_artifact_of_the_kind_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text('{"kind": "Thing"}')
+    other = write(tmp_path / "other", kind="Other")
+    for name in ("folder", "file", "foreign", "other"):
+        with pytest.raises(InputError, match=f"{name} exists and is no artifact of kind Thing: choose another --out$"):
+            write(tmp_path / name, replace=True)
+    assert open_artifact(tmp_path / "other", "Other") == other
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "foreign", "other"]
+
+
 def test_a_failing_fill_leaves_the_old_artifact_and_no_rest(tmp_path: Path) -> None:
     out = tmp_path / "a"
     first = write(out)
@@ -334,9 +348,10 @@ def test_the_digest_follows_content_and_parents_but_not_places(tmp_path: Path) -
     assert child.parents["p"].path == "../p"
     assert moved.parents["p"].path == "../../p"
     assert child.digest == moved.digest
-    for other in ({"recipe": {"name": "s"}}, {"kind": "Other"}, {"base": Base("somewhere", "c" * 64)}, {"parents": {}}):
-        options = {"parents": {"p": (tmp_path / "p", parent)}, "replace": True} | other
-        assert write(tmp_path / "d", **options).digest != child.digest
+    others = ({"recipe": {"name": "s"}}, {"kind": "Other"}, {"base": Base("somewhere", "c" * 64)}, {"parents": {}})
+    for number, other in enumerate(others):
+        options = {"parents": {"p": (tmp_path / "p", parent)}} | other
+        assert write(tmp_path / f"d{number}", **options).digest != child.digest
 
 
 def test_a_parent_is_found_by_hint_or_by_what_is_given(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from s2p_deploy.errors import InputError
 from s2p_deploy.records.files import (
+    check_file,
+    check_place,
     check_room,
     claimed,
     free_bytes,
@@ -65,6 +68,27 @@ def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"left: think again$"):
         check_room(tmp_path, 2**60, "think again")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_is_looked_at_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for good in ("new", "new/deep/page.md", "file"):
+        check_place(tmp_path / good)
+        check_file(tmp_path / good)
+    for bad, words in (("file/page.md", "file is no folder"), ("x" * 300, "too long"), ("a\0b", "null")):
+        for check in (check_place, check_file):
+            with pytest.raises(InputError, match=rf"cannot be used \(.*{words}.*\): choose another path"):
+                check(tmp_path / bad)
+    with pytest.raises(InputError, match="is a folder: give the name of a file"):
+        check_file(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_in(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="no right to write in"):
+        check_place(tmp_path / "new")
 
 
 def test_what_is_free_is_looked_up_where_the_folder_will_be(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_changed_plan_is_one_that_calibrate_takes(chain: Chain, tmp_path: Path
 def test_the_command_takes_an_engine_and_writes_the_changed_plan(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = tmp_path / "plan.yaml"
+    plan = tmp_path / "new" / "folder" / "plan.yaml"
     command = ["validate", str(chain.engine.folder), "--bisect", "--plan-out", str(plan), "--json"]
     assert main(command) == 0
     data = json.loads(capsys.readouterr().out)

@@ -98,6 +98,14 @@ def test_a_new_report_differs_in_its_judgement_alone(report: ValidationReport, c
         write_rechecked(report, chain, gates, tmp_path / "again")
 
 
+def test_neither_the_report_nor_its_engine_is_replaced(report: ValidationReport, chain: Chain) -> None:
+    gates = gates_from(report, None, {})
+    for folder, words in ((report.folder, "is the report"), (chain.engine.folder / "report", "lies in the engine")):
+        with pytest.raises(InputError, match=f"{words} that is read"):
+            write_rechecked(report, chain, gates, folder, replace=True)
+    assert ValidationReport.open(report.folder) == report
+
+
 def test_what_is_kept_is_what_was_measured(report: ValidationReport) -> None:
     found = saved_measurements(report)
     assert isinstance(found, Measurements)

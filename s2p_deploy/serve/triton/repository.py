@@ -46,6 +46,7 @@ class TritonPythonModel:
 '''
 _LOOP = _MODEL.format(title="The sampling loop.", module="loop_model", model="LoopModel")
 _DENOISER = _MODEL.format(title="The denoiser: one step.", module="denoiser_model", model="DenoiserModel")
+KIND = "TritonRepository"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _MOST_INSTANCES, _LONGEST_DELAY = 64, 1_000_000
 _PIPELINE_FILES = (".json", ".safetensors", ".txt", ".model")  # what a pipeline's digest covers
@@ -101,11 +102,11 @@ def export_repository(
     Both models hold the engine's artifact, byte for byte; on one disk they share its memory (hard links).
 
     Raises:
-        InputError: ``out`` exists and ``replace`` is not set, its disk is too small, or Triton has no backend of its
+        InputError: ``out`` may not be written, its disk is too small, or Triton has no backend of its
             own that runs the engine (``native``).
         IntegrityError: a file of the engine or the pipeline was changed.
     """
-    check_vacant(out, replace=replace)
+    check_vacant(out, KIND, replace=replace, inputs={"engine": engine.folder, "pipeline": base.folder})
     if options.native:
         check_native(engine)
     check_draws_from_text(base.pipeline_class)
@@ -137,7 +138,7 @@ def export_repository(
 
     return write_artifact(
         out,
-        kind="TritonRepository",
+        kind=KIND,
         base=engine.manifest.base,
         recipe=engine.manifest.recipe,
         fill=fill,
