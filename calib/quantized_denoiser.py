@@ -114,8 +114,6 @@ class _OnGrid(nn.Module):
     codes: with W k there, what rounding does to W would be multiplied by x - k, not by x, and k is larger than most x.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     shift: Tensor | None
     product: Tensor | None
 
@@ -128,12 +126,12 @@ class _OnGrid(nn.Module):
         """Lets the bias, which holds the product of ``weight`` with ``shift``, hold that of the codes from now on."""
         self.shift, self.product = shift, product_with_shift(weight.detach(), shift)
 
-    def on_grid(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the weight on its grid, and the bias that goes with it."""
-        weight = self.weight_quantizer(self.weight)
-        if self.shift is None or self.product is None or self.bias is None:
-            return weight, self.bias
-        return weight, self.bias + (product_with_shift(weight, self.shift) - self.product)
+    def on_grid(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the layer's weight on its grid, and the bias that goes with it."""
+        weight = self.weight_quantizer(weight)
+        if self.shift is None or self.product is None or bias is None:
+            return weight, bias
+        return weight, bias + (product_with_shift(weight, self.shift) - self.product)
 
 
 class QuantizedConv2d(_OnGrid, nn.Conv2d):
@@ -157,7 +155,7 @@ class QuantizedConv2d(_OnGrid, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolution of the quantized input with the quantized weight."""
-        output: Tensor = self._conv_forward(self.input_quantizer(x), *self.on_grid())
+        output: Tensor = self._conv_forward(self.input_quantizer(x), *self.on_grid(self.weight, self.bias))
         return output
 
 
@@ -171,7 +169,7 @@ class QuantizedLinear(_OnGrid, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Product of the quantized input with the quantized weight."""
-        return nn.functional.linear(self.input_quantizer(x), *self.on_grid())
+        return nn.functional.linear(self.input_quantizer(x), *self.on_grid(self.weight, self.bias))
 
 
 class QuantizedDenoiser(nn.Module):
@@ -288,7 +286,7 @@ class QuantizedDenoiser(nn.Module):
         """
         for name, shift in shifts.items():
             module = self.layer(name)
-            assert isinstance(module, _OnGrid), "shifted layers are planned"
+            assert isinstance(module, QuantizedConv2d | QuantizedLinear), "shifted layers are planned"
             module.follow_shift(shift, module.weight_quantizer(module.weight) if settled else module.weight)
 
     @torch.no_grad()
@@ -304,8 +302,8 @@ class QuantizedDenoiser(nn.Module):
         }
         for layer in self.plan.layers:
             module = self.layer(layer.name)
-            if isinstance(module, _OnGrid) and module.shift is not None:
-                bias = module.on_grid()[1]
+            if isinstance(module, QuantizedConv2d | QuantizedLinear) and module.shift is not None:
+                bias = module.on_grid(module.weight, module.bias)[1]
                 assert bias is not None, "a shifted layer has one"
                 state[parameter_name(f"{layer.name}.bias")] = bias
         return state
