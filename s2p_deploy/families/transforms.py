@@ -120,7 +120,8 @@ def set_norm_shift(denoiser: IndexedDenoiser, path: str, readers: Sequence[str],
 
 def product_with_shift(weight: Tensor, shift: Tensor) -> Tensor:
     """Computes a layer's output [out] for an input that is ``shift`` [in] everywhere; ``weight`` [out, in, ...]."""
-    return (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ shift
+    rows = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    return (rows * shift).sum(1)  # no matrix product, which autocast would round to half precision
 
 
 def shifts_by_layer(denoiser: IndexedDenoiser, spec: TransformSpec) -> dict[str, Tensor]:

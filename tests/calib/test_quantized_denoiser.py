@@ -197,6 +197,20 @@ def test_a_shift_changes_nothing_in_a_layer_whose_weights_alone_are_rounded(kind
     torch.testing.assert_close(shifted(x), expected)
 
 
+def test_the_bias_that_follows_the_codes_is_not_rounded_by_autocast() -> None:
+    torch.manual_seed(1)
+    plain, shift = torch.nn.Linear(64, 8), 10 * torch.randn(64)
+    layer = QuantizedLinear(plain, torch.nn.Identity(), WeightQuantizer(torch.full((8, 1), 0.02), INT4))
+    layer.follow_shift(shift, plain.weight)
+    expected = layer.on_grid(layer.weight, layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.on_grid(layer.weight, layer.bias)
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other)
+
+
 def test_a4_is_the_four_bit_grid(float_denoiser: IndexedDenoiser, recipe: Recipe, inputs: Inputs) -> None:
     rules = (*recipe.rules, Rule(match=TO_Q, activations="int4"))
     plan = plan_from_recipe(recipe.model_copy(update={"rules": rules}), discover_layers(float_denoiser))
