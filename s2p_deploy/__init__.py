@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         IntegrityError,
         MissingEnvironmentError,
         S2PError,
+        ServerStoppedError,
     )
     from s2p_deploy.pipeline import EnginePipeline, Schedule, load_engine_pipeline, save_engine_pipeline
     from s2p_deploy.recipe import Recipe
@@ -66,6 +67,7 @@ __all__ = [
     "S2PError",
     "ScaleTable",
     "Schedule",
+    "ServerStoppedError",
     "ShapeProfile",
     "Span",
     "TimestepTable",
@@ -92,6 +94,7 @@ _MODULES = {
         "IntegrityError",
         "MissingEnvironmentError",
         "S2PError",
+        "ServerStoppedError",
     ),
     "pipeline": ("EnginePipeline", "Schedule", "load_engine_pipeline", "save_engine_pipeline"),
     "recipe": ("Recipe",),
