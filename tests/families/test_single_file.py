@@ -227,7 +227,7 @@ def test_later_stages_find_the_file_and_check_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"m\.safetensors cannot be read"):
         base_of(manifest)
     original(moved, "sd1", change=with_averages)
-    with pytest.raises(IntegrityError, match=r"moved\.safetensors is not the pipeline .* pass --model"):
+    with pytest.raises(IntegrityError, match=r"moved\.safetensors is not the pipeline .* give that one \(--model\)"):
         base_of(manifest, str(moved))
 
 

@@ -92,7 +92,7 @@ def test_a_report_is_not_overwritten_unasked(chain: Chain, prompts: PromptSet, r
 def test_another_base_pipeline_is_refused(chain: Chain, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "pipeline")
     (other.folder / "sampling.json").write_text('{"guidance_scale": 9.0}', encoding="utf-8")
-    with pytest.raises(IntegrityError, match="pass --model"):
+    with pytest.raises(IntegrityError, match=r"give that one \(--model\)"):
         open_chain(chain.engine, model=str(other.folder))
 
 
