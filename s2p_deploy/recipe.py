@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 FormatName = Literal["int8", "int4", "none"]
+MOST_GUIDANCE = 100.0  # far beyond it latents overflow, and pictures are black
 
 
 class Section(BaseModel):
@@ -38,9 +39,6 @@ class Rule(Section):
     match: str
     weights: FormatName | None = None
     activations: FormatName | None = None
-
-
-MOST_GUIDANCE = 100.0
 
 
 class Override(Section):
