@@ -61,6 +61,7 @@ from s2p_deploy.families import (
     shifts_by_layer,
     text_tokens,
 )
+from s2p_deploy.recipe import Override, Recipe
 from s2p_deploy.records import CalibratedModel, PromptSet, ScaleTable, TransformSpec, write_artifact
 from s2p_deploy.records.files import claimed, link_or_copy, link_or_copy_files, write_tensors
 from s2p_deploy.records.precision_plan import read_plan, write_plan
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from s2p_deploy.calib.trajectories import FloatPipeline
     from s2p_deploy.families import BasePipeline, IndexedDenoiser, QuantizableLayer
     from s2p_deploy.metric_networks import MetricWeights
-    from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import LatentDataset, PrecisionPlan
 
 _LOGGER = logging.getLogger(__name__)
@@ -226,15 +226,33 @@ def _prompts(recipe: Recipe, prompts: PromptSet | None) -> tuple[PromptSet, Prom
     return prompts.first(first), PromptSet(prompts.prompts[first : first + count]), target_prompts(recipe, prompts)
 
 
+def _check_effects(recipe: Recipe) -> None:
+    """Raises InputError where a setting of a recipe would have no effect beside another one."""
+    scales, mixed = recipe.scales, recipe.mixed
+    if recipe.transforms.shift != "none" and scales.calibrator != "own":
+        raise InputError(
+            f"recipe {recipe.name} has transforms.shift, which {scales.calibrator} does not know: set it to none, or"
+            " scales.calibrator to own"
+        )
+    overrides = {"sensitive": mixed.sensitive, "insensitive": mixed.insensitive}
+    given = [f"mixed.{name}" for name, override in overrides.items() if override != Override()]
+    given += ["mixed.products"] if mixed.products is not None else []
+    if given and mixed.sensitivity == "none":
+        raise InputError(
+            f"recipe {recipe.name} has {' and '.join(given)}, which need a ranking of the layers: set"
+            " mixed.sensitivity, to pictures or fisher"
+        )
+    if mixed.products is not None and mixed.sensitive == Override():
+        raise InputError(
+            f"recipe {recipe.name} has mixed.products, and nothing that the layers it selects become: set"
+            " mixed.sensitive.activations=none, or mixed.sensitive.weights"
+        )
+
+
 def _calibrate_from_dataset(
     request: CalibrationRequest, on_estimate: Callable[[Estimate | Fit | TrainingTime | SearchTime], None] | None
 ) -> None:
-    recipe = request.recipe
-    if recipe.transforms.shift != "none" and recipe.scales.calibrator != "own":
-        raise InputError(
-            f"recipe {recipe.name} has transforms.shift, which {recipe.scales.calibrator} does not know:"
-            " set it to none, or scales.calibrator to own"
-        )
+    _check_effects(request.recipe)
     # Everything that can be refused is, before the work folder is claimed and before the long walk.
     request, fit = _fitted(request)
     if fit is not None and on_estimate is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from s2p_deploy.errors import IntegrityError
 from s2p_deploy.families import family_of
 from s2p_deploy.pipeline import EngineControlNet
-from s2p_deploy.records import TensorSpec
+from s2p_deploy.records import ShapeProfile, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +79,8 @@ class _EngineStandIn(EngineControlNet):
     def __init__(self, engines: OpenedEngines) -> None:
         torch.nn.Module.__init__(self)
         self.engines, self._config = engines, {}
+        self.engine = SimpleNamespace(mixed_timesteps=True)
+        self.bound = SimpleNamespace(profile=ShapeProfile(), close=self.close)
 
     def close(self) -> None:
         self.engines.open -= 1

@@ -1,6 +1,6 @@
 """Writes the tables and plots of research/results.md from the comparison.json files of ``compare``.
 
-What ``reschedule.py`` and ``yardsticks.py`` measured becomes tables too.
+What ``reschedule.py``, ``yardsticks.py`` and ``late_calls.py`` measured becomes tables too.
 
     python -m s2p_research.results_page research/results/*.json --out research/results.md
 
@@ -21,7 +21,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from s2p_research import comparison_page, yardsticks
+from s2p_research import comparison_page, late_calls, yardsticks
 from s2p_research.comparison import read_comparison
 from s2p_research.comparison_table import NOTE, SHORT, Cell, Row, table_of
 
@@ -63,8 +63,12 @@ def read_comparisons(files: Iterable[Path]) -> dict[str, Comparison]:
 
 
 def read_tables(files: Iterable[Path]) -> dict[str, str]:
-    """Tables of what ``reschedule.py`` and ``yardsticks.py`` wrote, by the files' names."""
-    tables = {"Reschedule": reschedule_table, yardsticks.KIND: yardsticks.table_of}
+    """Tables of what ``reschedule.py``, ``yardsticks.py`` and ``late_calls.py`` wrote, by the files' names."""
+    tables = {
+        "Reschedule": reschedule_table,
+        yardsticks.KIND: yardsticks.table_of,
+        late_calls.KIND: late_calls.table_of,
+    }
     found = {file.stem: _json(file) for file in files}
     return {name: tables[data["kind"]](data) for name, data in found.items() if data.get("kind") in tables}
 

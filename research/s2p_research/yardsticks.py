@@ -142,7 +142,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], task: str) -> list[list[str]]:
         first = by_name[measured[0]]
         gains = "" if name not in measured[1:] else _with_interval(mean_of(psnr - first[place]))
         many = len(by_name[name]) > 1
-        lines.append([f"{name}, {place + 1}" if many else name, *_spread(psnr), gains, _share(row["same"])])
+        lines.append([f"{name}, {place + 1}" if many else name, *spread(psnr), gains, _share(row["same"])])
         if many and place + 1 == len(by_name[name]) and name in measured[1:]:
             together = np.mean([mine - other for mine, other in zip(by_name[name], first, strict=True)], axis=0)
             lines.append([f"{name}, mean of all", "", "", "", _with_interval(mean_of(together)), ""])
@@ -176,7 +176,7 @@ def compared_row(task: Task, name: str, reference: NDArray[np.float32], drawn: N
     return {"task": task.text, "name": name, "psnr": np.round(psnr, 3).tolist(), "same": same.astype(int).tolist()}
 
 
-def _spread(psnr: NDArray[np.float64]) -> list[str]:
+def spread(psnr: NDArray[np.float64]) -> list[str]:
     return [_with_interval(median_of(psnr)), _with_interval(quantile_of(psnr, 0.1)), f"{psnr.min():.1f}"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,13 @@ from s2p_deploy.records.artifacts import MANIFEST, read_verified
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from diffusers import ModelMixin
     from torch import Tensor
 
-    from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.engines import BoundRunner, Runner
 
 _GUESSED = -1  # exponent of the first residual's strength in guess mode; the last one's is 0
 
@@ -38,15 +39,24 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
 
     Args:
         engine: of a calibrated ControlNet.
-        runner: the engine, loaded.
+        bound: the engine, loaded.
         embedding: embeds control pictures, once for all steps of a drawing.
+        maps: the channels of every residual, and the latents on a side of each of its places.
+        runner: computes in the place of ``bound`` (None: that itself).
     """
 
-    def __init__(self, engine: Engine, runner: BoundRunner, embedding: ControlNetConditioningEmbedding) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        bound: BoundRunner,
+        embedding: ControlNetConditioningEmbedding,
+        maps: Sequence[tuple[int, int]],
+        runner: Runner | None = None,
+    ) -> None:
         config = engine.denoiser_config
-        super().__init__(runner, config, runner.timesteps, runner.profile, engine=engine, indices=runner.indices)
-        self.embedding = embedding
-        self._maps = residual_maps(dict(config))
+        own = runner or bound
+        super().__init__(own, config, bound.timesteps, bound.profile, engine=engine, indices=bound.indices)
+        self.bound, self.embedding, self.maps = bound, embedding, maps
         self._embedded: tuple[Tensor, Tensor] | None = None  # a control picture, and its embedding
 
     @classmethod
@@ -70,10 +80,19 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         except (RuntimeError, ValueError) as error:
             raise IntegrityError(f"{folder / CONTROL_FILE} is damaged: build the engine again") from error
         runner = load_engine(engine, schedules=schedules, device=device)
-        return cls(engine, runner, embedding.eval().requires_grad_(requires_grad=False))
+        return cls(engine, runner, embedding.eval().requires_grad_(requires_grad=False), residual_maps(dict(config)))
+
+    def computing_on(self, runner: Runner) -> EngineControlNet:
+        """Makes a copy that computes on another runner, of the same inputs."""
+        return type(self)(self.saved_engine(), self.bound, self.embedding, self.maps, runner).place(
+            self.device, self.dtype
+        )
+
+    def __copy__(self) -> EngineControlNet:
+        return self.computing_on(self.runner)
 
     def __deepcopy__(self, _memo: dict[int, object]) -> EngineControlNet:
-        return type(self)(self.saved_engine(), self.runner, self.embedding).place(self.device, self.dtype)  # type: ignore[arg-type]
+        return copy(self)
 
     def forward(  # noqa: PLR0913 - as ControlNetModel's
         self,
@@ -105,7 +124,7 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         control = self._embedding_of(controlnet_cond)
         given = torch.cat([sample, control.to(sample.dtype).expand(len(sample), -1, -1, -1)], 1)
         joined = self._predict(given, timestep, encoder_hidden_states, conditions)
-        residuals = divided_residuals(joined, self._maps)
+        residuals = divided_residuals(joined, self.maps)
         if guess_mode and not self.config.global_pool_conditions:
             strengths = torch.logspace(_GUESSED, 0, len(residuals), device=sample.device) * conditioning_scale
             residuals = [each * strength for each, strength in zip(residuals, strengths, strict=True)]
@@ -176,6 +195,6 @@ def open_controlnet(
     with ExitStack() as opened:
         network = EngineControlNet.load(folder, device=device)
         opened.callback(network.close)
-        check_fits(folder, network.config, residual_maps(dict(network.config)), denoiser_config, pixels_per_latent)
+        check_fits(folder, network.config, network.maps, denoiser_config, pixels_per_latent)
         opened.pop_all()
     return network.place(network.device, dtype or torch.float32)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from s2p_deploy.bench.worker import random_inputs
-from s2p_deploy.engines.runner import OUTPUT, TensorRunner
+from s2p_deploy.engines.runner import TensorRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.records.optional_inputs import is_optional
 from s2p_deploy.serve.generation_task import EngineCall
@@ -28,14 +28,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.serve.controlnets import ServedControlNet
     from s2p_deploy.serve.generation_task import GenerationTask
     from s2p_deploy.serve.request import ImageRequest, RequestFuture
 
-    Output = dict[str, NDArray[Any]] | dict[str, Tensor]
+    Output = dict[str, Any]  # arrays or tensors, as the inputs
 
 Batching = Literal["step", "request", "one"]
 BATCHINGS: tuple[Batching, ...] = ("step", "request", "one")
-BatchKey = tuple[object, ...]
+
+
+class BatchKey(NamedTuple):
+    """What calls of one batch share."""
+
+    controlnet: ServedControlNet | None
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    timesteps: tuple[int, ...]
+
 
 _AHEAD = 2  # requests that begin before a batch has room for them, so that their texts are encoded by then
 _NEAR_BEST = 1.1  # times the best seconds per sample: a larger batch than the first that is so near gains too little
@@ -100,14 +109,14 @@ class ContinuousBatching:
     def next_batch(
         self, active: Sequence[GenerationTask], keys: Sequence[BatchKey | None], capacity: Capacity
     ) -> list[GenerationTask]:
-        """Selects requests of the key that has waited longest."""
-        present = [key for key in dict.fromkeys(keys) if key is not None]
+        """Selects requests of the key that has waited longest, of a ControlNet's where there are some."""
+        present = list(dict.fromkeys(_due(keys)))
         if not present:
             return []
         key = min(present, key=lambda one: self._last_turn.get(one, -1))
         self._turn += 1
         self._last_turn = {one: turn for one, turn in self._last_turn.items() if one in present} | {key: self._turn}
-        return _fitting([task for task, own in zip(active, keys, strict=True) if own == key], capacity.samples)
+        return fitting([task for task, own in zip(active, keys, strict=True) if own == key], capacity.samples)
 
 
 @dataclass(frozen=True)
@@ -141,22 +150,26 @@ class RequestLevelBatching:
         keyed = [(task, key) for task, key in zip(active, keys, strict=True) if not task.denoised]
         if not keyed or not all(isinstance(task.waiting_for, EngineCall) for task, _ in keyed):
             return []
-        _, turn = min(keyed, key=lambda one: one[0].done)
-        return _fitting([task for task, key in keyed if key == turn], capacity.samples)
+        due = _due([key for _, key in keyed])
+        _, turn = min((one for one in keyed if one[1] in due), key=lambda one: one[0].done)
+        return fitting([task for task, key in keyed if key == turn], capacity.samples)
 
 
 def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
-    """Computes what calls of one batch must share: shapes, and the timestep where the engine takes only one.
+    """Computes what calls of one batch must share: network, shapes, and the timestep where an engine takes only one.
 
-    Inputs of adapters need not be shared: where a call has none, its samples get zeros.
+    ``mixed_timesteps`` says whether the denoiser takes several. Inputs of adapters need not be shared: where a call has
+    none, its samples get zeros.
     """
     inputs: dict[str, Any] = dict(call.inputs)
     shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs) if not is_optional(name))
-    return shapes if mixed_timesteps else (*shapes, tuple(sorted(set(call.inputs["timestep_index"].tolist()))))
+    mixed = mixed_timesteps if call.controlnet is None else call.controlnet.mixed_timesteps
+    timesteps = () if mixed else tuple(sorted(set(call.inputs["timestep_index"].tolist())))
+    return BatchKey(call.controlnet, shapes, timesteps)
 
 
 def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[Output]:
-    """Runs the engine once at ``batch`` samples and returns the outputs of every call, in order.
+    """Runs a network once at ``batch`` samples and returns the outputs of every call, in order.
 
     Samples that are missing to the batch repeat the first one: a batch of fixed size is what engines are fastest at,
     and at equal size no sample's bits depend on its neighbours. Tensors are joined and divided on their device, and the
@@ -169,13 +182,19 @@ def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[O
     for name, like in given.items():
         each = [call.inputs[name] if name in call.inputs else _zeros(call.samples, like) for call in calls]
         pieces[name] = [*each, *[each[0][:1]] * missing]
-    if isinstance(calls[0].inputs["timestep_index"], torch.Tensor):
+    results: list[Output] = [{} for _ in calls]
+    if calls[0].on_device:
         assert isinstance(runner, TensorRunner), "its pausing runner is one"
-        joined = runner.infer_tensors({name: torch.cat(tensors) for name, tensors in pieces.items()})[OUTPUT]
-        kept = joined[: sum(sizes)].clone()  # the runner writes its memory again in the next call
-        return [{OUTPUT: output} for output in kept.split(sizes)]
-    output = runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()})[OUTPUT]
-    return [{OUTPUT: part} for part in np.split(output, np.cumsum(sizes))[: len(calls)]]
+        given = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+        for name, output in runner.infer_tensors(given).items():
+            kept = output[: sum(sizes)].clone()  # the runner writes its memory again in the next call
+            for result, part in zip(results, kept.split(sizes), strict=True):
+                result[name] = part
+        return results
+    for name, array in runner.infer({name: np.concatenate(arrays) for name, arrays in pieces.items()}).items():
+        for result, part in zip(results, np.split(array, np.cumsum(sizes))[: len(calls)], strict=True):
+            result[name] = part
+    return results
 
 
 def _zeros(samples: int, like: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
@@ -245,7 +264,13 @@ def _group(request: ImageRequest) -> tuple[object, ...]:
     return request.steps, request.scheduler, request.size, request.samples, start
 
 
-def _fitting(tasks: Sequence[GenerationTask], samples: int) -> list[GenerationTask]:
+def _due(keys: Sequence[BatchKey | None]) -> list[BatchKey]:
+    """Selects the keys that may run next: the denoiser waits for ControlNets, so that all meet in its batch."""
+    present = [key for key in keys if key is not None]
+    return [key for key in present if key.controlnet is not None] or present
+
+
+def fitting(tasks: Sequence[GenerationTask], samples: int) -> list[GenerationTask]:
     """Selects the first tasks that fit into a batch; always one."""
     chosen: list[GenerationTask] = []
     for task in tasks:

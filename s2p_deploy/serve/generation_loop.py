@@ -19,7 +19,7 @@ import torch
 
 from s2p_deploy.engines.runner import OUTPUT
 from s2p_deploy.errors import InputError, S2PError
-from s2p_deploy.serve.batching import batch_key, run_calls
+from s2p_deploy.serve.batching import batch_key, fitting, run_calls
 from s2p_deploy.serve.generation_task import BackgroundTask, EngineCall, GenerationTask
 from s2p_deploy.serve.loras import BatchedLoras
 from s2p_deploy.serve.request import CancelledRequestError, ClosingError, DeadlineError, RequestFuture, StoppedError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from s2p_deploy.serve.batching import BatchingPolicy, Capacity, Output
+    from s2p_deploy.serve.controlnets import ServedControlNet
     from s2p_deploy.serve.service import ServedEngine
 
 Ending = Literal["drawn", "cancelled", "late", "refused", "failed"]
@@ -242,25 +243,41 @@ class GenerationLoop:
         chosen = self._policy.next_batch(self._active, keys, self._capacity)
         if not chosen:
             return False
-        calls = [task.waiting_for for task in chosen if isinstance(task.waiting_for, EngineCall)]
-        samples = sum(call.samples for call in calls)
-        start = time.perf_counter()
-        calls = self._loras.with_strengths(chosen, calls)
-        results = [_checked(output, task) for output, task in zip(self._outputs(calls), chosen, strict=True)]
-        seconds = time.perf_counter() - start
-        self._observer.ran_batch(samples, self._engine.profile.padded(samples), len(calls), seconds)
+        controlnet = _called(chosen[0]).controlnet
+        if controlnet is None:
+            results = self._predictions(chosen)
+        else:
+            chosen = fitting(chosen, controlnet.most or self._capacity.samples)
+            results = self._outputs([_called(task) for task in chosen], controlnet)
         for task, result in zip(chosen, results, strict=True):
             self._advance(task, task.throw if isinstance(result, Exception) else task.resume, result)
         return True
 
-    def _outputs(self, calls: list[EngineCall]) -> list[Output | Exception]:
-        """Runs calls as one batch; where that fails, each alone, so that one request's failure is not the others'."""
-        batch = self._engine.profile.padded(sum(call.samples for call in calls))
+    def _predictions(self, tasks: list[GenerationTask]) -> list[Output | Exception]:
+        """Runs the calls of the denoiser that tasks wait for, as one batch, with their LoRAs."""
+        calls = [_called(task) for task in tasks]
+        samples = sum(call.samples for call in calls)
+        start = time.perf_counter()
+        outputs = self._outputs(self._loras.with_strengths(tasks, calls))
+        results = [_checked(output, task) for output, task in zip(outputs, tasks, strict=True)]
+        seconds = time.perf_counter() - start
+        self._observer.ran_batch(samples, self._engine.profile.padded(samples), len(calls), seconds)
+        return results
+
+    def _outputs(self, calls: list[EngineCall], controlnet: ServedControlNet | None = None) -> list[Output | Exception]:
+        """Runs calls as one batch; where that fails, each alone, so that one request's failure is not the others'.
+
+        They are of the denoiser, or of a ``controlnet``.
+        """
+        samples = sum(call.samples for call in calls)
         try:
-            outputs = run_calls(self._engine.runner, calls, batch)
+            if controlnet is None:
+                outputs = run_calls(self._engine.runner, calls, self._engine.profile.padded(samples))
+            else:
+                outputs = run_calls(controlnet.runner, calls, samples)
         except Exception as error:  # an engine's errors have no class in common
             if len(calls) > 1:
-                return [self._outputs([call])[0] for call in calls]
+                return [self._outputs([call], controlnet)[0] for call in calls]
             if not isinstance(error, InputError):  # which is the request's fault
                 self._failures += 1
                 if self._failures == _MOST_FAILURES:
@@ -309,6 +326,12 @@ class GenerationLoop:
                 future.set_exception(error)
             with suppress(Exception):
                 self._observer.ended(future, "failed", time.monotonic() - future.submitted)
+
+
+def _called(task: GenerationTask) -> EngineCall:
+    """Returns the call of a network that a task waits for."""
+    assert isinstance(task.waiting_for, EngineCall), "the policy selects no others"
+    return task.waiting_for
 
 
 def _overdue(future: RequestFuture, now: float) -> S2PError | None:

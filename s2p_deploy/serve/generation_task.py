@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from greenlet import getcurrent, greenlet
 
 from s2p_deploy.engines.runner import ClosingRunner, TensorRunner
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from s2p_deploy.engines import BoundRunner
+    from s2p_deploy.engines import BoundRunner, Runner
+    from s2p_deploy.serve.controlnets import ServedControlNet
     from s2p_deploy.serve.request import RequestFuture
 
 _OFFLOADED = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")  # components besides the denoiser
@@ -34,17 +36,27 @@ _SLOW_METHODS = ("encode", "decode")  # of an autoencoder
 
 @dataclass(frozen=True)
 class EngineCall:
-    """One call of the denoiser, with the inputs of a bound engine; the task is resumed with the outputs.
+    """One call of the denoiser, or of a ControlNet; the task is resumed with the outputs.
 
-    All are arrays, or all are tensors: on a device, but for ``timestep_index``.
+    Attributes:
+        inputs: those of the runner, each [samples, ...]. All are arrays, or all are tensors: on a device, but for
+            ``timestep_index``.
+        controlnet: the ControlNet that is called (None: the denoiser).
     """
 
     inputs: Mapping[str, NDArray[Any]] | Mapping[str, Tensor]
+    controlnet: ServedControlNet | None = None
 
     @property
     def samples(self) -> int:
         """Latents in the call: two where the picture is guided, else one."""
-        return len(self.inputs["timestep_index"])
+        inputs: Mapping[str, Any] = self.inputs
+        return len(next(iter(inputs.values())))
+
+    @property
+    def on_device(self) -> bool:
+        """Returns whether the inputs are tensors."""
+        return isinstance(next(iter(self.inputs.values())), torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class GenerationTask:
     """A request that has begun; all of it runs in the thread that starts it.
 
     ``waiting_for`` is what it paused for, None once ``picture`` is there. ``done`` counts completed calls of the
-    engine. What ``generate`` raises comes out of :meth:`resume` and :meth:`throw`.
+    denoiser. What ``generate`` raises comes out of :meth:`resume` and :meth:`throw`.
     """
 
     def __init__(self, future: RequestFuture, generate: Callable[[], Image]) -> None:
@@ -92,7 +104,7 @@ class GenerationTask:
 
     def resume(self, *result: object) -> None:
         """Runs to the next pause, from the beginning or with the result of the last one."""
-        if isinstance(self.waiting_for, EngineCall):
+        if isinstance(self.waiting_for, EngineCall) and self.waiting_for.controlnet is None:
             self.done += 1
             self.future.progress = (self.done, self.future.calls)
         self._paused(self._greenlet.switch(*result))
@@ -108,11 +120,17 @@ class GenerationTask:
 
 
 class PausingRunner(ClosingRunner):
-    """A runner that pauses the generation task in every call; the engine belongs to the service."""
+    """A runner that pauses the generation task in every call; the engine belongs to the service.
+
+    ``controlnet`` is the ControlNet that it stands for (None: the denoiser).
+    """
+
+    def __init__(self, controlnet: ServedControlNet | None = None) -> None:
+        self._controlnet = controlnet
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Returns the outputs that the generation loop resumes the task with."""
-        outputs: dict[str, NDArray[Any]] = pause(EngineCall(dict(inputs)))
+        outputs: dict[str, NDArray[Any]] = pause(EngineCall(dict(inputs), self._controlnet))
         return outputs
 
     def close(self) -> None:
@@ -124,8 +142,13 @@ class PausingTensorRunner(PausingRunner):
 
     def infer_tensors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the outputs that the generation loop resumes the task with; valid until it runs the next batch."""
-        outputs: dict[str, Tensor] = pause(EngineCall(dict(inputs)))
+        outputs: dict[str, Tensor] = pause(EngineCall(dict(inputs), self._controlnet))
         return outputs
+
+
+def pausing_runner(runner: Runner, controlnet: ServedControlNet | None = None) -> PausingRunner:
+    """Makes a runner that pauses in the place of one, of arrays or of tensors as that is."""
+    return PausingTensorRunner(controlnet) if isinstance(runner, TensorRunner) else PausingRunner(controlnet)
 
 
 class OffloadedModule:
@@ -151,7 +174,7 @@ def pausing_pipeline(base: DiffusionPipeline, config: Mapping[str, Any], runner:
         config: the configuration of its denoiser.
         runner: the engine, for its timesteps and sizes; it is not called.
     """
-    pausing = PausingTensorRunner() if isinstance(runner, TensorRunner) else PausingRunner()
+    pausing = pausing_runner(runner)
     adapters: dict[str, Any] = {"optional": runner.optional, "images": runner.images}
     denoiser = engine_denoiser(pausing, config, runner.timesteps, runner.profile, indices=runner.indices, **adapters)
     own = denoiser_of(base)

@@ -259,8 +259,7 @@ class BatchedLoras:
         given = []
         for call, own in zip(calls, np.split(strengths, np.cumsum(sizes)[:-1]), strict=True):
             inputs: dict[str, Any] = dict(call.inputs)
-            on_device = isinstance(inputs["timestep_index"], torch.Tensor)
-            given.append(EngineCall(inputs | {LORA_STRENGTHS: torch.from_numpy(own) if on_device else own}))
+            given.append(EngineCall(inputs | {LORA_STRENGTHS: torch.from_numpy(own) if call.on_device else own}))
         return given
 
 

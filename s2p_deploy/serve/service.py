@@ -22,7 +22,6 @@ from s2p_deploy.families.model_family import guidance_width, has_branches
 from s2p_deploy.families.pipelines import check_draws_from_text
 from s2p_deploy.pipeline import (
     Control,
-    EngineControlNet,
     ImagePrompt,
     IpAdapter,
     Schedule,
@@ -43,6 +42,7 @@ from s2p_deploy.records import Prompt
 from s2p_deploy.records.files import available_memory
 from s2p_deploy.schedulers import scheduler_names
 from s2p_deploy.serve.batching import Batching, Capacity, policy_named, profile_batches
+from s2p_deploy.serve.controlnets import ServedControlNet
 from s2p_deploy.serve.generation_loop import GenerationLoop, Observer, RequestQueue
 from s2p_deploy.serve.generation_task import GenerationTask, OffloadedModule, pausing_pipeline, with_offloaded
 from s2p_deploy.serve.loras import ServedLoras, changed_text_encoders
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
     from s2p_deploy.engines import BoundRunner, Runner
     from s2p_deploy.families import BasePipeline
@@ -144,7 +144,7 @@ class ServedEngine:
     calls: Callable[[int, str | None], int]
     mixed_timesteps: bool
     max_sequence_length: int
-    controlnets: Mapping[str, ModelMixin] = field(default_factory=dict)
+    controlnets: Mapping[str, ServedControlNet] = field(default_factory=dict)
     ip_adapters: Mapping[str, IpAdapter] = field(default_factory=dict)
     loras: ServedLoras = field(default_factory=ServedLoras)
 
@@ -181,9 +181,8 @@ class ServedEngine:
 
     def close(self) -> None:
         """Frees the memory of the engine, and of text encoders, autoencoder and ControlNets that are engines too."""
-        for network in self.controlnets.values():
-            if isinstance(network, EngineControlNet):
-                network.close()
+        for controlnet in self.controlnets.values():
+            controlnet.close()
         self.stock.close()
 
     def task(self, future: RequestFuture) -> GenerationTask:
@@ -212,7 +211,8 @@ class ServedEngine:
         """Raises InputError where a request names a ControlNet that there is not."""
         _check_known("ControlNet", "--controlnet", [one.name for one in request.controls], self.controlnets)
         return [
-            Control(self.controlnets[one.name], one.picture, one.scale, one.start, one.end) for one in request.controls
+            Control(self.controlnets[one.name].for_request(), one.picture, one.scale, one.start, one.end)
+            for one in request.controls
         ]
 
     def _pipe_for(self, future: RequestFuture) -> DiffusionPipeline:
@@ -367,7 +367,7 @@ def _profiled_engine(
     base: BasePipeline,
     settings: ServiceSettings,
     stock: EnginePipeline,
-    controlnets: Mapping[str, ModelMixin],
+    controlnets: Mapping[str, ServedControlNet],
     name: str | None,
 ) -> ServedEngine:
     """Loads the other adapters of an opened engine and times its batches; raises as :func:`open_service`."""
@@ -427,7 +427,7 @@ def _pausing(adapter: IpAdapter) -> IpAdapter:
 
 def _controlnets(
     pipe: DiffusionPipeline, folders: tuple[tuple[str, Path], ...], device: str, opened: ExitStack
-) -> dict[str, ModelMixin]:
+) -> dict[str, ServedControlNet]:
     """Loads ControlNets by name; ``device`` is a context's, and ``opened`` closes those that are engines.
 
     Raises:
@@ -442,9 +442,8 @@ def _controlnets(
     networks = {}
     for name, folder in folders:
         network = open_controlnet(folder, config, factor, denoiser.dtype, device)
-        if isinstance(network, EngineControlNet):
-            opened.callback(network.close)
-        networks[name] = network.to(pipe.device)
+        networks[name] = ServedControlNet.of(network.to(pipe.device))
+        opened.callback(networks[name].close)
     return networks
 
 

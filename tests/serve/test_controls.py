@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from s2p_deploy import api
+from s2p_deploy.calib.controlnet import calibrate_controlnet
+from s2p_deploy.engines import BuildOptions
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import load_pipeline
-from s2p_deploy.families.controlnets import load_controlnet
-from s2p_deploy.pipeline import Control, Schedule, StartPicture, generate, open_pipeline
-from s2p_deploy.records import CalibratedModel, Engine, Prompt
+from s2p_deploy.pipeline import Control, Schedule, StartPicture, generate, open_controlnet, open_pipeline
+from s2p_deploy.recipe import Recipe
+from s2p_deploy.records import CalibratedModel, Engine, Prompt, PromptSet, ShapeProfile
+from s2p_deploy.serve.batching import run_calls
 from s2p_deploy.serve.generation_loop import Observer
 from s2p_deploy.serve.http.metrics import Metrics
 from s2p_deploy.serve.request import ImageRequest, RequestedControl
@@ -28,8 +31,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from s2p_deploy.engines import Runner
+    from s2p_deploy.serve.batching import Output
+    from s2p_deploy.serve.generation_task import EngineCall
     from tests.serve.conftest import Tiny
     from tests.shared_folder import SharedFolder
+
+    Pixels = NDArray[np.int16]
 
 pytestmark = pytest.mark.slow
 MINUTE, STEPS = 60.0, 24  # so many that all four are under way at once, on a busy machine too
@@ -53,8 +63,44 @@ def folders(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {name: folder / name for name in ("edges", "depth")}
 
 
+@pytest.fixture(scope="module")
+def quantized(tiny: Tiny, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same on engines, of quantized ones, whose batches are as large as two guided pictures, and as one."""
+    folder = tmp_path_factory.mktemp("quantized-controlnets")
+    recipe = Recipe.load("w8a8", {"sampling": {"steps": 20}, "dataset": {"prompts": 2, "samples_per_prompt": 10}})
+    prompts, pictures = PromptSet((Prompt("a", PROMPT), Prompt("b", PROMPT))), [control_picture(0), control_picture(1)]
+    engines = {}
+    for most, (name, own) in zip((4, 2), folders.items(), strict=True):
+        model = calibrate_controlnet(tiny.base, own, recipe, prompts, pictures, folder / f"{name}-calib")
+        graph = api.export_graph(model, out=folder / f"{name}-graph")
+        options = BuildOptions(profile=ShapeProfile(1, 2, most))
+        engines[name] = api.build_engine(graph, backend="onnxruntime", out=folder / name, options=options).folder
+    return engines
+
+
 def test_four_requests_of_one_batch_have_four_controls(engine: Engine, tiny: Tiny, folders: dict[str, Path]) -> None:
-    log = Log()
+    """Those of a network in floating point depend on the size of its batch by rounding."""
+    served, alone, sizes = drawn_together_and_alone(engine, tiny, folders)
+    assert {3, 4} <= sizes
+    for one, other in zip(served, alone, strict=True):
+        assert np.abs(one - other).max() <= 1
+    assert not np.array_equal(served[0], served[1])
+
+
+def test_those_of_engines_are_the_same_to_the_bit(engine: Engine, tiny: Tiny, quantized: dict[str, Path]) -> None:
+    served, alone, sizes = drawn_together_and_alone(engine, tiny, quantized)
+    assert 4 in sizes
+    assert 3 not in sizes, "the second engine takes 2"
+    np.testing.assert_array_equal(served, alone)
+    assert not np.array_equal(served[0], served[1])
+
+
+def drawn_together_and_alone(engine: Engine, tiny: Tiny, folders: dict[str, Path]) -> tuple[Pixels, Pixels, set[int]]:
+    """Draws four requests, of two ControlNets, in a service, and each with a stock pipeline of its own.
+
+    The sizes are those of the ControlNets' batches.
+    """
+    log, sizes = Log(), set()
     start = StartPicture(control_picture(5), 0.8)
     edges, depth = (RequestedControl(name, control_picture(seed)) for seed, name in enumerate(folders))
     partly = RequestedControl("edges", control_picture(3), 0.5, 0.2, 0.7)
@@ -65,7 +111,13 @@ def test_four_requests_of_one_batch_have_four_controls(engine: Engine, tiny: Tin
         ImageRequest("a green triangle", STEPS + 1, 1.0, 3, controls=(depth,), start=start),
     ]
     settings = ServiceSettings(batches=(8,), controlnets=tuple(folders.items()))
-    with open_service(engine, tiny.base, settings, log) as service:
+
+    def counting(runner: Runner, calls: list[EngineCall], batch: int) -> list[Output]:
+        sizes.update([batch] if calls[0].controlnet else [])
+        return run_calls(runner, calls, batch)
+
+    with pytest.MonkeyPatch.context() as patched, open_service(engine, tiny.base, settings, log) as service:
+        patched.setattr("s2p_deploy.serve.generation_loop.run_calls", counting)
         assert service.info.controlnets == ("edges", "depth")
         with pytest.raises(InputError, match="there is no ControlNet 'lines': use edges, depth"):
             service.submit(
@@ -73,12 +125,13 @@ def test_four_requests_of_one_batch_have_four_controls(engine: Engine, tiny: Tin
             )
         log.wait_once = 2.0
         futures = [service.submit(request, timeout=MINUTE) for request in requests]
-        found = [np.asarray(future.result()) for future in futures]
+        served = [np.asarray(future.result(), np.int16) for future in futures]
     assert max(pictures for _, _, pictures in log.batches) == 4, "requests met"
+    alone = []
     with open_pipeline(engine, tiny.base) as opened:
-        networks = {name: load_controlnet(folder, engine.denoiser_config, 8) for name, folder in folders.items()}
-        for request, served in zip(requests, found, strict=True):
-            alone = generate(
+        networks = {name: open_controlnet(folder, engine.denoiser_config, 8) for name, folder in folders.items()}
+        for request in requests:
+            picture = generate(
                 opened.pipe,
                 Prompt("alone", request.prompt),
                 schedule=Schedule(request.steps),
@@ -87,8 +140,8 @@ def test_four_requests_of_one_batch_have_four_controls(engine: Engine, tiny: Tin
                 start=request.start,
                 controls=[Control(networks[c.name], c.picture, c.scale, c.start, c.end) for c in request.controls],
             )
-            np.testing.assert_array_equal(served, np.asarray(alone))
-    assert not np.array_equal(found[0], found[1])
+            alone.append(np.asarray(picture, np.int16))
+    return np.stack(served), np.stack(alone), sizes
 
 
 def test_an_engine_without_inputs_for_them_is_refused(tiny: Tiny, folders: dict[str, Path]) -> None:
