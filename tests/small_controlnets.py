@@ -78,7 +78,7 @@ class OpenedEngines:
 class _EngineStandIn(EngineControlNet):
     def __init__(self, engines: OpenedEngines) -> None:
         torch.nn.Module.__init__(self)
-        self.engines, self._config = engines, {}
+        self.engines, self._config, self.maps = engines, {}, []
         self.engine = SimpleNamespace(mixed_timesteps=True)
         self.bound = SimpleNamespace(profile=ShapeProfile(), close=self.close)
 

@@ -67,7 +67,8 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Draws a task once for each span of timesteps that floating point takes; returns a row with every PSNR for each.
 
-    A span is its first timestep, and the one that it ends before (None: it has no end).
+    A span is its first timestep, and the one that it ends before (None: it has no end). Of spans with the same calls
+    the first is drawn.
     """
     task = Task.of(text, Schedule.of(chain.recipe.sampling))
     pipe = load_pipeline(chain.base)
@@ -77,8 +78,11 @@ def rows_of(
     timesteps = timesteps_of(pipe, task.schedule)
     rows = []
     with load_engine(chain.engine, chain.graph, schedules=[timesteps]) as engine:
+        calls = {}
         for start, end in spans:
             handed = (timesteps >= start) & (timesteps < (np.inf if end is None else end))
+            calls.setdefault(tuple(handed), (start, end, handed))
+        for start, end, handed in calls.values():
             runner = HandingOver(engine, whole, frozenset(engine.indices(timesteps[handed]).tolist()))
             config = denoiser_of(pipe).config
             denoiser = engine_denoiser(runner, config, engine.timesteps, engine.profile, indices=engine.indices)
