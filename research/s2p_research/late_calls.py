@@ -78,10 +78,10 @@ def rows_of(
     timesteps = timesteps_of(pipe, task.schedule)
     rows = []
     with load_engine(chain.engine, chain.graph, schedules=[timesteps]) as engine:
-        calls = {}
+        calls: dict[tuple[bool, ...], tuple[int, int | None, NDArray[np.bool_]]] = {}
         for start, end in spans:
             handed = (timesteps >= start) & (timesteps < (np.inf if end is None else end))
-            calls.setdefault(tuple(handed), (start, end, handed))
+            calls.setdefault(tuple(handed.tolist()), (start, end, handed))
         for start, end, handed in calls.values():
             runner = HandingOver(engine, whole, frozenset(engine.indices(timesteps[handed]).tolist()))
             config = denoiser_of(pipe).config
