@@ -40,7 +40,7 @@ def changed_keys(recipe: ResearchRecipe, other: ResearchRecipe) -> set[str]:
 
 
 def test_every_recipe_loads_under_its_own_name() -> None:
-    assert recipe_names() == sorted(BASELINES | ABLATIONS | {"w8a8-mse", "w8a8-peaks"})
+    assert recipe_names() == sorted(BASELINES | ABLATIONS | {"pcr-8", "w8a8-mse", "w8a8-peaks", "w8a8-relaxed"})
     assert not set(recipe_names()) & set(preset_names())
     assert [ResearchRecipe.load(name).name for name in recipe_names()] == recipe_names()
 
@@ -88,6 +88,7 @@ def test_what_no_engine_can_run() -> None:
         "asymmetric-trained": "activations with zero points",
         "bitsfusion": "weights of 3, 5 or 9 levels",
         "pcr": "10-bit activations",
+        "w8a8-relaxed": "10-bit activations",
         "svdquant": "low-rank branches",
     }
 
