@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,15 @@ from s2p_deploy.context import Context
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import (
     EncodedText,
-    family_of,
     indexed_denoiser,
     latent_shape_of,
     load_pipeline,
     network_config,
     time_table_of,
 )
-from s2p_deploy.families.controlnet_family import without_embedding
 from s2p_deploy.families.controlnets import load_controlnet, with_controlnets
+from s2p_deploy.families.registry import controlnet_kind
+from s2p_deploy.families.text import is_sd3
 from s2p_deploy.recipe import Rule
 from s2p_deploy.records import CalibratedModel, LatentDataset, PromptSet, check_vacant, file_digest, write_artifact
 from s2p_deploy.records.exported_graph import CONTROL_FILE
@@ -46,22 +47,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from diffusers import ControlNetModel, DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from PIL.Image import Image
     from torch import Tensor, nn
 
     from s2p_deploy.calib.training_state import TrainingState
     from s2p_deploy.families import BasePipeline, IndexedDenoiser
+    from s2p_deploy.families.controlnet_family import ControlNetKind
     from s2p_deploy.recipe import Recipe
     from s2p_deploy.records import TimestepTable
 
 _DATASET = "dataset"
 _AT_ONCE = 8  # prompts that are walked together
-# What reads the latents, and what writes the residuals: a few percent of the work, and their errors go to the denoiser.
-_EDGES = tuple(
-    Rule(match=match, weights="int8", activations="none")
-    for match in ("conv_in", "controlnet_down_blocks.*", "controlnet_mid_block")
-)
 
 
 def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to where, and options by keyword
@@ -75,7 +72,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
     replace: bool = False,
     context: Context = Context(),
 ) -> CalibratedModel:
-    """Calibrates a ControlNet of a UNet and writes the CalibratedModel at ``out``, its dataset in ``out/dataset``.
+    """Calibrates a ControlNet and writes the CalibratedModel at ``out``, its dataset in ``out/dataset``.
 
     Unfinished work is in ``<out>.partial``: a second start with the same request continues it, once the walk is done,
     and a finished ``out`` of the same request is returned as it is.
@@ -92,18 +89,19 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         context: where it is computed, and whom to report to.
 
     Raises:
-        InputError: the ControlNet does not fit the pipeline, or is none of a UNet; there are no pictures; ``out`` or
-            its partial is of another request.
+        InputError: the ControlNet does not fit the pipeline; there are no pictures; ``out`` or its partial is of
+            another request.
         S2PError: training diverged. IntegrityError: a finished artifact was changed.
     """
     context.set_threads()
     if not pictures:
         raise InputError("a ControlNet is calibrated with pictures that it reads: give some")
-    if base.family.component != "unet" or base.task != "text-to-image":
+    if base.task != "text-to-image":
         raise InputError(f"a ControlNet of a {base.pipeline_class} cannot be calibrated: run it in floating point")
-    resolved = _resolved(recipe, base)
     pipe = load_pipeline(base)
     network = load_controlnet(folder, base.denoiser_config(), pipe.vae_scale_factor)
+    kind = controlnet_kind(network_config(network))
+    resolved = _resolved(recipe, base, kind)
     height, width = (pipe.vae_scale_factor * side for side in latent_shape_of(base.denoiser_config())[1:])
     other = next((picture for picture in pictures if picture.size != (width, height)), None)
     if other is not None:
@@ -113,7 +111,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         )
     walked = prompts.first(resolved.dataset.prompts)
     request = dataclasses.replace(
-        _request(base, resolved, walked, network.controlnet_cond_embedding, out, replace=replace, context=context),
+        _request(base, resolved, walked, kind.embedding_of(network), out, replace=replace, context=context),
         control=_digests(folder, pictures),
     )
     check_vacant(out, KIND, replace=True, inputs={"pipeline": base.folder, "ControlNet": folder})
@@ -121,7 +119,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - what is calibrated, from what, to w
         if out.exists() and not replace:
             return open_calibrated(request)
         claim_unfinished(request.partial, request.conditions(), replace=replace)
-        steps, fractional = resolved.sampling.steps, bool(family_of(pipe.unet).added_width(network_config(pipe.unet)))
+        steps, fractional = resolved.sampling.steps, bool(kind.added_width(network_config(network)))
         timesteps = timestep_table_of(pipe.scheduler, steps, fractional=fractional)
         finished = request.partial / _DATASET
         network.to(context.torch_device)
@@ -154,13 +152,17 @@ def _digests(folder: Path, pictures: Sequence[Image]) -> dict[str, Any]:
     return {"ControlNet": {file.name: file_digest(file) for file in files}, "control pictures": read}
 
 
-def _resolved(recipe: Recipe, base: BasePipeline) -> Recipe:
-    """Gives a recipe the rules of a ControlNet, and leaves out what only a denoiser's calibration has."""
+def _resolved(recipe: Recipe, base: BasePipeline, kind: ControlNetKind) -> Recipe:
+    """Gives a recipe the rules of a ControlNet, and leaves out what only a denoiser's calibration has.
+
+    Its edges are a few percent of the work, and their errors go to the denoiser.
+    """
+    edges = tuple(Rule(match=match, weights="int8", activations="none") for match in kind.edges)
     own = tuple(rule for rule in recipe.rules if rule.match not in {"input", "output"})
     selection = recipe.training.selection.model_copy(update={"prompts": 0})
     return recipe.with_sampling(base.default_guidance, base.default_strength).model_copy(
         update={
-            "rules": own if recipe.is_float else (*own, *_EDGES),
+            "rules": own if recipe.is_float else (*own, *edges),
             "training": recipe.training.model_copy(update={"selection": selection}),
         }
     )
@@ -200,11 +202,13 @@ class _Calls:
 
 @torch.no_grad()
 def _walk(
-    pipe: DiffusionPipeline, network: ControlNetModel, request: CalibrationRequest, pictures: Sequence[Image]
+    pipe: DiffusionPipeline, network: ModelMixin, request: CalibrationRequest, pictures: Sequence[Image]
 ) -> _Calls:
     """Draws the prompts under the ControlNet in floating point, and keeps some of its calls for each."""
-    recipe, progress = request.recipe, request.context.progress
+    recipe, progress, sampling = request.recipe, request.context.progress, request.recipe.sampling
     prompts, device = request.prompts.prompts, request.context.torch_device
+    kind, signature = controlnet_kind(network_config(network)), inspect.signature(network.forward)
+    longest = {"max_sequence_length": sampling.max_sequence_length} if is_sd3(pipe) else {}
     stock = with_controlnets(pipe, [network]).to(device)
     samples, timesteps, owners = [], [], []
     for first in range(0, len(prompts), _AT_ONCE):
@@ -213,28 +217,35 @@ def _walk(
         embedded: list[Tensor] = []
 
         def keep(
-            _module: nn.Module, args: tuple[Any, ...], seen: list[tuple[Tensor, Tensor]] = seen, size: int = len(some)
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            named: dict[str, Any],
+            seen: list[tuple[Tensor, Tensor]] = seen,
+            size: int = len(some),
         ) -> None:
-            seen.append((args[0][-size:].cpu(), torch.as_tensor(args[1]).float().cpu()))
+            given = signature.bind(*args, **named).arguments
+            latents, timestep = next(iter(given.values())), torch.as_tensor(given["timestep"])
+            seen.append((latents[-size:].cpu(), timestep.reshape(-1)[0].float().cpu()))
 
         def keep_embedding(
             _module: nn.Module, _args: object, output: Tensor, to: list[Tensor] = embedded, size: int = len(some)
         ) -> None:
-            to[:] = [output[-size:].cpu()]
+            to[:] = [kind.spread(output[-size:]).cpu()]
 
         hooks = [
-            network.register_forward_pre_hook(keep),
-            network.controlnet_cond_embedding.register_forward_hook(keep_embedding),
+            network.register_forward_pre_hook(keep, with_kwargs=True),
+            kind.embedding_of(network).register_forward_hook(keep_embedding),
         ]
         try:
             stock(
                 prompt=[prompt.text for prompt in some],
                 negative_prompt=[prompt.negative for prompt in some] if any(p.negative for p in some) else None,
-                image=[pictures[number % len(pictures)] for number in range(first, first + len(some))],
-                num_inference_steps=recipe.sampling.steps,
-                guidance_scale=recipe.sampling.guidance_scale,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
                 generator=[torch.Generator().manual_seed(prompt.noise_seed) for prompt in some],
                 output_type="latent",
+                **{kind.picture: [pictures[number % len(pictures)] for number in range(first, first + len(some))]},
+                **longest,
             )
         finally:
             for hook in hooks:
@@ -250,10 +261,11 @@ def _walk(
 
 
 def _as_denoiser(
-    pipe: DiffusionPipeline, network: ControlNetModel, timesteps: TimestepTable, size: Sequence[int]
+    pipe: DiffusionPipeline, network: ModelMixin, timesteps: TimestepTable, size: Sequence[int]
 ) -> FloatPipeline:
     """Takes a ControlNet over as an indexed denoiser, beside its pipeline."""
-    without_embedding(network, size[0] if len(set(size)) == 1 else tuple(size))
+    kind = controlnet_kind(network_config(network))
+    kind.without_embedding(network, size[0] if len(set(size)) == 1 else tuple(size))
     table = time_table_of(network, len(timesteps.angle))
     denoiser = indexed_denoiser(network, table or timesteps).eval()
     return FloatPipeline(pipe, denoiser, timesteps, table, table)
@@ -266,6 +278,9 @@ def _dataset(request: CalibrationRequest, source: FloatPipeline, calls: _Calls, 
     texts = encode_prompts(
         source.pipe, request.prompts, sampling.max_sequence_length, guidance_scale=sampling.guidance_scale
     )
+    distinct, config = texts.distinct, source.denoiser.config
+    if config.get("force_zeros_for_pooled_projection"):  # stock pipelines of SD3 give its ControlNet no pooled text
+        distinct = dataclasses.replace(distinct, added_cond=torch.zeros_like(distinct.added_cond))
     guided = not torch.equal(texts.cond, texts.uncond)
     sample = calls.sample.half()
     indices = torch.from_numpy(timestep_indices(calls.timesteps.double().numpy(), source.timesteps))
@@ -274,13 +289,12 @@ def _dataset(request: CalibrationRequest, source: FloatPipeline, calls: _Calls, 
     for number, which in enumerate(torch.arange(len(sample)).split(_AT_ONCE)):
         for name, text in branches.items():
             own = text[calls.prompt[which]]
-            outputs[name].append(_residuals(source.denoiser, sample[which], indices[which], texts.distinct, own))
+            outputs[name].append(_residuals(source.denoiser, sample[which], indices[which], distinct, own))
         progress("residuals", min((number + 1) * _AT_ONCE, len(sample)), len(sample))
 
     def fill(folder: Path) -> dict[str, Any]:
         shard = {"latents": sample, "timestep_indices": indices, "prompt": calls.prompt}
         write_tensors(folder / "shard-00000.safetensors", shard | {n: torch.cat(v) for n, v in outputs.items()})
-        distinct = texts.distinct
         text = {"texts": distinct.states.half(), "added_cond": distinct.added_cond}
         write_tensors(folder / "texts.safetensors", text | {"cond_text": texts.cond, "uncond_text": texts.uncond})
         return {"samples": len(sample), "sampling": {"guided": guided}}

@@ -132,7 +132,7 @@ def calibrate_controlnet(  # noqa: PLR0913 - the command's options
     force: bool = False,
     context: Context = Context(),
 ) -> CalibratedModel:
-    """Calibrates a ControlNet of a UNet, which is then exported and built as a denoiser is.
+    """Calibrates a ControlNet, which is then exported and built as a denoiser is.
 
     Args:
         model: the floating-point pipeline that it acts in: its folder, a hub id, or ``shapes``.

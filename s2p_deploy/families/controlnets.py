@@ -11,8 +11,7 @@ from diffusers import ControlNetModel, SD3ControlNetModel
 from s2p_deploy.errors import InputError
 from s2p_deploy.families.model_family import latent_channels
 from s2p_deploy.families.network_files import load_network, read_json
-from s2p_deploy.families.registry import family_of_config
-from s2p_deploy.families.unet import shortcut_maps
+from s2p_deploy.families.registry import controlnet_kind, family_of_config, network_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,15 +48,19 @@ def load_controlnet(
             f"{folder} holds a {config.get('_class_name')}: {' and '.join(_CLASSES)} are supported as ControlNets"
         )
     network: ModelMixin = load_network(folder, kind, dtype or torch.float32)
-    if isinstance(network, ControlNetModel):
-        maps = shortcut_maps(network)
-        maps.append(maps[-1])
-    elif network.config.use_pos_embed and network.config.joint_attention_dim is not None:
-        maps = [(network.inner_dim, network.config.patch_size)]
-    else:
+    own = network_config(network)
+    if isinstance(network, SD3ControlNetModel) and not (own["use_pos_embed"] and own["joint_attention_dim"]):
         raise InputError(f"{folder} takes its positions from the transformer's weights, which an engine has not")
-    check_fits(folder, dict(network.config), maps, denoiser_config, pixels_per_latent)
+    maps = controlnet_kind(own).residual_maps(network)
+    check_fits(folder, own, maps, denoiser_config, pixels_per_latent)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def residual_maps(config: Config) -> list[tuple[int, int]]:
+    """Returns the channels of every residual of a ControlNet, and the latents on a side of each of its places."""
+    kind = controlnet_kind(config)
+    with torch.device("meta"):
+        return kind.residual_maps(kind.build(config))
 
 
 def check_fits(

@@ -23,7 +23,7 @@ from s2p_deploy.families.model_family import (
 from s2p_deploy.records.optional_inputs import block_residual, is_residual
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -120,8 +120,7 @@ class MMDiTFamily:
         Image and text enter a joint block at the inputs of its first norms, and leave it at those of the next block's.
         """
         names = [name for name, _ in network.named_modules() if self.distilled.fullmatch(name)]
-        borders = [(_norm(f"{name}.norm1"), _norm(f"{name}.norm1_context")) for name in names] + [(_norm("norm_out"),)]
-        joint = [Block(name, (name,), *border) for name, border in zip(names, itertools.pairwise(borders), strict=True)]
+        joint = joint_blocks(names, (_norm("norm_out"),))
         return (Block.chain("pos_embed", ("pos_embed",)), *joint, Block.chain("output", ("norm_out", "proj_out")))
 
     def size_multiple(self, config: Config) -> int:
@@ -135,6 +134,12 @@ class MMDiTFamily:
     def split_shortcuts(self, _network: nn.Module) -> dict[str, int]:
         """Returns nothing: a transformer has no shortcuts."""
         return {}
+
+
+def joint_blocks(names: Sequence[str], end: tuple[Tap, ...]) -> list[Block]:
+    """Makes the joint blocks of these names, in their order; the last is left at ``end``."""
+    borders = [(_norm(f"{name}.norm1"), _norm(f"{name}.norm1_context")) for name in names] + [end]
+    return [Block(name, (name,), *border) for name, border in zip(names, itertools.pairwise(borders), strict=True)]
 
 
 def _norm(path: str) -> Tap:

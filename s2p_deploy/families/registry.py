@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from s2p_deploy.errors import InputError
-from s2p_deploy.families.controlnet_family import ControlNetFamily
+from s2p_deploy.families.controlnet_family import ControlNetFamily, ControlNetKind, SD3ControlNetFamily
 from s2p_deploy.families.mmdit import MMDiTFamily
 from s2p_deploy.families.unet import UNetFamily
 
@@ -21,7 +21,10 @@ _CLASS = "_class_name"
 _FAMILIES: dict[str, ModelFamily] = {
     "UNet2DConditionModel": UNetFamily(),
     "SD3Transformer2DModel": MMDiTFamily(),
+}
+_CONTROLNETS: dict[str, ControlNetKind] = {
     "ControlNetModel": ControlNetFamily(),
+    "SD3ControlNetModel": SD3ControlNetFamily(),
 }
 
 
@@ -48,6 +51,14 @@ def family_of_config(config: Mapping[str, Any]) -> ModelFamily:
     return family
 
 
+def controlnet_kind(config: Mapping[str, Any]) -> ControlNetKind:
+    """Returns the family of a ControlNet's configuration. Raises InputError where its class is not supported."""
+    name = str(config.get(_CLASS))
+    if name not in _CONTROLNETS:
+        raise InputError(f"{name} is not supported as a ControlNet: {' and '.join(_CONTROLNETS)} are")
+    return _CONTROLNETS[name]
+
+
 def network_config(network: ModelMixin) -> Config:
     """Returns the diffusers configuration of a network, JSON-ready, with its class and no other private key."""
     public = {key: value for key, value in network.config.items() if not key.startswith("_")}
@@ -55,6 +66,7 @@ def network_config(network: ModelMixin) -> Config:
 
 
 def _family(name: str) -> ModelFamily:
-    if name not in _FAMILIES:
-        raise InputError(f"a denoiser of class {name} is not supported: {' and '.join(_FAMILIES)} are")
-    return _FAMILIES[name]
+    families = _FAMILIES | _CONTROLNETS
+    if name not in families:
+        raise InputError(f"a denoiser of class {name} is not supported: {' and '.join(families)} are")
+    return families[name]

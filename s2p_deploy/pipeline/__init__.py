@@ -13,7 +13,13 @@ from s2p_deploy.pipeline.components import (
 )
 from s2p_deploy.pipeline.control import Control
 from s2p_deploy.pipeline.engine_component import EngineComponent
-from s2p_deploy.pipeline.engine_controlnet import EngineControlNet, controlnet_memory, open_controlnet
+from s2p_deploy.pipeline.engine_controlnet import (
+    EngineControlNet,
+    EngineSD3ControlNet,
+    EngineUNetControlNet,
+    controlnet_memory,
+    open_controlnet,
+)
 from s2p_deploy.pipeline.engine_pipeline import (
     EnginePipeline,
     load_engine_pipeline,
@@ -46,9 +52,11 @@ __all__ = [
     "EngineControlNet",
     "EngineDenoiser",
     "EnginePipeline",
+    "EngineSD3ControlNet",
     "EngineTextEncoder",
     "EngineTransformer",
     "EngineUNet",
+    "EngineUNetControlNet",
     "ImagePrompt",
     "IpAdapter",
     "Schedule",

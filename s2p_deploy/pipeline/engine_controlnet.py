@@ -8,15 +8,17 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import ControlNetModel
-from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, ControlNetOutput
+from diffusers import ControlNetModel, SD3ControlNetModel
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
 from safetensors.torch import load as tensors_from
 
 from s2p_deploy.engines import load_engine
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.families.checkpoint import Checkpoint
-from s2p_deploy.families.controlnet_family import divided_residuals, residual_maps
-from s2p_deploy.families.controlnets import check_fits, load_controlnet
+from s2p_deploy.families.controlnet_family import divided_residuals
+from s2p_deploy.families.controlnets import check_fits, load_controlnet, residual_maps
+from s2p_deploy.families.registry import controlnet_kind
 from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.records import Engine
 from s2p_deploy.records.artifacts import MANIFEST, read_verified
@@ -27,15 +29,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from diffusers import ModelMixin
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from s2p_deploy.engines import BoundRunner, Runner
 
 _GUESSED = -1  # exponent of the first residual's strength in guess mode; the last one's is 0
 
 
-class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  # diffusers is not typed
-    """Replaces a ``ControlNetModel``, which it is an instance of because diffusers' pipelines ask for one.
+class EngineControlNet(EngineDenoiser):
+    """A ControlNet on an engine.
 
     Args:
         engine: of a calibrated ControlNet.
@@ -49,7 +51,7 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         self,
         engine: Engine,
         bound: BoundRunner,
-        embedding: ControlNetConditioningEmbedding,
+        embedding: nn.Module,
         maps: Sequence[tuple[int, int]],
         runner: Runner | None = None,
     ) -> None:
@@ -57,11 +59,12 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         own = runner or bound
         super().__init__(own, config, bound.timesteps, bound.profile, engine=engine, indices=bound.indices)
         self.bound, self.embedding, self.maps = bound, embedding, maps
+        self._kind = controlnet_kind(config)
         self._embedded: tuple[Tensor, Tensor] | None = None  # a control picture, and its embedding
 
     @classmethod
     def load(cls, folder: Path, schedules: Any = (), device: str = "auto") -> EngineControlNet:  # noqa: ANN401 - as its base
-        """Loads the ControlNet of an engine on disk.
+        """Loads the ControlNet of an engine on disk, as the class that its pipelines ask for.
 
         Raises:
             InputError: the engine is none of a ControlNet. Others as :meth:`EngineDenoiser.load`.
@@ -69,18 +72,17 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         engine = Engine.open(folder)
         if CONTROL_FILE not in engine.manifest.files:
             raise InputError(f"{folder} is no engine of a ControlNet: give one, or a ControlNet in diffusers format")
-        config = engine.denoiser_config
-        embedding = ControlNetConditioningEmbedding(
-            config["block_out_channels"][0],
-            config["conditioning_channels"],
-            tuple(config["conditioning_embedding_out_channels"]),
-        )
+        config = dict(engine.denoiser_config)
+        embedding = controlnet_kind(config).build_embedding(config)
         try:
             embedding.load_state_dict(tensors_from(bytes(read_verified(engine, CONTROL_FILE))))
         except (RuntimeError, ValueError) as error:
             raise IntegrityError(f"{folder / CONTROL_FILE} is damaged: build the engine again") from error
         runner = load_engine(engine, schedules=schedules, device=device)
-        return cls(engine, runner, embedding.eval().requires_grad_(requires_grad=False), residual_maps(dict(config)))
+        own = next(
+            kind for kind in (EngineUNetControlNet, EngineSD3ControlNet) if kind.replaces == config["_class_name"]
+        )
+        return own(engine, runner, embedding.eval().requires_grad_(requires_grad=False), residual_maps(config))
 
     def computing_on(self, runner: Runner) -> EngineControlNet:
         """Makes a copy that computes on another runner, of the same inputs."""
@@ -93,6 +95,43 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
 
     def __deepcopy__(self, _memo: dict[int, object]) -> EngineControlNet:
         return copy(self)
+
+    def _controlled(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text: Tensor,
+        picture: Tensor,
+        conditions: Mapping[str, object],
+    ) -> list[Tensor]:
+        """Computes the residuals as maps [batch, c, rows, columns]."""
+        control = self._embedding_of(picture)
+        given = torch.cat([sample, control.to(sample.dtype).expand(len(sample), -1, -1, -1)], 1)
+        return divided_residuals(self._predict(given, timestep, text, conditions), self.maps)
+
+    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns none: a ControlNet takes no residuals."""
+        del sample, conditions
+        return {}
+
+    @torch.no_grad()
+    def _embedding_of(self, picture: Tensor) -> Tensor:
+        """Embeds control pictures; those of the call before, as in a sampling loop, are not embedded again."""
+        if self._embedded is None or self._embedded[0] is not picture:
+            weights = next(self.embedding.parameters())
+            pictures = self._channels(picture).to(weights.device, weights.dtype)
+            self._embedded = picture, self._kind.spread(self.embedding(pictures))
+        return self._embedded[1]
+
+    def _channels(self, picture: Tensor) -> Tensor:
+        """Returns a control picture with its channels in the order that the network reads."""
+        return picture
+
+
+class EngineUNetControlNet(EngineControlNet, ControlNetModel):  # type: ignore[misc]  # diffusers is not typed
+    """Replaces a ``ControlNetModel``, which it is an instance of because diffusers' pipelines ask for one."""
+
+    replaces = "ControlNetModel"
 
     def forward(  # noqa: PLR0913 - as ControlNetModel's
         self,
@@ -121,10 +160,7 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
         Raises:
             InputError: as :meth:`EngineUNet.forward`.
         """
-        control = self._embedding_of(controlnet_cond)
-        given = torch.cat([sample, control.to(sample.dtype).expand(len(sample), -1, -1, -1)], 1)
-        joined = self._predict(given, timestep, encoder_hidden_states, conditions)
-        residuals = divided_residuals(joined, self.maps)
+        residuals = self._controlled(sample, timestep, encoder_hidden_states, controlnet_cond, conditions)
         if guess_mode and not self.config.global_pool_conditions:
             strengths = torch.logspace(_GUESSED, 0, len(residuals), device=sample.device) * conditioning_scale
             residuals = [each * strength for each, strength in zip(residuals, strengths, strict=True)]
@@ -137,19 +173,43 @@ class EngineControlNet(EngineDenoiser, ControlNetModel):  # type: ignore[misc]  
             return down, middle
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
 
-    def _residuals(self, sample: Tensor, conditions: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns none: a ControlNet takes no residuals."""
-        del sample, conditions
-        return {}
+    def _channels(self, picture: Tensor) -> Tensor:
+        return picture.flip(1) if self.config.controlnet_conditioning_channel_order == "bgr" else picture
 
-    @torch.no_grad()
-    def _embedding_of(self, picture: Tensor) -> Tensor:
-        """Embeds control pictures; those of the call before, as in a sampling loop, are not embedded again."""
-        if self._embedded is None or self._embedded[0] is not picture:
-            pictures = picture.flip(1) if self.config.controlnet_conditioning_channel_order == "bgr" else picture
-            weights = next(self.embedding.parameters())
-            self._embedded = picture, self.embedding(pictures.to(weights.device, weights.dtype))
-        return self._embedded[1]
+
+class EngineSD3ControlNet(EngineControlNet, SD3ControlNetModel):  # type: ignore[misc]  # diffusers is not typed
+    """Replaces an ``SD3ControlNetModel``, which it is an instance of because diffusers' pipelines ask for one."""
+
+    replaces = "SD3ControlNetModel"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        *,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor | float,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> SD3ControlNetOutput | tuple[list[Tensor]]:
+        """Computes the residuals of the blocks [batch, patches, D], as SD3ControlNetModel does.
+
+        Args:
+            hidden_states: [batch, C, H, W] latents.
+            controlnet_cond: [batch, C, H, W] latents of control pictures.
+            conditioning_scale: strength of the residuals.
+            encoder_hidden_states: [batch, tokens, D] text states.
+            timestep: the scheduler's value: a number, a scalar tensor or one of [batch].
+            return_dict: returns a record instead of a tuple.
+            conditions: ``pooled_projections``; the rest only where it is empty.
+
+        Raises:
+            InputError: as :meth:`EngineTransformer.forward`.
+        """
+        maps = self._controlled(hidden_states, timestep, encoder_hidden_states, controlnet_cond, conditions)
+        residuals = [each.flatten(2).transpose(1, 2) * conditioning_scale for each in maps]
+        return SD3ControlNetOutput(controlnet_block_samples=tuple(residuals)) if return_dict else (residuals,)
 
 
 def controlnet_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[bool, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, SD3ControlNetModel
 
 from s2p_deploy import api
 from s2p_deploy.calib.controlnet import calibrate_controlnet
@@ -89,6 +89,55 @@ def test_a_calibrated_one_takes_the_place_of_diffusers_own(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "least"), [("w8a8", 15.0), ("fp", 90.0)])
+def test_one_of_sd3_takes_the_place_of_diffusers_own(tmp_path: Path, recipe: str, least: float) -> None:
+    base, folder = sibling("sd3"), tmp_path / "edges"
+    pipe = load_pipeline(base)
+    small_controlnet(pipe.transformer).save_pretrained(folder)
+    short = {"sampling": {"steps": 4, "max_sequence_length": 8}, "dataset": {"prompts": 2, "samples_per_prompt": 4}}
+    calibrated = calibrate_controlnet(base, folder, Recipe.load(recipe, short), PROMPTS, PICTURES, tmp_path / "calib")
+    planned = {layer.name: layer for layer in calibrated.plan.layers}
+    assert planned["controlnet_blocks.1"].activation_quantizer is None
+    assert not any(name.startswith("transformer_blocks.1.ff_context") for name in planned), "nothing reads it"
+    assert any(layer.activation_quantizer for layer in calibrated.plan.layers) == (recipe != "fp")
+    built = api.build_engine(
+        api.export_graph(calibrated, out=tmp_path / "graph"), backend="onnxruntime", out=tmp_path / "engine"
+    )
+    own, found = (open_controlnet(one, base.denoiser_config(), pipe.vae_scale_factor) for one in (folder, built.folder))
+    assert isinstance(found, EngineControlNet)
+    assert isinstance(found, SD3ControlNetModel)
+    random, config = torch.Generator().manual_seed(0), own.config
+    given = {
+        "hidden_states": torch.randn(2, config.in_channels, 8, 8, generator=random),
+        "controlnet_cond": torch.randn(2, config.in_channels, 8, 8, generator=random) / 2,
+        "encoder_hidden_states": torch.randn(2, calibrated.tokens, config.joint_attention_dim, generator=random),
+        "pooled_projections": torch.zeros(2, config.pooled_projection_dim),
+        "timestep": torch.full((2,), calibrated.timesteps.covered[1]),
+        "conditioning_scale": 0.5,
+    }
+    with torch.no_grad():
+        (expected,), (residuals,) = (network(**given, return_dict=False) for network in (own, found))
+        assert len(found(**given).controlnet_block_samples) == len(expected) == 2
+    for one, other in zip(residuals, expected, strict=True):
+        assert one.shape == other.shape
+        assert sqnr(one, other) > least
+    drawn = [
+        generate(
+            pipe,
+            PROMPTS.prompts[0],
+            schedule=Schedule(4, max_sequence_length=8),
+            guidance_scale=2.0,
+            seed=1,
+            controls=[Control(network, PICTURES[0], 0.7)],
+        )
+        for network in (own, found)
+    ]
+    difference = np.abs(np.subtract(*(np.asarray(picture, int) for picture in drawn)))
+    assert difference.max() <= (1 if recipe == "fp" else 64)
+    found.close()
+
+
+@pytest.mark.slow
 def test_a_stopped_calibration_goes_on_to_the_same_bytes(base: BasePipeline, folder: Path, tmp_path: Path) -> None:
     """Stopped once in the walk and once in the training; another request does not take the work over, nor drop it."""
     training = {"iterations": 4, "selection": {"prompts": 0}}
@@ -154,7 +203,9 @@ def test_what_cannot_be_calibrated_is_refused(base: BasePipeline, folder: Path, 
         calibrate_controlnet(base, folder, recipe, PROMPTS, [], out)
     with pytest.raises(InputError, match="has 32x32 pixels: give pictures of 64x64"):
         calibrate_controlnet(base, folder, recipe, PROMPTS, [control_picture(size=32)], out)
-    with pytest.raises(InputError, match="a ControlNet of a StableDiffusion3Pipeline cannot be calibrated"):
+    with pytest.raises(InputError, match="a ControlNet of a StableDiffusionInpaintPipeline cannot be calibrated"):
+        calibrate_controlnet(sibling("inpaint"), folder, recipe, PROMPTS, PICTURES, out)
+    with pytest.raises(InputError, match=r"is a ControlNet of \{8, 16\} channels of residuals"):
         calibrate_controlnet(sibling("sd3"), folder, recipe, PROMPTS, PICTURES, out)
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="holds no PNG, JPEG or WebP files"):
