@@ -207,7 +207,8 @@ def _walk(
     """Draws the prompts under the ControlNet in floating point, and keeps some of its calls for each."""
     recipe, progress, sampling = request.recipe, request.context.progress, request.recipe.sampling
     prompts, device = request.prompts.prompts, request.context.torch_device
-    kind, signature = controlnet_kind(network_config(network)), inspect.signature(network.forward)
+    config, signature = network_config(network), inspect.signature(network.forward)
+    kind = controlnet_kind(config)
     longest = {"max_sequence_length": sampling.max_sequence_length} if is_sd3(pipe) else {}
     stock = with_controlnets(pipe, [network]).to(device)
     samples, timesteps, owners = [], [], []
@@ -230,7 +231,7 @@ def _walk(
         def keep_embedding(
             _module: nn.Module, _args: object, output: Tensor, to: list[Tensor] = embedded, size: int = len(some)
         ) -> None:
-            to[:] = [kind.spread(output[-size:]).cpu()]
+            to[:] = [kind.spread(output[-size:], config).cpu()]
 
         hooks = [
             network.register_forward_pre_hook(keep, with_kwargs=True),

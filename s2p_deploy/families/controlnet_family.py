@@ -47,7 +47,7 @@ class ControlNetKind(ModelFamily, Protocol):
     def build_embedding(self, config: Config) -> nn.Module:
         """Builds that module with untrained weights."""
 
-    def spread(self, embedded: Tensor) -> Tensor:
+    def spread(self, embedded: Tensor, config: Config) -> Tensor:
         """Spreads what that module gives over the places of the latents, [batch, E, H, W]."""
 
     def without_embedding(self, network: ModelMixin, sample_size: int | Sequence[int]) -> ModelMixin:
@@ -96,8 +96,9 @@ class ControlNetFamily(UNetFamily):
         )
         return embedding
 
-    def spread(self, embedded: Tensor) -> Tensor:
+    def spread(self, embedded: Tensor, config: Config) -> Tensor:
         """Returns the embedding: it has the latents' places."""
+        del config
         return embedded
 
     def without_embedding(self, network: ModelMixin, sample_size: int | Sequence[int]) -> ControlNetModel:
@@ -170,9 +171,9 @@ class SD3ControlNetFamily(MMDiTFamily):
         patch, width = config["patch_size"], config["num_attention_heads"] * config["attention_head_dim"]
         return nn.Conv2d(config["in_channels"] + (config["extra_conditioning_channels"] or 0), width, patch, patch)
 
-    def spread(self, embedded: Tensor) -> Tensor:
-        """Spreads the numbers of a patch [batch, D, H / 2, W / 2] over its latents."""
-        return nn.functional.pixel_shuffle(embedded, _PATCH)
+    def spread(self, embedded: Tensor, config: Config) -> Tensor:
+        """Spreads the numbers of a patch [batch, D, H / p, W / p] over its latents."""
+        return nn.functional.pixel_shuffle(embedded, config["patch_size"])
 
     def without_embedding(self, network: ModelMixin, sample_size: int | Sequence[int]) -> SD3ControlNetModel:
         """Takes the embedding out, and what the last block does to the text, which nothing reads."""
@@ -218,9 +219,6 @@ class SD3ControlNetFamily(MMDiTFamily):
             *joint_blocks(names, (Tap(outputs[-1], "input"),)),
             *(Block.chain(name, (name,)) for name in outputs),
         )
-
-
-_PATCH = 2  # latents on a side of a patch, in all of SD3's networks
 
 
 def _end_text(block: JointTransformerBlock) -> None:

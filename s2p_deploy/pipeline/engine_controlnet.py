@@ -120,7 +120,7 @@ class EngineControlNet(EngineDenoiser):
         if self._embedded is None or self._embedded[0] is not picture:
             weights = next(self.embedding.parameters())
             pictures = self._channels(picture).to(weights.device, weights.dtype)
-            self._embedded = picture, self._kind.spread(self.embedding(pictures))
+            self._embedded = picture, self._kind.spread(self.embedding(pictures), dict(self.config))
         return self._embedded[1]
 
     def _channels(self, picture: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_so_does_sd3s_without_the_end_of_the_text() -> None:
     angle = torch.linspace(0.1, 1.5, 1000).numpy()
     table = TimestepTable("a scheduler", {}, 2, (7.5, 500.25), angle, fractional=timesteps.double().numpy())
     denoiser = indexed_denoiser(own, table)
-    given = torch.cat([sample, kind.spread(embedding(picture))], 1)
+    given = torch.cat([sample, kind.spread(embedding(picture), network_config(network))], 1)
     joined = denoiser(given, torch.tensor([1000, 1001]), text, pooled)
     for found, tokens in zip(divided_residuals(joined, maps), expected, strict=True):
         torch.testing.assert_close(found.flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-5)
