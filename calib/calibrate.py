@@ -239,12 +239,12 @@ def _check_effects(recipe: Recipe) -> None:
     given += ["mixed.products"] if mixed.products is not None else []
     if given and mixed.sensitivity == "none":
         raise InputError(
-            f"recipe {recipe.name} has {' and '.join(given)}, which need a ranking of the layers: set"
-            " mixed.sensitivity, to pictures or fisher"
+            f"recipe {recipe.name} has {' and '.join(given)}, and no ranking of the layers: set mixed.sensitivity, to"
+            " pictures or fisher"
         )
     if mixed.products is not None and mixed.sensitive == Override():
         raise InputError(
-            f"recipe {recipe.name} has mixed.products, and nothing that the layers it selects become: set"
+            f"recipe {recipe.name} has mixed.products, and no format for the layers that it selects: set"
             " mixed.sensitive.activations=none, or mixed.sensitive.weights"
         )
 

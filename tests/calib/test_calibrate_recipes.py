@@ -84,6 +84,26 @@ def test_a_plan_file_stands_in_place_of_the_rules(base: BasePipeline, prompts: P
         calibrate(base, recipe, prompts, tmp_path / "second")
 
 
+@pytest.mark.parametrize(
+    ("mixed", "said"),
+    [
+        ({"products": 0.3}, r"has mixed\.products, and no ranking of the layers: set mixed\.sensitivity"),
+        ({"insensitive": {"activations": "int4"}}, r"has mixed\.insensitive, and no ranking"),
+        (
+            {"products": 0.3, "sensitive": {"activations": "none"}},
+            r"has mixed\.sensitive and mixed\.products, and no ranking",
+        ),
+        ({"products": 0.3, "sensitivity": "fisher"}, r"has mixed\.products, and no format for the layers"),
+    ],
+)
+def test_mixed_precision_without_effect_is_refused(
+    mixed: dict[str, Any], said: str, base: BasePipeline, prompts: PromptSet, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        calibrate(base, Recipe.load("w8a8", QUICK | {"mixed": mixed}), prompts, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dataset_without_the_ends_of_the_schedule_is_named(
     base: BasePipeline, prompts: PromptSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
