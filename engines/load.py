@@ -18,6 +18,7 @@ import numpy as np
 from s2p_deploy.child_process import ChildEndedError, Limits, call
 from s2p_deploy.engines.backend import usable_backend
 from s2p_deploy.engines.conditioning import text_projections, time_features
+from s2p_deploy.engines.joined import joined_runner
 from s2p_deploy.engines.lora_bank import LoraBank
 from s2p_deploy.engines.lowerings import RECORDED, STATIC
 from s2p_deploy.engines.machine import private_folder
@@ -85,10 +86,30 @@ def load_engine(
     """
     if expected_graph is not None:
         check_graph(engine, expected_graph)
+    with ExitStack() as opened:
+        runner = opened.enter_context(_bound(engine, scales or engine.scales, schedules, device, tried=tried))
+        if engine.low_noise is not None:
+            inside, own = engine.low_noise, runner.timesteps.fractional
+            named = schedules if own is None else [*schedules, own]
+            low = _bound(inside, inside.scales, named, device, tried=True, loras=runner.loras)
+            runner = joined_runner(runner, opened.enter_context(low), engine.boundary)
+        opened.pop_all()
+    return runner
+
+
+def _bound(
+    engine: Engine,
+    table: ScaleTable,
+    schedules: Sequence[Timesteps],
+    device: str,
+    *,
+    tried: bool,
+    loras: LoraBank | None = None,
+) -> BoundRunner:
+    """Loads an engine without the one inside; ``loras`` are those of one with the same branches that runs beside it."""
     backend = usable_backend(engine.backend)
     check_environment(engine, backend, device)
     timesteps = bound_timesteps(engine, schedules)
-    table = scales or engine.scales
     check_scales(engine, table)
     if len(table.scales) != len(engine.timesteps):
         raise InputError(
@@ -111,10 +132,12 @@ def load_engine(
         spare = None
         if features is not None and spares and isinstance(runner, RebindingRunner):
             spare = _spare_timesteps(engine, timesteps, rows, runner, features)
-        loras = None
         if engine.lora is not None and isinstance(runner, RebindingRunner):
             sizes = {name: bound[name].size for name in BOUND_MATRICES}
-            loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
+            if loras is None:
+                loras = LoraBank(engine.lora, matrices[0].dtype, sizes, runner.rebind)
+            else:
+                loras.share(runner.rebind)
         texts = text_projections(engine, loras) if engine.takes_text_projections else None
         opened.pop_all()
     if not engine.mixed_timesteps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,7 +105,7 @@ class LoraBank:
         self.slots = slots
         self.version = 0
         self._packed = {name: np.zeros(size, dtype) for name, size in sizes.items()}
-        self._rebind = rebind
+        self._rebinds = [rebind]
         self._added: dict[str, BranchMatrices] = {}
         self._ranks: dict[str, slice] = {}  # of those that were used, that of the oldest use first
         self._held: Counter[str] = Counter()
@@ -130,6 +131,11 @@ class LoraBank:
         """Returns the names of all LoRAs."""
         self._remove_forgotten()
         return tuple(self._added)
+
+    def share(self, rebind: Rebind) -> LoraBank:
+        """Gives an engine with the same branches the same matrices from now on; returns the bank, which is both's."""
+        self._rebinds.append(rebind)
+        return self
 
     def rank(self, names: Collection[str]) -> int:
         """Returns how many ranks LoRAs take together. Raises InputError for an unknown name."""
@@ -227,8 +233,8 @@ class LoraBank:
                 self._ranks[name] = ranks
                 self._write(name)
         self.version += 1
-        for name, values in self._packed.items():
-            self._rebind(name, values)
+        for rebind, (name, values) in product(self._rebinds, self._packed.items()):
+            rebind(name, values)
 
     def _write(self, name: str) -> None:
         """Writes a LoRA's matrices at its ranks of every branch; zeros where it changes nothing."""

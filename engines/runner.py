@@ -220,6 +220,10 @@ class BoundRunner(ClosingRunner):
         """
         return timestep_indices(timesteps, self.timesteps) if self._spare is None else self._spare.indices(timesteps)
 
+    def stage(self, _index: int) -> int:
+        """Returns which of joined engines runs a timestep index: 1 for the one inside, else 0."""
+        return 0
+
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Predicts ``noise_pred`` [batch, C, H, W].
 

@@ -10,7 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from s2p_deploy.api import adapt, build_engine, calibrate, export_graph, load_engine, open_pipeline, validate
+    from s2p_deploy.api import (
+        adapt,
+        build_engine,
+        calibrate,
+        export_graph,
+        join_engines,
+        load_engine,
+        open_pipeline,
+        validate,
+    )
     from s2p_deploy.context import Context, Progress
     from s2p_deploy.engines import BoundRunner, BuildOptions, Limits, ShapeProfile, Span
     from s2p_deploy.errors import (
@@ -76,6 +85,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "export_graph",
+    "join_engines",
     "load_engine",
     "load_engine_pipeline",
     "open_pipeline",
@@ -83,7 +93,16 @@ __all__ = [
     "validate",
 ]
 _MODULES = {
-    "api": ("adapt", "build_engine", "calibrate", "export_graph", "load_engine", "open_pipeline", "validate"),
+    "api": (
+        "adapt",
+        "build_engine",
+        "calibrate",
+        "export_graph",
+        "join_engines",
+        "load_engine",
+        "open_pipeline",
+        "validate",
+    ),
     "context": ("Context", "Progress"),
     "engines": ("BoundRunner", "BuildOptions", "Limits", "ShapeProfile", "Span"),
     "errors": (

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from s2p_deploy.timesteps import Timesteps
 
 _BUNDLED_PROMPTS = "shapes:"
+BOUNDARY_RATIO = 0.1  # of joined engines: a tenth of the timesteps, which are 5 of 51 calls or 2 of 20
 
 
 def calibrate(  # noqa: PLR0913 - the command's options
@@ -323,6 +324,37 @@ def build_engine(  # noqa: PLR0913 - the command's options
         limits=limits,
         context=context,
     )
+
+
+def join_engines(
+    engine: str | Path | Engine,
+    low_noise: str | Path | Engine,
+    *,
+    out: str | Path,
+    boundary_ratio: float = BOUNDARY_RATIO,
+    force: bool = False,
+) -> Engine:
+    """Joins an engine with a more precise one for the last timesteps, where rounding is seen in the picture.
+
+    Args:
+        engine: an engine or its folder; it runs the timesteps from the boundary on.
+        low_noise: the engine that runs those below it, of the same export and build options.
+        out: folder of the artifact to write, which holds copies of both.
+        boundary_ratio: the boundary, as a share of the training timesteps.
+        force: replaces an artifact at ``out``, once the new one is complete.
+
+    Raises:
+        InputError: the engines do not go together, or ``out`` exists. IntegrityError: a file was changed.
+
+    Example:
+        >>> joined = join_engines("build/engine", "build/fp/engine", out="build/joined")
+        >>> joined.boundary
+        100.0
+    """
+    from s2p_deploy.engines.joined import join_engines as join_opened
+
+    opened = (as_engine(engine), as_engine(low_noise))
+    return join_opened(*opened, new_folder(out), boundary_ratio=boundary_ratio, replace=force)
 
 
 def validate(  # noqa: PLR0913 - the command's options

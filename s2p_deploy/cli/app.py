@@ -27,6 +27,7 @@ from s2p_deploy.cli.export import export
 from s2p_deploy.cli.export_triton import export_triton
 from s2p_deploy.cli.generate import generate
 from s2p_deploy.cli.inspect import inspect
+from s2p_deploy.cli.join import join
 from s2p_deploy.cli.output import show_error
 from s2p_deploy.cli.serve import serve
 from s2p_deploy.cli.sign import sign, verify
@@ -83,7 +84,7 @@ Your own model: calibrate MODEL, export, build, validate, generate. Every COMMAN
     pretty_exceptions_enable=False,
 )
 PANELS = {
-    "Pipeline stages": (dataset, calibrate, adapt, export, build, validate),
+    "Pipeline stages": (dataset, calibrate, adapt, export, build, join, validate),
     "Use an engine": (generate, serve, export_triton, components),
     "Inspect and trust": (inspect, verify, sign, bench, compare),
     "Environment": (doctor, demo),
@@ -94,6 +95,7 @@ EXAMPLES = {
     adapt: "s2p-deploy adapt build/calib --lora ink.safetensors:0.8 --out build/calib-ink",
     export: "s2p-deploy export build/calib --out build/graph",
     build: "s2p-deploy build build/graph --backend openvino --out build/engine",
+    join: "s2p-deploy join build/engine --low-noise build/fp/engine --out build/joined",
     validate: "s2p-deploy validate build/engine --prompts shapes:held_out --out build/report",
     generate: 's2p-deploy generate build/engine --prompt "a small red circle" --out circle.png',
     serve: "s2p-deploy serve build/engine --port 8000",

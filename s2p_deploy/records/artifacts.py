@@ -159,7 +159,7 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     base: Base,
     recipe: dict[str, Any],
     fill: Callable[[Path], dict[str, Any]],
-    parents: dict[str, tuple[Path, Manifest]] | None = None,
+    parents: Mapping[str, tuple[Path, Manifest | Parent]] | None = None,
     replace: bool = False,
 ) -> Manifest:
     """Writes an artifact: ``fill(folder)`` writes its files into a temporary folder and returns the record's content.
@@ -172,8 +172,8 @@ def write_artifact(  # noqa: PLR0913 - a manifest has these parts
     """
     check_vacant(out, kind, replace=replace)
     recorded_parents = {
-        name: Parent(manifest.digest, os.path.relpath(path.resolve(), out.resolve()))
-        for name, (path, manifest) in (parents or {}).items()
+        name: Parent(parent.digest, os.path.relpath(path.resolve(), out.resolve()))
+        for name, (path, parent) in (parents or {}).items()
     }
     temporary = out.with_name(f".{out.name}.writing")
     with claimed(temporary):
@@ -244,7 +244,7 @@ def _written_kind(folder: Path) -> object:
 
 
 def copy_artifact(artifact: Artifact, out: Path) -> None:
-    """Copies an artifact to ``out`` byte by byte, so its digest and signature stay; nested artifacts are left out.
+    """Copies an artifact to ``out`` byte by byte, so its digest and signature stay, with the parents inside of it.
 
     Raises:
         InputError: ``out`` exists, or its disk has no room.
@@ -253,7 +253,7 @@ def copy_artifact(artifact: Artifact, out: Path) -> None:
     folder, manifest = artifact.folder, artifact.manifest
     if out.exists():
         raise InputError(f"{out} exists: choose another folder")
-    check_room(out, sum((folder / name).stat().st_size for name in manifest.files), "choose another folder")
+    check_room(out, bytes_of_artifact(artifact), "choose another folder")
     text = read_plain(folder, MANIFEST, MOST_MANIFEST)
     if manifest_from_bytes(text, folder) != manifest:
         raise IntegrityError(f"{folder} was changed since it was opened")
@@ -265,12 +265,34 @@ def copy_artifact(artifact: Artifact, out: Path) -> None:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_verified(artifact, name, temporary / name)
                 _sync(temporary / name)
+            for inside in _parents_inside(artifact):
+                copy_artifact(inside, temporary / inside.folder.relative_to(folder))
             if os.path.lexists(folder / SIGNATURE):
                 _write_synced(temporary / SIGNATURE, read_plain(folder, SIGNATURE, MOST_SIGNATURE))
             _write_synced(temporary / MANIFEST, text)
             temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def bytes_of_artifact(artifact: Artifact) -> int:
+    """Returns the size of an artifact's files, and of those of the parents inside of it."""
+    own = sum((artifact.folder / name).stat().st_size for name in artifact.manifest.files)
+    return own + sum(map(bytes_of_artifact, _parents_inside(artifact)))
+
+
+@dataclass(frozen=True)
+class _Inside:
+    folder: Path
+    manifest: Manifest
+
+
+def _parents_inside(artifact: Artifact) -> list[_Inside]:
+    """Lists the parents that lie in an artifact's own folder. Raises IntegrityError where another artifact is there."""
+    folder, parents = artifact.folder, artifact.manifest.parents
+    names = [name for name, parent in parents.items() if ".." not in PurePosixPath(parent.path).parts]
+    places = [parent_folder(folder, artifact.manifest, name) for name in names]
+    return [_Inside(place, read_manifest(place)) for place in places]
 
 
 def copy_verified(artifact: Artifact, name: str, out: Path, *, one_link: bool = False) -> None:

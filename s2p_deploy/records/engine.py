@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator, with_config
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
+from s2p_deploy.records.artifacts import MANIFEST, Manifest, parent_folder, read_manifest, verify_files
 from s2p_deploy.records.exported_graph import (
     CONDITIONING_FILE,
     CONTROL_FILE,
@@ -18,7 +18,7 @@ from s2p_deploy.records.exported_graph import (
     Width,
     check_quantizers,
 )
-from s2p_deploy.records.optional_inputs import BOUND_MATRICES, ImageSlots, LoraSlots
+from s2p_deploy.records.optional_inputs import BOUND_MATRICES, IMAGE_REACH, ImageSlots, LoraSlots, is_optional
 from s2p_deploy.records.scale_table import (
     SCALES_FILE,
     TIMESTEPS_FILE,
@@ -37,6 +37,7 @@ _READ_BY_OTHERS = frozenset(
     {SCALES_FILE, TIMESTEPS_FILE, CONTROL_FILE}
     | {f"{name}{end}" for name in (CONDITIONING_FILE, TEXT_FILE) for end in ("", ".data")}
 )
+LOW_NOISE = "low_noise"  # the parent that lies inside of joined engines
 _TUNED_FOR = Annotated[int, Field(le=4096)]  # one set of a backend's kernels is made for it
 
 
@@ -187,7 +188,8 @@ class EngineContent:
     ``sizes`` the bytes of every engine file; ``lowerings`` the lowering of every activation quantizer whose scales
     became operators of their own, and ``mixed_timesteps`` whether the samples of a batch may be at different timesteps;
     ``options`` the build's options that a loader reads; ``lora`` the low-rank branches and ``images``
-    the places of image prompts, where the graph has some.
+    the places of image prompts, where the graph has some. ``boundary_ratio`` is that of joined engines: the share of
+    the training timesteps, from 0 on, that the engine inside runs.
     """
 
     backend: Name
@@ -210,6 +212,7 @@ class EngineContent:
     mixed_timesteps: bool = True
     lora: LoraSlots | None = None
     images: ImageSlots | None = None
+    boundary_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> EngineContent:
@@ -228,7 +231,8 @@ class Engine(EngineContent):
     """A folder with the backend's file(s) (``engine_files``), ``act_scales.safetensors`` and ``timesteps.json``.
 
     Where the projected time features are an input, ``conditioning.onnx`` computes them, and where the products of the
-    text are, ``text.onnx``, as in the exported graph.
+    text are, ``text.onnx``, as in the exported graph. Joined engines have another one inside, ``low_noise``, which runs
+    the timesteps below their ``boundary``.
 
     Example:
         >>> engine = Engine.open(Path("build/engine"))
@@ -240,11 +244,17 @@ class Engine(EngineContent):
     manifest: Manifest
     scales: ScaleTable
     timesteps: TimestepTable
+    low_noise: Engine | None = None
 
     @property
     def execution(self) -> Execution:
         """Precision, provider and optimization in one record."""
         return Execution(self.precision, self.provider, self.optimization)
+
+    @property
+    def boundary(self) -> float:
+        """Returns the timestep below which the engine inside runs; 0 where there is none."""
+        return (self.boundary_ratio or 0.0) * self.timesteps.training_timesteps
 
     @property
     def on_gpu(self) -> bool:
@@ -280,13 +290,70 @@ class Engine(EngineContent):
         small = verify_files(folder, manifest, leave_out=left, keep=(SCALES_FILE, TIMESTEPS_FILE))
         scales = scale_table_from_bytes(small[SCALES_FILE], folder / SCALES_FILE)
         check_quantizers(scales.quantizers, content.quantizers, path)
-        return Engine(
+        engine = Engine(
             **vars(content),
             folder=folder,
             manifest=manifest,
             scales=scales,
             timesteps=timestep_table_from_bytes(small[TIMESTEPS_FILE], folder / TIMESTEPS_FILE),
         )
+        if content.boundary_ratio is None:
+            return engine
+        return replace(engine, low_noise=engine._open_low_noise())
+
+    def _open_low_noise(self) -> Engine:
+        """Opens the engine inside; raises as :meth:`open`."""
+        parent, place = self.manifest.parents.get(LOW_NOISE), self.folder / LOW_NOISE
+        if parent is None or parent.path != LOW_NOISE or not (place / MANIFEST).exists():
+            raise IntegrityError(f"{self.folder} lacks the engine that it was joined with: join them again")
+        inside = Engine.open(parent_folder(self.folder, self.manifest, LOW_NOISE))
+        try:
+            inside.check_follows(self, self.boundary)
+        except InputError as error:
+            raise IntegrityError(f"{self.folder}: {error}") from error
+        return inside
+
+    def check_follows(self, engine: Engine, boundary: float) -> None:
+        """Checks that this engine may run another one's timesteps below ``boundary``, with the same inputs.
+
+        Raises:
+            InputError: it may not; the message says what is different.
+        """
+        for one in (self, engine):
+            if CONTROL_FILE in one.manifest.files:
+                raise InputError(f"{one.folder} is an engine of a ControlNet: join engines of denoisers")
+        if self.boundary_ratio is not None:
+            raise InputError(f"{self.folder} is joined already: give the engine that it was joined with")
+        if self.manifest.base.digest != engine.manifest.base.digest:
+            raise InputError(f"{self.folder} and {engine.folder} are of two pipelines: join engines of one")
+        first, last = engine.timesteps.covered[0], min(engine.timesteps.covered[1], boundary)
+        own = self.timesteps.covered
+        if own[0] > first or own[1] < last:
+            raise InputError(
+                f"{self.folder} runs the timesteps {own[0]:g} to {own[1]:g}, not all from {first:g} to {last:g}:"
+                " calibrate it for them"
+            )
+        reach = any(spec.name == IMAGE_REACH for spec in self.inputs)  # which engines without quantizers leave out
+        ours, theirs = self._called_with(reach=reach), engine._called_with(reach=reach)
+        other = next((name for name in ours if ours[name] != theirs[name]), None)
+        if other is not None:
+            raise InputError(
+                f"{self.folder} has other {other} than {engine.folder}: export and build both with the same options"
+            )
+
+    def _called_with(self, *, reach: bool) -> dict[str, object]:
+        """Lists what must be equal for engines that take each other's calls, by what it is called."""
+        shapes = {spec.name: spec.shape for spec in self.inputs if is_optional(spec.name)}
+        if not reach:
+            shapes.pop(IMAGE_REACH, None)
+        packed = [spec for spec in self.inputs if spec.name in BOUND_MATRICES]
+        slots = () if self.images is None else tuple(replace(slot, quantizer=None) for slot in self.images.layers)
+        return {
+            "batch or picture sizes": self.profile,
+            "inputs for ControlNets or image prompts": (shapes, self.images and (self.images.tokens, slots)),
+            "branches for LoRAs": (packed, self.lora),
+            "devices": self.environment.get("device", "cpu"),
+        }
 
 
 @with_config(EXACT)

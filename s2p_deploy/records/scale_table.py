@@ -86,6 +86,11 @@ class TimestepTable:
         return 0 if self.flow_matching or mixed else len(self.angle)
 
     @property
+    def training_timesteps(self) -> int:
+        """Number of timesteps that the network was trained with."""
+        return len(self.angle) - int(self.flow_matching)  # whose levels begin with that of no noise
+
+    @property
     def timesteps(self) -> NDArray[np.float64]:
         """Returns the timestep of every index, float64 [timesteps]."""
         training = np.arange(self.integer_indices, dtype=np.float64)

@@ -39,9 +39,10 @@ BATCHINGS: tuple[Batching, ...] = ("step", "request", "one")
 
 
 class BatchKey(NamedTuple):
-    """What calls of one batch share."""
+    """What calls of one batch share; ``stage`` is which of joined engines runs them."""
 
     controlnet: ServedControlNet | None
+    stage: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     timesteps: tuple[int, ...]
 
@@ -155,17 +156,21 @@ class RequestLevelBatching:
         return fitting([task for task, key in keyed if key == turn], capacity.samples)
 
 
-def batch_key(call: EngineCall, *, mixed_timesteps: bool) -> BatchKey:
+def batch_key(call: EngineCall, *, mixed_timesteps: bool, runner: BoundRunner | None = None) -> BatchKey:
     """Computes what calls of one batch must share: network, shapes, and the timestep where an engine takes only one.
 
-    ``mixed_timesteps`` says whether the denoiser takes several. Inputs of adapters need not be shared: where a call has
+    ``mixed_timesteps`` says whether the denoiser takes several. ``runner`` is the denoiser's, which may be two engines
+    (None: it is one). Inputs of adapters need not be shared: where a call has
     none, its samples get zeros.
     """
     inputs: dict[str, Any] = dict(call.inputs)
     shapes = tuple((name, tuple(inputs[name].shape[1:])) for name in sorted(inputs) if not is_optional(name))
     mixed = mixed_timesteps if call.controlnet is None else call.controlnet.mixed_timesteps
     timesteps = () if mixed else tuple(sorted(set(call.inputs["timestep_index"].tolist())))
-    return BatchKey(call.controlnet, shapes, timesteps)
+    stage = 0
+    if runner is not None and call.controlnet is None:
+        stage = runner.stage(int(call.inputs["timestep_index"][0]))
+    return BatchKey(call.controlnet, stage, shapes, timesteps)
 
 
 def run_calls(runner: Runner, calls: Sequence[EngineCall], batch: int) -> list[Output]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -237,9 +238,9 @@ class GenerationLoop:
             self._advance(task, task.resume)
 
     def _run_batch(self) -> bool:
-        mixed = self._engine.mixed_timesteps
+        key = partial(batch_key, mixed_timesteps=self._engine.mixed_timesteps, runner=self._engine.stock.runner)
         waiting = [task.waiting_for for task in self._active]
-        keys = [batch_key(one, mixed_timesteps=mixed) if isinstance(one, EngineCall) else None for one in waiting]
+        keys = [key(one) if isinstance(one, EngineCall) else None for one in waiting]
         chosen = self._policy.next_batch(self._active, keys, self._capacity)
         if not chosen:
             return False

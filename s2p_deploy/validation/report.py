@@ -253,7 +253,11 @@ def report_data(chain: Chain, validated: Validated, gates: Gates) -> ReportData:
     results = judge(found, gates)
     manifests = {"engine": engine.manifest, "graph": graph.manifest, "calib": chain.calibrated.manifest}
     manifests |= {"dataset": chain.dataset.manifest} if chain.dataset else {}
-    engine_files = [*(engine.folder / name for name in engine.engine_files), *engine.folder.glob("text.onnx*")]
+    engines = [engine] if engine.low_noise is None else [engine, engine.low_noise]
+    if engine.low_noise is not None:
+        manifests[f"engine below timestep {engine.boundary:g}"] = engine.low_noise.manifest
+    engine_files = [one.folder / name for one in engines for name in one.engine_files]
+    engine_files += [file for one in engines for file in one.folder.glob("text.onnx*")]
     graph_files = [file for name in ("denoiser", "text") for file in graph.folder.glob(f"{name}.onnx*")]
     return ReportData(
         recipe=RecipeSummary(name=chain.recipe.name, digest=chain.recipe.digest(), block_sqnr=gates.block_sqnr),

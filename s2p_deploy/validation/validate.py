@@ -15,6 +15,7 @@ from s2p_deploy.calib import fake_quant_denoiser
 from s2p_deploy.calib.request import claim_unfinished, partial_of
 from s2p_deploy.context import Context
 from s2p_deploy.engines import backend_by_name, engine_subgraphs, load_engine
+from s2p_deploy.engines.joined import JoinedRunner
 from s2p_deploy.errors import InputError
 from s2p_deploy.families import denoiser_of, load_pipeline
 from s2p_deploy.families.lora import Lora
@@ -85,7 +86,8 @@ def validate(  # noqa: PLR0913 - what, where, and options by keyword
         floor: an engine of recipe ``fp`` of the same pipeline, reported beside the engine.
         weights: local weights of metrics that need some, from :func:`open_weights`.
         bench: output of ``s2p-deploy bench --json`` for this engine, for the report.
-        loras: act in all pictures, the pipeline's and the engine's; graph and engine are compared without.
+        loras: act in all pictures, the pipeline's and the engine's; graph and engine are compared without, and of
+            joined engines the first alone.
         replace: whether a report at ``out``, or unfinished work of another validation, may be replaced.
         command: the command line, for the report.
         context: where the references compute (``auto``: on the engine's device), threads and progress.
@@ -208,14 +210,15 @@ class ValidationRun:
             self.let_loras_act(candidate_pipe)  # what does not fit is refused before the long work
         reference = self.generated(self.pipe, own, "pictures, FP")
         latents = self.latents(reference)
-        parity = self.parity(latents, runner) | {"floors": measure("floors", lambda: self.floors(latents))}
-        if isinstance(runner, Skipped):
-            return Measurements(**parity, end_to_end=runner, pictures=runner), None
+        alone = runner.high if isinstance(runner, JoinedRunner) else runner  # the engine of the chain's graph
+        parity = self.parity(latents, alone) | {"floors": measure("floors", lambda: self.floors(latents))}
+        if isinstance(alone, Skipped):
+            return Measurements(**parity, end_to_end=alone, pictures=alone), None
         candidate = self.generated(candidate_pipe, own, "pictures, engine")
         pairs = PicturePairs.of(self.request.prompts, reference, candidate)
         measurements = Measurements(
             **parity,
-            end_to_end=measure("end_to_end", lambda: self.end_to_end(latents, runner)),
+            end_to_end=measure("end_to_end", lambda: self.end_to_end(latents, alone)),
             pictures=measure("pictures", lambda: self.compared(reference, candidate, own)),
             perceptual=NO_WEIGHTS
             if weights is None

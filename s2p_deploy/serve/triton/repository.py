@@ -107,6 +107,8 @@ def export_repository(
         IntegrityError: a file of the engine or the pipeline was changed.
     """
     check_vacant(out, KIND, replace=replace, inputs={"engine": engine.folder, "pipeline": base.folder})
+    if engine.low_noise is not None:
+        raise InputError(f"{engine.folder} is two joined engines, which Triton's batcher would mix: give one of them")
     if options.native:
         check_native(engine)
     check_draws_from_text(base.pipeline_class)
