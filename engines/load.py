@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,9 +297,10 @@ def try_in_child(message: dict[str, Any]) -> dict[str, Any]:
     engine = Engine.open(Path(message["engine"]))
     if engine.manifest.digest != message["digest"]:
         raise IntegrityError(f"{engine.folder} was changed while it was opened")
-    index, profile = engine.timesteps.calibrated_indices[0], engine.profile
+    calibrated, profile = engine.timesteps.calibrated_indices, engine.profile
+    indices = {calibrated[0]} if engine.low_noise is None else {calibrated[0], calibrated[-1]}  # one of each engine
     with load_engine(engine, device=message["device"], tried=True) as runner:
-        for batch in sorted({profile.minimum, profile.optimum}):
+        for batch, index in product(sorted({profile.minimum, profile.optimum}), indices):
             shapes = {s.name: [batch if isinstance(size, str) else size for size in s.shape] for s in runner.inputs}
             inputs = {name: np.full(shape, index if name == "timestep_index" else 0) for name, shape in shapes.items()}
             output = runner.infer(inputs)[OUTPUT]

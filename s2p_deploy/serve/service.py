@@ -379,7 +379,7 @@ def _profiled_engine(
     loras = ServedLoras(runner.loras, cache(partial(LoraReader, stock.pipe, base)), settings.lora_bytes)
     for lora, file in settings.loras:
         loras.add(lora, file)
-    profile = profile_batches(runner, runner.timesteps.calibrated_indices[0], batches)
+    profile = profile_batches(runner, runner.timesteps.calibrated_indices[-1], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
     _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))
     height, width = (factor * size for size in latents)

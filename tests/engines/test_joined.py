@@ -20,12 +20,14 @@ from s2p_deploy.records.artifacts import verify_chain
 from s2p_deploy.records.engine import EngineOptions
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 from s2p_deploy.records.optional_inputs import IMAGE_REACH, ImageSlot, ImageSlots, LoraSlots
+from s2p_deploy.serve.batching import batch_key
+from s2p_deploy.serve.generation_task import EngineCall
 from tests.engines.small_graph import build_options, small_inputs
 from tests.mutations.sealing import seal_anew
 from tests.mutations.targets import manifest_data
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -272,6 +274,16 @@ def test_tensors_are_divided_and_joined_as_arrays_are() -> None:
     for index, expected in ((1, 2.0), (501, 1.0)):
         alone = {"sample": torch.zeros(1, 1), "timestep_index": torch.tensor([index])}
         assert runner.infer_tensors(alone)["noise_pred"].tolist() == [[expected]]
+
+
+@pytest.mark.parametrize("made", [np.asarray, torch.tensor])
+def test_a_batch_of_a_server_is_of_one_engine(made: Callable[[list[int]], Any]) -> None:
+    """Padded to a profiled size it then runs at that size, whatever runs beside."""
+    runner = joined_runner(bound(Told(1.0), table_of(), 1), bound(Told(2.0), table_of(), 1), 100.0)
+    calls = [EngineCall({"timestep_index": made([index, index])}) for index in (1, 41, 101, 981)]
+    keys = [batch_key(call, mixed_timesteps=True, runner=runner) for call in calls]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert len({batch_key(call, mixed_timesteps=True, runner=runner.high) for call in calls}) == 1
 
 
 def test_a_call_that_lacks_something_is_refused_as_ever() -> None:

@@ -17,7 +17,13 @@ from s2p_deploy.export import export_graph
 from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.families import denoiser_of, load_pipeline
 from s2p_deploy.families.lora import GivenLora
-from s2p_deploy.pipeline import Schedule, generate, open_pipeline
+from s2p_deploy.pipeline import (
+    Schedule,
+    generate,
+    load_engine_pipeline,
+    open_pipeline,
+    save_engine_pipeline,
+)
 from s2p_deploy.pipeline.lora_files import loras_acting
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import CalibratedModel, Engine, Prompt
@@ -107,7 +113,8 @@ def predicted(opened: EnginePipeline, timestep: int) -> NDArray[np.float32]:
     return predicted
 
 
-def test_pictures_come_closer_to_those_of_floating_point(joined: Engine, branched_tiny: Tiny) -> None:
+def test_pictures_come_closer_to_those_of_floating_point(joined: Engine, branched_tiny: Tiny, tmp_path: Path) -> None:
+    """From a pipeline that was saved with both engines too."""
     prompt, schedule = Prompt("a", "a large red circle"), Schedule(20)
     draw = {"schedule": schedule, "guidance_scale": 2.0, "seed": 3}
     wanted = np.asarray(generate(load_pipeline(branched_tiny.base), prompt, **draw), np.float64)
@@ -115,7 +122,10 @@ def test_pictures_come_closer_to_those_of_floating_point(joined: Engine, branche
     for engine in (branched_tiny.engine, joined):
         with open_pipeline(engine, branched_tiny.base) as opened:
             distances.append(np.square(np.asarray(generate(opened.pipe, prompt, **draw)) - wanted).mean())
-    assert distances[1] < distances[0]
+            save_engine_pipeline(opened.pipe, tmp_path / "saved", replace=True)
+    with load_engine_pipeline(tmp_path / "saved") as opened:
+        distances.append(np.square(np.asarray(generate(opened.pipe, prompt, **draw)) - wanted).mean())
+    assert distances[2] == distances[1] < distances[0]
 
 
 def test_an_engine_of_other_branches_is_refused(branched_tiny: Tiny, tiny: Tiny, tmp_path: Path) -> None:
