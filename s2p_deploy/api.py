@@ -347,7 +347,7 @@ def join_engines(
         InputError: the engines do not go together, or ``out`` exists. IntegrityError: a file was changed.
 
     Example:
-        >>> joined = join_engines("build/engine", "build/fp/engine", out="build/joined")
+        >>> joined = join_engines("build/engine", "build/fp-engine", out="build/joined")
         >>> joined.boundary
         100.0
     """

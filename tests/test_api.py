@@ -79,6 +79,13 @@ def test_the_examples_work_one_after_the_other(tmp_path: Path, monkeypatch: pyte
         if name == "adapt":
             layers = random_layers(resolve_base("shapes"), {"unet": ["mid_block.resnets.0.conv1"]})
             write_lora(Path("ink.safetensors"), in_peft(layers))
+        if name == "join_engines":
+            for command in (
+                ["calibrate", "shapes", "--recipe", "fp", "--out", "build/fp-calib"],
+                ["export", "build/fp-calib", "--out", "build/fp-graph"],
+                ["build", "build/fp-graph", "--backend", "onnxruntime", "--out", "build/fp-engine"],
+            ):
+                assert main(command) == 0
         if name == "ComponentEngines":
             assert main(["components", "shapes", "--backend", "onnxruntime", "--out", "build/components"]) == 0
         if name == "LatentDataset":
