@@ -52,7 +52,7 @@ def join_engines(
         raise InputError(f"{engine.folder} is joined already: give the engine that it was made of")
     if low_noise.options.stripped:
         raise InputError(
-            f"{low_noise.folder} stores no weights, and its graph is not found from here: build it with them"
+            f"{low_noise.folder} stores no weights, and its graph is not found from {out}: build it with them"
         )
     boundary = boundary_ratio * engine.timesteps.training_timesteps
     first, *_, last = engine.timesteps.calibrated * 2  # a schedule may have one
@@ -94,7 +94,17 @@ class JoinedRunner(BoundRunner):
     """
 
     def __init__(self, high: BoundRunner, low: BoundRunner, boundary: float) -> None:
-        vars(self).update(vars(high))
+        super().__init__(
+            high._runner,
+            high._taken,
+            high.timesteps,
+            high.features,
+            high.texts,
+            profile=high.profile,
+            spare=high._spare,
+            loras=high.loras,
+            images=high.images,
+        )
         self.high, self.low, self._boundary = high, low, boundary
         own = high.timesteps.timesteps
         below = np.flatnonzero((own < boundary) & (own >= high.timesteps.covered[0]))

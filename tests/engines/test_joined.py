@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": ({}, "are of two pipelines: join engines of one"),
     "no weights": (
         {"options": EngineOptions(stripped=True)},
-        "stores no weights, and its graph is not found from here",
+        "stores no weights, and its graph is not found from",
     ),
     "twice": ({"boundary_ratio": 0.5}, "is joined already: give the engine that it was joined with"),
     "sizes": ({"profile": ShapeProfile(1, 2, 5)}, "has other batch or picture sizes than .*: export and build both"),
