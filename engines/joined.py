@@ -18,7 +18,7 @@ from s2p_deploy.records import Engine, check_vacant, copy_artifact, write_artifa
 from s2p_deploy.records.artifacts import bytes_of_artifact, copy_verified
 from s2p_deploy.records.engine import LOW_NOISE
 from s2p_deploy.records.files import check_room
-from s2p_deploy.records.optional_inputs import is_optional
+from s2p_deploy.records.optional_inputs import IMAGE_REACH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,13 +50,15 @@ def join_engines(
     check_vacant(out, "Engine", replace=replace, inputs={"engine": engine.folder, "low-noise engine": low_noise.folder})
     if engine.boundary_ratio is not None:
         raise InputError(f"{engine.folder} is joined already: give the engine that it was made of")
+    if not engine.is_quantized:
+        raise InputError(f"{engine.folder} quantizes nothing: give the quantized engine first, this one to --low-noise")
     if low_noise.options.stripped:
         raise InputError(
             f"{low_noise.folder} stores no weights, and its graph is not found from {out}: build it with them"
         )
     boundary = boundary_ratio * engine.timesteps.training_timesteps
     first, *_, last = engine.timesteps.calibrated * 2  # a schedule may have one
-    if not first < boundary <= last:
+    if not (first < boundary <= last and 0 < boundary_ratio < 1):
         raise InputError(
             f"a boundary ratio of {boundary_ratio:g} is timestep {boundary:g}, which leaves one engine nothing of the"
             f" schedule from {first:g} to {last:g}: give another --boundary-ratio"
@@ -125,14 +127,16 @@ class JoinedRunner(BoundRunner):
         """Looks up timestep indices as each engine does; raises as they do."""
         values = np.asarray(timesteps, np.float64).reshape(-1)
         found = self.high.indices(values)
-        below = values < self._boundary
-        for index in found[~below].tolist():
-            self._low_indices.pop(index, None)  # a spare one that stood for another timestep
+        spare = found >= len(self.timesteps)  # what the others stand for does not change
+        for index in found[spare].tolist():
+            self._low_indices.pop(index, None)
+        below = spare & (values < self._boundary)
         self._low_indices.update(zip(found[below].tolist(), self.low.indices(values[below]).tolist(), strict=True))
         return found
 
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Predicts ``noise_pred`` [batch, C, H, W]; raises as the engines do."""
+        self._check(inputs)
         low = self._low_rows(inputs)
         if not low.any():
             return self.high.infer(inputs)
@@ -155,16 +159,16 @@ class JoinedRunner(BoundRunner):
         self.low.close()
 
     def _low_rows(self, inputs: Mapping[str, Any]) -> NDArray[np.bool_]:
-        """Marks the samples that the low-noise engine runs; the other one says what is wrong with a call."""
-        given = inputs["timestep_index"].tolist() if "timestep_index" in inputs else []
-        return np.asarray([index in self._low_indices for index in given], bool)
+        """Marks the samples that the low-noise engine runs."""
+        return np.asarray([index in self._low_indices for index in inputs["timestep_index"].tolist()], bool)
 
     def _low_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the low-noise engine's call: it has timestep indices of its own."""
         own = np.asarray([self._low_indices[index] for index in inputs["timestep_index"].tolist()], np.int64)
-        taken = {spec.name for spec in self.low.optional}  # a network in floating point has no grids to enlarge
-        given = {name: value for name, value in inputs.items() if name in taken or not is_optional(name)}
-        return given | {"timestep_index": own}
+        given = {**inputs, "timestep_index": own}
+        if not any(spec.name == IMAGE_REACH for spec in self.low.optional):
+            given.pop(IMAGE_REACH, None)  # in floating point there are no grids to enlarge
+        return given
 
 
 class JoinedTensorRunner(JoinedRunner):
@@ -177,6 +181,7 @@ class JoinedTensorRunner(JoinedRunner):
         """``noise_pred`` [batch, C, H, W] on the GPU, valid until the next call; inputs as the engines take them."""
         import torch
 
+        self._check(inputs)
         low = self._low_rows(inputs)
         if not low.any():
             return self.high.infer_tensors(inputs)

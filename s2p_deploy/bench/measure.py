@@ -15,6 +15,7 @@ from s2p_deploy.engines.lowerings import UNKNOWN
 from s2p_deploy.errors import InputError, MissingEnvironmentError
 from s2p_deploy.metrics import median_of, picks, quantile_of, resampled
 from s2p_deploy.recipe import Bench, recipe_from_data
+from s2p_deploy.records.artifacts import bytes_of_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -251,7 +252,10 @@ def figures_of(engine: Engine, own: Samples, baseline: tuple[Engine, Samples] | 
 
 
 def int8_share(engine: Engine) -> float | None:
-    """Computes the share of quantized layers that the backend reports to compute in INT8; None: it reports nothing."""
+    """Computes the share of quantized layers that the backend reports to compute in INT8; None: it reports nothing.
+
+    Of joined engines it is that of the first one.
+    """
     quantized = [layer for layer in engine.layers if layer.activation_bits <= 8 and layer.weight_storage_bits <= 8]
     reported = [layer.compute for layer in quantized if layer.compute != UNKNOWN]
     return sum(compute == "int8" for compute in reported) / len(quantized) if reported else None
@@ -300,7 +304,7 @@ def ratio_of_medians(times: NDArray[np.float64], reference: NDArray[np.float64])
 
 def size_on_disk(engine: Engine) -> int:
     """Counts the bytes of an engine's files, its manifest left out."""
-    return sum((engine.folder / name).stat().st_size for name in engine.manifest.files)
+    return bytes_of_artifact(engine)
 
 
 def _column(values: Sequence[float]) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from s2p_deploy.records import TensorSpec
 
 _OF_THE_PROMPT = {"encoder_hidden_states", "added_cond"}
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples' fractions spread over 0 to 1 evenly, however many there are
 _UNITS = {"rss": "VmRSS", "peak": "VmHWM"}
 _PROMPT = "a large red circle on the left and a small blue square on the right, white background"
 
@@ -126,9 +127,12 @@ class EngineWorkload:
         self._pipe: DiffusionPipeline | None = None
 
     def step(self, number: int) -> None:
-        """Runs one call of the engine on random latents and text, on one calibrated timestep after the other."""
+        """Runs one call of the engine on random latents and text, on calibrated timesteps spread over the schedule.
+
+        However few the calls are, either of joined engines then has about its share of them.
+        """
         indices = self._engine.timesteps.calibrated_indices
-        index = indices[number % len(indices)]
+        index = indices[int(number * _GOLDEN_RATIO % 1 * len(indices))]
         if isinstance(self._runner, TensorRunner):
             self._step_on_device(self._runner, index)
         else:

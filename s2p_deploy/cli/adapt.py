@@ -109,6 +109,8 @@ def _settings(like: Path | None, backend: str | None) -> _Settings:
     from s2p_deploy.api import as_engine
 
     engine = as_engine(like)
+    if engine.low_noise is not None:
+        raise InputError(f"--like {like} is two joined engines: give the first one, adapt the other too, and join them")
     usable_backend(engine.backend)
     graph = ExportedGraph.open(parent_folder(engine.folder, engine.manifest, "graph"))
     content = graph.manifest.content

@@ -29,10 +29,11 @@ def inspect(
 
     Every file is verified first (exit 5 if one was changed).
     """
-    from s2p_deploy.records import read_manifest, verify_files
+    from s2p_deploy.records import read_manifest
+    from s2p_deploy.records.artifacts import verify_whole
 
     manifest = read_manifest(artifact)
-    verify_files(artifact, manifest)
+    verify_whole(artifact, manifest)
     details = _DETAILS[manifest.kind](artifact, manifest) if manifest.kind in _DETAILS else ()
     sizes = {name: (artifact / name).stat().st_size for name in manifest.files}
     data = {

@@ -29,8 +29,9 @@ def join(
 ) -> int:
     """Join an engine with a more precise one for the last timesteps, where rounding is seen in the picture.
 
-    Both are built from exports with the same options, for the same backend and sizes. The result is an engine like any
-    other; it holds copies of both, and both are in memory when it runs.
+    Both are built from exports with the same options, for the same device and sizes. The result holds copies of both,
+    and both are in memory when it runs. It is used as an engine, but for export-triton; validate compares graph and
+    layers of the first one, and pictures of both.
     """
     from s2p_deploy import api
 

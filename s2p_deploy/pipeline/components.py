@@ -28,8 +28,8 @@ from s2p_deploy.families.model_family import guidance_width
 from s2p_deploy.pipeline.denoiser_loras import ComponentWithLoras, DenoiserLoras
 from s2p_deploy.pipeline.engine_component import EngineComponent
 from s2p_deploy.pipeline.image_prompts import TakesImagePrompts
-from s2p_deploy.records import ComponentEngines, Engine, open_artifact
-from s2p_deploy.records.artifacts import MANIFEST, copy_artifact
+from s2p_deploy.records import ComponentEngines, Engine, open_artifact, read_manifest
+from s2p_deploy.records.artifacts import MANIFEST, copy_artifact, verify_whole
 from s2p_deploy.records.optional_inputs import LORA_STRENGTHS, is_residual
 from s2p_deploy.timesteps import timestep_indices
 
@@ -139,7 +139,10 @@ class EngineDenoiser(ComponentWithLoras):
 
     def is_saved_in(self, folder: Path) -> bool:
         """Returns whether ``folder`` holds this engine. Raises IntegrityError where that was changed."""
-        return (folder / MANIFEST).exists() and open_artifact(folder, "Engine") == self.saved_engine().manifest
+        if not (folder / MANIFEST).exists() or read_manifest(folder, "Engine") != self.saved_engine().manifest:
+            return False
+        verify_whole(folder, self.saved_engine().manifest)
+        return True
 
     @classmethod
     def opened(cls, folder: Path) -> EngineDenoiser:

@@ -289,10 +289,18 @@ class _Inside:
 
 def _parents_inside(artifact: Artifact) -> list[_Inside]:
     """Lists the parents that lie in an artifact's own folder. Raises IntegrityError where another artifact is there."""
-    folder, parents = artifact.folder, artifact.manifest.parents
-    names = [name for name, parent in parents.items() if ".." not in PurePosixPath(parent.path).parts]
-    places = [parent_folder(folder, artifact.manifest, name) for name in names]
-    return [_Inside(place, read_manifest(place)) for place in places]
+    found = []
+    for name, parent in artifact.manifest.parents.items():
+        if _is_inside(parent):
+            place = artifact.folder / parent.path
+            found.append(_Inside(place, read_manifest(place)))
+            if found[-1].manifest.digest != parent.digest:
+                raise IntegrityError(f"{place} is not the {name} of {artifact.folder} (its digest differs)")
+    return found
+
+
+def _is_inside(parent: Parent) -> bool:
+    return ".." not in PurePosixPath(parent.path).parts
 
 
 def copy_verified(artifact: Artifact, name: str, out: Path, *, one_link: bool = False) -> None:
@@ -465,6 +473,13 @@ def verify_files(
     return kept
 
 
+def verify_whole(folder: Path, manifest: Manifest) -> None:
+    """Hashes every file of an artifact, and of the parents inside of it; raises as :func:`verify_files`."""
+    verify_files(folder, manifest)
+    for inside in _parents_inside(_Inside(folder, manifest)):
+        verify_whole(inside.folder, inside.manifest)
+
+
 def open_artifact(folder: Path, kind: str) -> Manifest:
     """Reads and verifies an artifact: :func:`read_manifest`, then :func:`verify_files`."""
     manifest = read_manifest(folder, kind)
@@ -519,7 +534,8 @@ def file_digest(path: Path, *, sync: bool = False) -> str:
     return digest
 
 
-def _links(folder: Path, name: str, expected: Parent | None, depth: int) -> Iterator[Link]:
+def _links(folder: Path, name: str, expected: Parent | None, depth: int, *, copied: bool = False) -> Iterator[Link]:
+    """Follows an artifact's chain; where it is ``copied``, the paths of its parents may lead to other artifacts."""
     if depth > _MOST_GENERATIONS:
         raise IntegrityError(f"{folder}: more than {_MOST_GENERATIONS} generations of parents: refused")
     manifest = read_manifest(folder)
@@ -529,10 +545,11 @@ def _links(folder: Path, name: str, expected: Parent | None, depth: int) -> Iter
     yield Link(name, folder, manifest.kind, manifest.digest, len(manifest.files), "verified")
     for part, parent in manifest.parents.items():
         place, inner = folder / parent.path, f"{name}.{part}".strip(".")
-        if os.path.lexists(place / MANIFEST):
-            yield from _links(place, inner, parent, depth + 1)
-        else:
+        missing = not os.path.lexists(place / MANIFEST)
+        if missing or (copied and read_manifest(place).digest != parent.digest):
             yield Link(inner, place, "", parent.digest, 0, "not at hand")
+        else:
+            yield from _links(place, inner, parent, depth + 1, copied=copied or _is_inside(parent))
 
 
 def _is_sealed(text: bytes, data: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator, with_config
 
 from s2p_deploy.errors import InputError, IntegrityError
-from s2p_deploy.records.artifacts import MANIFEST, Manifest, parent_folder, read_manifest, verify_files
+from s2p_deploy.records.artifacts import MANIFEST, Manifest, read_manifest, verify_files
 from s2p_deploy.records.exported_graph import (
     CONDITIONING_FILE,
     CONTROL_FILE,
@@ -38,6 +38,7 @@ _READ_BY_OTHERS = frozenset(
     | {f"{name}{end}" for name in (CONDITIONING_FILE, TEXT_FILE) for end in ("", ".data")}
 )
 LOW_NOISE = "low_noise"  # the parent that lies inside of joined engines
+_FLOATING = 16  # bits, at least
 _TUNED_FOR = Annotated[int, Field(le=4096)]  # one set of a backend's kernels is made for it
 
 
@@ -252,6 +253,11 @@ class Engine(EngineContent):
         return Execution(self.precision, self.provider, self.optimization)
 
     @property
+    def is_quantized(self) -> bool:
+        """Returns whether a layer's weights or activations have fewer bits than floating point."""
+        return any(min(layer.weight_storage_bits, layer.activation_bits) < _FLOATING for layer in self.layers)
+
+    @property
     def boundary(self) -> float:
         """Returns the timestep below which the engine inside runs; 0 where there is none."""
         return (self.boundary_ratio or 0.0) * self.timesteps.training_timesteps
@@ -306,7 +312,9 @@ class Engine(EngineContent):
         parent, place = self.manifest.parents.get(LOW_NOISE), self.folder / LOW_NOISE
         if parent is None or parent.path != LOW_NOISE or not (place / MANIFEST).exists():
             raise IntegrityError(f"{self.folder} lacks the engine that it was joined with: join them again")
-        inside = Engine.open(parent_folder(self.folder, self.manifest, LOW_NOISE))
+        inside = Engine.open(place)
+        if inside.manifest.digest != parent.digest:  # of the very manifest that was read
+            raise IntegrityError(f"{place} is not the engine that {self.folder} was joined with: join them again")
         try:
             inside.check_follows(self, self.boundary)
         except InputError as error:
@@ -339,6 +347,7 @@ class Engine(EngineContent):
         if other is not None:
             raise InputError(
                 f"{self.folder} has other {other} than {engine.folder}: export and build both with the same options"
+                " (--batch too, which follows from the memory that is free)"
             )
 
     def _called_with(self, *, reach: bool) -> dict[str, object]:
@@ -347,9 +356,13 @@ class Engine(EngineContent):
         if not reach:
             shapes.pop(IMAGE_REACH, None)
         packed = [spec for spec in self.inputs if spec.name in BOUND_MATRICES]
+        of_text = ("encoder_hidden_states", "text_projections")
+        tokens = [spec.shape[1] for spec in self.inputs if spec.name in of_text]
         slots = () if self.images is None else tuple(replace(slot, quantizer=None) for slot in self.images.layers)
         return {
             "batch or picture sizes": self.profile,
+            "numbers of text tokens": tokens,
+            "forms of the time table": self.takes_time_projections,
             "inputs for ControlNets or image prompts": (shapes, self.images and (self.images.tokens, slots)),
             "branches for LoRAs": (packed, self.lora),
             "devices": self.environment.get("device", "cpu"),

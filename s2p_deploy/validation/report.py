@@ -255,7 +255,7 @@ def report_data(chain: Chain, validated: Validated, gates: Gates) -> ReportData:
     manifests |= {"dataset": chain.dataset.manifest} if chain.dataset else {}
     engines = [engine] if engine.low_noise is None else [engine, engine.low_noise]
     if engine.low_noise is not None:
-        manifests[f"engine below timestep {engine.boundary:g}"] = engine.low_noise.manifest
+        manifests[f"engine below timestep {engine.boundary:g}, in pictures alone"] = engine.low_noise.manifest
     engine_files = [one.folder / name for one in engines for name in one.engine_files]
     engine_files += [file for one in engines for file in one.folder.glob("text.onnx*")]
     graph_files = [file for name in ("denoiser", "text") for file in graph.folder.glob(f"{name}.onnx*")]

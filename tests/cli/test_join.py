@@ -58,7 +58,7 @@ def test_it_is_validated(run: Run, joined: Path, made_chain: Chain, tmp_path: Pa
     finished = run("validate", joined, "--prompts", made_chain.prompts, "--out", out, "--json")
     assert finished.code in {0, 3}, finished.err
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert "engine below timestep 300" in report["digests"]
+    assert "engine below timestep 300, in pictures alone" in report["digests"]
     assert report["sizes"]["engine"] > sum(Engine.open(joined).sizes.values())
     states = {gate["name"]: gate["status"] for gate in report["gates"]}
     assert states["blocks of the engine, worst SQNR"] == "passed", states

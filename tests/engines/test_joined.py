@@ -16,10 +16,11 @@ from s2p_deploy.engines.runner import BoundTensorRunner, ClosingRunner, TensorRu
 from s2p_deploy.engines.spare_timesteps import SpareTimesteps
 from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.records import Engine, ShapeProfile, TensorSpec, TimestepTable, copy_artifact
-from s2p_deploy.records.artifacts import verify_chain
+from s2p_deploy.records.artifacts import bytes_of_artifact, verify_chain, verify_whole
 from s2p_deploy.records.engine import EngineOptions
 from s2p_deploy.records.exported_graph import CONTROL_FILE
 from s2p_deploy.records.optional_inputs import IMAGE_REACH, ImageSlot, ImageSlots, LoraSlots
+from s2p_deploy.records.scale_table import write_timestep_table
 from s2p_deploy.serve.batching import batch_key
 from s2p_deploy.serve.generation_task import EngineCall
 from tests.engines.small_graph import build_options, small_inputs
@@ -98,7 +99,7 @@ def test_a_changed_engine_inside_is_refused(joined: Engine, pair: tuple[Engine, 
         load_engine(Engine.open(joined.folder))
     shutil.rmtree(joined.low_noise.folder)
     shutil.copytree(pair[0].folder, joined.low_noise.folder)
-    with pytest.raises(IntegrityError, match="is not the low_noise that"):
+    with pytest.raises(IntegrityError, match=r"is not the engine that .* was joined with: join them again"):
         Engine.open(joined.folder)
     shutil.rmtree(joined.low_noise.folder)
     with pytest.raises(IntegrityError, match="lacks the engine that it was joined with: join them again"):
@@ -143,6 +144,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"images": ImageSlots(4, 1, (ImageSlot("attn2", 0, 64, 0.25),))},
         "has other inputs for ControlNets or image prompts than",
     ),
+    "text": (
+        {"inputs": (TensorSpec("encoder_hidden_states", "float32", ("batch", 7, 32)),)},
+        "has other numbers of text tokens than",
+    ),
     "timesteps": (
         {"timesteps": TimestepTable("DDIMScheduler", {}, 1, (301.0,), np.linspace(0.03, 1.5, 1000))},
         "runs the timesteps 241 to 361, not all from 0 to 600: calibrate it for them",
@@ -167,6 +172,43 @@ def test_an_engine_of_a_controlnet_is_refused(pair: tuple[Engine, Engine], tmp_p
     for engines in ((controlled, pair[1]), (pair[1], controlled)):
         with pytest.raises(InputError, match="is an engine of a ControlNet: join engines of denoisers"):
             join_engines(*engines, tmp_path / "joined", boundary_ratio=RATIO)
+
+
+def test_a_later_engine_needs_no_timesteps_of_the_first(pair: tuple[Engine, Engine], tmp_path: Path) -> None:
+    """It is bound to those of a schedule that it runs."""
+    table = TimestepTable("DDIMScheduler", {}, 2, (1.0, 501.0), np.linspace(0.03, 1.5, 1000))
+    shorter = shutil.copytree(pair[1].folder, tmp_path / "shorter")
+    write_timestep_table(table, shorter / "timesteps.json")
+    seal_anew(shorter)
+    joined = join_engines(pair[0], Engine.open(shorter), tmp_path / "joined", boundary_ratio=0.3)
+    with load_engine(joined, schedules=[[981, 501, 1]]) as runner:
+        assert [runner.stage(index) for index in runner.indices([981, 501, 1]).tolist()] == [0, 0, 1]
+
+
+def test_the_first_one_quantizes_something(pair: tuple[Engine, Engine], tmp_path: Path) -> None:
+    layers = tuple(replace(layer, weight_storage_bits=32, activation_bits=16) for layer in pair[0].layers)
+    floating = replace(pair[0], layers=layers)
+    with pytest.raises(InputError, match="quantizes nothing: give the quantized engine first"):
+        join_engines(floating, pair[1], tmp_path / "joined", boundary_ratio=RATIO)
+
+
+def test_what_is_inside_is_verified_too(joined: Engine, tmp_path: Path) -> None:
+    assert joined.low_noise is not None
+    verify_whole(joined.folder, joined.manifest)
+    assert bytes_of_artifact(joined) > bytes_of_artifact(joined.low_noise) > 0
+    (joined.low_noise.folder / "README.md").write_text("another card")
+    with pytest.raises(IntegrityError, match=r"README\.md was changed"):
+        verify_whole(joined.folder, joined.manifest)
+
+
+def test_a_chain_of_a_copy_meets_no_other_artifacts(joined: Engine, pair: tuple[Engine, Engine]) -> None:
+    """The engine inside says where its graph was from where it was built."""
+    assert joined.low_noise is not None
+    elsewhere = (joined.low_noise.folder / joined.low_noise.manifest.parents["graph"].path).resolve()
+    shutil.copytree(pair[0].folder, elsewhere)
+    states = {link.name: link.state for link in verify_chain(joined.folder)}
+    assert states["low_noise.graph"] == "not at hand"
+    assert states["graph"] == "verified"
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.001, 0.99, 1.0, float("nan"), -1.0])
@@ -203,7 +245,7 @@ def test_an_engine_without_grids_may_leave_the_reach_of_images_out(pair: tuple[E
 # Timestep indices, with runners that give back what they are called with
 
 INPUTS = (TensorSpec("sample", "float32", ("batch", 1)), TensorSpec("timestep_index", "int64", ("batch",)))
-RESIDUAL = TensorSpec("mid_residual", "float32", ("batch", 1))
+REACH = TensorSpec(IMAGE_REACH, "float32", ("batch", 1))
 
 
 class Told(ClosingRunner):
@@ -231,11 +273,11 @@ def table_of(*fractional: float) -> TimestepTable:
     return TimestepTable("DDIMScheduler", {}, 3, (1, 501, 981), angle, fractional=np.asarray(fractional))
 
 
-def bound(runner: Runner, table: TimestepTable, spares: int, *, residual: bool = False) -> BoundRunner:
+def bound(runner: Runner, table: TimestepTable, spares: int, *, reach: bool = False) -> BoundRunner:
     def assign(indices: Sequence[int], timesteps: NDArray[np.float64]) -> None: ...
 
     kind = BoundTensorRunner if isinstance(runner, TensorRunner) else BoundRunner
-    inputs = (*INPUTS, RESIDUAL) if residual else INPUTS
+    inputs = (*INPUTS, REACH) if reach else INPUTS
     return kind(runner, inputs, table, spare=SpareTimesteps(table, spares, assign))
 
 
@@ -261,16 +303,25 @@ def test_each_engine_has_its_own_indices() -> None:
     assert not last.open
 
 
+def test_an_index_stays_with_the_engine_of_its_own_timestep() -> None:
+    """Not with that of a timestep that is within the tolerance of the look-up."""
+    runner = joined_runner(bound(Told(1.0), table_of(), 1), bound(Told(2.0), table_of(), 1), 100.0)
+    assert runner.indices([99.9999, 100.0001, 98.9999]).tolist() == [100, 100, 99]
+    assert [runner.stage(index) for index in (99, 100)] == [1, 0]
+    runner.indices([100.0])
+    assert [runner.stage(index) for index in (99, 100)] == [1, 0]
+
+
 def test_tensors_are_divided_and_joined_as_arrays_are() -> None:
     first, last = Told(1.0), Told(2.0)
-    residual = torch.tensor([[7.0], [8.0], [9.0]])
-    runner = joined_runner(bound(first, table_of(), 1, residual=True), bound(last, table_of(), 1), 100.0)
+    reach = torch.tensor([[7.0], [8.0], [9.0]])
+    runner = joined_runner(bound(first, table_of(), 1, reach=True), bound(last, table_of(), 1), 100.0)
     assert isinstance(runner, JoinedTensorRunner)
     assert isinstance(runner, TensorRunner)
-    inputs = {"sample": torch.zeros(3, 1), "timestep_index": torch.tensor([981, 1, 501]), "mid_residual": residual}
+    inputs = {"sample": torch.zeros(3, 1), "timestep_index": torch.tensor([981, 1, 501]), IMAGE_REACH: reach}
     assert runner.infer_tensors(inputs)["noise_pred"][:, 0].tolist() == [1, 2, 1]
-    assert first.calls[0]["mid_residual"].tolist() == [[7], [9]]
-    assert "mid_residual" not in last.calls[0], "what an engine does not take"
+    assert first.calls[0][IMAGE_REACH].tolist() == [[7], [9]]
+    assert IMAGE_REACH not in last.calls[0], "it has no grids"
     for index, expected in ((1, 2.0), (501, 1.0)):
         alone = {"sample": torch.zeros(1, 1), "timestep_index": torch.tensor([index])}
         assert runner.infer_tensors(alone)["noise_pred"].tolist() == [[expected]]
@@ -291,5 +342,11 @@ def test_a_call_that_lacks_something_is_refused_as_ever() -> None:
     assert isinstance(runner, JoinedRunner)
     with pytest.raises(InputError, match="input sample has shape"):
         runner.infer({"sample": np.zeros((1, 1), np.float32)})
+    with pytest.raises(InputError, match="input sample has shape \\[1, 1\\], the engine takes \\[2, 1\\]"):
+        runner.infer({"sample": np.zeros((1, 1), np.float32), "timestep_index": np.asarray([981, 1])})
+    for index in (981, 1):
+        given = {"timestep_index": np.asarray([index]), "mid_residual": np.zeros((1, 1), np.float32)}
+        with pytest.raises(InputError, match="has no input 'mid_residual'"):
+            runner.infer({"sample": np.zeros((1, 1), np.float32), **given})
     with pytest.raises(InputError, match="outside the scale table"):
         runner.infer({"sample": np.zeros((1, 1), np.float32), "timestep_index": np.asarray([5000])})
