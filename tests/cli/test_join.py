@@ -83,3 +83,7 @@ def test_wrong_inputs_are_one_line(run: Run, made_chain: Chain, joined: Path, tm
         assert reason in finished.err, finished.err
         assert len(finished.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+    adapted = ["--lora", "ink.safetensors", "--out", tmp_path / "calib", "--engine", tmp_path / "e", "--like", joined]
+    finished = run("adapt", made_chain.calib, *adapted)
+    assert finished.code == 2
+    assert "is two joined engines: give the first one" in finished.err
