@@ -58,6 +58,8 @@ ELSEWHERE = {
     " --out picture.png": _ADAPTERS,
     "s2p-deploy serve ENGINE --ip-adapter style=FILE": "tests/serve/test_image_prompts.py"
     "::test_a_client_sends_pictures_in_its_request",
+    "s2p-deploy join engine --low-noise fp-engine --out joined": "needs two engines: tests/cli/test_join.py"
+    "::test_what_join_writes_is_used_as_an_engine",
     "accelerate launch --multi_gpu --num_processes 4 -m s2p_deploy.cli dataset MODEL --recipe w8a8"
     " --prompts prompts.txt --out data": "needs four GPUs; two processes on the CPU:"
     " tests/cli/test_dataset.py::test_two_launched_processes_make_the_bytes_of_one",
