@@ -217,6 +217,18 @@ def test_a_boundary_leaves_both_some_timesteps(ratio: float, pair: tuple[Engine,
         join_engines(*pair, tmp_path / "joined", boundary_ratio=ratio)
 
 
+def test_all_of_a_schedule_that_begins_at_the_last_timestep_is_no_boundary(
+    pair: tuple[Engine, Engine], tmp_path: Path
+) -> None:
+    """That of flow matching begins at 1000 of 1000."""
+    levels, own = np.arange(1001) / 1000, np.asarray([9.0, 600.5, 1000.0])
+    flow = TimestepTable("FlowMatchEulerDiscreteScheduler", {}, 3, tuple(own.tolist()), levels, True, own)
+    engines = [replace(engine, timesteps=flow) for engine in pair]
+    assert flow.training_timesteps == 1000
+    with pytest.raises(InputError, match="leaves one engine nothing of the schedule from 9 to 1000"):
+        join_engines(*engines, tmp_path / "joined", boundary_ratio=1.0)
+
+
 def test_the_first_engine_is_not_joined_already(joined: Engine, pair: tuple[Engine, Engine], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is joined already: give the engine that it was made of"):
         join_engines(joined, pair[1], tmp_path / "again", boundary_ratio=RATIO)

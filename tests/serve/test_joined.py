@@ -12,7 +12,7 @@ import torch
 from s2p_deploy.calib import calibrate
 from s2p_deploy.engines import build_engine
 from s2p_deploy.engines.joined import join_engines
-from s2p_deploy.errors import InputError
+from s2p_deploy.errors import InputError, IntegrityError
 from s2p_deploy.export import export_graph
 from s2p_deploy.export.lora_targets import LoraRequest
 from s2p_deploy.families import denoiser_of, load_pipeline
@@ -24,6 +24,7 @@ from s2p_deploy.pipeline import (
     open_pipeline,
     save_engine_pipeline,
 )
+from s2p_deploy.pipeline.components import EngineDenoiser
 from s2p_deploy.pipeline.lora_files import loras_acting
 from s2p_deploy.recipe import Recipe
 from s2p_deploy.records import CalibratedModel, Engine, Prompt
@@ -126,6 +127,16 @@ def test_pictures_come_closer_to_those_of_floating_point(joined: Engine, branche
     with load_engine_pipeline(tmp_path / "saved") as opened:
         distances.append(np.square(np.asarray(generate(opened.pipe, prompt, **draw)) - wanted).mean())
     assert distances[2] == distances[1] < distances[0]
+
+
+def test_what_was_saved_with_the_engine_inside_is_looked_at(joined: Engine, tmp_path: Path) -> None:
+    denoiser = EngineDenoiser.load(joined.folder)
+    for _ in range(2):  # the second time it is there
+        denoiser.save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet" / "low_noise" / "timesteps.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"timesteps\.json was changed"):
+        denoiser.save_pretrained(tmp_path / "unet")
+    denoiser.close()
 
 
 def test_an_engine_of_other_branches_is_refused(branched_tiny: Tiny, tiny: Tiny, tmp_path: Path) -> None:
