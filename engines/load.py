@@ -91,6 +91,7 @@ def load_engine(
         runner = opened.enter_context(_bound(engine, scales or engine.scales, schedules, device, tried=tried))
         if engine.low_noise is not None:
             inside, own = engine.low_noise, runner.timesteps.fractional
+            # only the timesteps that it runs, as it need not be calibrated for the others
             every = [np.asarray(named, np.float64) for named in (*schedules, () if own is None else own)]
             named = [timesteps[timesteps < engine.boundary] for timesteps in every]
             low = _bound(inside, inside.scales, named, device, tried=True, loras=runner.loras)

@@ -132,10 +132,9 @@ class LoraBank:
         self._remove_forgotten()
         return tuple(self._added)
 
-    def share(self, rebind: Rebind) -> LoraBank:
-        """Gives an engine with the same branches the same matrices from now on; returns the bank, which is both's."""
+    def share(self, rebind: Rebind) -> None:
+        """Gives another engine with the same branches the matrices too, from now on."""
         self._rebinds.append(rebind)
-        return self
 
     def rank(self, names: Collection[str]) -> int:
         """Returns how many ranks LoRAs take together. Raises InputError for an unknown name."""

@@ -379,6 +379,7 @@ def _profiled_engine(
     loras = ServedLoras(runner.loras, cache(partial(LoraReader, stock.pipe, base)), settings.lora_bytes)
     for lora, file in settings.loras:
         loras.add(lora, file)
+    # the noisiest timestep: of joined engines, that of the one which runs most of the schedule
     profile = profile_batches(runner, runner.timesteps.calibrated_indices[-1], batches)
     calls = lru_cache(maxsize=_SCHEDULES)(partial(_calls_of_schedule, stock.pipe, runner))
     _, *latents = latent_shape_of(dict(denoiser_of(stock.pipe).config))

@@ -69,8 +69,8 @@ class DeviceRunner(HostRunner):
         return self.infer(inputs)
 
 
-def steps_of(runner: HostRunner, count: int) -> list[Mapping[str, Any]]:
-    timesteps = SimpleNamespace(calibrated_indices=(7, 9))
+def steps_of(runner: HostRunner, count: int, indices: tuple[int, ...] = (7, 9)) -> list[Mapping[str, Any]]:
+    timesteps = SimpleNamespace(calibrated_indices=indices)
     engine = SimpleNamespace(profile=ShapeProfile(), timesteps=timesteps)
     workload = EngineWorkload(engine, runner, 3, None, Context(device="cpu"))  # type: ignore[arg-type] # what it reads
     for number in range(count):
@@ -84,6 +84,14 @@ def test_an_engine_on_the_host_is_given_arrays() -> None:
         assert {name: value.tolist() for name, value in given.items()} == {
             name: value.tolist() for name, value in expected.items()
         }
+
+
+@pytest.mark.parametrize("count", [3, 10, 30, 200])
+def test_few_steps_are_spread_over_the_schedule(count: int) -> None:
+    """A tenth of the timesteps has about a tenth of the steps, whichever tenth it is."""
+    given = steps_of(HostRunner(), count, tuple(range(50)))
+    tenths = [int(step["timestep_index"][0]) // 5 for step in given]
+    assert max(tenths.count(tenth) for tenth in range(10)) <= count / 10 + 2
 
 
 def test_an_engine_on_a_device_is_given_tensors_and_the_same_prompt() -> None:

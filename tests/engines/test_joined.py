@@ -148,6 +148,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": (TensorSpec("encoder_hidden_states", "float32", ("batch", 7, 32)),)},
         "has other numbers of text tokens than",
     ),
+    "time table": (
+        {
+            "inputs": (
+                TensorSpec("encoder_hidden_states", "float32", ("batch", 6, 32)),
+                TensorSpec("time_projections", "float32", ("batch", 3)),
+            )
+        },
+        "has other forms of the time table than",
+    ),
     "timesteps": (
         {"timesteps": TimestepTable("DDIMScheduler", {}, 1, (301.0,), np.linspace(0.03, 1.5, 1000))},
         "runs the timesteps 241 to 361, not all from 0 to 600: calibrate it for them",
